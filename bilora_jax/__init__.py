@@ -1,0 +1,19 @@
+"""Bi-LoRA for JAX: one adapter descends the loss, one climbs it in a ball."""
+
+from bilora_jax._adapt import Adapted as Adapted
+from bilora_jax._adapt import adapt as adapt
+from bilora_jax._factors import Factors as Factors
+from bilora_jax._files import load_adapters as load_adapters
+from bilora_jax._files import load_spec as load_spec
+from bilora_jax._files import save_adapters as save_adapters
+from bilora_jax._layouts import Layout as Layout
+from bilora_jax._layouts import joined as joined
+from bilora_jax._layouts import nnx_lora_layout as nnx_lora_layout
+from bilora_jax._layouts import qwix_layout as qwix_layout
+from bilora_jax._partition import count_parameters as count_parameters
+from bilora_jax._partition import primary as primary
+from bilora_jax._spec import LoraSpec as LoraSpec
+from bilora_jax._transform import bilora as bilora
+from bilora_jax._transform import (
+  keep_in_frobenius_ball as keep_in_frobenius_ball,
+)

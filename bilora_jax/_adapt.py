@@ -1,0 +1,383 @@
+"""`adapt`: low-rank adapters on a Linen or NNX model, as pure functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+
+from bilora_jax import _hosts, _injection, _partition
+from bilora_jax._factors import Factors, is_factors
+from bilora_jax._injection import Path, Site
+from bilora_jax._spec import LoraSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapter:
+  """One adapted weight: where it is, and the sizes of its modules."""
+
+  site: Site
+  rank: int
+  auxiliary_rank: int
+  scale: float
+  dtype: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+  """A model with adapters; made by `adapt`.
+
+  Adapters are `{'primary': ..., 'auxiliary': ..., 'extra': ...}`: the first
+  two nested dicts of `Factors` that mirror the parameters, as
+  `{'layer': {'query': {'kernel': Factors}}}`; the last the parameters that are
+  trained as they are. A part that would be empty is left out.
+  """
+
+  spec: LoraSpec
+  _host: _hosts.Host
+  _adapters: Mapping[Path, _Adapter]
+  _shapes: Mapping[Path, tuple[int, ...]]
+  _prepared: Callable[[bool, bool], Callable[..., Any]]
+
+  @property
+  def targets(self) -> dict[str, tuple[int, ...]]:
+    """The adapted weights and their shapes."""
+    return {"/".join(p): x.site.shape for p, x in self._adapters.items()}
+
+  def init(self, key: jax.Array, variables: Any) -> dict[str, Any]:
+    """New adapters, that leave the model as it is.
+
+    Of each pair, `a` is uniform in `+-1/sqrt(in)` (Kaiming's with
+    `a = sqrt(5)`, as in LoRA) and `b` zero, both float32; primary and
+    auxiliary draw from different keys. Only `extra` reads `variables`.
+
+    Args:
+      key: a JAX random key.
+      variables: of the model; Linen's collections, or `nnx.state(model)`.
+
+    Raises:
+      ValueError: if `variables` are not those of the model, each mismatch
+        named.
+    """
+    params = self._check(variables)
+    adapters: dict[str, Any] = {}
+    for part, part_key in zip(("primary", "auxiliary"), jax.random.split(key)):
+      keys = jax.random.split(part_key, len(self._adapters))
+      pairs = {
+        path: _new_pair(k, x, x.rank if part == "primary" else x.auxiliary_rank)
+        for k, (path, x) in zip(keys, self._adapters.items())
+        if part == "primary" or x.auxiliary_rank
+      }
+      if pairs:
+        adapters[part] = traverse_util.unflatten_dict(pairs)
+    extra = {
+      path: jnp.array(leaf, jnp.float32)
+      for path, leaf in params.items()
+      if self.spec.is_extra("/".join(path))
+    }
+    if extra:
+      adapters["extra"] = traverse_util.unflatten_dict(extra)
+    return adapters
+
+  def apply(
+    self,
+    variables: Any,
+    adapters: Mapping[str, Any],
+    *args: Any,
+    rngs: Mapping[str, jax.Array] | None = None,
+    mutable: Any = False,
+    method: Any = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Runs the model at `W0 + primary + auxiliary`, or `W0 + primary`.
+
+    The two modules are joined along the rank, so each layer does two thin
+    products, as with plain LoRA; given `primary(adapters)`, they have rank r1.
+
+    Args:
+      variables: of the model; Linen's collections, or `nnx.state(model)`.
+      adapters: from `init`, with or without the auxiliary.
+      *args: the model's.
+      rngs: Linen's rngs. With a `dropout` rng, dropout of the adapters is on.
+      mutable: as in Linen. For NNX `True` returns `(output, variables)`.
+      method: as in Linen, one of the `methods` given to `adapt`.
+      **kwargs: the model's.
+
+    Returns:
+      What the model returns.
+
+    Raises:
+      ValueError: if adapters are missing, unknown or of wrong shape, each
+        named; or the method has none.
+    """
+    pairs = self._joined(adapters)
+    new = dict(_flatten(adapters.get("extra", {})))
+    params = self._host.parameters(variables)
+    for path, leaf in new.items():
+      new[path] = leaf.astype(params[path].dtype)
+    for path, pair in pairs.items():
+      x = self._adapters[path]
+      a_name, b_name = x.site.names()
+      a_shape, b_shape = x.site.leaf_shapes(pair.rank)
+      new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)
+      new[b_name] = pair.b.astype(x.dtype).reshape(b_shape)
+    dropout = rngs is not None and "dropout" in rngs
+    call = self._prepared("auxiliary" in adapters, dropout)
+    return call(
+      variables, new, args, kwargs, rngs=rngs, mutable=mutable, method=method
+    )
+
+  def merge(self, variables: Any, adapters: Mapping[str, Any]) -> Any:
+    """The variables of a plain model at `W0 + scale * a @ b` of the primary.
+
+    Each sum is taken in float32 and cast once to the kernel's dtype; `extra`
+    replaces what it was taken from. The auxiliary is thrown away.
+
+    Raises:
+      ValueError: as `apply`.
+    """
+    adapters = _partition.primary(adapters)
+    pairs = self._joined(adapters)
+    params = self._check(variables)
+    new = dict(_flatten(adapters.get("extra", {})))
+    for path, pair in pairs.items():
+      kernel = self._adapters[path].site.kernel(pair.weight())
+      new[path] = params[path].astype(jnp.float32) + kernel
+    new = {path: leaf.astype(params[path].dtype) for path, leaf in new.items()}
+    return self._host.replace(variables, new)
+
+  def partition_specs(
+    self, variables: Any, adapters: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Logical axes of adapters, that follow those of the kernels.
+
+    Args:
+      variables: with `nn.Partitioned` boxes, or NNX sharding metadata.
+      adapters: the tree to describe; shapes are enough.
+
+    Returns:
+      A tree like `adapters` of `jax.sharding.PartitionSpec`. Scanned and
+      batched axes keep their names, `in` and `out` get those of the first axis
+      that they are made of, and the rank is never sharded.
+    """
+    names = self._host.logical_axes(variables)
+    spec = jax.sharding.PartitionSpec
+
+    def of_pair(path, pair):
+      site = self._adapters[path].site
+      axes = names.get(path, (None,) * len(site.shape))
+      batch = [axes[i] for i in (*range(site.scanned), *site.batch)]
+      first = [
+        axes[x[0]] if x else None for x in (site.contracted, site.remaining)
+      ]
+      return Factors(
+        spec(*batch, first[0], None), spec(*batch, None, first[1]), pair.scale
+      )
+
+    result = {}
+    for part, tree in adapters.items():
+      flat = {
+        path: of_pair(path, leaf)
+        if is_factors(leaf)
+        else spec(*names.get(path, ()))
+        for path, leaf in _flatten(tree).items()
+      }
+      result[part] = traverse_util.unflatten_dict(flat)
+    return result
+
+  def check(self, adapters: Mapping[str, Any]) -> None:
+    """Refuses adapters that are not of this model and spec.
+
+    Raises:
+      ValueError: that names every mismatch.
+    """
+    _partition.check_parts(adapters)
+    wrong = []
+    for part, tree in adapters.items():
+      found = {p: _shape(x) for p, x in _flatten(tree).items()}
+      wanted = self._wanted(part)
+      wrong += [
+        f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+        f"{wanted.get(path, 'nothing')}"
+        for path in {**wanted, **found}
+        if found.get(path) != wanted.get(path)
+      ]
+    absent = [
+      part for part in ("extra",) if self._wanted(part) and part not in adapters
+    ]
+    wrong += [f"{part}: missing" for part in absent]
+    if wrong:
+      raise ValueError(
+        "these adapters do not fit the model and its spec: "
+        + "; ".join(wrong)
+        + "."
+      )
+
+  def _wanted(self, part: str) -> dict[Path, Any]:
+    if part == "extra":
+      return {
+        path: shape
+        for path, shape in self._shapes.items()
+        if self.spec.is_extra("/".join(path))
+      }
+    wanted = {}
+    for path, x in self._adapters.items():
+      rank = x.rank if part == "primary" else x.auxiliary_rank
+      batch, size_in, size_out = x.site.outer_shape
+      if rank:
+        wanted[path] = (
+          (*batch, size_in, rank),
+          (*batch, rank, size_out),
+          x.scale,
+        )
+    return wanted
+
+  def _joined(self, adapters: Mapping[str, Any]) -> dict[Path, Factors]:
+    self.check(adapters)
+    pairs = _flatten(adapters["primary"])
+    for path, other in _flatten(adapters.get("auxiliary", {})).items():
+      pairs[path] = pairs[path].join(other)
+    return pairs
+
+  def _check(self, variables: Any) -> dict[Path, Any]:
+    params = self._host.parameters(variables)
+    wrong = [
+      f"{'/'.join(path)}: {_shape(params.get(path))}, expected {shape}"
+      for path, shape in self._shapes.items()
+      if path not in params or _shape(params[path]) != shape
+    ]
+    if wrong:
+      raise ValueError(
+        "these variables are not those of the adapted model: "
+        + "; ".join(wrong)
+        + "."
+      )
+    return params
+
+
+def adapt(
+  model: nn.Module | nnx.Module,
+  spec: LoraSpec,
+  *inputs: Any,
+  methods: Sequence[str] = ("__call__",),
+  **kwargs: Any,
+) -> Adapted:
+  """Finds a model's weights and plans adapters for them.
+
+  The model is traced abstractly, by Qwix; nothing runs and nothing of the
+  model is copied. Linear layers, general ones too, einsums of two operands,
+  convolutions without groups and attention are found, in Linen also under
+  `nn.scan` (along the first axis) and `nn.remat`. Embeddings are not, nor are
+  layers under `nnx.scan`.
+
+  Args:
+    model: a `flax.linen.Module`, or an `nnx.Module`.
+    spec: what to put where.
+    *inputs: example inputs of the model; shapes (`jax.ShapeDtypeStruct`) do.
+    methods: the model's methods in which adapters are active.
+    **kwargs: keyword inputs, as `train=False`.
+
+  Returns:
+    The adapted model: `init`, `apply`, `merge`.
+
+  Raises:
+    ValueError: if no module matches the spec's targets, or no parameter its
+      `extra`, with what could match; or a matching weight cannot be adapted.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from bilora_jax import adapt, LoraSpec
+    >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jnp.ones((2, 4))
+    >>> adapted = adapt(model, LoraSpec(rank=2, auxiliary_rank=2), x)
+    >>> adapted.targets
+    {'layers_0/kernel': (4, 8), 'layers_2/kernel': (8, 3)}
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> adapters = adapted.init(jax.random.key(1), variables)
+    >>> adapted.apply(variables, adapters, x).shape
+    (2, 3)
+  """  # noqa: E501
+  if isinstance(model, nn.Module):
+    host = _hosts.LinenHost(model, (inputs, kwargs), tuple(methods))
+  elif isinstance(model, nnx.Module):
+    host = _hosts.NnxHost.of(model, (inputs, kwargs), tuple(methods))
+  else:
+    raise ValueError(
+      "model is a flax.linen.Module or a flax.nnx.Module; got "
+      f"{type(model).__name__}."
+    )
+  sites, unfit = _injection.find_sites(host.trace)
+  shapes = {
+    path: tuple(leaf.shape)
+    for path, leaf in host.trace(_injection.Provider([])).items()
+  }
+  extra = {p for p in shapes if spec.is_extra("/".join(p))}
+  if spec.extra is not None and not extra:
+    raise ValueError(
+      f"extra={spec.extra!r} matches no parameter; there are "
+      f"{_listed('/'.join(p) for p in shapes)}."
+    )
+  adapters = {}
+  for path in sorted({*sites, *unfit} - extra):
+    match = spec.match("/".join(path[:-1]))
+    if match is None:
+      continue
+    if path in unfit:
+      raise ValueError(
+        f"the weight {'/'.join(path)} cannot be adapted: it is not multiplied "
+        "by as it is stored (transposed, reshaped, used in two ways, or "
+        "scanned along another axis than the first). Leave its module out "
+        "with LoraSpec(exclude=...)."
+      )
+    rank, auxiliary_rank, scale = match
+    site = sites[path]
+    dtype = jnp.dtype(spec.dtype) if spec.dtype else site.dtype
+    adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype)
+  if not adapters:
+    raise ValueError(
+      f"targets={spec.targets!r} match no module; these could be adapted: "
+      f"{_listed('/'.join(p[:-1]) for p in sites)}."
+    )
+
+  @functools.cache
+  def prepared(with_auxiliary: bool, dropout: bool):
+    provider = _injection.provider_for(
+      {
+        path: x.rank + with_auxiliary * x.auxiliary_rank
+        for path, x in adapters.items()
+      },
+      {path: x.scale for path, x in adapters.items()},
+      spec.dropout if dropout else 0.0,
+    )
+    return host.prepare(provider)
+
+  return Adapted(spec, host, adapters, shapes, prepared)
+
+
+def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
+  batch, size_in, size_out = x.site.outer_shape
+  bound = max(size_in, 1) ** -0.5
+  a = jax.random.uniform(key, (*batch, size_in, rank), jnp.float32, -1, 1)
+  return Factors(
+    bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32), x.scale
+  )
+
+
+def _flatten(tree: Any) -> dict[Path, Any]:
+  return traverse_util.flatten_dict(tree, is_leaf=lambda _, x: is_factors(x))
+
+
+def _shape(node: Any) -> Any:
+  if is_factors(node):
+    return tuple(node.a.shape), tuple(node.b.shape), node.scale
+  return tuple(node.shape) if hasattr(node, "shape") else node
+
+
+def _listed(names) -> str:
+  names = sorted(set(names))
+  shown = ", ".join(repr(name) for name in names[:40])
+  return shown + (f" and {len(names) - 40} more" if len(names) > 40 else "")

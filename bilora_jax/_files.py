@@ -1,0 +1,182 @@
+"""Adapters alone, on disk: one safetensors file and a small JSON beside it."""
+
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from flax import traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from bilora_jax._adapt import Adapted
+from bilora_jax._factors import Factors, is_factors
+from bilora_jax._spec import LoraSpec
+
+_VERSION = 1
+_TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
+
+
+def save_adapters(
+  folder: str | os.PathLike[str],
+  adapted: Adapted,
+  adapters: Mapping[str, Any],
+) -> None:
+  """Writes adapters and their spec, so that a reader never sees half of them.
+
+  Args:
+    folder: is created; gets `adapters.safetensors`, arrays named as
+      `primary/layer/query/kernel/a`, and `adapters.json`, with the spec, the
+      scale of each pair and the version of the format.
+    adapted: the model that they are for.
+    adapters: all of them, or `primary(adapters)`.
+
+  Raises:
+    ValueError: if the adapters are not of this model and spec.
+    OSError: if a file cannot be written; earlier files are then untouched.
+  """
+  adapted.check(adapters)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  arrays, scales = {}, {}
+  for path, leaf in _flatten(adapters).items():
+    if is_factors(leaf):
+      scales[path] = leaf.scale
+      arrays[f"{path}/a"], arrays[f"{path}/b"] = leaf.a, leaf.b
+    else:
+      arrays[path] = leaf
+  config = {
+    "format": "bilora_jax adapters",
+    "version": _VERSION,
+    "spec": dataclasses.asdict(adapted.spec),
+    "scales": scales,
+  }
+  text = json.dumps(config, indent=2, sort_keys=True)
+  # The configuration also travels in the tensors' header: the two are one file
+  # to a reader, whichever of them was replaced last.
+  blob = safetensors.numpy.save(
+    {k: np.ascontiguousarray(v) for k, v in jax.device_get(arrays).items()},
+    metadata={"bilora_jax": text},
+  )
+  _write(folder / _TENSORS, blob)
+  _write(folder / _CONFIG, text.encode() + b"\n")
+
+
+def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
+  """The spec that a folder's adapters were made with.
+
+  Raises:
+    ValueError: if the JSON is missing, is not of this format, or too new.
+  """
+  return _spec(pathlib.Path(folder) / _CONFIG, _config(folder))
+
+
+def load_adapters(
+  folder: str | os.PathLike[str], adapted: Adapted
+) -> dict[str, Any]:
+  """Reads adapters that `save_adapters` wrote.
+
+  Args:
+    folder: with `adapters.safetensors` and `adapters.json`.
+    adapted: the model they are for, with a spec equal to the saved one.
+
+  Returns:
+    The adapters, as NumPy arrays.
+
+  Raises:
+    ValueError: if a file is missing or damaged, the spec is another, or the
+      arrays do not fit the model; every mismatch is named.
+  """
+  folder = pathlib.Path(folder)
+  config = _config(folder)
+  spec = _spec(folder / _CONFIG, config)
+  if spec != adapted.spec:
+    ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
+    differences = "; ".join(
+      f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
+      for name in ours
+      if ours[name] != theirs[name]
+    )
+    raise ValueError(
+      f"the adapters in {folder} were made with another spec: {differences}."
+    )
+  path = folder / _TENSORS
+  try:
+    with safetensors.safe_open(path, "np") as file:  # pyright: ignore
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      header = json.loads((file.metadata() or {}).get("bilora_jax", "null"))
+  except FileNotFoundError:
+    raise ValueError(f"{path} is missing.") from None
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is not a whole safetensors file: {error}."
+    ) from error
+  if header != config:
+    raise ValueError(
+      f"{folder / _CONFIG} is not the configuration that {path} was saved with."
+    )
+  tree: dict[str, Any] = {}
+  for name, scale in config["scales"].items():
+    ends = (f"{name}/a", f"{name}/b")
+    lost = [end for end in ends if end not in arrays]
+    if lost:
+      raise ValueError(f"{path} lacks {', '.join(lost)}.")
+    a, b = map(arrays.pop, ends)
+    tree[name] = Factors(a, b, scale)
+  tree |= arrays
+  adapters = traverse_util.unflatten_dict(tree, sep="/")
+  adapted.check(adapters)
+  return adapters
+
+
+def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  path = pathlib.Path(folder) / _CONFIG
+  try:
+    config = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(f"{path} is missing.") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is not JSON: {error}.") from error
+  version = config.get("version") if isinstance(config, dict) else None
+  if version != _VERSION or not {"spec", "scales"} <= set(config):
+    raise ValueError(
+      f"{path} is no configuration of adapters of version {_VERSION}; its "
+      f"version is {version!r}."
+    )
+  return config
+
+
+def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
+  names = {field.name for field in dataclasses.fields(LoraSpec)}
+  if set(config["spec"]) != names:
+    raise ValueError(
+      f"{path} has another spec than this version knows: it differs in "
+      f"{sorted(names ^ set(config['spec']))}."
+    )
+  return LoraSpec(**config["spec"])
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(
+    tree, sep="/", is_leaf=lambda _, x: is_factors(x)
+  )
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(name, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(name)
+    raise

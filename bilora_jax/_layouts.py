@@ -1,0 +1,222 @@
+"""How a host's LoRA stores its pairs, and `joined` to train it as Bi-LoRA."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, cast
+
+import jax
+import optax
+
+from bilora_jax import _partition
+from bilora_jax._factors import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where a host keeps the factors of its LoRA, of rank r1 + r2.
+
+  A leaf belongs to a pair if its path, with `/` between the keys, ends in `a`
+  or `b`; what precedes is the pair's name. The host's `a` has its rank last.
+  Its `b` has it after the leading batch axes (scanned layers, experts), of
+  which both have `min(a.ndim, b.ndim) - 2`. All other leaves are `extra`.
+
+  Attributes:
+    a: end of the path of the factor that the input meets.
+    b: end of the path of the other.
+    scale: what the host multiplies their product by, at rank r1 + r2.
+
+  Examples:
+    >>> Layout('lora/a', 'lora/b', scale=1.0)  # of google-deepmind/gemma
+    Layout(a='lora/a', b='lora/b', scale=1.0)
+  """
+
+  a: str
+  b: str
+  scale: float
+
+  def split(self, tree: Any, primary_rank: int) -> dict[str, Any]:
+    """The host's tree as `{'primary': ..., 'auxiliary': ..., 'extra': ...}`.
+
+    Args:
+      tree: what the host trains: nested dicts, `nnx.State`, or any pytree.
+      primary_rank: r1; the first r1 columns are the primary.
+
+    Raises:
+      ValueError: if no pair is found, a pair lacks a factor, the two disagree
+        on the rank, or the rank is not above `primary_rank`.
+    """
+    pairs, extra = self._pairs(tree)
+    halves = {}
+    for name, (a, b) in pairs.items():
+      if _masked(a) or _masked(b):
+        halves[name] = (Factors(a, b, self.scale),) * 2
+        continue
+      a, b = _as_matrices(name, a, b)
+      pair = Factors(a, b, self.scale)
+      if not 0 < primary_rank < pair.rank:
+        raise ValueError(
+          f"primary_rank is between 0 and the rank of the host's LoRA, "
+          f"{pair.rank} at {name!r}, and leaves some to the auxiliary; got "
+          f"{primary_rank}."
+        )
+      halves[name] = pair.split(primary_rank)
+    return {
+      "primary": {name: half[0] for name, half in halves.items()},
+      "auxiliary": {name: half[1] for name, half in halves.items()},
+      "extra": extra,
+    }
+
+  def join(self, adapters: Mapping[str, Any], like: Any) -> Any:
+    """Undoes `split`.
+
+    Args:
+      adapters: with or without the auxiliary. Without, the result is the
+        host's own LoRA of rank r1; keep its scale when you shrink its rank.
+      like: a tree of the host's, for its structure and shapes.
+    """
+    leaves = dict(adapters.get("extra", {}))
+    host, _ = self._pairs(like)
+    for name, pair in adapters["primary"].items():
+      other = adapters.get("auxiliary", {}).get(name)
+      if not (_masked(pair.a) or other is None):
+        pair = pair.join(other)
+      a, b = host[name]
+      if not _masked(pair.a):
+        pair = dataclasses.replace(
+          pair,
+          a=pair.a.reshape(*a.shape[:-1], pair.rank),
+          b=pair.b.reshape(_with_rank(a, b, pair.rank)),
+        )
+      leaves[name + self.a], leaves[name + self.b] = pair.a, pair.b
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: leaves[_name(path)], like, is_leaf=_masked
+    )
+
+  def primary(self, tree: Any, primary_rank: int) -> Any:
+    """The host's tree with the auxiliary dropped: its LoRA of rank r1."""
+    adapters = self.split(tree, primary_rank)
+    return self.join(_partition.primary(adapters), like=tree)
+
+  def _pairs(self, tree: Any):
+    pairs: dict[str, list[Any]] = {}
+    extra = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=_masked
+    ):
+      name = _name(path)
+      for i, end in enumerate((self.a, self.b)):
+        if f"/{name}".endswith(end):
+          pairs.setdefault(name[: len(name) - len(end)], [None, None])[i] = leaf
+          break
+      else:
+        extra[name] = leaf
+    single = sorted(
+      name for name, pair in pairs.items() if any(x is None for x in pair)
+    )
+    if single or not pairs:
+      raise ValueError(
+        f"a LoRA has leaves whose paths end in {self.a!r} and {self.b!r}; got "
+        + (
+          f"only one of the two for {single}."
+          if single
+          else f"none among {sorted(extra)[:10]}."
+        )
+      )
+    return pairs, extra
+
+
+def qwix_layout(scale: float) -> Layout:
+  """The layout of `qwix.apply_lora_to_model`: `kernel_lora_a`, `_lora_b`.
+
+  Args:
+    scale: `alpha / rank` of the `qwix.LoraRule`, its rank being r1 + r2: to
+      keep LoRA's `alpha / r1`, give the rule `alpha * (r1 + r2) / r1`.
+  """
+  return Layout("_lora_a", "_lora_b", scale)
+
+
+def nnx_lora_layout() -> Layout:
+  """The layout of `flax.nnx.LoRA` and `nnx.LoRALinear`, that do not scale."""
+  return Layout("lora_a", "lora_b", 1.0)
+
+
+def joined(
+  tx: optax.GradientTransformation, layout: Layout, primary_rank: int
+) -> optax.GradientTransformationExtraArgs:
+  """Lets `bilora` train one LoRA of rank r1 + r2 that a host owns.
+
+  For trainers that keep their own loop and parameters, as `nnx.Optimizer` or
+  Tunix: the host's tree is split along the rank, given to `tx`, and the
+  updates are joined again. Nothing in the model changes.
+
+  Args:
+    tx: a transformation of the partition, as `bilora(optimizer)`.
+    layout: how the host stores its pairs.
+    primary_rank: r1.
+
+  Returns:
+    A transformation of the host's tree.
+
+  Raises:
+    ValueError: on init, as `Layout.split`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from bilora_jax import bilora, joined, nnx_lora_layout
+    >>> params = {'lora_a': jnp.ones((4, 3)), 'lora_b': jnp.zeros((3, 5))}
+    >>> tx = joined(bilora(optax.adam(1e-3)), nnx_lora_layout(), primary_rank=2)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> updates['lora_b'].shape
+    (3, 5)
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init_fn(params):
+    return tx.init(layout.split(params, primary_rank))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    new, state = tx.update(
+      layout.split(updates, primary_rank),
+      state,
+      None if params is None else layout.split(params, primary_rank),
+      **extra_args,
+    )
+    return layout.join(cast(Mapping[str, Any], new), like=updates), state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def _name(path: Any) -> str:
+  keys = [
+    getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+    for key in path
+  ]
+  # An nnx.Variable is a node whose one leaf is its value.
+  if keys and keys[-1] == "value":
+    keys = keys[:-1]
+  return "/".join(map(str, keys))
+
+
+def _batch_axes(a: Any, b: Any) -> int:
+  return min(a.ndim, b.ndim) - 2
+
+
+def _as_matrices(name: str, a: Any, b: Any) -> tuple[Any, Any]:
+  k = _batch_axes(a, b)
+  if k < 0 or a.shape[:k] != b.shape[:k] or b.shape[k] != a.shape[-1]:
+    raise ValueError(
+      "a pair has shapes (*batch, ..., rank) and (*batch, rank, ...); got "
+      f"{tuple(a.shape)} and {tuple(b.shape)} at {name!r}."
+    )
+  batch, rank = a.shape[:k], a.shape[-1]
+  return a.reshape(*batch, -1, rank), b.reshape(*batch, rank, -1)
+
+
+def _with_rank(a: Any, b: Any, rank: int) -> tuple[int, ...]:
+  k = _batch_axes(a, b)
+  return (*b.shape[:k], rank, *b.shape[k + 1 :])

@@ -1,0 +1,81 @@
+"""The partition of what is trained: primary, auxiliary and extra."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import jax
+
+PARTS = ("primary", "auxiliary", "extra")
+
+
+def check_parts(adapters: Mapping[str, Any]) -> None:
+  """Refuses a tree whose top level is not the partition.
+
+  Raises:
+    ValueError: if `adapters` is not a mapping, holds other parts than
+      `primary`, `auxiliary` and `extra`, or has no `primary`.
+  """
+  if not isinstance(adapters, Mapping):
+    raise ValueError(
+      "adapters are a dict with the parts 'primary', 'auxiliary' and, if "
+      f"anything else is trained, 'extra'; got a {type(adapters).__name__}."
+    )
+  unknown = sorted(set(adapters) - set(PARTS))
+  if unknown or "primary" not in adapters:
+    raise ValueError(
+      "adapters hold 'primary', and may hold 'auxiliary' and 'extra'; got "
+      f"{sorted(adapters)}."
+    )
+
+
+def primary(adapters: Mapping[str, Any]) -> dict[str, Any]:
+  """Drops the auxiliary: what to evaluate, merge, and keep after training.
+
+  Args:
+    adapters: `{'primary': ..., 'auxiliary': ..., 'extra': ...}`, the last two
+      optional.
+
+  Returns:
+    The same leaves without the part `auxiliary`.
+
+  Examples:
+    >>> primary({'primary': 1, 'auxiliary': 2, 'extra': 3})
+    {'primary': 1, 'extra': 3}
+  """
+  check_parts(adapters)
+  return {part: tree for part, tree in adapters.items() if part != "auxiliary"}
+
+
+def labels(adapters: Mapping[str, Any]) -> dict[str, str]:
+  """Labels for `optax.partition`: what descends the loss, and what climbs.
+
+  `primary` and `extra` share one label, so that their optimizer sees just what
+  it would see in plain LoRA: a global-norm clip inside it spans both.
+
+  Returns:
+    A prefix tree, `{'primary': 'primary', 'auxiliary': 'auxiliary',
+    'extra': 'primary'}`, of the parts that are there.
+  """
+  check_parts(adapters)
+  return {
+    part: "auxiliary" if part == "auxiliary" else "primary" for part in adapters
+  }
+
+
+def count_parameters(adapters: Mapping[str, Any]) -> dict[str, int]:
+  """The number of trained scalars in each part.
+
+  Args:
+    adapters: the partition, of arrays or `jax.ShapeDtypeStruct`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> count_parameters({'primary': jnp.zeros((3, 2)), 'extra': {}})
+    {'primary': 6, 'extra': 0}
+  """
+  check_parts(adapters)
+  return {
+    part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    for part, tree in adapters.items()
+  }

@@ -1,0 +1,140 @@
+"""`LoraSpec`: which weights get adapters, of what rank and scale."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+_OVERRIDES = ("rank", "alpha", "auxiliary_rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+  """What `adapt` puts where.
+
+  Attributes:
+    rank: r1, the rank of the primary.
+    alpha: the weight of a module is `alpha / rank * a @ b`, the auxiliary's
+      too, whatever its own rank is.
+    auxiliary_rank: r2; 0 for plain LoRA.
+    targets: the modules to adapt. A string is a regular expression for the
+      whole module path, as `layers/attention/(query|value)`; a sequence holds
+      the last parts of paths, as `('query', 'value')`; a mapping goes from
+      regular expressions, the first that matches counts, to what differs
+      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`.
+    exclude: a regular expression for module paths that are left out.
+    extra: a regular expression for the paths of parameters to train as they
+      are, as `head/.*`: a new head, norms, biases. Adapters leave those alone.
+    rslora: scale by `alpha / sqrt(rank)`, Kalajdzievski, arXiv 2312.03732.
+    dropout: rate at the input of the adapters; active where `apply` is given a
+      `dropout` rng.
+    dtype: the name of the dtype that adapters compute in, as 'bfloat16'; None
+      for that of the layer they adapt. They are stored in float32 always.
+
+  Raises:
+    ValueError: if a rank, alpha, dropout, pattern or dtype is out of bounds.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  auxiliary_rank: int = 8
+  targets: str | Sequence[str] | Mapping[str, Mapping[str, Any]] = ".*"
+  exclude: str | None = None
+  extra: str | None = None
+  rslora: bool = False
+  dropout: float = 0.0
+  dtype: str | None = None
+
+  def __post_init__(self):
+    _check_sizes(self.rank, self.alpha, self.auxiliary_rank, "")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
+    if self.dtype is not None:
+      _check_float(self.dtype)
+    if not self.targets:
+      raise ValueError("targets is empty: it must name a module to adapt.")
+    if not isinstance(self.targets, str | Mapping):
+      object.__setattr__(self, "targets", tuple(self.targets))
+    patterns = [p for p in (self.exclude, self.extra) if p is not None]
+    if isinstance(self.targets, str):
+      patterns.append(self.targets)
+    elif isinstance(self.targets, Mapping):
+      patterns.extend(self.targets)
+      for pattern, overrides in self.targets.items():
+        unknown = sorted(set(overrides) - set(_OVERRIDES))
+        if unknown:
+          raise ValueError(
+            f"a target may override {', '.join(_OVERRIDES)}; got {unknown} "
+            f"for {pattern!r}."
+          )
+        _check_sizes(*self._sizes(overrides), f" for target {pattern!r}")
+    for pattern in patterns:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(
+          f"{pattern!r} is not a regular expression: {error}."
+        ) from error
+
+  def _sizes(self, overrides: Mapping[str, Any]) -> tuple[int, float, int]:
+    rank, alpha, auxiliary_rank = (
+      overrides.get(name, getattr(self, name)) for name in _OVERRIDES
+    )
+    return rank, alpha, auxiliary_rank
+
+  def match(self, path: str) -> tuple[int, int, float] | None:
+    """Whether, and how, the module at `path` is adapted.
+
+    Returns:
+      `(rank, auxiliary_rank, scale)`, or None.
+    """
+    if self.exclude is not None and re.fullmatch(self.exclude, path):
+      return None
+    overrides: Mapping[str, Any] = {}
+    if isinstance(self.targets, str):
+      found = re.fullmatch(self.targets, path) is not None
+    elif isinstance(self.targets, Mapping):
+      matching = [t for t in self.targets if re.fullmatch(t, path)]
+      found = bool(matching)
+      overrides = self.targets[matching[0]] if matching else {}
+    else:
+      found = any(f"/{path}".endswith(f"/{t}") for t in self.targets)
+    if not found:
+      return None
+    rank, alpha, auxiliary_rank = self._sizes(overrides)
+    return (
+      rank,
+      auxiliary_rank,
+      alpha / (math.sqrt(rank) if self.rslora else rank),
+    )
+
+  def is_extra(self, path: str) -> bool:
+    """Whether the parameter at `path` is trained as it is."""
+    return self.extra is not None and bool(re.fullmatch(self.extra, path))
+
+
+def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):
+  if not isinstance(rank, int) or rank < 1:
+    raise ValueError(f"rank is an integer of at least 1; got {rank!r}{where}.")
+  if not isinstance(auxiliary_rank, int) or auxiliary_rank < 0:
+    raise ValueError(
+      "auxiliary_rank is an integer of at least 0 (0: plain LoRA); got "
+      f"{auxiliary_rank!r}{where}."
+    )
+  if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+    raise ValueError(f"alpha is a positive number; got {alpha!r}{where}.")
+
+
+def _check_float(name: str):
+  try:
+    floating = jnp.issubdtype(jnp.dtype(name), jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
+    raise ValueError(
+      "dtype is the name of a floating-point dtype, as 'bfloat16'; got "
+      f"{name!r}."
+    )

@@ -1,0 +1,288 @@
+"""Bi-LoRA as an Optax gradient transformation."""
+
+import math
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from bilora_jax import _partition
+from bilora_jax._factors import Factors, is_factors
+
+Clip: TypeAlias = Literal["global", "layer"] | None
+ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
+
+
+class FrobeniusBallState(NamedTuple):
+  """State of `keep_in_frobenius_ball`.
+
+  Attributes:
+    count: number of updates so far, int32 scalar; the argument of a schedule.
+    auxiliary_norm: c of equation (10): the norm over all pairs before the last
+      clip, float32 scalar, in units of the weights.
+    clip_factor: what the last clip multiplied each factor by, float32 scalar;
+      1 if nothing was clipped, the smallest over all layers with
+      `clip='layer'`.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  auxiliary_norm: jax.Array
+  clip_factor: jax.Array
+
+
+def keep_in_frobenius_ball(
+  rho: ScalarOrSchedule, *, clip: Clip = "global"
+) -> optax.GradientTransformationExtraArgs:
+  r"""Modifies the updates to keep low-rank pairs inside a Frobenius ball.
+
+  With :math:`W_j = s_j a_j b_j` the weight of pair j after the update,
+
+  .. math::
+
+    c = \sqrt{\sum_j \|W_j\|_F^2}, \qquad
+    (a_j, b_j) \leftarrow \sqrt{\rho / c}\,(a_j, b_j) \text{ if } c > \rho
+
+  In a chain of transformations, this should be the last one.
+
+  Args:
+    rho: radius of the ball, in units of the weights, or a schedule of it. The
+      scale of each pair counts: rho bounds what the weights really get.
+    clip: `'global'`, one ball over all pairs; `'layer'`, a ball of radius rho
+      for each pair, and for each index of its batch axes; `None`, no clip, the
+      norm is only recorded. The last two are the paper's ablations.
+
+  Returns:
+    A transformation of trees of `Factors`. Its state records the norm before
+    the clip and the clip's factor, as `optax.tree.get(state,
+    'auxiliary_norm')` and `'clip_factor'`.
+
+  Raises:
+    ValueError: if rho is negative or not finite, or clip is unknown; on update,
+      if params are missing or hold an array outside of a pair.
+
+  References:
+    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, equation
+    (10). There the scale is left out of the norm.
+
+  .. note::
+    At rho = 0 only `b` is set to zero: with `a` zero too the pair would stay
+    there for ever, and a schedule could not start at 0.
+  """
+  _check_rho(rho)
+  if clip not in ("global", "layer", None):
+    raise ValueError(f"clip is 'global', 'layer' or None; got {clip!r}.")
+
+  def init_fn(params):
+    _pairs(params)
+    return FrobeniusBallState(
+      count=jnp.zeros([], jnp.int32),
+      auxiliary_norm=jnp.zeros([], jnp.float32),
+      clip_factor=jnp.ones([], jnp.float32),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(optax.NO_PARAMS_MSG)  # pyright: ignore
+    radius = jnp.asarray(
+      rho(state.count) if callable(rho) else rho, jnp.float32
+    )
+    proposed = optax.apply_updates(params, updates)
+    pairs = _pairs(proposed)
+    squares = [pair.squared_norm() for pair in pairs]
+    norm = jnp.sqrt(sum(map(jnp.sum, squares), start=jnp.float32(0.0)))
+
+    if clip == "global":
+      factors = [_shrinkage(norm, radius)] * len(pairs)
+    elif clip == "layer":
+      factors = [_shrinkage(jnp.sqrt(square), radius) for square in squares]
+    else:
+      factors = [jnp.float32(1.0)] * len(pairs)
+
+    if clip is not None:
+      factor = iter(factors)
+
+      def project(old, update, new):
+        # What a mask hides stays hidden.
+        return (
+          update
+          if not _is_pair(new)
+          else _projected(old, update, new, next(factor), radius)
+        )
+
+      updates = jax.tree.map(
+        project, params, updates, proposed, is_leaf=is_factors
+      )
+    smallest = [jnp.min(f, initial=1.0) for f in factors]
+    return updates, FrobeniusBallState(
+      count=jnp.asarray(optax.safe_increment(state.count)),
+      auxiliary_norm=norm,
+      clip_factor=jnp.min(jnp.stack([jnp.float32(1.0), *smallest])),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def bilora(
+  optimizer: optax.GradientTransformation,
+  rho: ScalarOrSchedule = 0.05,
+  auxiliary_optimizer: optax.GradientTransformation | None = None,
+  *,
+  clip: Clip = "global",
+  direction: Literal["ascent", "descent"] = "ascent",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Bi-LoRA: the primary descends the loss, the auxiliary climbs it in a ball.
+
+  For frozen :math:`W_0` and one gradient
+  :math:`G = \nabla L(W_0 + B_1 A_1 + B_2 A_2)`, with gradient descent,
+
+  .. math::
+
+    \begin{align*}
+      B_1 &\leftarrow B_1 - \eta\, G A_1^\top, &
+      A_1 &\leftarrow A_1 - \eta\, B_1^\top G, \\
+      B_2 &\leftarrow B_2 + \eta\, G A_2^\top, &
+      A_2 &\leftarrow A_2 + \eta\, B_2^\top G,
+    \end{align*}
+
+  all from the values before the step; then all of :math:`(B_2, A_2)` are
+  scaled back into :math:`\sum_j \|B_{2,j} A_{2,j}\|_F^2 \le \rho^2`. The
+  auxiliary approximates the adversary of Sharpness-Aware Minimization, at the
+  cost of LoRA: nothing is evaluated twice.
+
+  Args:
+    optimizer: what the primary and the extra parameters descend with.
+    rho: radius of the auxiliary's ball, in units of the weights, or a schedule
+      of it.
+    auxiliary_optimizer: what the auxiliary climbs with; by default
+      `optimizer`, with a state of its own. It is fed the negated gradient, so
+      weight decay still decays.
+    clip: see `keep_in_frobenius_ball`.
+    direction: `'ascent'`, or `'descent'` for the paper's ablation Dual-LoRA,
+      in which the auxiliary descends too.
+
+  Returns:
+    A transformation of `{'primary': ..., 'auxiliary': ..., 'extra': ...}`. The
+    first two are trees of `Factors`; `extra`, any other parameters, is
+    optional.
+
+  Raises:
+    ValueError: if rho is negative or not finite, clip or direction unknown; on
+      init, if the parameters are not so partitioned.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from bilora_jax import bilora, Factors
+    >>> pair = Factors(a=jnp.ones((4, 2)), b=jnp.zeros((2, 3)))
+    >>> adapters = {'primary': {'w': pair}, 'auxiliary': {'w': pair}}
+    >>> tx = bilora(optax.sgd(0.1), rho=0.05)
+    >>> state = tx.init(adapters)
+    >>> grads = jax.tree.map(jnp.ones_like, adapters)
+    >>> updates, state = tx.update(grads, state, adapters)
+    >>> adapters = optax.apply_updates(adapters, updates)
+    >>> print(f"{adapters['auxiliary']['w'].frobenius_norm():.3f}")
+    0.050
+    >>> print(f"{optax.tree.get(state, 'auxiliary_norm'):.3f}")
+    0.762
+
+  References:
+    Liu et al, `Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning
+    Large-Scale Models <https://arxiv.org/abs/2508.19564>`_, 2025, equations
+    (8) to (10).
+
+  .. note::
+    Wrap `bilora` in `optax.MultiSteps`, not the optimizer inside of it, and
+    evaluate with `primary(adapters)`.
+  """
+  if direction not in ("ascent", "descent"):
+    raise ValueError(f"direction is 'ascent' or 'descent'; got {direction!r}.")
+  sign = -1.0 if direction == "ascent" else 1.0
+  inner = optax.partition(
+    {
+      "primary": optimizer,
+      "auxiliary": optax.chain(
+        optax.scale(sign),
+        optimizer if auxiliary_optimizer is None else auxiliary_optimizer,
+        keep_in_frobenius_ball(rho, clip=clip),
+      ),
+    },
+    _partition.labels,
+  )
+
+  def init_fn(params):
+    _partition.check_parts(params)
+    if "auxiliary" not in params:
+      raise ValueError(
+        "bilora trains a primary and an auxiliary; the parameters hold only "
+        f"{sorted(params)}. For plain LoRA use the optimizer alone."
+      )
+    return inner.init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, inner.update)
+
+
+def _check_rho(rho: ScalarOrSchedule) -> None:
+  # Under optax.inject_hyperparams rho is traced, and its value unknown.
+  if callable(rho) or isinstance(rho, jax.core.Tracer):
+    return
+  if not (math.isfinite(rho) and rho >= 0):
+    raise ValueError(
+      f"rho, the radius of the auxiliary's ball, is finite and at least 0; "
+      f"got {rho}."
+    )
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def _is_pair(node: Any) -> bool:
+  return is_factors(node) and not _is_masked(node.a)
+
+
+def _pairs(tree: Any) -> list[Factors]:
+  """The pairs of a tree, without those that a mask hides."""
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
+  for path, node in nodes:
+    where = jax.tree_util.keystr(path) or "the root"
+    if not is_factors(node):
+      raise ValueError(
+        "keep_in_frobenius_ball needs a tree of Factors; got "
+        f"{type(node).__name__} at {where}."
+      )
+    if _is_masked(node.a) != _is_masked(node.b):
+      raise ValueError(
+        "keep_in_frobenius_ball needs both factors of a pair, or neither; a "
+        f"mask hides one of them at {where}."
+      )
+  return [node for _, node in nodes if _is_pair(node)]
+
+
+def _shrinkage(norm: jax.Array, radius: jax.Array) -> jax.Array:
+  """What to multiply both factors by to bring `norm` down to `radius`."""
+  outside = norm > radius
+  return jnp.where(outside, jnp.sqrt(radius / jnp.where(outside, norm, 1)), 1)
+
+
+def _projected(
+  old: Factors,
+  update: Factors,
+  new: Factors,
+  factor: jax.Array,
+  radius: jax.Array,
+) -> Factors:
+  """The update that takes `old` to `factor * new`, for both factors."""
+
+  def one(p, u, x, f):
+    f = jnp.expand_dims(f, (-2, -1)) if f.ndim else f
+    shrunk = (f * x.astype(jnp.float32) - p.astype(jnp.float32)).astype(u.dtype)
+    # Inside the ball the optimizer's own update is left as it is, to the bit.
+    return jnp.where(f < 1, shrunk, u)
+
+  return Factors(
+    one(old.a, update.a, new.a, jnp.where(radius > 0, factor, 1)),
+    one(old.b, update.b, new.b, factor),
+    new.scale,
+  )
