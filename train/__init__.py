@@ -1,0 +1,1 @@
+"""A program that fine-tunes pretrained models with LoRA and Bi-LoRA."""

@@ -1,0 +1,74 @@
+"""`python -m train`: the command line."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import sys
+
+import tyro
+
+from train import config as config_lib
+from train.errors import RunError, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    config = parse(argv)
+    # Imported late, so that --help and a typo answer at once.
+    from train import loop
+
+    loop.run(config, ["python", "-m", "train", *argv])
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    # A full disk, mostly: what is written whole stays whole.
+    print(f"error: {error}; the same command resumes.", file=sys.stderr)
+    return 1
+  return 0
+
+
+def parse(argv: Sequence[str]) -> config_lib.Config:
+  """The configuration that a command line asks for.
+
+  Raises:
+    UsageError: if a preset or run is unknown.
+    SystemExit: with code 2, if an option is; with 0 after `--help`.
+  """
+  start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  start.add_argument("--preset")
+  start.add_argument("--from-run", type=pathlib.Path)
+  known, rest = start.parse_known_args(argv)
+  if known.preset and known.from_run:
+    raise UsageError("--preset and --from-run exclude each other.")
+  default = next(iter(config_lib.PRESETS.values()))
+  if known.preset:
+    default = config_lib.preset(known.preset)
+  elif known.from_run:
+    default = config_lib.from_run(known.from_run)
+    repeat = known.from_run.with_name(known.from_run.name + "-repeat")
+    default = dataclasses.replace(default, run_dir=str(repeat))
+  return tyro.cli(
+    config_lib.Config,
+    default=default,
+    args=rest,
+    prog="python -m train",
+    description=(
+      "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
+      " and reports what came of it. The same command resumes a run.\n\n"
+      f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
+      " first is the default).\n--from-run DIR repeats a run with its own"
+      " configuration, in DIR-repeat unless --run-dir is given.\nOptions after"
+      " them change what they set."
+    ),
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,445 @@
+"""A run from its configuration to its report."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import platform
+import resource
+import signal
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import bilora_jax
+from train import checkpoints as checkpoints_lib
+from train import config as config_lib
+from train import evaluate, methods, report, step, tasks
+from train import journal as journal_lib
+from train.config import Config
+from train.errors import RunError, UsageError
+from train.models import load as models
+from train.models import tokenizer as tokenizers
+from train.tasks import pipeline
+
+_NONFINITE_IN_A_ROW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """All that a run needs before its first step."""
+
+  config: Config
+  folder: pathlib.Path
+  task: tasks.Task
+  examples: dict[str, pipeline.Examples]
+  pad_id: int
+  model: Any
+  variables: Any
+  method: methods.Method
+  steps_per_epoch: int
+
+  @property
+  def steps(self) -> int:
+    return self.config.epochs * self.steps_per_epoch
+
+
+def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
+  """Trains, tests and reports; resumes what an earlier call began.
+
+  Args:
+    config: of the run.
+    command: that started it, for the report.
+
+  Returns:
+    The results, as in the run's `results.json`; None if the run was
+    interrupted and its state saved.
+
+  Raises:
+    UsageError: if the request cannot be carried out as it was put.
+    RunError: if the run cannot go on.
+  """
+  prepared = prepare(config)
+  done = report.results(prepared.folder)
+  if done is None:
+    done = _train(prepared, command)
+  if done is not None:
+    report.write(prepared.folder)
+    print(report.summary(done, prepared.folder))
+  return done
+
+
+def prepare(config: Config) -> Prepared:
+  """Checks a configuration, and loads data, weights and method.
+
+  Raises:
+    UsageError: if any of them is not to be had, or the run's folder holds
+      another run.
+  """
+  config_lib.check(config)
+  if config.compilation_cache:
+    _use_compilation_cache()
+  folder = config.folder()
+  _claim(folder, config)
+  try:
+    task = tasks.get(config.task)
+    dtype = None if config.dtype == "float32" else config.dtype
+    model, variables, tokenizer = models.load_bert(
+      config.model, len(task.labels), config.seed, dtype
+    )
+    encode = functools.partial(tokenizers.encode, tokenizer)
+    examples = {}
+    for split in ("train", "validation", "test"):
+      limit = config.train_rows if split == "train" else 0
+      rows = pipeline.load(
+        task, split, config.data_dir or None, limit or None, config.seed
+      )
+      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
+    pad_id = tokenizers.pad_id(tokenizer)
+    steps_per_epoch = len(examples["train"]) // config.batch_size
+    example = next(
+      pipeline.train_batches(
+        examples["train"], config.batch_size, config.seed, pad_id=pad_id
+      )
+    )
+    method = methods.build(
+      config,
+      model,
+      step.inputs(example),
+      config.epochs * steps_per_epoch,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise UsageError(str(error)) from error
+  journal_lib.write_atomically(
+    folder / "config.json", config_lib.to_json(config)
+  )
+  return Prepared(
+    config=config,
+    folder=folder,
+    task=task,
+    examples=examples,
+    pad_id=pad_id,
+    model=model,
+    variables=jax.device_put(variables),
+    method=method,
+    steps_per_epoch=steps_per_epoch,
+  )
+
+
+def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
+  config, method = prepared.config, prepared.method
+  init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+  state = step.init(method, init_key, prepared.variables)
+  batches = pipeline.train_batches(
+    prepared.examples["train"],
+    config.batch_size,
+    config.seed,
+    config.epochs,
+    jax.process_index(),
+    jax.process_count(),
+    pad_id=prepared.pad_id,
+    group_by_length=config.group_by_length,
+  )
+  checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
+  best: dict[str, Any] = {"metric": -math.inf, "step": 0}
+  resumed = checkpoints.resume(state)
+  if resumed is not None:
+    state = resumed.state
+    batches.set_state(resumed.loop["iterator"])
+    best = resumed.loop["best"]
+  at = int(state.step)
+  journal = journal_lib.Journal(prepared.folder, at, prepared.steps)
+  journal.say(_opening(prepared, state.trained))
+  if resumed is not None:
+    journal.say(f"resumed after step {at}")
+
+  train_step = step.make_train_step(method, dropout_key)
+  predict = _predictor(prepared)
+  window = _Window(at)
+  try:
+    with _Interruption() as interruption:
+      while at < prepared.steps:
+        batch = next(batches)
+        state, metrics = train_step(prepared.variables, state, batch)
+        at += 1
+        journal.advance(at)
+        window.add(batch)
+        if at % config.log_every == 0 or at == prepared.steps:
+          _check_finite(config, at, metrics, journal)
+          journal.log(at, **_scalars(method, metrics), **window.close(at))
+        if at % _eval_every(prepared) == 0 or at == prepared.steps:
+          found = predict(method.evaluated(state.trained), "validation")
+          metric = found.metrics[prepared.task.metrics[0]]
+          journal.log(
+            at,
+            validation_loss=found.loss,
+            **{f"validation_{k}": v for k, v in found.metrics.items()},
+          )
+          if metric > best["metric"]:
+            best = {"metric": metric, "step": at}
+            checkpoints.save_best(at, method.evaluated(state.trained))
+          window.spoil()
+        due = at % config.checkpoint_every == 0 or at == prepared.steps
+        if due or interruption.asked:
+          checkpoints.save_last(
+            at, state, {"iterator": batches.get_state(), "best": best}
+          )
+        if interruption.asked and at < prepared.steps:
+          checkpoints.wait()
+          journal.say(
+            f"interrupted after step {at}, which is saved; the same command "
+            "resumes there."
+          )
+          return None
+    checkpoints.wait()
+    evaluated = checkpoints.best(method.evaluated(state.trained))
+    return _finish(prepared, command, evaluated, best, predict, journal)
+  finally:
+    journal.close()
+    checkpoints.close()
+
+
+def _finish(
+  prepared: Prepared,
+  command: Sequence[str],
+  evaluated: Any,
+  best: dict[str, Any],
+  predict: Callable[[Any, str], evaluate.Evaluation],
+  journal: journal_lib.Journal,
+) -> dict[str, Any]:
+  config, task = prepared.config, prepared.task
+  journal.say(f"testing the best, of step {best['step']}")
+  test = predict(evaluated, "test")
+  if prepared.method.adapted is not None:
+    bilora_jax.save_adapters(
+      prepared.folder / "adapters", prepared.method.adapted, evaluated
+    )
+  baseline = None
+  if config.baseline:
+    journal.say("fitting a logistic regression on the frozen features")
+
+    features = jax.jit(
+      functools.partial(prepared.model.apply, method="features")
+    )
+    baseline = evaluate.logistic_regression(
+      lambda batch: features(prepared.variables, *step.inputs(batch)),
+      prepared.examples["train"],
+      prepared.examples["validation"],
+      prepared.examples["test"],
+      config.batch_size,
+      task.metrics,
+      prepared.pad_id,
+    )
+  windows = [
+    row for row in journal_lib.read(prepared.folder) if "step_seconds" in row
+  ]
+  results = {
+    "command": list(command),
+    "config": dataclasses.asdict(config),
+    "metric": task.metrics[0],
+    "best_step": best["step"],
+    "validation": best["metric"],
+    "test": _results(test),
+    "baseline": _results(baseline) if baseline else None,
+    "trained_parameters": _count(evaluated),
+    "base_parameters": _count(prepared.variables),
+    "steps": prepared.steps,
+    "median_step_seconds": statistics.median(
+      [row["step_seconds"] for row in windows] or [math.nan]
+    ),
+    "median_tokens_per_second": statistics.median(
+      [row["tokens_per_second"] for row in windows] or [math.nan]
+    ),
+    "peak_host_memory_gib": _peak_memory_gib(),
+    "machine": _machine(),
+    "date": time.strftime("%Y-%m-%d"),
+  }
+  journal_lib.write_json(prepared.folder / report.RESULTS, results)
+  return results
+
+
+def _predictor(
+  prepared: Prepared,
+) -> Callable[[Any, str], evaluate.Evaluation]:
+  eval_step = step.make_eval_step(prepared.method)
+
+  def predict(evaluated: Any, split: str) -> evaluate.Evaluation:
+    return evaluate.evaluate(
+      lambda batch: eval_step(prepared.variables, evaluated, batch),
+      prepared.examples[split],
+      prepared.config.batch_size,
+      prepared.task.metrics,
+      prepared.pad_id,
+    )
+
+  return predict
+
+
+class _Window:
+  """Time and tokens since the last line of metrics, evaluations left out."""
+
+  def __init__(self, at: int):
+    self._restart(at)
+
+  def _restart(self, at: int) -> None:
+    self._start: float | None = time.perf_counter()
+    self._at, self._tokens = at, 0
+
+  def add(self, batch: pipeline.Batch) -> None:
+    self._tokens += int(np.sum(batch["mask"]))
+
+  def spoil(self) -> None:
+    """Leaves the running window out: something else took its time."""
+    self._start = None
+
+  def close(self, at: int) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    if self._start is not None:
+      seconds = time.perf_counter() - self._start
+      found = {
+        "step_seconds": seconds / (at - self._at),
+        "tokens_per_second": self._tokens / seconds,
+      }
+    self._restart(at)
+    return found
+
+
+class _Interruption:
+  """SIGTERM and the first Ctrl-C ask the loop to save and to stop."""
+
+  def __init__(self):
+    self.asked = False
+
+  def __enter__(self):
+    self._before = {
+      number: signal.signal(number, self._ask)
+      for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _ask(self, number, frame):
+    del frame
+    if self.asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.asked = True
+
+
+def _check_finite(
+  config: Config,
+  at: int,
+  metrics: step.Metrics,
+  journal: journal_lib.Journal,
+) -> None:
+  """Reports steps that were skipped, and ends a run that skips on."""
+  in_a_row = int(metrics.nonfinite)
+  if in_a_row:
+    sentence = (
+      f"the loss or gradient of step {at - in_a_row + 1} is not finite"
+      f" (loss {float(metrics.loss):.4g}), {in_a_row} in a row"
+    )
+    if config.on_nonfinite == "stop" or in_a_row >= _NONFINITE_IN_A_ROW:
+      raise RunError(
+        sentence + "; the run stops, and its last checkpoint is whole. A "
+        "smaller --learning-rate or --dtype float32 may help."
+      )
+    journal.say(sentence + "; skipped.")
+
+
+def _claim(folder: pathlib.Path, config: Config) -> None:
+  """Makes the folder of the run, or refuses one that holds another run."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UsageError(
+      f"the run's folder {folder} cannot be written: {error.strerror}."
+    ) from error
+  if not (folder / "config.json").exists():
+    return
+  changed = config_lib.differences(config_lib.from_run(folder), config)
+  if changed:
+    listed = "; ".join(
+      f"{name} is {old!r} there and {new!r} here"
+      for name, (old, new) in changed.items()
+    )
+    raise UsageError(
+      f"{folder} holds a run of another configuration: {listed}. Give the "
+      "same options to resume it, or another --run-dir."
+    )
+
+
+def _use_compilation_cache() -> None:
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(cache) / "bilora_jax/jax")
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _eval_every(prepared: Prepared) -> int:
+  return prepared.config.eval_every or prepared.steps_per_epoch
+
+
+def _scalars(method: methods.Method, metrics: step.Metrics):
+  found = {
+    "loss": float(metrics.loss),
+    "accuracy": float(metrics.accuracy),
+  }
+  if method.rho is not None:
+    found["c_over_rho"] = float(metrics.c_over_rho)
+    found["clip_factor"] = float(metrics.clip_factor)
+  return found
+
+
+def _opening(prepared: Prepared, trained: Any) -> str:
+  config = prepared.config
+  rows = {name: len(x) for name, x in prepared.examples.items()}
+  parts = (
+    bilora_jax.count_parameters(trained)
+    if prepared.method.adapted is not None
+    else {"all": _count(trained)}
+  )
+  counts = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+  return (
+    f"{config.method} on {config.task}: rows {rows}; trained parameters: "
+    f"{counts}; base {_count(prepared.variables):,}; {prepared.steps} steps"
+  )
+
+
+def _results(found: evaluate.Evaluation) -> dict[str, Any]:
+  return {
+    **found.metrics,
+    "loss": found.loss,
+    "rows": found.rows,
+    "accuracy_95": found.interval(),
+  }
+
+
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _peak_memory_gib() -> float:
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Linux counts in KiB, macOS in bytes.
+  return peak / (2**30 if platform.system() == "Darwin" else 2**20)
+
+
+def _machine() -> str:
+  device = jax.devices()[0]
+  return (
+    f"{jax.device_count()} {device.device_kind} device(s), "
+    f"{os.cpu_count()} CPU cores, {platform.machine()}, "
+    f"Python {platform.python_version()}, jax {jax.__version__}"
+  )

@@ -1,0 +1,1 @@
+"""Models for the `train` program, and the reading of their weights."""
