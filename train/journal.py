@@ -1,12 +1,10 @@
 """What a run writes down as it goes: JSONL, TensorBoard, and the terminal."""
 
 from collections.abc import Mapping
-import contextlib
 import json
 import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
 from rich import console as rich_console
@@ -98,16 +96,15 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   Raises:
     OSError: if it cannot be written; the old file is then as it was.
   """
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  part = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    with os.fdopen(handle, "w") as file:
+    with part.open("w") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
-    os.replace(name, path)
+    part.replace(path)
   except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(name)
+    part.unlink(missing_ok=True)
     raise
 
 

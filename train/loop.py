@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 import bilora_jax
 from train import checkpoints as checkpoints_lib
@@ -168,10 +167,11 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         state, metrics = train_step(prepared.variables, state, batch)
         at += 1
         journal.advance(at)
-        window.add(batch)
+        window.add(metrics)
         if at % config.log_every == 0 or at == prepared.steps:
-          _check_finite(config, at, metrics, journal)
-          journal.log(at, **_scalars(method, metrics), **window.close(at))
+          rows, times = window.close(at)
+          _check_finite(config, at, rows, journal)
+          journal.log(at, **_means(method, rows), **times)
         if at % _eval_every(prepared) == 0 or at == prepared.steps:
           found = predict(method.evaluated(state.trained), "validation")
           metric = found.metrics[prepared.task.metrics[0]]
@@ -281,32 +281,38 @@ def _predictor(
 
 
 class _Window:
-  """Time and tokens since the last line of metrics, evaluations left out."""
+  """The steps since the last line of metrics, and the time they took."""
 
   def __init__(self, at: int):
     self._restart(at)
 
   def _restart(self, at: int) -> None:
     self._start: float | None = time.perf_counter()
-    self._at, self._tokens = at, 0
+    self._at = at
+    # Kept on the device, so that steps are dispatched ahead.
+    self._rows: list[step.Metrics] = []
 
-  def add(self, batch: pipeline.Batch) -> None:
-    self._tokens += int(np.sum(batch["mask"]))
+  def add(self, metrics: step.Metrics) -> None:
+    self._rows.append(metrics)
 
   def spoil(self) -> None:
-    """Leaves the running window out: something else took its time."""
+    """Leaves the time out: something else took some of it."""
     self._start = None
 
-  def close(self, at: int) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+  def close(
+    self, at: int
+  ) -> tuple[list[step.Metrics], dict[str, float | None]]:
+    """The metrics of each step, and times: none if the window is spoiled."""
+    rows = jax.device_get(self._rows)
+    times: dict[str, float | None] = {}
     if self._start is not None:
       seconds = time.perf_counter() - self._start
-      found = {
+      times = {
         "step_seconds": seconds / (at - self._at),
-        "tokens_per_second": self._tokens / seconds,
+        "tokens_per_second": sum(int(row.tokens) for row in rows) / seconds,
       }
     self._restart(at)
-    return found
+    return rows, times
 
 
 class _Interruption:
@@ -336,15 +342,17 @@ class _Interruption:
 def _check_finite(
   config: Config,
   at: int,
-  metrics: step.Metrics,
+  rows: Sequence[step.Metrics],
   journal: journal_lib.Journal,
 ) -> None:
   """Reports steps that were skipped, and ends a run that skips on."""
-  in_a_row = int(metrics.nonfinite)
-  if in_a_row:
+  for number, row in enumerate(rows, at - len(rows) + 1):
+    in_a_row = int(row.nonfinite)
+    if not in_a_row:
+      continue
     sentence = (
-      f"the loss or gradient of step {at - in_a_row + 1} is not finite"
-      f" (loss {float(metrics.loss):.4g}), {in_a_row} in a row"
+      f"the loss or gradient of step {number} is not finite (loss "
+      f"{float(row.loss):.4g}), {in_a_row} in a row"
     )
     if config.on_nonfinite == "stop" or in_a_row >= _NONFINITE_IN_A_ROW:
       raise RunError(
@@ -391,14 +399,18 @@ def _eval_every(prepared: Prepared) -> int:
   return prepared.config.eval_every or prepared.steps_per_epoch
 
 
-def _scalars(method: methods.Method, metrics: step.Metrics):
-  found = {
-    "loss": float(metrics.loss),
-    "accuracy": float(metrics.accuracy),
-  }
+def _means(
+  method: methods.Method, rows: Sequence[step.Metrics]
+) -> dict[str, float | None]:
+  """Means over the steps, without those that were not finite."""
+  names = ["loss", "accuracy"]
   if method.rho is not None:
-    found["c_over_rho"] = float(metrics.c_over_rho)
-    found["clip_factor"] = float(metrics.clip_factor)
+    names += ["c_over_rho", "clip_factor"]
+  found = {}
+  for name in names:
+    values = (float(getattr(row, name)) for row in rows)
+    finite = [value for value in values if math.isfinite(value)]
+    found[name] = statistics.fmean(finite) if finite else None
   return found
 
 
