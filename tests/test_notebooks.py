@@ -1,0 +1,27 @@
+"""Every notebook runs from top to bottom, on the CPU."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
+# Of Jupyter's own making, and on some platforms only.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_notebook_runs_and_its_asserts_hold(path, tmp_path, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", str(_ROOT))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
+  notebook = nbformat.read(path, as_version=4)
+  nbclient.NotebookClient(
+    notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+  ).execute()
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert code and all(cell.execution_count for cell in code)
