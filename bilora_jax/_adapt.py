@@ -9,11 +9,14 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilora_jax import _hosts, _injection, _partition
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._injection import Path, Site
 from bilora_jax._spec import LoraSpec
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +114,12 @@ class Adapted:
       What the model returns.
 
     Raises:
-      ValueError: if adapters are missing, unknown or of wrong shape, each
-        named; or the method has none.
+      ValueError: if adapters are missing, unknown or of wrong shape, or
+        variables are, each named; or the method has no adapters.
     """
     pairs = self._joined(adapters)
+    params = self._check(variables)
     new = dict(_flatten(adapters.get("extra", {})))
-    params = self._host.parameters(variables)
     for path, leaf in new.items():
       new[path] = leaf.astype(params[path].dtype)
     for path, pair in pairs.items():
@@ -245,6 +248,16 @@ class Adapted:
 
   def _check(self, variables: Any) -> dict[Path, Any]:
     params = self._host.parameters(variables)
+    quantised = [
+      "/".join(path)
+      for path in self._shapes
+      if path in params and not isinstance(params[path], _ARRAYS)
+    ]
+    if quantised:
+      raise ValueError(
+        "adapters go on floating-point weights; quantised, or of another type, "
+        f"are {_listed(quantised)}."
+      )
     wrong = [
       f"{'/'.join(path)}: {_shape(params.get(path))}, expected {shape}"
       for path, shape in self._shapes.items()
@@ -272,7 +285,8 @@ def adapt(
   model is copied. Linear layers, general ones too, einsums of two operands,
   convolutions without groups and attention are found, in Linen also under
   `nn.scan` (along the first axis) and `nn.remat`. Embeddings are not, nor are
-  layers under `nnx.scan`.
+  layers under `nnx.scan`, nor weights that a jitted function multiplies by:
+  `x @ w`, `jnp.matmul(x, w)` and `nn.jit` are such, `jnp.dot(x, w)` is not.
 
   Args:
     model: a `flax.linen.Module`, or an `nnx.Module`.
@@ -301,6 +315,8 @@ def adapt(
     >>> adapted.apply(variables, adapters, x).shape
     (2, 3)
   """  # noqa: E501
+  if not isinstance(spec, LoraSpec):
+    raise ValueError(f"spec is a LoraSpec; got {type(spec).__name__}.")
   if isinstance(model, nn.Module):
     host = _hosts.LinenHost(model, (inputs, kwargs), tuple(methods))
   elif isinstance(model, nnx.Module):
@@ -310,11 +326,11 @@ def adapt(
       "model is a flax.linen.Module or a flax.nnx.Module; got "
       f"{type(model).__name__}."
     )
-  sites, unfit = _injection.find_sites(host.trace)
   shapes = {
     path: tuple(leaf.shape)
     for path, leaf in host.trace(_injection.Provider([])).items()
   }
+  sites, unfit = _injection.find_sites(host.trace)
   extra = {p for p in shapes if spec.is_extra("/".join(p))}
   if spec.extra is not None and not extra:
     raise ValueError(
@@ -335,7 +351,9 @@ def adapt(
       )
     rank, auxiliary_rank, scale = match
     site = sites[path]
-    dtype = jnp.dtype(spec.dtype) if spec.dtype else site.dtype
+    # XLA convolves arrays of one dtype only.
+    own = spec.dtype is None or not site.flat
+    dtype = site.dtype if own else jnp.dtype(spec.dtype)
     adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype)
   if not adapters:
     raise ValueError(
@@ -343,9 +361,8 @@ def adapt(
       f"{_listed('/'.join(p[:-1]) for p in sites)}."
     )
 
-  @functools.cache
-  def prepared(with_auxiliary: bool, dropout: bool):
-    provider = _injection.provider_for(
+  def provider(with_auxiliary: bool, dropout: bool):
+    return _injection.provider_for(
       {
         path: x.rank + with_auxiliary * x.auxiliary_rank
         for path, x in adapters.items()
@@ -353,8 +370,19 @@ def adapt(
       {path: x.scale for path, x in adapters.items()},
       spec.dropout if dropout else 0.0,
     )
-    return host.prepare(provider)
 
+  @functools.cache
+  def prepared(with_auxiliary: bool, dropout: bool):
+    return host.prepare(provider(with_auxiliary, dropout))
+
+  ours = {name for x in adapters.values() for name in x.site.names()}
+  others = set(host.trace(provider(False, False))) - set(shapes) - ours
+  if others:
+    raise ValueError(
+      "Qwix adapts all weights of a module or none; also adapted, and not "
+      f"asked for, would be {_listed('/'.join(p) for p in others)}. Leave "
+      "these modules out with LoraSpec(exclude=...)."
+    )
   return Adapted(spec, host, adapters, shapes, prepared)
 
 
@@ -380,4 +408,5 @@ def _shape(node: Any) -> Any:
 def _listed(names) -> str:
   names = sorted(set(names))
   shown = ", ".join(repr(name) for name in names[:40])
-  return shown + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+  more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+  return shown + more if names else "none"

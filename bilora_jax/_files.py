@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
+import uuid
+import warnings
 
 from flax import traverse_util
 import jax
@@ -57,24 +58,24 @@ def save_adapters(
     "spec": dataclasses.asdict(adapted.spec),
     "scales": scales,
   }
-  text = json.dumps(config, indent=2, sort_keys=True)
+  # In the order of the spec: of its targets, the first that matches counts.
+  text = json.dumps(config, indent=2)
   # The configuration also travels in the tensors' header: the two are one file
   # to a reader, whichever of them was replaced last.
   blob = safetensors.numpy.save(
     {k: np.ascontiguousarray(v) for k, v in jax.device_get(arrays).items()},
     metadata={"bilora_jax": text},
   )
-  _write(folder / _TENSORS, blob)
-  _write(folder / _CONFIG, text.encode() + b"\n")
+  _write_all({folder / _TENSORS: blob, folder / _CONFIG: text.encode() + b"\n"})
 
 
 def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
   """The spec that a folder's adapters were made with.
 
   Raises:
-    ValueError: if the JSON is missing, is not of this format, or too new.
+    ValueError: if a file is missing, is not of this format, or too new.
   """
-  return _spec(pathlib.Path(folder) / _CONFIG, _config(folder))
+  return _spec(pathlib.Path(folder) / _CONFIG, _read(folder)[0])
 
 
 def load_adapters(
@@ -94,7 +95,7 @@ def load_adapters(
       arrays do not fit the model; every mismatch is named.
   """
   folder = pathlib.Path(folder)
-  config = _config(folder)
+  config, arrays = _read(folder)
   spec = _spec(folder / _CONFIG, config)
   if spec != adapted.spec:
     ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
@@ -106,6 +107,26 @@ def load_adapters(
     raise ValueError(
       f"the adapters in {folder} were made with another spec: {differences}."
     )
+  tree: dict[str, Any] = {}
+  for name, scale in config["scales"].items():
+    ends = (f"{name}/a", f"{name}/b")
+    lost = [end for end in ends if end not in arrays]
+    if lost:
+      raise ValueError(f"{folder / _TENSORS} lacks {', '.join(lost)}.")
+    a, b = map(arrays.pop, ends)
+    tree[name] = Factors(a, b, scale)
+  tree |= arrays
+  adapters = traverse_util.unflatten_dict(tree, sep="/")
+  adapted.check(adapters)
+  return adapters
+
+
+def _read(
+  folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The configuration and the arrays in a folder."""
+  folder = pathlib.Path(folder)
+  config = _config(folder / _CONFIG)
   path = folder / _TENSORS
   try:
     with safetensors.safe_open(path, "np") as file:  # pyright: ignore
@@ -117,26 +138,20 @@ def load_adapters(
     raise ValueError(
       f"{path} is not a whole safetensors file: {error}."
     ) from error
+  if header is None:
+    raise ValueError(f"{path} was not written by save_adapters.")
   if header != config:
-    raise ValueError(
-      f"{folder / _CONFIG} is not the configuration that {path} was saved with."
+    # Where a crash came between the two files' replacements, or someone edited
+    # the JSON: the header cannot be of other arrays.
+    warnings.warn(
+      f"{folder / _CONFIG} is not the configuration that {path} was saved "
+      "with; the latter counts.",
+      stacklevel=3,
     )
-  tree: dict[str, Any] = {}
-  for name, scale in config["scales"].items():
-    ends = (f"{name}/a", f"{name}/b")
-    lost = [end for end in ends if end not in arrays]
-    if lost:
-      raise ValueError(f"{path} lacks {', '.join(lost)}.")
-    a, b = map(arrays.pop, ends)
-    tree[name] = Factors(a, b, scale)
-  tree |= arrays
-  adapters = traverse_util.unflatten_dict(tree, sep="/")
-  adapted.check(adapters)
-  return adapters
+  return header, arrays
 
 
-def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  path = pathlib.Path(folder) / _CONFIG
+def _config(path: pathlib.Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_text())
   except FileNotFoundError:
@@ -168,15 +183,20 @@ def _flatten(tree: Any) -> dict[str, Any]:
   )
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write_all(contents: Mapping[pathlib.Path, bytes]) -> None:
+  """Replaces files by what is safely on the disk already."""
+  # Not of `tempfile`, whose files nobody else may read.
+  names = {path: path.with_name(f".{uuid.uuid4().hex}") for path in contents}
   try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(name, path)
+    for path, content in contents.items():
+      with open(names[path], "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    for path, name in names.items():
+      os.replace(name, path)
   except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(name)
+    for name in names.values():
+      with contextlib.suppress(OSError):
+        os.unlink(name)
     raise

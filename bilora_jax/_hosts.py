@@ -86,13 +86,13 @@ class LinenHost:
     model = self._adapted(provider)
 
     def call(variables, new, args, kwargs, *, rngs, mutable, method):
-      self._check_method(method)
       result = model.apply(
         self.replace(variables, new),
         *args,
         rngs=rngs,
         mutable=mutable,
-        method=method,
+        # Not the function itself, that has no adapters.
+        method=self._name(method),
         **kwargs,
       )
       if mutable is False:
@@ -108,13 +108,14 @@ class LinenHost:
       self.model, provider, methods=self.methods
     )
 
-  def _check_method(self, method: Any):
+  def _name(self, method: Any) -> str:
     name = getattr(method, "__name__", method) or "__call__"
     if name not in self.methods:
       raise ValueError(
         f"adapters are active in the methods {list(self.methods)}; got "
         f"{name!r}. Name it in adapt(..., methods=...)."
       )
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,15 @@ class NnxHost:
     return cls(graphdef, abstract, inputs, methods[0])
 
   def trace(self, provider: qwix.QuantizationProvider) -> Flat:
-    return self.parameters(nnx.state(self._adapted(provider)))
+    try:
+      model = self._adapted(provider)
+    except Exception as error:
+      raise ValueError(
+        "the model does not run with its example inputs and room for adapters; "
+        "Qwix cannot make that where layers are under nnx.scan. The error was "
+        f"{type(error).__name__}: {error}."
+      ) from error
+    return self.parameters(nnx.state(model))
 
   def parameters(self, variables: Any) -> Flat:
     return {
@@ -177,9 +186,10 @@ class NnxHost:
     leaves = list(nnx.to_flat_state(abstract))
 
     def call(variables, new, args, kwargs, *, rngs, mutable, method):
-      if method not in (None, self.method):
+      name = getattr(method, "__name__", method) or self.method
+      if name != self.method:
         raise ValueError(
-          f"adapters are active in the method {self.method!r}; got {method!r}."
+          f"adapters are active in the method {self.method!r}; got {name!r}."
         )
       given = {
         _strings(path): leaf.get_raw_value()
@@ -212,8 +222,13 @@ class NnxHost:
     args, kwargs = self.inputs
 
     def build(state, args, kwargs):
+      model = nnx.merge(self.graphdef, state)
+      # NNX and JAX keep the traces of jitted and rematerialised methods; those
+      # of other providers, with other scales, are not to be found.
+      for _, module in nnx.iter_modules(model):
+        module.bilora_provider = provider  # pyright: ignore
       return qwix.apply_lora_to_model(
-        nnx.merge(self.graphdef, state),
+        model,
         provider,
         *args,
         methods=(self.method,),

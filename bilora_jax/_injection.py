@@ -6,11 +6,15 @@ model abstractly; nothing is computed and nothing is allocated.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import inspect
 import math
 import re
 from typing import Any
 
+from flax import linen as nn
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import opt_einsum.parser
 import qwix
 
@@ -18,6 +22,9 @@ import qwix
 # multiply, by the transpose, and an adapter there would miss the look-ups.
 _NOT_ADAPTED = ("embedding",)
 _A, _B = "_lora_a", "_lora_b"
+_TRANSPARENT = ("convert_element_type", "sharding_constraint")
+# Of `flax.linen.Module`, where a model is entered.
+_ENTRIES = ("apply", "init_with_output")
 
 Path = tuple[str, ...]
 Trace = Callable[[qwix.QuantizationProvider], Mapping[Path, Any]]
@@ -91,61 +98,136 @@ class _Use:
   contracted: tuple[int, ...]
   flat: bool
   dtype: Any
+  as_stored: bool
 
 
 class Provider(qwix.LoraProvider):
-  """Qwix's provider, with einsums as products and a record of the uses.
+  """Qwix's provider, with einsums as products, and none in jitted functions.
 
   Qwix 0.1.8 cannot adapt an einsum in Linen (it sets an attribute on a frozen
   module), and refuses one of three operands even in modules that nobody asked
-  to adapt.
+  to adapt. It adapts inside of jitted functions, `@` being one, whose traces
+  JAX keeps: the adapters would then be in every product of these shapes.
   """
 
   def __init__(self, rules: Sequence[qwix.QuantizationRule]):
-    super().__init__(rules=rules)
-    self.uses: dict[str, set[_Use]] = {}
+    def zeros(_, shape, dtype):
+      return jnp.zeros(shape, self._dtype or dtype)
 
-  def dot_general(self, lhs, rhs, dimension_numbers, *args, **kwargs):
-    result = super().dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+    super().__init__(
+      rules=[
+        dataclasses.replace(rule, lora_a_initializer=zeros)
+        if isinstance(rule, qwix.LoraRule)
+        else rule
+        for rule in rules
+      ]
+    )
+    self._dtype: Any = None
+
+  def dot_general(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+  ):
+    args = (lhs, rhs, dimension_numbers, precision, preferred_element_type)
+    if _in_jitted_function():
+      return super(qwix.LoraProvider, self).dot_general(
+        *args,
+        out_sharding=out_sharding,  # pyright: ignore[reportCallIssue]
+      )
+    result = super().dot_general(*args, out_sharding=out_sharding)
     (_, contracted), (_, batch) = dimension_numbers
     self._record("dot_general", lhs, rhs, tuple(batch), tuple(contracted), True)
-    return result
+    # Adapters may compute in more bits than their layer, that is not to show.
+    plain = (
+      jnp.result_type(lhs, rhs) if isinstance(rhs, jax.Array) else lhs.dtype
+    )
+    return result.astype(preferred_element_type or plain)
 
   def einsum(self, einsum_str, *operands, **kwargs):
     rule, _ = self._get_current_rule_and_op_id("einsum", only_rule=True)
     product = _as_product(einsum_str, *operands)
-    if not isinstance(rule, qwix.LoraRule) or product is None:
+    if (
+      not isinstance(rule, qwix.LoraRule)
+      or product is None
+      or _in_jitted_function()
+    ):
       return super(qwix.LoraProvider, self).einsum(
         einsum_str,
         *operands,  # pyright: ignore[reportArgumentType]
         **kwargs,
       )
     dimension_numbers, order = product
-    kept = ("precision", "preferred_element_type")
     result = self.dot_general(
       *operands,
-      dimension_numbers,
-      **{name: kwargs[name] for name in kept if name in kwargs},
+      dimension_numbers,  # pyright: ignore[reportCallIssue]
+      precision=kwargs.get("precision"),
+      preferred_element_type=kwargs.get("preferred_element_type"),
     )
     return result.transpose(order)
 
   def conv_general_dilated(self, lhs, rhs, *args, **kwargs):
     # Of a grouped convolution, the groups would have to divide the rank, and
     # the adapter would not be a product of two factors.
-    if kwargs.get("feature_group_count", 1) > 1:
+    if kwargs.get("feature_group_count", 1) > 1 or _in_jitted_function():
       return super(qwix.LoraProvider, self).conv_general_dilated(
         lhs, rhs, *args, **kwargs
       )
+    # XLA convolves arrays of one dtype, and Qwix asks for the stored kernel's.
+    self._dtype = lhs.dtype
     result = super().conv_general_dilated(lhs, rhs, *args, **kwargs)
+    self._dtype = None
     contracted = tuple(range(len(rhs.shape) - 1))
     self._record("conv_general_dilated", lhs, rhs, (), contracted, False)
     return result
 
   def _record(self, op, lhs, rhs, batch, contracted, flat):
+    """Is told of each product with a weight."""
+
+
+class _Recorder(Provider):
+  """A provider that records how weights are used. It holds on to tracers."""
+
+  def __init__(self, rules: Sequence[qwix.QuantizationRule]):
+    super().__init__(rules)
+    self.uses: dict[str, set[_Use]] = {}
+    self._params: list[Any] = []
+
+  def nn_param(self, *args, **kwargs):
+    param = super().nn_param(*args, **kwargs)
+    self._params.append(param)
+    return param
+
+  def _record(self, op, lhs, rhs, batch, contracted, flat):
     rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
     if isinstance(rule, qwix.LoraRule):
-      use = _Use(tuple(rhs.shape), batch, contracted, flat, lhs.dtype)
+      use = _Use(
+        tuple(rhs.shape),
+        batch,
+        contracted,
+        flat,
+        lhs.dtype,
+        self._is_as_stored(rhs),
+      )
       self.uses.setdefault(rule.module_path, set()).add(use)
+
+  def _is_as_stored(self, weight: Any) -> bool:
+    """Whether nothing but casts is between a traced weight and its parameter.
+
+    Qwix follows a tracer back to a parameter, through transposes too.
+    """
+    while not any(weight is param for param in self._params):
+      parent = getattr(weight, "parent", None)
+      if parent is None or not parent.in_tracers:
+        return True
+      if parent.primitive.name not in _TRANSPARENT:
+        return False
+      weight = parent.in_tracers[0]
+    return True
 
 
 def find_sites(trace: Trace) -> tuple[dict[Path, Site], set[Path]]:
@@ -169,7 +251,7 @@ def find_sites(trace: Trace) -> tuple[dict[Path, Site], set[Path]]:
   weights = [path for path in weights if path[-1] not in _NOT_ADAPTED]
   # A rule for each module, so that its uses are recorded under its own name.
   modules = dict.fromkeys(re.escape("/".join(path[:-1])) for path in weights)
-  provider = Provider(
+  provider = _Recorder(
     [qwix.LoraRule(module_path=m, rank=1, alpha=1.0) for m in modules]
   )
   shapes = trace(provider)
@@ -182,7 +264,11 @@ def find_sites(trace: Trace) -> tuple[dict[Path, Site], set[Path]]:
       if site is not None
       and [shapes[name].shape for name in site.names()] == site.leaf_shapes(1)
     }
-    if len(fitting) == 1:
+    altered = any(
+      not use.as_stored and shapes[path].shape[-len(use.shape) :] == use.shape
+      for use in uses
+    )
+    if len(fitting) == 1 and not altered:
       sites[path] = fitting.pop()
   return sites, set(weights) - set(sites)
 
@@ -235,6 +321,24 @@ def _site(path: Path, shape: tuple[int, ...], use: _Use) -> Site | None:
     flat=use.flat,
     dtype=use.dtype,
   )
+
+
+def _in_jitted_function() -> bool:
+  """Whether JAX traces a jitted function that the model called.
+
+  A jitted method of an NNX module is none: its trace is the module's own.
+  """
+  frame = inspect.currentframe()
+  jitted = False
+  while frame is not None:
+    module = frame.f_locals.get("self")
+    if isinstance(module, nnx.Module) or (
+      isinstance(module, nn.Module) and frame.f_code.co_name in _ENTRIES
+    ):
+      return jitted
+    jitted |= frame.f_code.co_filename.endswith("pjit.py")
+    frame = frame.f_back
+  return False
 
 
 def _as_product(einsum_str: str, *operands: Any):

@@ -32,7 +32,8 @@ class LoraSpec:
     dropout: rate at the input of the adapters; active where `apply` is given a
       `dropout` rng.
     dtype: the name of the dtype that adapters compute in, as 'bfloat16'; None
-      for that of the layer they adapt. They are stored in float32 always.
+      for that of the layer they adapt, which those of convolutions keep. They
+      are stored in float32 always.
 
   Raises:
     ValueError: if a rank, alpha, dropout, pattern or dtype is out of bounds.
@@ -53,7 +54,7 @@ class LoraSpec:
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
     if self.dtype is not None:
-      _check_float(self.dtype)
+      object.__setattr__(self, "dtype", _float_name(self.dtype))
     if not self.targets:
       raise ValueError("targets is empty: it must name a module to adapt.")
     if not isinstance(self.targets, str | Mapping):
@@ -64,6 +65,11 @@ class LoraSpec:
     elif isinstance(self.targets, Mapping):
       patterns.extend(self.targets)
       for pattern, overrides in self.targets.items():
+        if not isinstance(overrides, Mapping):
+          raise ValueError(
+            "a mapping of targets goes from patterns to what differs there, "
+            f"as {{'rank': 4}}; got {overrides!r} for {pattern!r}."
+          )
         unknown = sorted(set(overrides) - set(_OVERRIDES))
         if unknown:
           raise ValueError(
@@ -74,7 +80,7 @@ class LoraSpec:
     for pattern in patterns:
       try:
         re.compile(pattern)
-      except re.error as error:
+      except (re.error, TypeError) as error:
         raise ValueError(
           f"{pattern!r} is not a regular expression: {error}."
         ) from error
@@ -128,13 +134,14 @@ def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):
     raise ValueError(f"alpha is a positive number; got {alpha!r}{where}.")
 
 
-def _check_float(name: str):
+def _float_name(dtype: Any) -> str:
   try:
-    floating = jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    found = jnp.dtype(dtype)
   except TypeError:
-    floating = False
-  if not floating:
+    found = None
+  if found is None or not jnp.issubdtype(found, jnp.floating):
     raise ValueError(
       "dtype is the name of a floating-point dtype, as 'bfloat16'; got "
-      f"{name!r}."
+      f"{dtype!r}."
     )
+  return found.name

@@ -85,7 +85,10 @@ def keep_in_frobenius_ball(
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
     if params is None:
-      raise ValueError(optax.NO_PARAMS_MSG)  # pyright: ignore
+      raise ValueError(
+        "keep_in_frobenius_ball needs params, the third argument of update; "
+        "got None."
+      )
     radius = jnp.asarray(
       rho(state.count) if callable(rho) else rho, jnp.float32
     )

@@ -1,0 +1,16 @@
+"""Eight virtual CPU devices, and compilations kept between runs."""
+
+import pathlib
+
+import jax
+
+_REPOSITORY = pathlib.Path(__file__).parent.parent
+
+# Before anything touches a device: pmap, shard_map and meshes need several.
+jax.config.update("jax_num_cpu_devices", 8)
+# The suite is mostly compilation. `.cache` is ignored by git.
+jax.config.update(
+  "jax_compilation_cache_dir", str(_REPOSITORY / ".cache" / "jax")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
