@@ -60,8 +60,8 @@ def main() -> None:
         method: [run["validation"] for run in runs]
         for method, runs in found.items()
       },
-      "median_step_seconds": {
-        method: [run["median_step_seconds"] for run in runs]
+      "test_loss": {
+        method: [run["test"]["loss"] for run in runs]
         for method, runs in found.items()
       },
     }
