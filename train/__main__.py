@@ -52,7 +52,8 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
     default = config_lib.preset(known.preset)
   elif known.from_run:
     default = config_lib.from_run(known.from_run)
-    repeat = known.from_run.with_name(known.from_run.name + "-repeat")
+    old = known.from_run.absolute()
+    repeat = old.with_name(old.name + "-repeat")
     default = dataclasses.replace(default, run_dir=str(repeat))
   return tyro.cli(
     config_lib.Config,

@@ -5,7 +5,8 @@ import difflib
 import json
 import math
 import pathlib
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args, get_origin
 
 from train.errors import UsageError
 
@@ -144,6 +145,12 @@ def check(config: Config) -> None:
       raise UsageError(
         f"{_option(name)} is in [{low:g}, {high:g}); got {value}."
       )
+  try:
+    re.compile(config.targets)
+  except re.error as error:
+    raise UsageError(
+      f"--targets is a regular expression; got {config.targets!r}: {error}."
+    ) from error
 
 
 def preset(name: str) -> Config:
@@ -176,9 +183,12 @@ def from_run(folder: pathlib.Path) -> Config:
     raise UsageError(f"{folder} is not a run: {path} is missing.") from None
   except (OSError, ValueError) as error:
     raise UsageError(f"{path} cannot be read: {error}.") from error
-  names = {field.name for field in dataclasses.fields(Config)}
-  if not isinstance(fields, dict) or not set(fields) <= names:
+  kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+  if not isinstance(fields, dict) or not set(fields) <= set(kinds):
     raise UsageError(f"{path} is not a configuration of this version.")
+  for name, value in fields.items():
+    if not _is(value, kinds[name]):
+      raise UsageError(f"{path} has {name} = {value!r}, which cannot be.")
   return Config(**fields)
 
 
@@ -191,6 +201,13 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     for name in ours
     if name not in neutral and ours[name] != theirs[name]
   }
+
+
+def _is(value: Any, kind: Any) -> bool:
+  if get_origin(kind) is Literal:
+    return value in get_args(kind)
+  # Not isinstance: to JSON, true is no number.
+  return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _option(name: str) -> str:

@@ -1,15 +1,23 @@
 """What a run writes down as it goes: JSONL, TensorBoard, and the terminal."""
 
 from collections.abc import Mapping
+import contextlib
 import json
 import os
 import pathlib
 import sys
+import time
 from typing import Any
 
 from rich import console as rich_console
 from rich import progress as rich_progress
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
+
+from train.errors import RunError, UsageError
+
+# Its classes are made as it is imported.
+_events: Any = event_pb2
 
 
 class Journal:
@@ -20,13 +28,12 @@ class Journal:
   """
 
   def __init__(self, folder: pathlib.Path, step: int, total: int):
+    self._folder = folder
     path = folder / "metrics.jsonl"
     kept = [row for row in read(folder) if row["step"] <= step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     self._file = path.open("a", buffering=1)
-    self._board = tensorboardX.SummaryWriter(
-      str(folder / "tensorboard"), purge_step=step + 1
-    )
+    self._board = _Board(folder / "tensorboard", step + 1)
     self._console = rich_console.Console(stderr=False)
     self._bar = None
     if sys.stdout.isatty():
@@ -42,11 +49,20 @@ class Journal:
       self._bar.start()
 
   def log(self, step: int, **values: float | None) -> None:
-    """Writes scalars of a step; those that are None are left out."""
+    """Writes scalars of a step; those that are None are left out.
+
+    Raises:
+      RunError: if they cannot be written.
+    """
     known = {k: v for k, v in values.items() if v is not None}
-    self._file.write(json.dumps({"step": step, **known}) + "\n")
-    for name, value in known.items():
-      self._board.add_scalar(name, value, step)
+    try:
+      self._file.write(json.dumps({"step": step, **known}) + "\n")
+      self._board.write(step, known)
+    except OSError as error:
+      raise RunError(
+        f"the metrics of step {step} could not be written to {self._folder}: "
+        f"{error.strerror}. The same command resumes."
+      ) from error
     text = "  ".join(f"{name} {value:.4g}" for name, value in known.items())
     if self._bar is not None and "validation_loss" not in known:
       self._bar.update(self._task, text=text)
@@ -60,21 +76,52 @@ class Journal:
 
   def say(self, sentence: str) -> None:
     """Prints a line above the progress bar."""
-    self._console.print(sentence, highlight=False, soft_wrap=True)
+    self._console.print(
+      sentence, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
   def close(self) -> None:
-    """Flushes the files and ends the progress bar."""
+    """Closes the files and ends the progress bar."""
     if self._bar is not None:
       self._bar.stop()
-    self._file.close()
-    self._board.close()
+    # Each line went out as it came; what is left is one that `log` refused.
+    for file in (self._file, self._board):
+      with contextlib.suppress(OSError):
+        file.close()
+
+
+class _Board:
+  """An event file of TensorBoard, that forgets what others have from a step on.
+
+  tensorboardX's own SummaryWriter writes in a thread, which dies of a full
+  disk; then its queue fills up, and the run hangs.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    folder.mkdir(exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / "events"), f".{step}"
+    )
+    start = _events.SessionLog(status=_events.SessionLog.START)
+    self._add(step=step, session_log=start)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._add(step=step, summary=summary.scalar(name, value))
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _add(self, **fields: Any) -> None:
+    self._writer.write_event(_events.Event(wall_time=time.time(), **fields))
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a run's `metrics.jsonl`; a last line cut by a kill is left out.
 
   Raises:
-    ValueError: if another line than the last is no JSON.
+    UsageError: if another line than the last is no JSON.
   """
   path = folder / "metrics.jsonl"
   if not path.exists():
@@ -86,7 +133,9 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
       rows.append(json.loads(line))
     except ValueError as error:
       if number < len(lines):
-        raise ValueError(f"{path}, line {number}, is no JSON.") from error
+        raise UsageError(
+          f"{path}, line {number}, is no JSON: {error}."
+        ) from error
   return rows
 
 

@@ -1,6 +1,7 @@
 """A run from its configuration to its report."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -113,6 +114,8 @@ def prepare(config: Config) -> Prepared:
       config.epochs * steps_per_epoch,
     )
   except (ValueError, RuntimeError) as error:
+    with contextlib.suppress(OSError):
+      folder.rmdir()  # if it was made for this run, and is empty
     raise UsageError(str(error)) from error
   journal_lib.write_atomically(
     folder / "config.json", config_lib.to_json(config)
@@ -168,11 +171,18 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         at += 1
         journal.advance(at)
         window.add(metrics)
-        if at % config.log_every == 0 or at == prepared.steps:
+        last = at == prepared.steps
+        # Read once: the signal may come at any moment of the step.
+        interrupted = interruption.asked
+        logs = last or at % config.log_every == 0
+        saves = last or interrupted or at % config.checkpoint_every == 0
+        if logs or saves:
+          # Before the save: a run that stops here must not resume beyond.
+          _check_finite(config, at, window.fresh(), journal)
+        if logs:
           rows, times = window.close(at)
-          _check_finite(config, at, rows, journal)
           journal.log(at, **_means(method, rows), **times)
-        if at % _eval_every(prepared) == 0 or at == prepared.steps:
+        if last or at % _eval_every(prepared) == 0:
           found = predict(method.evaluated(state.trained), "validation")
           metric = found.metrics[prepared.task.metrics[0]]
           journal.log(
@@ -184,12 +194,11 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
             best = {"metric": metric, "step": at}
             checkpoints.save_best(at, method.evaluated(state.trained))
           window.spoil()
-        due = at % config.checkpoint_every == 0 or at == prepared.steps
-        if due or interruption.asked:
+        if saves:
           checkpoints.save_last(
             at, state, {"iterator": batches.get_state(), "best": best}
           )
-        if interruption.asked and at < prepared.steps:
+        if interrupted and not last:
           checkpoints.wait()
           journal.say(
             f"interrupted after step {at}, which is saved; the same command "
@@ -197,7 +206,7 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
           )
           return None
     checkpoints.wait()
-    evaluated = checkpoints.best(method.evaluated(state.trained))
+    evaluated = checkpoints.best(best["step"], method.evaluated(state.trained))
     return _finish(prepared, command, evaluated, best, predict, journal)
   finally:
     journal.close()
@@ -249,12 +258,8 @@ def _finish(
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.variables),
     "steps": prepared.steps,
-    "median_step_seconds": statistics.median(
-      [row["step_seconds"] for row in windows] or [math.nan]
-    ),
-    "median_tokens_per_second": statistics.median(
-      [row["tokens_per_second"] for row in windows] or [math.nan]
-    ),
+    "median_step_seconds": _median(windows, "step_seconds"),
+    "median_tokens_per_second": _median(windows, "tokens_per_second"),
     "peak_host_memory_gib": _peak_memory_gib(),
     "machine": _machine(),
     "date": time.strftime("%Y-%m-%d"),
@@ -291,9 +296,16 @@ class _Window:
     self._at = at
     # Kept on the device, so that steps are dispatched ahead.
     self._rows: list[step.Metrics] = []
+    self._seen = 0
 
   def add(self, metrics: step.Metrics) -> None:
     self._rows.append(metrics)
+
+  def fresh(self) -> list[step.Metrics]:
+    """The metrics of the steps since it was last called."""
+    rows = jax.device_get(self._rows[self._seen :])
+    self._seen = len(self._rows)
+    return rows
 
   def spoil(self) -> None:
     """Leaves the time out: something else took some of it."""
@@ -427,6 +439,10 @@ def _opening(prepared: Prepared, trained: Any) -> str:
     f"{config.method} on {config.task}: rows {rows}; trained parameters: "
     f"{counts}; base {_count(prepared.variables):,}; {prepared.steps} steps"
   )
+
+
+def _median(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+  return statistics.median([row[name] for row in rows]) if rows else None
 
 
 def _results(found: evaluate.Evaluation) -> dict[str, Any]:

@@ -75,8 +75,9 @@ def _markdown(found: dict[str, Any]) -> str:
     "|---|---|",
     f"| parameters kept after training | {trained:,} of {base:,} |",
     f"| steps | {found['steps']} |",
-    f"| median step | {found['median_step_seconds']:.3f} s |",
-    f"| median speed | {found['median_tokens_per_second']:,.0f} tokens/s |",
+    f"| median step | {_known(found['median_step_seconds'], '.3f')} s |",
+    "| median speed | "
+    f"{_known(found['median_tokens_per_second'], ',.0f')} tokens/s |",
     f"| peak host memory | {found['peak_host_memory_gib']:.2f} GiB |",
   ]
   return "\n".join(
@@ -102,6 +103,10 @@ def _markdown(found: dict[str, Any]) -> str:
       "",
     ]
   )
+
+
+def _known(value: float | None, form: str) -> str:
+  return "unknown" if value is None else format(value, form)
 
 
 def _plot(rows, found: dict[str, Any], path: pathlib.Path) -> None:

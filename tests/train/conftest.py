@@ -1,0 +1,229 @@
+"""A tiny BERT in Hugging Face's format, its data, and runs of the program."""
+
+import collections
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from train import __main__ as program
+from train import config as config_lib
+from train import loop, step, tasks
+from train.tasks import hashing, movie_reviews, pipeline, prepare
+
+_REPOSITORY = pathlib.Path(__file__).parents[2]
+# One layer: most of the time goes to compilation, by the layer.
+_WIDTH, _INNER, _LAYERS, _POSITIONS = 16, 32, 1, 32
+
+Run = Callable[..., int]
+Spawn = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture(scope="session")
+def snippets() -> list[movie_reviews.Snippet]:
+  """Few enough that an evaluation takes no time, from all of the file."""
+  return movie_reviews.read()[::40]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+  tmp_path_factory: pytest.TempPathFactory,
+  snippets: list[movie_reviews.Snippet],
+) -> pathlib.Path:
+  """A folder with config.json, model.safetensors and tokenizer.json."""
+  folder = tmp_path_factory.mktemp("tiny")
+  words = collections.Counter(
+    word
+    for snippet in snippets
+    for word in hashing.normalise(snippet.sentence).split()
+  )
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+  vocabulary = special + [word for word, _ in words.most_common(500)]
+  ids = {word: i for i, word in enumerate(vocabulary)}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, "[UNK]"))
+  tokenizer.normalizer = normalizers.BertNormalizer()
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  tokenizer.post_processor = processors.BertProcessing(
+    ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
+  )
+  tokenizer.save(str(folder / "tokenizer.json"))
+  sizes = {
+    "model_type": "bert",
+    "vocab_size": len(vocabulary),
+    "hidden_size": _WIDTH,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": _INNER,
+    "max_position_embeddings": _POSITIONS,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+  }
+  (folder / "config.json").write_text(json.dumps(sizes))
+  safetensors.numpy.save_file(
+    _tensors(len(vocabulary)), folder / "model.safetensors"
+  )
+  return folder
+
+
+def _tensors(vocabulary: int) -> dict[str, np.ndarray]:
+  draws = np.random.default_rng(0)
+
+  def normal(*shape: int) -> np.ndarray:
+    return draws.normal(0, 0.3, shape).astype(np.float32)
+
+  tensors = {
+    "embeddings.word_embeddings.weight": normal(vocabulary, _WIDTH),
+    "embeddings.position_embeddings.weight": normal(_POSITIONS, _WIDTH),
+    "embeddings.token_type_embeddings.weight": normal(2, _WIDTH),
+  }
+  norms = ["embeddings"]
+  for i in range(_LAYERS):
+    layer = f"encoder.layer.{i}"
+    for name, out, into in (
+      ("attention.self.query", _WIDTH, _WIDTH),
+      ("attention.self.key", _WIDTH, _WIDTH),
+      ("attention.self.value", _WIDTH, _WIDTH),
+      ("attention.output.dense", _WIDTH, _WIDTH),
+      ("intermediate.dense", _INNER, _WIDTH),
+      ("output.dense", _WIDTH, _INNER),
+    ):
+      tensors[f"{layer}.{name}.weight"] = normal(out, into)
+      tensors[f"{layer}.{name}.bias"] = normal(out)
+    norms += [f"{layer}.attention.output", f"{layer}.output"]
+  for norm in norms:
+    tensors[f"{norm}.LayerNorm.weight"] = np.ones(_WIDTH, np.float32)
+    tensors[f"{norm}.LayerNorm.bias"] = np.zeros(_WIDTH, np.float32)
+  return tensors
+
+
+@pytest.fixture(scope="session")
+def data_dir(
+  tmp_path_factory: pytest.TempPathFactory,
+  snippets: list[movie_reviews.Snippet],
+) -> pathlib.Path:
+  """The snippets task, prepared once, of few rows."""
+  folder = tmp_path_factory.mktemp("data")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(movie_reviews, "read", lambda: snippets)
+    patch.setattr(movie_reviews, "TRAIN_ROWS", 128)
+    patch.setattr(movie_reviews, "VALIDATION_ROWS", 32)
+    prepare.open_stored(tasks.get("snippets"), "train", folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def options(tiny_model: pathlib.Path, data_dir: pathlib.Path) -> list[str]:
+  """Of a run of 24 steps on the tiny model; later options win."""
+  return [
+    *("--model", str(tiny_model), "--data-dir", str(data_dir)),
+    *("--train-rows", "64", "--batch-size", "8", "--max-length", "16"),
+    *("--rank", "4", "--auxiliary-rank", "4", "--learning-rate", "0.01"),
+    *("--checkpoint-every", "5", "--eval-every", "4", "--log-every", "3"),
+    # Whoever runs the tests says where compilations are kept.
+    *("--group-by-length", "2", "--no-compilation-cache"),
+  ]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(options: list[str]) -> config_lib.Config:
+  return program.parse(options)
+
+
+@pytest.fixture(scope="session")
+def run(options: list[str]) -> Run:
+  """Runs the program in this process; `run(folder, *options)`."""
+
+  def run_here(folder: pathlib.Path, *more: str) -> int:
+    return program.main([*options, "--run-dir", str(folder), *more])
+
+  return run_here
+
+
+@pytest.fixture(scope="session")
+def spawn(options: list[str], tmp_path_factory) -> Spawn:
+  """Starts the program in a process; `spawn(folder, *options, driver="")`.
+
+  A driver is Python that is run before the program.
+  """
+  cache = tmp_path_factory.mktemp("compiled")
+  environment = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONUNBUFFERED": "1",
+  }
+
+  def start(
+    folder: pathlib.Path, *more: str, driver: str = ""
+  ) -> subprocess.Popen:
+    arguments = [*options, "--run-dir", str(folder), *more]
+    main = "import sys; from train.__main__ import main; sys.exit(main())"
+    start = ["-c", f"{driver}\n{main}"] if driver else ["-m", "train"]
+    return subprocess.Popen(
+      [sys.executable, *start, *arguments],
+      cwd=_REPOSITORY,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, run: Run):
+  """The folder of a finished Bi-LoRA run; not to be written to."""
+  folder = tmp_path_factory.mktemp("finished") / "run"
+  assert run(folder) == 0
+  return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(
+  tmp_path_factory: pytest.TempPathFactory, tiny_config: config_lib.Config
+) -> Callable[..., loop.Prepared]:
+  """All that is there before the first step; `prepared(**fields)`."""
+
+  @functools.cache
+  def prepare_run(**fields: Any) -> loop.Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    return loop.prepare(
+      dataclasses.replace(tiny_config, run_dir=str(folder), **fields)
+    )
+
+  return prepare_run
+
+
+@pytest.fixture(scope="session")
+def train_step(
+  prepared: Callable[..., loop.Prepared],
+) -> Callable[..., Callable[..., Any]]:
+  """The compiled step of `prepared(**fields)`; `train_step(**fields)`."""
+
+  @functools.cache
+  def make(**fields: Any) -> Callable[..., Any]:
+    return step.make_train_step(prepared(**fields).method, jax.random.key(1))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def batch(prepared: Callable[..., loop.Prepared]) -> pipeline.Batch:
+  """The first training batch."""
+  ready = prepared()
+  batches = pipeline.train_batches(
+    ready.examples["train"], 8, ready.config.seed, pad_id=ready.pad_id
+  )
+  return next(batches)

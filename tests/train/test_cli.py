@@ -1,0 +1,196 @@
+"""The command line: what it explains, what it refuses, what it repeats."""
+
+import ast
+import dataclasses
+import gzip
+import inspect
+import itertools
+import json
+import pathlib
+import re
+import shutil
+
+import pytest
+from runs import assert_same_outcome, files
+
+from train import __main__ as program
+from train import config as config_lib
+from train.tasks import movie_reviews
+
+
+def _documented() -> dict[str, str]:
+  """The text below each field in the source of `Config`."""
+  body = ast.parse(inspect.getsource(config_lib.Config)).body[0].body
+  return {
+    field.target.id: inspect.cleandoc(text.value.value)
+    for field, text in itertools.pairwise(body)
+    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+  }
+
+
+def test_help_explains_every_field(capsys):
+  with pytest.raises(SystemExit) as end:
+    program.main(["--help"])
+  assert end.value.code == 0
+  shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+  documented = _documented()
+  for field in dataclasses.fields(config_lib.Config):
+    option = "--" + field.name.replace("_", "-")
+    words = " ".join(documented[field.name].split()[:4])
+    # Boolean options stand as --name, --no-name.
+    assert re.search(rf"{option}\b.*{re.escape(words)}", shown), option
+
+
+def test_help_names_the_presets(capsys):
+  with pytest.raises(SystemExit):
+    program.main(["--help"])
+  shown = capsys.readouterr().out
+  for name in ("--preset", "--from-run", *config_lib.PRESETS):
+    assert name in shown
+
+
+def test_without_options_it_is_the_first_preset():
+  first = next(iter(config_lib.PRESETS.values()))
+  assert program.parse([]) == first
+
+
+@pytest.mark.parametrize("name", config_lib.PRESETS)
+def test_options_change_what_a_preset_sets(name):
+  preset = config_lib.PRESETS[name]
+  assert program.parse(["--preset", name]) == preset
+  changed = program.parse(["--seed", "7", f"--preset={name}"])
+  assert changed == dataclasses.replace(preset, seed=7)
+
+
+def _sentence(capsys: pytest.CaptureFixture[str]) -> str:
+  """The one line on stderr."""
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1
+  assert lines[0].startswith("error: ")
+  return lines[0]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "parts"),
+  [
+    (["--preset", "nippets"], ["preset", "'nippets'", "snippets-lora"]),
+    (["--preset", "snippets", "--from-run", "x"], ["--preset", "--from-run"]),
+    (["--from-run", "absent"], ["absent", "config.json"]),
+    (["--rank", "0"], ["--rank", "at least 1", "got 0"]),
+    (["--rho", "-1"], ["--rho", "[0, inf)", "got -1.0"]),
+    (["--rho", "nan"], ["--rho", "[0, inf)", "got nan"]),
+    (["--task", "nothing"], ["task", "'nothing'", "snippets", "glue/rte"]),
+    (["--targets", "nothing"], ["targets", "'nothing'", "layer_0/query"]),
+    (["--targets", "("], ["targets", "'('"]),
+    (["--model", "absent"], ["'absent'", "minilm"]),
+    (["--train-rows", "4"], ["4 rows", "batch of 8"]),
+    (["--train-rows", "129"], ["129", "128 rows in train"]),
+  ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+  run, tmp_path, capsys, monkeypatch, arguments, parts
+):
+  monkeypatch.chdir(tmp_path)
+  assert run(tmp_path / "run", *arguments) == 2
+  sentence = _sentence(capsys)
+  for part in parts:
+    assert part in sentence
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "parts"),
+  [
+    (["--method", "magic"], ["--method", "magic", "bilora", "lora", "full"]),
+    (["--rank", "eight"], ["--rank", "eight"]),
+    (["--colour", "blue"], ["--colour"]),
+  ],
+)
+def test_what_cannot_be_parsed_is_named(capsys, arguments, parts):
+  with pytest.raises(SystemExit) as end:
+    program.main(arguments)
+  assert end.value.code == 2
+  shown = capsys.readouterr().err
+  for part in parts:
+    assert part in shown
+
+
+def test_a_cut_weights_file_is_named(run, tiny_model, tmp_path, capsys):
+  model = shutil.copytree(tiny_model, tmp_path / "model")
+  weights = model / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-100])
+  assert run(tmp_path / "run", "--model", str(model)) == 2
+  sentence = _sentence(capsys)
+  assert str(weights) in sentence
+  assert "not a whole safetensors file" in sentence
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_line_of_data_is_named(run, tmp_path, capsys, monkeypatch):
+  data = tmp_path / "reviews.tsv.gz"
+  data.write_bytes(gzip.compress(b"1\t2.5\tA joy\n2\tgreat\tA joy too\n"))
+  monkeypatch.setattr(movie_reviews.read, "__defaults__", (data,))
+  code = run(tmp_path / "run", "--data-dir", str(tmp_path / "prepared"))
+  assert code == 2
+  sentence = _sentence(capsys)
+  for part in (f"{data}, line 2", "'great'", "from -4 to 4"):
+    assert part in sentence
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_below_a_file_cannot_be_a_run(run, tmp_path, capsys):
+  (tmp_path / "file").write_text("mine")
+  assert run(tmp_path / "file" / "run") == 2
+  sentence = _sentence(capsys)
+  assert f"{tmp_path / 'file' / 'run'} cannot be written" in sentence
+  assert files(tmp_path) == {"file": b"mine"}
+
+
+def test_a_run_of_another_spec_is_refused_and_left_as_it_is(
+  run, finished, tmp_path, capsys
+):
+  folder = shutil.copytree(finished, tmp_path / "run")
+  assert run(folder, "--rank", "3", "--seed", "1") == 2
+  sentence = _sentence(capsys)
+  for part in (str(folder), "rank is 4 there and 3 here", "--run-dir"):
+    assert part in sentence
+  assert "seed is 0 there and 1 here" in sentence
+  assert files(folder) == files(finished)
+
+
+def test_checkpoints_of_another_spec_are_refused_and_left_as_they_are(
+  run, finished, tmp_path, capsys
+):
+  folder = tmp_path / "run"
+  shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+  assert run(folder, "--rank", "3") == 2
+  sentence = _sentence(capsys)
+  assert f"{folder / 'checkpoints' / 'last' / '24'} does not fit" in sentence
+  assert files(folder / "checkpoints") == files(finished / "checkpoints")
+
+
+def test_a_run_keeps_the_configuration_it_was_made_with(finished, tiny_config):
+  kept = config_lib.from_run(finished)
+  assert kept == dataclasses.replace(tiny_config, run_dir=str(finished))
+
+
+def test_from_run_repeats_a_run_bit_for_bit(finished, tmp_path):
+  folder = tmp_path / "first"
+  folder.mkdir()
+  shutil.copy(finished / "config.json", folder)
+  assert program.main(["--from-run", str(folder)]) == 0
+  assert_same_outcome(finished, tmp_path / "first-repeat")
+  kept = json.loads((tmp_path / "first-repeat" / "config.json").read_text())
+  ours = json.loads((finished / "config.json").read_text())
+  assert kept == ours | {"run_dir": str(tmp_path / "first-repeat")}
+
+
+@pytest.mark.parametrize("here", [".", "../first", "../first/"])
+def test_from_run_takes_any_path_to_a_folder(tmp_path, monkeypatch, here):
+  folder = tmp_path / "first"
+  folder.mkdir()
+  (folder / "config.json").write_text(config_lib.to_json(config_lib.Config()))
+  monkeypatch.chdir(folder)
+  repeat = pathlib.Path(program.parse(["--from-run", here]).run_dir)
+  assert repeat.name == "first-repeat"
+  assert repeat.resolve().parent == tmp_path.resolve()

@@ -1,0 +1,132 @@
+"""The configuration: its checks, its JSON form, its presets."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
+
+from train import config as config_lib
+from train.config import Config
+from train.errors import UsageError
+
+
+@pytest.mark.parametrize(
+  ("name", "wrong", "allowed"),
+  [
+    ("rank", 0, "at least 1"),
+    ("auxiliary_rank", 0, "at least 1"),
+    ("epochs", 0, "at least 1"),
+    ("batch_size", 0, "at least 1"),
+    ("max_length", 2, "at least 3"),
+    ("train_rows", -1, "at least 0"),
+    ("group_by_length", -1, "at least 0"),
+    ("eval_every", -1, "at least 0"),
+    ("checkpoint_every", 0, "at least 1"),
+    ("log_every", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
+    ("rho", -0.1, "[0, inf)"),
+    ("rho", math.nan, "[0, inf)"),
+    ("alpha", -1.0, "[0, inf)"),
+    ("learning_rate", math.inf, "[0, inf)"),
+    ("weight_decay", -1.0, "[0, inf)"),
+    ("max_grad_norm", -1.0, "[0, inf)"),
+    ("warmup_ratio", 1.0, "[0, 1)"),
+    ("dropout", 1.0, "[0, 1)"),
+  ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
+  config = dataclasses.replace(Config(), **{name: wrong})
+  with pytest.raises(UsageError) as error:
+    config_lib.check(config)
+  option = "--" + name.replace("_", "-")
+  for part in (option, str(wrong), allowed):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", config_lib.PRESETS)
+def test_presets_pass_their_own_check(name):
+  config_lib.check(config_lib.preset(name))
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+  with pytest.raises(UsageError, match=r"'snippet-lora'.*snippets-lora"):
+    config_lib.preset("snippet-lora")
+
+
+@given(
+  st.builds(
+    Config,
+    rho=st.floats(0, 1e6),
+    learning_rate=st.floats(0, 1),
+    targets=st.text(),
+    run_dir=st.text(),
+    rank=st.integers(1, 2**40),
+    baseline=st.booleans(),
+  )
+)
+def test_json_keeps_every_field(tmp_path_factory, config):
+  folder = tmp_path_factory.getbasetemp() / "json"
+  folder.mkdir(exist_ok=True)
+  (folder / "config.json").write_text(config_lib.to_json(config))
+  assert config_lib.from_run(folder) == config
+
+
+def test_a_folder_without_a_configuration_is_no_run(tmp_path):
+  with pytest.raises(UsageError, match=r"is not a run: .*config\.json"):
+    config_lib.from_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    '{"rank": 8',
+    "[]",
+    '{"colour": "blue"}',
+    '{"rank": "8"}',
+    '{"rank": null}',
+    '{"baseline": 1}',
+    '{"method": "magic"}',
+  ],
+)
+def test_a_configuration_that_cannot_be_is_refused_by_name(tmp_path, text):
+  path = tmp_path / "config.json"
+  path.write_text(text)
+  with pytest.raises(UsageError) as error:
+    config_lib.from_run(tmp_path)
+  assert str(path) in str(error.value)
+
+
+def test_a_whole_number_does_for_a_fraction(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"rho": 1}))
+  assert config_lib.from_run(tmp_path).rho == 1.0
+
+
+def test_differences_are_those_that_change_the_numbers():
+  old = Config()
+  new = dataclasses.replace(
+    old,
+    rank=4,
+    seed=3,
+    run_dir="a",
+    data_dir="b",
+    log_every=1,
+    compilation_cache=False,
+  )
+  assert config_lib.differences(old, new) == {"rank": (8, 4), "seed": (0, 3)}
+
+
+@pytest.mark.parametrize(
+  ("config", "folder"),
+  [
+    (Config(), "runs/snippets-bilora-seed0"),
+    (Config(task="glue/rte", seed=2), "runs/glue-rte-bilora-seed2"),
+    (Config(run_dir="here"), "here"),
+  ],
+)
+def test_a_run_has_a_folder_of_its_own(config, folder):
+  assert config.folder() == pathlib.Path(folder)

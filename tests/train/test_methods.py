@@ -1,0 +1,152 @@
+"""The methods: each learns, and only what it says is trained or evaluated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import methods, step
+
+METHODS = ("lora", "bilora", "full")
+
+
+@pytest.fixture
+def train(prepared, train_step, batch):
+  """Steps on one batch to the state after, and the loss that each met."""
+
+  def run(steps, **fields):
+    ready, next_state = prepared(**fields), train_step(**fields)
+    state = step.init(ready.method, jax.random.key(0), ready.variables)
+    losses = []
+    for _ in range(steps):
+      state, metrics = next_state(ready.variables, state, batch)
+      losses.append(float(metrics.loss))
+    return state, losses
+
+  return run
+
+
+def _same(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_on_a_batch_falls_and_the_base_stays(prepared, train, method):
+  ready = prepared(method=method)
+  base = jax.tree.map(np.array, ready.variables)
+  _, losses = train(20, method=method)
+  # From about ln 2; a step of the schedule is too small for less than a tenth.
+  assert losses[-1] < 0.9 * losses[0]
+  _same(ready.variables, base)
+
+
+def test_with_a_ball_of_no_size_bilora_is_lora(train):
+  lora, bilora = (
+    state.trained for state, _ in (train(20, method="lora"), train(20, rho=0.0))
+  )
+  for part in ("primary", "extra"):
+    for x, y in zip(jax.tree.leaves(lora[part]), jax.tree.leaves(bilora[part])):
+      # The products of a wider pair may be summed in another order.
+      np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+
+
+def test_with_a_ball_of_some_size_bilora_is_not_lora(train):
+  lora, _ = train(20, method="lora")
+  bilora, _ = train(20, method="bilora")
+  apart = jax.tree.map(
+    lambda x, y: jnp.max(jnp.abs(x - y)),
+    lora.trained["primary"],
+    bilora.trained["primary"],
+  )
+  assert max(jax.tree.leaves(apart)) > 1e-4
+
+
+def test_evaluation_is_blind_to_the_auxiliary(prepared, train, batch):
+  ready = prepared(method="bilora")
+  state, _ = train(3, method="bilora")
+  far = {
+    **state.trained,
+    "auxiliary": jax.tree.map(lambda x: x + 100.0, state.trained["auxiliary"]),
+  }
+  evaluate = step.make_eval_step(ready.method)
+  near = ready.method.evaluated(state.trained)
+  assert set(near) == {"primary", "extra"}
+  _same(
+    evaluate(ready.variables, near, batch),
+    evaluate(ready.variables, ready.method.evaluated(far), batch),
+  )
+  # It would be seen, were it not left out.
+  inputs = step.inputs(batch)
+  assert not np.allclose(
+    ready.method.apply(ready.variables, far, *inputs),
+    ready.method.apply(ready.variables, near, *inputs),
+  )
+
+
+def test_full_trains_and_evaluates_all_parameters(prepared):
+  ready = prepared(method="full")
+  state = step.init(ready.method, jax.random.key(0), ready.variables)
+  _same(state.trained, ready.variables["params"])
+  _same(ready.method.evaluated(state.trained), ready.variables["params"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_at_the_pretrained_model(prepared, batch, method):
+  ready = prepared(method=method)
+  state = step.init(ready.method, jax.random.key(0), ready.variables)
+  inputs = step.inputs(batch)
+  np.testing.assert_allclose(
+    ready.method.apply(ready.variables, state.trained, *inputs),
+    ready.model.apply(ready.variables, *inputs),
+    rtol=1e-5,
+    atol=1e-6,  # float32, through two layers
+  )
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"clip": "layer", "weight_decay": 0.1, "dropout": 0.5},
+    {"clip": "none", "direction": "descent", "auxiliary_rank": 2},
+    {"method": "lora", "dtype": "bfloat16"},
+  ],
+  ids=str,
+)
+def test_every_variant_learns(train, fields):
+  _, losses = train(20, **fields)
+  # Dropout makes single losses noisy.
+  assert np.mean(losses[-3:]) < losses[0]
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(train):
+  free, _ = train(5, method="lora")
+  clipped, _ = train(5, method="lora", max_grad_norm=0.1)
+  moments = (s.opt_state.inner_state[1][0].nu for s in (free, clipped))
+  largest = [max(float(x.max()) for x in jax.tree.leaves(m)) for m in moments]
+  assert largest[1] < largest[0]
+  # nu is a mean of squares, of which none can exceed the squared norm.
+  assert largest[1] <= 0.1**2
+
+
+def test_the_rate_rises_to_its_peak_and_ends_at_zero(tiny_config):
+  rate = methods.schedule(tiny_config, 1000)
+  rates = np.array([rate(i) for i in (0, 15, 30, 515, 1000)])
+  peak = tiny_config.learning_rate
+  # Half way up after 15 of 30 steps; the cosine is half way down at 515.
+  np.testing.assert_allclose(
+    rates, peak * np.array([0, 0.5, 1, 0.5, 0]), atol=1e-6 * peak
+  )
+
+
+def test_targets_choose_what_gets_adapters(prepared):
+  ready = prepared(targets=".*/query")
+  assert list(ready.method.adapted.targets) == ["encoder/layer_0/query/kernel"]
+
+
+def test_the_head_is_trained_as_it_is(prepared):
+  ready = prepared()
+  state = step.init(ready.method, jax.random.key(0), ready.variables)
+  assert list(state.trained["extra"]) == ["head"]
+  assert not any("head" in name for name in ready.method.adapted.targets)
