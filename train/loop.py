@@ -1,15 +1,12 @@
-"""A run from its configuration to its report."""
+"""A run: training, validation, checkpoints, the test at the end."""
 
 from collections.abc import Callable, Sequence
-import contextlib
 import dataclasses
 import functools
 import math
 import os
-import pathlib
 import platform
 import resource
-import signal
 import statistics
 import time
 from typing import Any
@@ -17,36 +14,15 @@ from typing import Any
 import jax
 
 import bilora_jax
+from train import assemble, evaluate, methods, report, step, watch
 from train import checkpoints as checkpoints_lib
-from train import config as config_lib
-from train import evaluate, methods, report, step, tasks
 from train import journal as journal_lib
+from train.assemble import Prepared
 from train.config import Config
-from train.errors import RunError, UsageError
-from train.models import load as models
-from train.models import tokenizer as tokenizers
+from train.errors import RunError
 from train.tasks import pipeline
 
 _NONFINITE_IN_A_ROW = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """All that a run needs before its first step."""
-
-  config: Config
-  folder: pathlib.Path
-  task: tasks.Task
-  examples: dict[str, pipeline.Examples]
-  pad_id: int
-  model: Any
-  variables: Any
-  method: methods.Method
-  steps_per_epoch: int
-
-  @property
-  def steps(self) -> int:
-    return self.config.epochs * self.steps_per_epoch
 
 
 def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
@@ -64,7 +40,7 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
     UsageError: if the request cannot be carried out as it was put.
     RunError: if the run cannot go on.
   """
-  prepared = prepare(config)
+  prepared = assemble.prepare(config)
   done = report.results(prepared.folder)
   if done is None:
     done = _train(prepared, command)
@@ -72,65 +48,6 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
     report.write(prepared.folder)
     print(report.summary(done, prepared.folder))
   return done
-
-
-def prepare(config: Config) -> Prepared:
-  """Checks a configuration, and loads data, weights and method.
-
-  Raises:
-    UsageError: if any of them is not to be had, or the run's folder holds
-      another run.
-  """
-  config_lib.check(config)
-  if config.compilation_cache:
-    _use_compilation_cache()
-  folder = config.folder()
-  _claim(folder, config)
-  try:
-    task = tasks.get(config.task)
-    dtype = None if config.dtype == "float32" else config.dtype
-    model, variables, tokenizer = models.load_bert(
-      config.model, len(task.labels), config.seed, dtype
-    )
-    encode = functools.partial(tokenizers.encode, tokenizer)
-    examples = {}
-    for split in ("train", "validation", "test"):
-      limit = config.train_rows if split == "train" else 0
-      rows = pipeline.load(
-        task, split, config.data_dir or None, limit or None, config.seed
-      )
-      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
-    pad_id = tokenizers.pad_id(tokenizer)
-    steps_per_epoch = len(examples["train"]) // config.batch_size
-    example = next(
-      pipeline.train_batches(
-        examples["train"], config.batch_size, config.seed, pad_id=pad_id
-      )
-    )
-    method = methods.build(
-      config,
-      model,
-      step.inputs(example),
-      config.epochs * steps_per_epoch,
-    )
-  except (ValueError, RuntimeError) as error:
-    with contextlib.suppress(OSError):
-      folder.rmdir()  # if it was made for this run, and is empty
-    raise UsageError(str(error)) from error
-  journal_lib.write_atomically(
-    folder / "config.json", config_lib.to_json(config)
-  )
-  return Prepared(
-    config=config,
-    folder=folder,
-    task=task,
-    examples=examples,
-    pad_id=pad_id,
-    model=model,
-    variables=jax.device_put(variables),
-    method=method,
-    steps_per_epoch=steps_per_epoch,
-  )
 
 
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
@@ -162,9 +79,9 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
 
   train_step = step.make_train_step(method, dropout_key)
   predict = _predictor(prepared)
-  window = _Window(at)
+  window = watch.Window(at)
   try:
-    with _Interruption() as interruption:
+    with watch.Interruption() as interruption:
       while at < prepared.steps:
         batch = next(batches)
         state, metrics = train_step(prepared.variables, state, batch)
@@ -285,72 +202,6 @@ def _predictor(
   return predict
 
 
-class _Window:
-  """The steps since the last line of metrics, and the time they took."""
-
-  def __init__(self, at: int):
-    self._restart(at)
-
-  def _restart(self, at: int) -> None:
-    self._start: float | None = time.perf_counter()
-    self._at = at
-    # Kept on the device, so that steps are dispatched ahead.
-    self._rows: list[step.Metrics] = []
-    self._seen = 0
-
-  def add(self, metrics: step.Metrics) -> None:
-    self._rows.append(metrics)
-
-  def fresh(self) -> list[step.Metrics]:
-    """The metrics of the steps since it was last called."""
-    rows = jax.device_get(self._rows[self._seen :])
-    self._seen = len(self._rows)
-    return rows
-
-  def spoil(self) -> None:
-    """Leaves the time out: something else took some of it."""
-    self._start = None
-
-  def close(
-    self, at: int
-  ) -> tuple[list[step.Metrics], dict[str, float | None]]:
-    """The metrics of each step, and times: none if the window is spoiled."""
-    rows = jax.device_get(self._rows)
-    times: dict[str, float | None] = {}
-    if self._start is not None:
-      seconds = time.perf_counter() - self._start
-      times = {
-        "step_seconds": seconds / (at - self._at),
-        "tokens_per_second": sum(int(row.tokens) for row in rows) / seconds,
-      }
-    self._restart(at)
-    return rows, times
-
-
-class _Interruption:
-  """SIGTERM and the first Ctrl-C ask the loop to save and to stop."""
-
-  def __init__(self):
-    self.asked = False
-
-  def __enter__(self):
-    self._before = {
-      number: signal.signal(number, self._ask)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number, frame):
-    del frame
-    if self.asked and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.asked = True
-
-
 def _check_finite(
   config: Config,
   at: int,
@@ -372,39 +223,6 @@ def _check_finite(
         "smaller --learning-rate or --dtype float32 may help."
       )
     journal.say(sentence + "; skipped.")
-
-
-def _claim(folder: pathlib.Path, config: Config) -> None:
-  """Makes the folder of the run, or refuses one that holds another run."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise UsageError(
-      f"the run's folder {folder} cannot be written: {error.strerror}."
-    ) from error
-  if not (folder / "config.json").exists():
-    return
-  changed = config_lib.differences(config_lib.from_run(folder), config)
-  if changed:
-    listed = "; ".join(
-      f"{name} is {old!r} there and {new!r} here"
-      for name, (old, new) in changed.items()
-    )
-    raise UsageError(
-      f"{folder} holds a run of another configuration: {listed}. Give the "
-      "same options to resume it, or another --run-dir."
-    )
-
-
-def _use_compilation_cache() -> None:
-  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(cache) / "bilora_jax/jax")
-  )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _eval_every(prepared: Prepared) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+from dense import outputs
 from flax import linen as nn
 from flax import traverse_util
 import jax
@@ -177,17 +178,6 @@ def _dense(variables, adapters, weights, parts):
   return {**variables, "params": params}
 
 
-class Run(NamedTuple):
-  """What a model gives with its adapters, and what it should."""
-
-  plain: Any
-  both: Any
-  both_dense: Any
-  primary: Any
-  primary_dense: Any
-  merged: Any
-
-
 @pytest.fixture(scope="module", params=CASES)
 def run(request):
   model, x, weights = CASES[request.param]
@@ -195,25 +185,7 @@ def run(request):
   variables = _random_like(jax.eval_shape(model.init, KEY, x))
   adapters = _random_like(jax.eval_shape(adapted.init, KEY, variables), seed=2)
   summed = functools.partial(_dense, variables, adapters, weights)
-
-  @jax.jit
-  def outputs(variables, adapters, dense, dense_primary):
-    merged = adapted.merge(variables, adapters)
-    return Run(
-      model.apply(variables, x),
-      adapted.apply(variables, adapters, x),
-      model.apply(dense, x),
-      adapted.apply(variables, primary(adapters), x),
-      model.apply(dense_primary, x),
-      model.apply(merged, x),
-    )
-
-  return outputs(
-    variables,
-    adapters,
-    summed(("primary", "auxiliary")),
-    summed(("primary",)),
-  )
+  return outputs(adapted, model.apply, variables, adapters, summed, x)
 
 
 def test_apply_is_the_model_at_w0_plus_primary_plus_auxiliary(run):

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+from dense import outputs
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -144,17 +145,6 @@ def _dense(variables, adapters, weights, parts):
   return nnx.from_flat_state(list(flat.items()))
 
 
-class Run(NamedTuple):
-  """What a model gives with its adapters, and what it should."""
-
-  plain: Any
-  both: Any
-  both_dense: Any
-  primary: Any
-  primary_dense: Any
-  merged: Any
-
-
 @pytest.fixture(scope="module", params=CASES)
 def run(request):
   model, x, weights = CASES[request.param]
@@ -163,24 +153,8 @@ def run(request):
   variables = _random_like(nnx.state(model))
   adapters = _random_like(jax.eval_shape(adapted.init, KEY, variables), seed=2)
   summed = functools.partial(_dense, variables, adapters, weights)
-
-  @jax.jit
-  def outputs(variables, adapters, dense, dense_primary):
-    merged = adapted.merge(variables, adapters)
-    return Run(
-      _plain(model, variables, x),
-      adapted.apply(variables, adapters, x),
-      _plain(model, dense, x),
-      adapted.apply(variables, primary(adapters), x),
-      _plain(model, dense_primary, x),
-      _plain(model, merged, x),
-    )
-
   return outputs(
-    variables,
-    adapters,
-    summed(("primary", "auxiliary")),
-    summed(("primary",)),
+    adapted, functools.partial(_plain, model), variables, adapters, summed, x
   )
 
 

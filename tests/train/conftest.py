@@ -19,8 +19,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from train import __main__ as program
+from train import assemble, step, tasks
 from train import config as config_lib
-from train import loop, step, tasks
 from train.tasks import hashing, movie_reviews, pipeline, prepare
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -193,13 +193,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, run: Run):
 @pytest.fixture(scope="session")
 def prepared(
   tmp_path_factory: pytest.TempPathFactory, tiny_config: config_lib.Config
-) -> Callable[..., loop.Prepared]:
+) -> Callable[..., assemble.Prepared]:
   """All that is there before the first step; `prepared(**fields)`."""
 
   @functools.cache
-  def prepare_run(**fields: Any) -> loop.Prepared:
+  def prepare_run(**fields: Any) -> assemble.Prepared:
     folder = tmp_path_factory.mktemp("prepared")
-    return loop.prepare(
+    return assemble.prepare(
       dataclasses.replace(tiny_config, run_dir=str(folder), **fields)
     )
 
@@ -208,7 +208,7 @@ def prepared(
 
 @pytest.fixture(scope="session")
 def train_step(
-  prepared: Callable[..., loop.Prepared],
+  prepared: Callable[..., assemble.Prepared],
 ) -> Callable[..., Callable[..., Any]]:
   """The compiled step of `prepared(**fields)`; `train_step(**fields)`."""
 
@@ -220,7 +220,7 @@ def train_step(
 
 
 @pytest.fixture(scope="session")
-def batch(prepared: Callable[..., loop.Prepared]) -> pipeline.Batch:
+def batch(prepared: Callable[..., assemble.Prepared]) -> pipeline.Batch:
   """The first training batch."""
   ready = prepared()
   batches = pipeline.train_batches(

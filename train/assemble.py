@@ -1,0 +1,127 @@
+"""What a run needs before its first step: checks, data, weights, method."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from train import config as config_lib
+from train import journal, methods, step, tasks
+from train.config import Config
+from train.errors import UsageError
+from train.models import load as models
+from train.models import tokenizer as tokenizers
+from train.tasks import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """All that a run needs before its first step."""
+
+  config: Config
+  folder: pathlib.Path
+  task: tasks.Task
+  examples: dict[str, pipeline.Examples]
+  pad_id: int
+  model: Any
+  variables: Any
+  method: methods.Method
+  steps_per_epoch: int
+
+  @property
+  def steps(self) -> int:
+    return self.config.epochs * self.steps_per_epoch
+
+
+def prepare(config: Config) -> Prepared:
+  """Checks a configuration, and loads data, weights and method.
+
+  Raises:
+    UsageError: if any of them is not to be had, or the run's folder holds
+      another run.
+  """
+  config_lib.check(config)
+  if config.compilation_cache:
+    _use_compilation_cache()
+  folder = config.folder()
+  _claim(folder, config)
+  try:
+    task = tasks.get(config.task)
+    dtype = None if config.dtype == "float32" else config.dtype
+    model, variables, tokenizer = models.load_bert(
+      config.model, len(task.labels), config.seed, dtype
+    )
+    encode = functools.partial(tokenizers.encode, tokenizer)
+    examples = {}
+    for split in ("train", "validation", "test"):
+      limit = config.train_rows if split == "train" else 0
+      rows = pipeline.load(
+        task, split, config.data_dir or None, limit or None, config.seed
+      )
+      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
+    pad_id = tokenizers.pad_id(tokenizer)
+    steps_per_epoch = len(examples["train"]) // config.batch_size
+    example = next(
+      pipeline.train_batches(
+        examples["train"], config.batch_size, config.seed, pad_id=pad_id
+      )
+    )
+    method = methods.build(
+      config,
+      model,
+      step.inputs(example),
+      config.epochs * steps_per_epoch,
+    )
+  except (ValueError, RuntimeError) as error:
+    with contextlib.suppress(OSError):
+      folder.rmdir()  # if it was made for this run, and is empty
+    raise UsageError(str(error)) from error
+  journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+  return Prepared(
+    config=config,
+    folder=folder,
+    task=task,
+    examples=examples,
+    pad_id=pad_id,
+    model=model,
+    variables=jax.device_put(variables),
+    method=method,
+    steps_per_epoch=steps_per_epoch,
+  )
+
+
+def _claim(folder: pathlib.Path, config: Config) -> None:
+  """Makes the folder of the run, or refuses one that holds another run."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UsageError(
+      f"the run's folder {folder} cannot be written: {error.strerror}."
+    ) from error
+  if not (folder / "config.json").exists():
+    return
+  changed = config_lib.differences(config_lib.from_run(folder), config)
+  if changed:
+    listed = "; ".join(
+      f"{name} is {old!r} there and {new!r} here"
+      for name, (old, new) in changed.items()
+    )
+    raise UsageError(
+      f"{folder} holds a run of another configuration: {listed}. Give the "
+      "same options to resume it, or another --run-dir."
+    )
+
+
+def _use_compilation_cache() -> None:
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(cache) / "bilora_jax/jax")
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
