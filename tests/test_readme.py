@@ -1,0 +1,42 @@
+"""The README's code runs as it stands, and its commands exist."""
+
+import pathlib
+import re
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_README = (_ROOT / "README.md").read_text()
+
+
+def test_the_twenty_lines_run_and_evaluate_what_they_merge():
+  (code,) = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+  model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
+  x = jax.random.normal(jax.random.key(0), (6, 4))
+  variables = model.init(jax.random.key(1), x)
+  names = {"model": model, "x": x, "variables": variables}
+  # One step between the definitions and the evaluation.
+  before, after = code.split("logits = adapted.apply(variables, primary")
+  exec(before, names)
+  batch = {"x": x, "y": np.arange(6) % 3}
+  names["adapters"], names["opt_state"], loss = names["train_step"](
+    variables, names["adapters"], names["opt_state"], batch
+  )
+  assert np.isfinite(loss)
+  exec("logits = adapted.apply(variables, primary" + after, names)
+  assert np.abs(names["logits"] - model.apply(variables, x)).max() > 0
+  np.testing.assert_allclose(
+    model.apply(names["variables"], x), names["logits"], atol=1e-5
+  )
+
+
+def test_every_make_target_and_file_that_it_names_exists():
+  makefile = (_ROOT / "Makefile").read_text()
+  targets = set(re.findall(r"(?:`|^    )make ([a-z]+)", _README, re.MULTILINE))
+  assert {"run", "test"} <= targets
+  for target in targets:
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+  for path in re.findall(r"\]\(([^)#:]+)\)", _README):
+    assert (_ROOT / path).exists(), path
