@@ -47,7 +47,11 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
   known, rest = start.parse_known_args(argv)
   if known.preset and known.from_run:
     raise UsageError("--preset and --from-run exclude each other.")
-  default = next(iter(config_lib.PRESETS.values()))
+  # The first preset is for a task of its own; other tasks start from nothing.
+  named = any(arg.split("=")[0] == "--task" for arg in rest)
+  default = config_lib.Config()
+  if not named:
+    default = next(iter(config_lib.PRESETS.values()))
   if known.preset:
     default = config_lib.preset(known.preset)
   elif known.from_run:
@@ -64,9 +68,9 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
       " and reports what came of it. The same command resumes a run.\n\n"
       f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
-      " first is the default).\n--from-run DIR repeats a run with its own"
-      " configuration, in DIR-repeat unless --run-dir is given.\nOptions after"
-      " them change what they set."
+      " first is the default, unless --task is given).\n--from-run DIR repeats"
+      " a run with its own configuration, in DIR-repeat unless --run-dir is"
+      " given.\nOptions after them change what they set."
     ),
   )
 

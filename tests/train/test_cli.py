@@ -194,3 +194,14 @@ def test_from_run_takes_any_path_to_a_folder(tmp_path, monkeypatch, here):
   repeat = pathlib.Path(program.parse(["--from-run", here]).run_dir)
   assert repeat.name == "first-repeat"
   assert repeat.resolve().parent == tmp_path.resolve()
+
+
+def test_the_first_preset_is_the_default_but_not_of_another_task():
+  default = program.parse([])
+  assert default == next(iter(config_lib.PRESETS.values()))
+  assert program.parse(["--task", "glue/cola"]) == config_lib.Config(
+    task="glue/cola"
+  )
+  assert program.parse(["--preset", "snippets", "--task=glue/rte"]) == (
+    dataclasses.replace(default, task="glue/rte")
+  )
