@@ -5,8 +5,8 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+from outcomes import checkpoint, files
 import pytest
-from runs import checkpoint, files
 
 from train import checkpoints as checkpoints_lib
 from train.errors import RunError, UsageError

@@ -10,8 +10,8 @@ import pathlib
 import re
 import shutil
 
+from outcomes import assert_same_outcome, files
 import pytest
-from runs import assert_same_outcome, files
 
 from train import __main__ as program
 from train import config as config_lib

@@ -6,8 +6,8 @@ import pathlib
 import stat
 import struct
 
+from outcomes import rows
 import pytest
-from runs import rows
 from tensorboardX.proto import event_pb2
 
 from train import journal as journal_lib

@@ -9,8 +9,13 @@ import signal
 import threading
 import time
 
+from outcomes import (
+  assert_no_step_twice,
+  assert_same_outcome,
+  checkpoint,
+  files,
+)
 import pytest
-from runs import assert_no_step_twice, assert_same_outcome, checkpoint, files
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from runs import (
+from outcomes import (
   adapters,
   assert_no_step_twice,
   assert_same_bits,
@@ -18,6 +17,7 @@ from runs import (
   files,
   rows,
 )
+import pytest
 
 from train import checkpoints as checkpoints_lib
 from train import evaluate, loop, step

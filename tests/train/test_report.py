@@ -3,8 +3,8 @@
 import json
 import re
 
+from outcomes import rows
 import pytest
-from runs import rows
 
 from train import report
 
