@@ -209,10 +209,8 @@ class Adapted:
         for path in {**wanted, **found}
         if found.get(path) != wanted.get(path)
       ]
-    absent = [
-      part for part in ("extra",) if self._wanted(part) and part not in adapters
-    ]
-    wrong += [f"{part}: missing" for part in absent]
+    if self._wanted("extra") and "extra" not in adapters:
+      wrong.append("extra: missing")
     if wrong:
       raise ValueError(
         "these adapters do not fit the model and its spec: "
