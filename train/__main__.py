@@ -18,8 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     config = parse(argv)
     # Imported late, so that --help and a typo answer at once.
-    from train import loop
+    from train import loop, processes
 
+    place, _ = _start().parse_known_args(argv)
+    processes.join(place.coordinator, place.num_processes, place.process_id)
     loop.run(config, ["python", "-m", "train", *argv])
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -41,10 +43,7 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
     UsageError: if a preset or run is unknown.
     SystemExit: with code 2, if an option is; with 0 after `--help`.
   """
-  start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  start.add_argument("--preset")
-  start.add_argument("--from-run", type=pathlib.Path)
-  known, rest = start.parse_known_args(argv)
+  known, rest = _start().parse_known_args(argv)
   if known.preset and known.from_run:
     raise UsageError("--preset and --from-run exclude each other.")
   # The first preset is for a task of its own; other tasks start from nothing.
@@ -70,9 +69,24 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
       " first is the default, unless --task is given).\n--from-run DIR repeats"
       " a run with its own configuration, in DIR-repeat unless --run-dir is"
-      " given.\nOptions after them change what they set."
+      " given.\nOptions after them change what they set.\n\n"
+      "On several machines, each starts the same command with --coordinator"
+      " HOST:PORT (of the first), --num-processes N and --process-id I (from"
+      " 0), or with --coordinator auto where JAX finds the cluster by itself"
+      " (Slurm, TPU); --run-dir and --data-dir are folders that all see."
     ),
   )
+
+
+def _start() -> argparse.ArgumentParser:
+  """The options that are no field of a configuration."""
+  start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  start.add_argument("--preset")
+  start.add_argument("--from-run", type=pathlib.Path)
+  start.add_argument("--coordinator")
+  start.add_argument("--num-processes", type=int)
+  start.add_argument("--process-id", type=int)
+  return start
 
 
 if __name__ == "__main__":

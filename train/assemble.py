@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 from train import config as config_lib
-from train import journal, methods, step, tasks
+from train import journal, methods, processes, step, tasks
+from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
+from train.models import bert
 from train.models import load as models
 from train.models import tokenizer as tokenizers
 from train.tasks import pipeline
@@ -20,7 +22,13 @@ from train.tasks import pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """All that a run needs before its first step."""
+  """All that a run needs before its first step.
+
+  Attributes:
+    variables: of the model, laid out.
+    axes: a tree like `variables` of the names of their axes.
+    steps_per_epoch: optimizer steps.
+  """
 
   config: Config
   folder: pathlib.Path
@@ -29,6 +37,8 @@ class Prepared:
   pad_id: int
   model: Any
   variables: Any
+  axes: Any
+  layout: mesh_lib.Layout
   method: methods.Method
   steps_per_epoch: int
 
@@ -47,6 +57,7 @@ def prepare(config: Config) -> Prepared:
   config_lib.check(config)
   if config.compilation_cache:
     _use_compilation_cache()
+  layout = mesh_lib.make(config.mesh, config.batch_size)
   folder = config.folder()
   _claim(folder, config)
   try:
@@ -57,12 +68,14 @@ def prepare(config: Config) -> Prepared:
     )
     encode = functools.partial(tokenizers.encode, tokenizer)
     examples = {}
-    for split in ("train", "validation", "test"):
-      limit = config.train_rows if split == "train" else 0
-      rows = pipeline.load(
-        task, split, config.data_dir or None, limit or None, config.seed
-      )
-      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
+    # The first process may have to prepare the data for all.
+    with processes.first_before_others():
+      for split in ("train", "validation", "test"):
+        limit = config.train_rows if split == "train" else 0
+        rows = pipeline.load(
+          task, split, config.data_dir or None, limit or None, config.seed
+        )
+        examples[split] = pipeline.tokenize(rows, encode, config.max_length)
     pad_id = tokenizers.pad_id(tokenizer)
     steps_per_epoch = len(examples["train"]) // config.batch_size
     example = next(
@@ -80,7 +93,9 @@ def prepare(config: Config) -> Prepared:
     with contextlib.suppress(OSError):
       folder.rmdir()  # if it was made for this run, and is empty
     raise UsageError(str(error)) from error
-  journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+  if processes.is_first():
+    journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+  axes = bert.logical_axes(variables)
   return Prepared(
     config=config,
     folder=folder,
@@ -88,7 +103,9 @@ def prepare(config: Config) -> Prepared:
     examples=examples,
     pad_id=pad_id,
     model=model,
-    variables=jax.device_put(variables),
+    variables=layout.put(variables, axes),
+    axes=axes,
+    layout=layout,
     method=method,
     steps_per_epoch=steps_per_epoch,
   )

@@ -80,6 +80,10 @@ class Config:
   baseline: bool = True
   """Also fit a logistic regression on the frozen features, to compare with."""
 
+  mesh: str = ""
+  """Devices along data, fsdp (rows and weights) and tensor (heads and inner
+  layers), as data=2,fsdp=2,tensor=2; empty: one device."""
+
   run_dir: str = ""
   """Folder of the run; empty: runs/TASK-METHOD-seedN."""
   data_dir: str = ""
@@ -195,7 +199,7 @@ def from_run(folder: pathlib.Path) -> Config:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
   """What decides a run's numbers and differs between two configurations."""
   ours, theirs = dataclasses.asdict(old), dataclasses.asdict(new)
-  neutral = {"run_dir", "data_dir", "compilation_cache", "log_every"}
+  neutral = {"run_dir", "data_dir", "compilation_cache", "log_every", "mesh"}
   return {
     name: (ours[name], theirs[name])
     for name in ours

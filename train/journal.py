@@ -90,6 +90,22 @@ class Journal:
         file.close()
 
 
+class Silence:
+  """The journal of a process that writes nothing."""
+
+  def log(self, step: int, **values: float | None) -> None:
+    """As `Journal.log`."""
+
+  def advance(self, step: int) -> None:
+    """As `Journal.advance`."""
+
+  def say(self, sentence: str) -> None:
+    """As `Journal.say`."""
+
+  def close(self) -> None:
+    """As `Journal.close`."""
+
+
 class _Board:
   """An event file of TensorBoard, that forgets what others have from a step on.
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import bilora_jax
-from train import assemble, evaluate, methods, report, step, watch
+from train import assemble, evaluate, methods, processes, report, step, watch
 from train import checkpoints as checkpoints_lib
 from train import journal as journal_lib
 from train.assemble import Prepared
@@ -43,24 +43,24 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
   prepared = assemble.prepare(config)
   done = report.results(prepared.folder)
   if done is None:
-    done = _train(prepared, command)
-  if done is not None:
+    with processes.lost_ones_reported():
+      done = _train(prepared, command)
+  if done is not None and processes.is_first():
     report.write(prepared.folder)
     print(report.summary(done, prepared.folder))
   return done
 
 
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
-  config, method = prepared.config, prepared.method
+  config, method, layout = prepared.config, prepared.method, prepared.layout
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-  state = step.init(method, init_key, prepared.variables)
+  state, shardings = _initial(prepared, init_key)
   batches = pipeline.train_batches(
     prepared.examples["train"],
     config.batch_size,
     config.seed,
     config.epochs,
-    jax.process_index(),
-    jax.process_count(),
+    *layout.part(),
     pad_id=prepared.pad_id,
     group_by_length=config.group_by_length,
   )
@@ -72,26 +72,34 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     batches.set_state(resumed.loop["iterator"])
     best = resumed.loop["best"]
   at = int(state.step)
-  journal = journal_lib.Journal(prepared.folder, at, prepared.steps)
+  journal = journal_lib.Silence()
+  if processes.is_first():
+    journal = journal_lib.Journal(prepared.folder, at, prepared.steps)
   journal.say(_opening(prepared, state.trained))
   if resumed is not None:
     journal.say(f"resumed after step {at}")
 
-  train_step = step.make_train_step(method, dropout_key)
+  train_step = layout.within(
+    step.make_train_step(
+      method, dropout_key, shardings and (shardings, layout.replicated)
+    )
+  )
   predict = _predictor(prepared)
   window = watch.Window(at)
   try:
     with watch.Interruption() as interruption:
       while at < prepared.steps:
         batch = next(batches)
-        state, metrics = train_step(prepared.variables, state, batch)
+        state, metrics = train_step(
+          prepared.variables, state, layout.rows(batch)
+        )
         at += 1
         journal.advance(at)
         window.add(metrics)
         last = at == prepared.steps
         # Read once: the signal may come at any moment of the step.
-        interrupted = interruption.asked
         logs = last or at % config.log_every == 0
+        interrupted = _interrupted(interruption, logs)
         saves = last or interrupted or at % config.checkpoint_every == 0
         if logs or saves:
           # Before the save: a run that stops here must not resume beyond.
@@ -130,30 +138,63 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     checkpoints.close()
 
 
+def _initial(
+  prepared: Prepared, key: jax.Array
+) -> tuple[step.TrainState, step.TrainState | None]:
+  """The state before the first step, and its shardings if there is a mesh."""
+  init = functools.partial(step.init, prepared.method)
+  variables = prepared.variables
+  shardings = prepared.layout.state_shardings(
+    prepared.method,
+    prepared.axes,
+    variables,
+    jax.eval_shape(init, key, variables),
+  )
+  if shardings is None:
+    return init(key, variables), None
+  # Each device makes its own shards.
+  return jax.jit(init, out_shardings=shardings)(key, variables), shardings
+
+
+def _interrupted(interruption: watch.Interruption, logs: bool) -> bool:
+  """Whether to stop after this step, the same in all processes."""
+  if jax.process_count() == 1:
+    return interruption.asked
+  # A question to the others waits for the step; so does a line of metrics.
+  return logs and processes.any_of(interruption.asked)
+
+
 def _finish(
   prepared: Prepared,
   command: Sequence[str],
   evaluated: Any,
   best: dict[str, Any],
   predict: Callable[[Any, str], evaluate.Evaluation],
-  journal: journal_lib.Journal,
+  journal: journal_lib.Journal | journal_lib.Silence,
 ) -> dict[str, Any]:
-  config, task = prepared.config, prepared.task
+  config, task, layout = prepared.config, prepared.task, prepared.layout
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
   if prepared.method.adapted is not None:
-    bilora_jax.save_adapters(
-      prepared.folder / "adapters", prepared.method.adapted, evaluated
-    )
+    whole = layout.gather(evaluated)
+    if processes.is_first():
+      bilora_jax.save_adapters(
+        prepared.folder / "adapters", prepared.method.adapted, whole
+      )
   baseline = None
   if config.baseline:
     journal.say("fitting a logistic regression on the frozen features")
 
-    features = jax.jit(
-      functools.partial(prepared.model.apply, method="features")
+    features = layout.within(
+      jax.jit(
+        functools.partial(prepared.model.apply, method="features"),
+        out_shardings=layout.replicated,
+      )
     )
     baseline = evaluate.logistic_regression(
-      lambda batch: features(prepared.variables, *step.inputs(batch)),
+      lambda batch: features(
+        prepared.variables, *step.inputs(layout.all_rows(batch))
+      ),
       prepared.examples["train"],
       prepared.examples["validation"],
       prepared.examples["test"],
@@ -181,18 +222,24 @@ def _finish(
     "machine": _machine(),
     "date": time.strftime("%Y-%m-%d"),
   }
-  journal_lib.write_json(prepared.folder / report.RESULTS, results)
+  if processes.is_first():
+    journal_lib.write_json(prepared.folder / report.RESULTS, results)
   return results
 
 
 def _predictor(
   prepared: Prepared,
 ) -> Callable[[Any, str], evaluate.Evaluation]:
-  eval_step = step.make_eval_step(prepared.method)
+  layout = prepared.layout
+  eval_step = layout.within(
+    step.make_eval_step(prepared.method, layout.replicated)
+  )
 
   def predict(evaluated: Any, split: str) -> evaluate.Evaluation:
     return evaluate.evaluate(
-      lambda batch: eval_step(prepared.variables, evaluated, batch),
+      lambda batch: eval_step(
+        prepared.variables, evaluated, layout.all_rows(batch)
+      ),
       prepared.examples[split],
       prepared.config.batch_size,
       prepared.task.metrics,
@@ -206,7 +253,7 @@ def _check_finite(
   config: Config,
   at: int,
   rows: Sequence[step.Metrics],
-  journal: journal_lib.Journal,
+  journal: journal_lib.Journal | journal_lib.Silence,
 ) -> None:
   """Reports steps that were skipped, and ends a run that skips on."""
   for number, row in enumerate(rows, at - len(rows) + 1):

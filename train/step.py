@@ -64,13 +64,14 @@ def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
 
 
 def make_train_step(
-  method: Method, key: jax.Array
+  method: Method, key: jax.Array, shardings: Any = None
 ) -> Callable[[Any, TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `(variables, state, batch)` to the next state and the metrics.
 
   Args:
     method: what to train and how.
     key: of the dropout; every step folds its number into it.
+    shardings: of the next state and the metrics, on a mesh.
   """
   tx = optimizer(method)
 
@@ -105,15 +106,19 @@ def make_train_step(
     )
     return TrainState(state.step + 1, trained, opt_state), metrics
 
-  return jax.jit(train_step, donate_argnums=1)
+  return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
 
 
 def make_eval_step(
-  method: Method,
+  method: Method, sharding: Any = None
 ) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-  """Returns `(variables, evaluated, batch)` to labels and losses, both (B,)."""
+  """Returns `(variables, evaluated, batch)` to labels and losses, both (B,).
 
-  @jax.jit
+  Args:
+    method: what was trained.
+    sharding: of both, on a mesh.
+  """
+
   def eval_step(variables, evaluated, batch):
     logits = method.apply(variables, evaluated, *inputs(batch))
     logits = logits.astype(jnp.float32)
@@ -122,7 +127,7 @@ def make_eval_step(
     )
     return jnp.argmax(logits, -1), losses
 
-  return eval_step
+  return jax.jit(eval_step, out_shardings=sharding)
 
 
 def inputs(batch: Batch) -> tuple[jax.Array, ...]:

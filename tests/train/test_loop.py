@@ -126,8 +126,8 @@ def _poison(monkeypatch, bad):
   """Makes the base NaN in some steps; returns what each left of the trained."""
   make, left = step.make_train_step, {}
 
-  def make_poisoned(method, key):
-    real = make(method, key)
+  def make_poisoned(method, key, shardings):
+    real = make(method, key, shardings)
 
     def train_step(variables, state, batch):
       if int(state.step) + 1 in bad:

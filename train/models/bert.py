@@ -33,6 +33,20 @@ _HF_KEYS = {
   "layer_norm_eps": "layer_norm_eps",
 }
 
+# Module -> names of its kernel's or embedding's axes.
+_AXES = {
+  "query": ("embed", "heads"),
+  "key": ("embed", "heads"),
+  "value": ("embed", "heads"),
+  "attention_out": ("heads", "embed"),
+  "intermediate": ("embed", "mlp"),
+  "output": ("mlp", "embed"),
+  "head": ("embed", None),
+  "word": (None, "embed"),
+  "position": (None, "embed"),
+  "token_type": (None, "embed"),
+}
+
 # Finite, so that a row with every key masked has a finite softmax.
 _MASKED = -1e9
 
@@ -165,6 +179,8 @@ class Bert(nn.Module):
     # Activations stay 2-D between layers: XLA on CPU compiles the backward
     # pass of (N, D) matmuls to about twice the speed of (B, L, D) ones.
     for i in range(self.config.num_layers):
+      # On a mesh: weights are brought to the rows, not rows to the weights.
+      x_NxD = nn.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(self.config, self.dtype, name=f"layer_{i}")(
         x_NxD, bias_Bx1x1xL
       )
@@ -224,6 +240,28 @@ class BertClassifier(nn.Module):
     mask_BxLx1 = mask.astype(bool)[..., None].astype(jnp.float32)
     count_Bx1 = jnp.maximum(mask_BxLx1.sum(1), 1.0)
     return (x_BxLxD * mask_BxLx1).sum(1) / count_Bx1
+
+
+def logical_axes(variables: Any) -> Any:
+  """Names of the axes of a classifier's variables: embed, heads, mlp or none.
+
+  Vectors of width D have none: it costs more to gather than to keep them.
+
+  Args:
+    variables: of `BertClassifier`; shapes are enough.
+
+  Returns:
+    A tree like `variables` of `jax.sharding.PartitionSpec`.
+  """
+
+  def of(path, x):
+    module, leaf = path[-2].key, path[-1].key
+    names = _AXES.get(module, (None,) * x.ndim)
+    if leaf == "bias":
+      names = tuple(name if name != "embed" else None for name in names[-1:])
+    return jax.sharding.PartitionSpec(*names)
+
+  return jax.tree_util.tree_map_with_path(of, variables)
 
 
 class _Embeddings(nn.Module):

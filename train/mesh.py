@@ -1,0 +1,288 @@
+"""Meshes: how the arrays of a run are laid out over its devices.
+
+The base, the adapters and the optimizer's state are sharded by the names of
+their axes (`RULES`), a batch by its rows. A dimension that the size of its mesh
+axis does not divide is left whole on every device, and so is the rank.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from train.errors import UsageError
+from train.methods import Method
+from train.step import Batch, TrainState
+
+AXES = ("data", "fsdp", "tensor")
+RULES = (
+  ("batch", ("data", "fsdp")),
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+)
+"""Name of an axis of an array -> the mesh axes it is split over."""
+
+_Spec = jax.sharding.PartitionSpec
+
+
+def parse(text: str) -> dict[str, int]:
+  """The sizes of all axes, as `data=2,tensor=4` gives them; 1 if it does not.
+
+  Raises:
+    UsageError: if an axis is unknown or comes twice, or a size is no positive
+      number.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = (x.strip() for x in part.partition("="))
+    problem = None
+    if name not in AXES:
+      problem = f"there is no axis {name!r}"
+    elif name in sizes:
+      problem = f"{name} comes twice"
+    elif not (size.isascii() and size.isdigit()) or int(size) < 1:
+      problem = f"the size of {name} is a positive number, not {size!r}"
+    if problem:
+      raise UsageError(
+        f"--mesh is data=N,fsdp=N,tensor=N or some of these; got {text!r}: "
+        f"{problem}."
+      )
+    sizes[name] = int(size)
+  return {name: sizes.get(name, 1) for name in AXES}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """Where the arrays of a run are: on a mesh, or on one device if None."""
+
+  mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def replicated(self) -> jax.sharding.NamedSharding | None:
+    """The whole array on each device; None without a mesh."""
+    return self.sharding(_Spec(), ())
+
+  def sharding(
+    self, axes: _Spec, shape: tuple[int, ...]
+  ) -> jax.sharding.NamedSharding | None:
+    """That of an array whose axes have these names; None without a mesh."""
+    if self.mesh is None:
+      return None
+    names = [
+      name if _divides(self.mesh, name, size) else None
+      for name, size in zip(_mesh_axes(axes), shape)
+    ]
+    return jax.sharding.NamedSharding(self.mesh, _Spec(*names))
+
+  def shardings(self, axes: Any, tree: Any) -> Any:
+    """As `sharding`, for a tree of arrays and one of their axes' names."""
+    return jax.tree.map(
+      lambda names, x: self.sharding(names, x.shape),
+      axes,
+      tree,
+      is_leaf=lambda x: isinstance(x, _Spec),
+    )
+
+  def put(self, tree: Any, axes: Any) -> Any:
+    """Places host arrays that every process has."""
+    if self.mesh is None:
+      return jax.device_put(tree)
+
+    def place(x, sharding):
+      x = np.asarray(x)
+      return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(place, tree, self.shardings(axes, tree))
+
+  def state_shardings(
+    self, method: Method, axes: Any, variables: Any, state: TrainState
+  ) -> TrainState | None:
+    """Shardings of a training state; None without a mesh.
+
+    Adapters follow their kernels, and the optimizer's arrays the adapters that
+    they belong to.
+
+    Args:
+      method: of the run.
+      axes: a tree like `variables` of their axes' names.
+      variables: of the model; shapes are enough.
+      state: what to describe; shapes are enough.
+    """
+    if self.mesh is None:
+      return None
+    if method.adapted is None:
+      names = axes["params"]
+    else:
+      boxed = jax.tree.map(
+        lambda names, x: nn.Partitioned(x, tuple(names)),
+        axes,
+        variables,
+        is_leaf=lambda x: isinstance(x, _Spec),
+      )
+      names = method.adapted.partition_specs(boxed, state.trained)
+    trained = self.shardings(names, state.trained)
+    return TrainState(
+      jax.tree.map(lambda _: self.replicated, state.step),
+      trained,
+      self._following(state.opt_state, state.trained, trained),
+    )
+
+  def _following(self, tree: Any, trained: Any, shardings: Any) -> Any:
+    # Each of an optimizer's trees is like what it optimizes or a part of it,
+    # so that the end of a path says what the array belongs to.
+    paths = jax.tree_util.tree_leaves_with_path(trained)
+    known = {
+      path: (x.shape, sharding)
+      for (path, x), sharding in zip(paths, jax.tree.leaves(shardings))
+    }
+
+    def follow(path, x):
+      for start in range(len(path)):
+        shape, sharding = known.get(path[start:], (None, None))
+        if shape == x.shape:
+          return sharding
+      return self.replicated
+
+    return jax.tree_util.tree_map_with_path(follow, tree)
+
+  def part(self) -> tuple[int, int]:
+    """Which equal part of a batch's rows is this process's, of how many."""
+    if self.mesh is None:
+      return 0, 1
+    found = _part(self.mesh, jax.process_index())
+    assert found is not None  # `make` has seen to it
+    return found
+
+  def rows(self, batch: Batch) -> Batch:
+    """Places a batch, of which each process has its own part."""
+    if self.mesh is None:
+      return batch
+    _, parts = self.part()
+
+    def place(x):
+      shape = (parts * x.shape[0], *x.shape[1:])
+      sharding = self.sharding(_Spec("batch"), shape)
+      return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return {name: place(x) for name, x in batch.items()}
+
+  def all_rows(self, batch: Mapping[str, np.ndarray]) -> Batch:
+    """Places a batch, of which every process has all rows."""
+    index, parts = self.part()
+
+    def own(x):
+      size = len(x) // parts
+      return x[index * size : (index + 1) * size]
+
+    return self.rows({name: own(x) for name, x in batch.items()})
+
+  def gather(self, tree: Any) -> Any:
+    """All of each array, on the host of every process."""
+    if self.mesh is not None:
+      tree = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+    return jax.device_get(tree)
+
+  def within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the model's own constraints on activations."""
+    mesh = self.mesh
+    if mesh is None:
+      return function
+
+    def call(*args):
+      with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        return function(*args)
+
+    return call
+
+
+def make(text: str, batch_size: int) -> Layout:
+  """The layout that `--mesh` asks for, over all devices of all processes.
+
+  Args:
+    text: as `parse` takes it; empty for one device.
+    batch_size: rows of a batch, which are split over `data` and `fsdp`.
+
+  Raises:
+    UsageError: as `parse`; if the mesh has not as many devices as there are,
+      or cannot share a batch equally.
+  """
+  devices, processes = jax.device_count(), jax.process_count()
+  if not text:
+    if processes > 1:
+      raise UsageError(
+        f"{processes} processes with {devices} devices need a --mesh, for "
+        f"example data={devices}."
+      )
+    return Layout()
+  sizes = parse(text)
+  if math.prod(sizes.values()) != devices:
+    raise UsageError(
+      f"--mesh {text} asks for {math.prod(sizes.values())} devices; there are "
+      f"{devices}, of the kind {jax.devices()[0].device_kind}, in {processes} "
+      "process(es)."
+    )
+  rows = sizes["data"] * sizes["fsdp"]
+  if batch_size % rows:
+    raise UsageError(
+      f"--batch-size is a multiple of data times fsdp, {rows} in --mesh {text};"
+      f" got {batch_size}."
+    )
+  # Its own default are Explicit axes, for which models are written otherwise.
+  mesh = jax.make_mesh(
+    tuple(sizes.values()), AXES, (jax.sharding.AxisType.Auto,) * len(AXES)
+  )
+  if not _shares(mesh):
+    # It may spread a process's devices, to bring near what is near in the
+    # machine; the rows of a process have to be neighbours.
+    ordered = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    mesh = jax.sharding.Mesh(
+      np.array(ordered).reshape(tuple(sizes.values())), AXES
+    )
+  if not _shares(mesh):
+    raise UsageError(
+      f"--mesh {text} does not share the rows of a batch equally among "
+      f"{processes} processes of {devices // processes} devices; tensor is to "
+      "divide that number, or be a multiple of it."
+    )
+  return Layout(mesh)
+
+
+def _shares(mesh: jax.sharding.Mesh) -> bool:
+  return all(_part(mesh, i) for i in range(jax.process_count()))
+
+
+def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:
+  """The part of a batch that a process's devices hold, of how many parts.
+
+  None, if it is not one of equal parts.
+  """
+  batch, tensor = (
+    mesh.devices.size // mesh.shape["tensor"],
+    mesh.shape["tensor"],
+  )
+  own = sorted(
+    {
+      i // tensor
+      for i, device in enumerate(mesh.devices.flat)
+      if device.process_index == process
+    }
+  )
+  first, size = own[0], len(own)
+  if own != list(range(first, first + size)) or batch % size or first % size:
+    return None
+  return first // size, batch // size
+
+
+def _mesh_axes(axes: _Spec) -> list[Any]:
+  rules = dict(RULES)
+  return [rules.get(name) for name in axes]
+
+
+def _divides(mesh: jax.sharding.Mesh, axes: Any, size: int) -> bool:
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return size % math.prod(mesh.shape[name] for name in names) == 0

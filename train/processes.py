@@ -1,0 +1,105 @@
+"""Several processes that run the same program, on as many machines."""
+
+from collections.abc import Iterator
+import contextlib
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from train.errors import RunError, UsageError
+
+
+def join(
+  coordinator: str | None, processes: int | None, index: int | None
+) -> None:
+  """Joins the other processes; before anything touches a device.
+
+  Args:
+    coordinator: HOST:PORT of process 0, "auto" where JAX can find the cluster
+      by itself (Slurm, Open MPI, TPU, Kubernetes), or None for one process.
+    processes: how many there are; None for "auto".
+    index: which one this is; None for "auto".
+
+  Raises:
+    UsageError: if the three do not fit each other, or there is no cluster.
+    RunError: if the others cannot be reached.
+  """
+  if coordinator is None and processes is None and index is None:
+    return
+  if coordinator == "auto" and processes is None and index is None:
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise UsageError(
+        "--coordinator auto is for clusters that JAX knows, and it finds none "
+        f"({error}) Give HOST:PORT, --num-processes and --process-id."
+      ) from error
+    return
+  if coordinator is None or processes is None or index is None:
+    raise UsageError(
+      "--coordinator HOST:PORT, --num-processes and --process-id are given "
+      "together, or none of them, or --coordinator auto alone; got "
+      f"{coordinator}, {processes} and {index}."
+    )
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise UsageError(
+      "--coordinator is HOST:PORT, the address of process 0, or auto; got "
+      f"{coordinator!r}."
+    )
+  if not 0 <= index < processes:
+    raise UsageError(
+      "--process-id is from 0 to --num-processes less 1; got "
+      f"{index} of {processes}."
+    )
+  try:
+    jax.distributed.initialize(coordinator, processes, index)
+  except RuntimeError as error:
+    raise RunError(
+      f"process {index} of {processes} could not join at {coordinator}: "
+      f"{str(error).splitlines()[0]}"
+    ) from error
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes and prints."""
+  return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_before_others() -> Iterator[None]:
+  """Lets process 0 through, and then the others: they find what it made."""
+  if not is_first():
+    multihost_utils.sync_global_devices("first_before_others")
+  try:
+    yield
+  finally:
+    if is_first():
+      multihost_utils.sync_global_devices("first_before_others")
+
+
+def any_of(flag: bool) -> bool:
+  """Whether it is set in any process; all have to ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+@contextlib.contextmanager
+def lost_ones_reported() -> Iterator[None]:
+  """Has the loss of another process told in a sentence.
+
+  Raises:
+    RunError: if the others cannot be reached any more.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    raise RunError(
+      "another process is gone, or cannot be reached; start all of them again "
+      "and the run resumes from its last checkpoint. JAX says: "
+      f"{str(error).splitlines()[0][:300]}"
+    ) from error
