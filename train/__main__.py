@@ -9,7 +9,8 @@ import sys
 import tyro
 
 from train import config as config_lib
-from train.errors import RunError, UsageError
+from train import processes
+from train.errors import LostError, RunError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     config = parse(argv)
     # Imported late, so that --help and a typo answer at once.
-    from train import loop, processes
+    from train import loop
 
     place, _ = _start().parse_known_args(argv)
     processes.join(place.coordinator, place.num_processes, place.process_id)
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except LostError as error:
+    print(f"error: {error}", file=sys.stderr)
+    processes.leave(1)
   except RunError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

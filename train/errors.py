@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
   """The run cannot go on, though it was well asked for; exit code 1."""
+
+
+class LostError(RunError):
+  """Another process of the run is gone."""

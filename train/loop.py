@@ -54,7 +54,7 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-  state, shardings = _initial(prepared, init_key)
+  state, shardings = initial(prepared, init_key)
   batches = pipeline.train_batches(
     prepared.examples["train"],
     config.batch_size,
@@ -138,7 +138,7 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     checkpoints.close()
 
 
-def _initial(
+def initial(
   prepared: Prepared, key: jax.Array
 ) -> tuple[step.TrainState, step.TrainState | None]:
   """The state before the first step, and its shardings if there is a mesh."""

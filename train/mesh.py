@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES = (
   ("batch", ("data", "fsdp")),
   ("embed", "fsdp"),
+  ("vocab", "fsdp"),
   ("mlp", "tensor"),
   ("heads", "tensor"),
 )

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
+import sys
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from train.errors import RunError, UsageError
+from train.errors import LostError, RunError, UsageError
 
 
 def join(
@@ -91,15 +94,30 @@ def lost_ones_reported() -> Iterator[None]:
   """Has the loss of another process told in a sentence.
 
   Raises:
-    RunError: if the others cannot be reached any more.
+    LostError: if the others cannot be reached any more.
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
+  except (jax.errors.JaxRuntimeError, RunError) as error:
+    # What is written of a checkpoint is agreed on by all, too.
+    found = error.__cause__ if isinstance(error, RunError) else error
+    lost = isinstance(found, jax.errors.JaxRuntimeError)
+    if (
+      not lost or jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(found)
+    ):
       raise
-    raise RunError(
+    raise LostError(
       "another process is gone, or cannot be reached; start all of them again "
       "and the run resumes from its last checkpoint. JAX says: "
-      f"{str(error).splitlines()[0][:300]}"
+      f"{str(found).splitlines()[0][:300]}"
     ) from error
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process at once, where others are lost.
+
+  At an ordinary exit JAX waits for all of them, and then aborts.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)

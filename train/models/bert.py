@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from flax import linen as nn
+from flax.linen import spmd
 import jax
 from jax import typing
 import jax.numpy as jnp
@@ -42,9 +43,9 @@ _AXES = {
   "intermediate": ("embed", "mlp"),
   "output": ("mlp", "embed"),
   "head": ("embed", None),
-  "word": (None, "embed"),
-  "position": (None, "embed"),
-  "token_type": (None, "embed"),
+  "word": ("vocab", None),
+  "position": ("vocab", None),
+  "token_type": ("vocab", None),
 }
 
 # Finite, so that a row with every key masked has a finite softmax.
@@ -180,7 +181,7 @@ class Bert(nn.Module):
     # pass of (N, D) matmuls to about twice the speed of (B, L, D) ones.
     for i in range(self.config.num_layers):
       # On a mesh: weights are brought to the rows, not rows to the weights.
-      x_NxD = nn.with_logical_constraint(x_NxD, ("batch", None))
+      x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(self.config, self.dtype, name=f"layer_{i}")(
         x_NxD, bias_Bx1x1xL
       )
