@@ -25,7 +25,6 @@ _TIMEOUT_SECONDS = 200
 def assert_near(left, right):
   """Asserts that two runs had the same losses, and ended in one state."""
   _near(adapters(left), adapters(right))
-  _near(checkpoint(left), checkpoint(right))
   for ours, theirs in zip(rows(left), rows(right), strict=True):
     assert ours["step"] == theirs["step"]
     for name in ("loss", "validation_loss"):
@@ -46,21 +45,35 @@ def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
 ):
   assert run(tmp_path / "run", "--mesh", mesh) == 0
   assert_near(tmp_path / "run", finished)
+  _near(checkpoint(tmp_path / "run"), checkpoint(finished))
   ours, theirs = (
-    json.loads((folder / "results.json").read_text())["test"]
+    json.loads((folder / "results.json").read_text())
     for folder in (tmp_path / "run", finished)
   )
-  assert ours == pytest.approx(theirs, abs=TOLERANCE)
+  for name in ("test", "baseline"):
+    assert ours[name]["accuracy"] == theirs[name]["accuracy"]
+    assert ours[name]["loss"] == pytest.approx(
+      theirs[name]["loss"], abs=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_all_methods_run_on_a_mesh(run, tmp_path, method):
   left, right = (tmp_path / name for name in ("mesh", "device"))
-  # A rate at which all parameters are trained.
   options = ("--method", method, "--no-baseline", "--learning-rate", "1e-3")
   assert run(left, *options, "--mesh", CUBE) == 0
   assert run(right, *options) == 0
-  _near(checkpoint(left), checkpoint(right))
+  ours, theirs = (
+    {
+      name: x
+      for name, x in checkpoint(folder).items()
+      # The softmax does not change with it: its gradient is rounding, which
+      # Adam makes as large as any other's.
+      if "['key']['bias']" not in name
+    }
+    for folder in (left, right)
+  )
+  _near(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +209,15 @@ def test_processes_that_cannot_be_are_refused(
   assert not list(tmp_path.iterdir())
 
 
+# JAX's own patience with a process that is gone is 100 seconds.
 FOUR_DEVICES = """
-import os
+import functools, os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+jax.distributed.initialize = functools.partial(
+  jax.distributed.initialize, heartbeat_timeout_seconds=20
+)
 """
 
 # After a checkpoint, that is whole, and before the next.
@@ -253,7 +271,7 @@ def test_two_processes_end_where_one_device_does(spawn, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_other_says_so_and_all_resume(
+def test_when_one_process_is_killed_the_other_ends_and_all_resume(
   spawn, run, tmp_path
 ):
   # Evaluated at the end only, so that no save is under way at the kill.
@@ -263,8 +281,10 @@ def test_when_one_process_is_killed_the_other_says_so_and_all_resume(
     spawn, folder, *options, driver=KILLED_AT_9
   )
   assert code_1 == -signal.SIGKILL
-  assert code == 1, err
-  assert "error: another process is gone" in err
+  # The collective fails in Python, or the heartbeat does, and JAX aborts.
+  assert code in (1, -signal.SIGABRT), err
+  assert ("error: another process is gone" in err) is (code == 1)
+  assert ("JAX distributed service detected" in err) is (code != 1)
   (code, out, err), (code_1, _, err_1) = _two(spawn, folder, *options)
   assert code == 0, err
   assert code_1 == 0, err_1
