@@ -35,8 +35,9 @@ def join(
       jax.distributed.initialize()
     except ValueError as error:
       raise UsageError(
-        "--coordinator auto is for clusters that JAX knows, and it finds none "
-        f"({error}) Give HOST:PORT, --num-processes and --process-id."
+        "--coordinator auto is for clusters that JAX knows, and it finds none; "
+        "give HOST:PORT, --num-processes and --process-id. JAX says: "
+        f"{error}"
       ) from error
     return
   if coordinator is None or processes is None or index is None:

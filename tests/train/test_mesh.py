@@ -209,6 +209,18 @@ def test_processes_that_cannot_be_are_refused(
   assert not list(tmp_path.iterdir())
 
 
+def test_where_jax_finds_no_cluster_auto_is_refused(
+  run, tmp_path, capsys, monkeypatch
+):
+  def initialize():
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  assert run(tmp_path / "run", "--coordinator", "auto") == 2
+  assert "JAX knows, and it finds none" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 # JAX's own patience with a process that is gone is 100 seconds.
 FOUR_DEVICES = """
 import functools, os
