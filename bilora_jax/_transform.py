@@ -97,14 +97,15 @@ def keep_in_frobenius_ball(
     squares = [pair.squared_norm() for pair in pairs]
     norm = jnp.sqrt(sum(map(jnp.sum, squares), start=jnp.float32(0.0)))
 
-    if clip == "global":
-      factors = [_shrinkage(norm, radius)] * len(pairs)
-    elif clip == "layer":
-      factors = [_shrinkage(jnp.sqrt(square), radius) for square in squares]
-    else:
-      factors = [jnp.float32(1.0)] * len(pairs)
-
+    clip_factor = jnp.float32(1.0)
     if clip is not None:
+      if clip == "global":
+        clip_factor = _shrinkage(norm, radius)
+        factors = [clip_factor] * len(pairs)
+      else:
+        factors = [_shrinkage(jnp.sqrt(square), radius) for square in squares]
+        smallest = [jnp.min(factor, initial=1.0) for factor in factors]
+        clip_factor = jnp.min(jnp.stack([clip_factor, *smallest]))
       factor = iter(factors)
 
       def project(old, update, new):
@@ -118,11 +119,10 @@ def keep_in_frobenius_ball(
       updates = jax.tree.map(
         project, params, updates, proposed, is_leaf=is_factors
       )
-    smallest = [jnp.min(f, initial=1.0) for f in factors]
     return updates, FrobeniusBallState(
       count=jnp.asarray(optax.safe_increment(state.count)),
       auxiliary_norm=norm,
-      clip_factor=jnp.min(jnp.stack([jnp.float32(1.0), *smallest])),
+      clip_factor=clip_factor,
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
