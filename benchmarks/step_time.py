@@ -19,6 +19,7 @@ import numpy as np
 from train import config as config_lib
 from train import methods, step
 from train.models import load
+from train.objectives import CLASSIFICATION
 
 _VARIANTS = {
   "LoRA r=8": {"method": "lora"},
@@ -50,9 +51,11 @@ def main() -> None:
   steps, states = {}, {}
   for name, changes in _VARIANTS.items():
     config = config_lib.Config(**changes)
-    method = methods.build(config, model, step.inputs(batch), steps=1000)
+    method = methods.build(
+      config, model, CLASSIFICATION.inputs(batch), steps=1000
+    )
     states[name] = step.init(method, jax.random.key(0), variables)
-    train_step = step.make_train_step(method, jax.random.key(1))
+    train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(1))
     steps[name] = train_step.lower(variables, states[name], batch).compile()
 
   times: dict[str, list[float]] = {name: [] for name in steps}

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from train import config as config_lib
-from train import journal, methods, processes, step, tasks
+from train import data as data_lib
+from train import journal, methods, processes, tasks
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
@@ -27,24 +28,20 @@ class Prepared:
   Attributes:
     variables: of the model, laid out.
     axes: a tree like `variables` of the names of their axes.
-    steps_per_epoch: optimizer steps.
   """
 
   config: Config
   folder: pathlib.Path
-  task: tasks.Task
-  examples: dict[str, pipeline.Examples]
-  pad_id: int
+  data: data_lib.Data
   model: Any
   variables: Any
   axes: Any
   layout: mesh_lib.Layout
   method: methods.Method
-  steps_per_epoch: int
 
   @property
   def steps(self) -> int:
-    return self.config.epochs * self.steps_per_epoch
+    return self.config.epochs * self.data.steps_per_epoch
 
 
 def prepare(config: Config) -> Prepared:
@@ -57,7 +54,7 @@ def prepare(config: Config) -> Prepared:
   config_lib.check(config)
   if config.compilation_cache:
     _use_compilation_cache()
-  layout = mesh_lib.make(config.mesh, config.batch_size)
+  layout = mesh_lib.make(config.mesh, config.batch_size // config.accumulate)
   folder = config.folder()
   _claim(folder, config)
   try:
@@ -66,28 +63,12 @@ def prepare(config: Config) -> Prepared:
     model, variables, tokenizer = models.load_bert(
       config.model, len(task.labels), config.seed, dtype
     )
-    encode = functools.partial(tokenizers.encode, tokenizer)
-    examples = {}
-    # The first process may have to prepare the data for all.
-    with processes.first_before_others():
-      for split in ("train", "validation", "test"):
-        limit = config.train_rows if split == "train" else 0
-        rows = pipeline.load(
-          task, split, config.data_dir or None, limit or None, config.seed
-        )
-        examples[split] = pipeline.tokenize(rows, encode, config.max_length)
-    pad_id = tokenizers.pad_id(tokenizer)
-    steps_per_epoch = len(examples["train"]) // config.batch_size
-    example = next(
-      pipeline.train_batches(
-        examples["train"], config.batch_size, config.seed, pad_id=pad_id
-      )
-    )
+    data = _labelled(config, task, tokenizer)
     method = methods.build(
       config,
       model,
-      step.inputs(example),
-      config.epochs * steps_per_epoch,
+      data.objective.inputs(next(data.train_batches())),
+      config.epochs * data.steps_per_epoch,
     )
   except (ValueError, RuntimeError) as error:
     with contextlib.suppress(OSError):
@@ -99,16 +80,29 @@ def prepare(config: Config) -> Prepared:
   return Prepared(
     config=config,
     folder=folder,
-    task=task,
-    examples=examples,
-    pad_id=pad_id,
+    data=data,
     model=model,
     variables=layout.put(variables, axes),
     axes=axes,
     layout=layout,
     method=method,
-    steps_per_epoch=steps_per_epoch,
   )
+
+
+def _labelled(
+  config: Config, task: tasks.Task, tokenizer: Any
+) -> data_lib.Data:
+  encode = functools.partial(tokenizers.encode, tokenizer)
+  examples = {}
+  # The first process may have to prepare the data for all.
+  with processes.first_before_others():
+    for split in ("train", "validation", "test"):
+      limit = config.train_rows if split == "train" else 0
+      rows = pipeline.load(
+        task, split, config.data_dir or None, limit or None, config.seed
+      )
+      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
+  return data_lib.Labelled(config, task, examples, tokenizers.pad_id(tokenizer))
 
 
 def _claim(folder: pathlib.Path, config: Config) -> None:

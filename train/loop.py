@@ -16,11 +16,11 @@ import jax
 import bilora_jax
 from train import assemble, evaluate, methods, processes, report, step, watch
 from train import checkpoints as checkpoints_lib
+from train import data as data_lib
 from train import journal as journal_lib
 from train.assemble import Prepared
 from train.config import Config
 from train.errors import RunError
-from train.tasks import pipeline
 
 _NONFINITE_IN_A_ROW = 10
 
@@ -53,19 +53,12 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
 
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
+  data = prepared.data
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
   state, shardings = initial(prepared, init_key)
-  batches = pipeline.train_batches(
-    prepared.examples["train"],
-    config.batch_size,
-    config.seed,
-    config.epochs,
-    *layout.part(),
-    pad_id=prepared.pad_id,
-    group_by_length=config.group_by_length,
-  )
+  batches = data.train_batches(layout.part())
   checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
-  best: dict[str, Any] = {"metric": -math.inf, "step": 0}
+  best: dict[str, Any] = {"score": -math.inf, "step": 0}
   resumed = checkpoints.resume(state)
   if resumed is not None:
     state = resumed.state
@@ -81,7 +74,11 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
 
   train_step = layout.within(
     step.make_train_step(
-      method, dropout_key, shardings and (shardings, layout.replicated)
+      method,
+      data.objective,
+      dropout_key,
+      shardings and (shardings, layout.replicated),
+      config.accumulate,
     )
   )
   predict = _predictor(prepared)
@@ -109,14 +106,15 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
           journal.log(at, **_means(method, rows), **times)
         if last or at % _eval_every(prepared) == 0:
           found = predict(method.evaluated(state.trained), "validation")
-          metric = found.metrics[prepared.task.metrics[0]]
+          score = data.score(found)
           journal.log(
             at,
             validation_loss=found.loss,
             **{f"validation_{k}": v for k, v in found.metrics.items()},
           )
-          if metric > best["metric"]:
-            best = {"metric": metric, "step": at}
+          if score > best["score"]:
+            best = {"score": score, "step": at}
+            best["value"] = found.metrics[data.metric]
             checkpoints.save_best(at, method.evaluated(state.trained))
           window.spoil()
         if saves:
@@ -172,7 +170,7 @@ def _finish(
   predict: Callable[[Any, str], evaluate.Evaluation],
   journal: journal_lib.Journal | journal_lib.Silence,
 ) -> dict[str, Any]:
-  config, task, layout = prepared.config, prepared.task, prepared.layout
+  config, data, layout = prepared.config, prepared.data, prepared.layout
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
   if prepared.method.adapted is not None:
@@ -182,25 +180,18 @@ def _finish(
         prepared.folder / "adapters", prepared.method.adapted, whole
       )
   baseline = None
-  if config.baseline:
+  if config.baseline and isinstance(data, data_lib.Labelled):
     journal.say("fitting a logistic regression on the frozen features")
-
     features = layout.within(
       jax.jit(
         functools.partial(prepared.model.apply, method="features"),
         out_shardings=layout.replicated,
       )
     )
-    baseline = evaluate.logistic_regression(
+    baseline = data.baseline(
       lambda batch: features(
-        prepared.variables, *step.inputs(layout.all_rows(batch))
-      ),
-      prepared.examples["train"],
-      prepared.examples["validation"],
-      prepared.examples["test"],
-      config.batch_size,
-      task.metrics,
-      prepared.pad_id,
+        prepared.variables, *data.objective.inputs(layout.all_rows(batch))
+      )
     )
   windows = [
     row for row in journal_lib.read(prepared.folder) if "step_seconds" in row
@@ -208,9 +199,9 @@ def _finish(
   results = {
     "command": list(command),
     "config": dataclasses.asdict(config),
-    "metric": task.metrics[0],
+    "metric": data.metric,
     "best_step": best["step"],
-    "validation": best["metric"],
+    "validation": best["value"],
     "test": _results(test),
     "baseline": _results(baseline) if baseline else None,
     "trained_parameters": _count(evaluated),
@@ -232,18 +223,17 @@ def _predictor(
 ) -> Callable[[Any, str], evaluate.Evaluation]:
   layout = prepared.layout
   eval_step = layout.within(
-    step.make_eval_step(prepared.method, layout.replicated)
+    step.make_eval_step(
+      prepared.method, prepared.data.objective, layout.replicated
+    )
   )
 
   def predict(evaluated: Any, split: str) -> evaluate.Evaluation:
-    return evaluate.evaluate(
+    return prepared.data.evaluate(
       lambda batch: eval_step(
         prepared.variables, evaluated, layout.all_rows(batch)
       ),
-      prepared.examples[split],
-      prepared.config.batch_size,
-      prepared.task.metrics,
-      prepared.pad_id,
+      split,
     )
 
   return predict
@@ -273,7 +263,7 @@ def _check_finite(
 
 
 def _eval_every(prepared: Prepared) -> int:
-  return prepared.config.eval_every or prepared.steps_per_epoch
+  return prepared.config.eval_every or prepared.data.steps_per_epoch
 
 
 def _means(
@@ -293,7 +283,6 @@ def _means(
 
 def _opening(prepared: Prepared, trained: Any) -> str:
   config = prepared.config
-  rows = {name: len(x) for name, x in prepared.examples.items()}
   parts = (
     bilora_jax.count_parameters(trained)
     if prepared.method.adapted is not None
@@ -301,8 +290,9 @@ def _opening(prepared: Prepared, trained: Any) -> str:
   )
   counts = ", ".join(f"{name} {count:,}" for name, count in parts.items())
   return (
-    f"{config.method} on {config.task}: rows {rows}; trained parameters: "
-    f"{counts}; base {_count(prepared.variables):,}; {prepared.steps} steps"
+    f"{config.method} on {config.task}: rows {prepared.data.rows}; trained "
+    f"parameters: {counts}; base {_count(prepared.variables):,}; "
+    f"{prepared.steps} steps"
   )
 
 

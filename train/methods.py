@@ -1,4 +1,4 @@
-"""What is trained, and how: LoRA, Bi-LoRA or all parameters."""
+"""What is trained, and how: LoRA, Bi-LoRA, LoRA-SAM or all parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +11,10 @@ import bilora_jax
 from train.config import Config
 
 
+def _as_it_is(value_and_grad: Callable[..., Any]) -> Callable[..., Any]:
+  return value_and_grad
+
+
 class Method(NamedTuple):
   """A way to fine-tune a model.
 
@@ -19,7 +23,8 @@ class Method(NamedTuple):
     apply: `(variables, trained, *inputs, rngs=None)` to the logits.
     tx: what is done with the gradient.
     evaluated: from what is trained to what is evaluated and kept.
-    value_and_grad: where the gradient is taken.
+    gradient: where the gradient is taken: from one `value_and_grad` function
+      to another.
     adapted: the model with adapters, if it has any.
     rho: radius of the auxiliary's ball, if there is one.
   """
@@ -28,7 +33,7 @@ class Method(NamedTuple):
   apply: Callable[..., Any]
   tx: optax.GradientTransformationExtraArgs
   evaluated: Callable[[Any], Any]
-  value_and_grad: Callable[..., Callable[..., Any]] = jax.value_and_grad
+  gradient: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
   adapted: bilora_jax.Adapted | None = None
   rho: float | None = None
 
@@ -86,23 +91,30 @@ def build(
     ),
     *inputs,
   )
-  if config.method == "lora":
-    tx, rho = optimizer, None
-  else:
-    tx, rho = (
-      bilora_jax.bilora(
-        optimizer,
-        config.rho,
-        clip=None if config.clip == "none" else config.clip,
-        direction=config.direction,
-      ),
+  rho, gradient = None, _as_it_is
+  if config.method == "bilora":
+    rho = config.rho
+    optimizer = bilora_jax.bilora(
+      optimizer,
       config.rho,
+      clip=None if config.clip == "none" else config.clip,
+      direction=config.direction,
     )
+  elif config.method == "lora_sam":
+
+    def gradient(value_and_grad):
+      return bilora_jax.sam(
+        value_and_grad,
+        config.rho,
+        lambda trained: {part: part == "primary" for part in trained},
+      )
+
   return Method(
     adapted.init,
     adapted.apply,
-    tx,
+    optimizer,
     bilora_jax.primary,
+    gradient=gradient,
     adapted=adapted,
     rho=rho,
   )

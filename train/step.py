@@ -1,6 +1,6 @@
 """The training step and the evaluation step, each one jitted function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from train.methods import Method
+from train.objectives import Batch, Items, Objective
 
-Batch = Mapping[str, Any]
 _NEVER = 2**30  # optax.apply_if_finite: a bad update is never let through
 
 
@@ -32,7 +32,7 @@ class Metrics(NamedTuple):
 
   Attributes:
     loss: mean cross-entropy in nats, at the weights that the step met.
-    accuracy: share of right labels among them.
+    accuracy: share of right predictions among them.
     nonfinite: how many steps in a row were skipped.
     tokens: real tokens in the batch.
     c_over_rho: norm of the auxiliary before the clip, over rho; NaN without.
@@ -64,29 +64,47 @@ def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
 
 
 def make_train_step(
-  method: Method, key: jax.Array, shardings: Any = None
+  method: Method,
+  objective: Objective,
+  key: jax.Array,
+  shardings: Any = None,
+  accumulate: int = 1,
 ) -> Callable[[Any, TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `(variables, state, batch)` to the next state and the metrics.
 
   Args:
     method: what to train and how.
+    objective: what is learned from a batch.
     key: of the dropout; every step folds its number into it.
     shardings: of the next state and the metrics, on a mesh.
+    accumulate: parts that a batch is run in, one after another; their
+      gradients add up to that of the batch.
   """
   tx = optimizer(method)
 
-  def loss_fn(trained, variables, batch, rngs):
-    logits = method.apply(variables, trained, *inputs(batch), rngs=rngs)
-    logits = logits.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["labels"]
-    ).mean()
-    return loss, jnp.mean(jnp.argmax(logits, -1) == batch["labels"])
+  def loss_fn(trained, variables, batch, total, key):
+    logits = method.apply(
+      variables, trained, *objective.inputs(batch), rngs={"dropout": key}
+    )
+    items = objective.items(logits, batch)
+    return (
+      jnp.sum(items.losses * items.weights) / total,
+      jnp.sum(items.right * items.weights) / total,
+    )
+
+  value_and_grad = method.gradient(
+    _accumulated(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+  )
 
   def train_step(variables, state, batch):
-    rngs = {"dropout": jax.random.fold_in(key, state.step)}
-    (loss, accuracy), grads = method.value_and_grad(loss_fn, has_aux=True)(
-      state.trained, variables, batch, rngs
+    # A batch may have no token to learn from.
+    total = jnp.maximum(jnp.sum(objective.weights(batch)), 1.0)
+    (loss, accuracy), grads = value_and_grad(
+      state.trained,
+      variables,
+      batch,
+      total,
+      jax.random.fold_in(key, state.step),
     )
     # A loss that is not finite may still have a finite gradient.
     grads = jax.tree.map(
@@ -100,7 +118,7 @@ def make_train_step(
       loss=loss,
       accuracy=accuracy,
       nonfinite=optax.tree.get(opt_state, "notfinite_count"),
-      tokens=jnp.sum(batch["mask"]),
+      tokens=objective.tokens(batch),
       c_over_rho=norm / method.rho if method.rho else one * jnp.nan,
       clip_factor=optax.tree.get(opt_state, "clip_factor", one),
     )
@@ -109,27 +127,53 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
 
 
+def _accumulated(
+  value_and_grad: Callable[..., Any], parts: int
+) -> Callable[..., Any]:
+  """Runs a batch in parts, of which values and gradients are added up.
+
+  Every part takes every `parts`-th row, so that on a mesh each device keeps
+  the rows that it has.
+  """
+  if parts == 1:
+    return value_and_grad
+
+  def of_parts(trained, variables, batch, total, key):
+    split = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def of_part(number, part):
+      return value_and_grad(
+        trained, variables, part, total, jax.random.fold_in(key, number)
+      )
+
+    def add(sums, numbered):
+      return jax.tree.map(jnp.add, sums, of_part(*numbered)), None
+
+    numbered = jnp.arange(parts), split
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], numbered)),
+    )
+    return jax.lax.scan(add, zeros, numbered)[0]
+
+  return of_parts
+
+
 def make_eval_step(
-  method: Method, sharding: Any = None
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-  """Returns `(variables, evaluated, batch)` to labels and losses, both (B,).
+  method: Method, objective: Objective, sharding: Any = None
+) -> Callable[[Any, Any, Batch], Items]:
+  """Returns `(variables, evaluated, batch)` to the batch's items.
 
   Args:
     method: what was trained.
-    sharding: of both, on a mesh.
+    objective: what was learned.
+    sharding: of the items, on a mesh.
   """
 
   def eval_step(variables, evaluated, batch):
-    logits = method.apply(variables, evaluated, *inputs(batch))
-    logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["labels"]
-    )
-    return jnp.argmax(logits, -1), losses
+    logits = method.apply(variables, evaluated, *objective.inputs(batch))
+    return objective.items(logits, batch)
 
   return jax.jit(eval_step, out_shardings=sharding)
-
-
-def inputs(batch: Batch) -> tuple[jax.Array, ...]:
-  """The arguments of the model that are in a batch."""
-  return batch["tokens"], batch["mask"], batch["token_types"]

@@ -21,6 +21,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from train import __main__ as program
 from train import assemble, step, tasks
 from train import config as config_lib
+from train.objectives import CLASSIFICATION
 from train.tasks import hashing, movie_reviews, pipeline, prepare
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -214,7 +215,9 @@ def train_step(
 
   @functools.cache
   def make(**fields: Any) -> Callable[..., Any]:
-    return step.make_train_step(prepared(**fields).method, jax.random.key(1))
+    return step.make_train_step(
+      prepared(**fields).method, CLASSIFICATION, jax.random.key(1)
+    )
 
   return make
 
@@ -223,7 +226,8 @@ def train_step(
 def batch(prepared: Callable[..., assemble.Prepared]) -> pipeline.Batch:
   """The first training batch."""
   ready = prepared()
-  batches = pipeline.train_batches(
-    ready.examples["train"], 8, ready.config.seed, pad_id=ready.pad_id
+  return next(
+    pipeline.train_batches(
+      ready.data.examples["train"], 8, ready.config.seed, pad_id=0
+    )
   )
-  return next(batches)

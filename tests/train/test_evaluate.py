@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from train import evaluate
+from train import evaluate, objectives
 from train.tasks import pipeline
 
 NAMES = ("accuracy", "matthews_correlation")
@@ -27,10 +27,17 @@ def _examples(labels, lengths=None) -> pipeline.Examples:
 def _answers(predicted, losses):
   """A model that knows each row by its first token."""
   predicted, losses = np.asarray(predicted), np.asarray(losses)
-  return lambda batch: (
-    predicted[batch["tokens"][:, 0]],
-    losses[batch["tokens"][:, 0]],
-  )
+
+  def predict(batch):
+    rows = batch["tokens"][:, 0]
+    return objectives.Items(
+      losses=losses[rows],
+      weights=np.ones(len(rows)),
+      predictions=predicted[rows],
+      right=np.zeros(len(rows)),
+    )
+
+  return predict
 
 
 def test_metrics_are_those_of_the_definition():

@@ -112,22 +112,22 @@ def test_a_finished_run_prints_its_results_and_trains_nothing(
 
 
 def test_all_methods_run_to_the_end(run, tmp_path, capsys):
-  for method in ("lora", "full"):
+  for method in ("lora", "lora_sam", "full"):
     folder = tmp_path / method
     assert run(folder, "--method", method, "--no-baseline") == 0
     results = json.loads((folder / "results.json").read_text())
     assert results["config"]["method"] == method
     assert results["baseline"] is None
     assert "logistic" not in (folder / "report.md").read_text()
-    assert (folder / "adapters").is_dir() is (method == "lora")
+    assert (folder / "adapters").is_dir() is (method != "full")
 
 
 def _poison(monkeypatch, bad):
   """Makes the base NaN in some steps; returns what each left of the trained."""
   make, left = step.make_train_step, {}
 
-  def make_poisoned(method, key, shardings):
-    real = make(method, key, shardings)
+  def make_poisoned(*arguments):
+    real = make(*arguments)
 
     def train_step(variables, state, batch):
       if int(state.step) + 1 in bad:

@@ -14,6 +14,7 @@ from train import journal as journal_lib
 from train import loop, step
 from train import mesh as mesh_lib
 from train.errors import UsageError
+from train.objectives import CLASSIFICATION
 
 # Each mesh adds up in another order, to rounding in float32; the largest
 # difference seen was 5e-6, of 24 steps with data=8.
@@ -127,7 +128,10 @@ def test_adapters_follow_kernels_and_the_optimizer_adapters(prepared, batch):
     assert before[name] == before[f".trained{part}"]
   train_step = ready.layout.within(
     step.make_train_step(
-      ready.method, jax.random.key(1), (shardings, ready.layout.replicated)
+      ready.method,
+      CLASSIFICATION,
+      jax.random.key(1),
+      (shardings, ready.layout.replicated),
     )
   )
   placed = ready.layout.rows(batch)

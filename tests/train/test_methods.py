@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from train import methods, step
+from train.objectives import CLASSIFICATION
 
-METHODS = ("lora", "bilora", "full")
+METHODS = ("lora", "bilora", "lora_sam", "full")
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_evaluation_is_blind_to_the_auxiliary(prepared, train, batch):
     **state.trained,
     "auxiliary": jax.tree.map(lambda x: x + 100.0, state.trained["auxiliary"]),
   }
-  evaluate = step.make_eval_step(ready.method)
+  evaluate = step.make_eval_step(ready.method, CLASSIFICATION)
   near = ready.method.evaluated(state.trained)
   assert set(near) == {"primary", "extra"}
   _same(
@@ -78,7 +79,7 @@ def test_evaluation_is_blind_to_the_auxiliary(prepared, train, batch):
     evaluate(ready.variables, ready.method.evaluated(far), batch),
   )
   # It would be seen, were it not left out.
-  inputs = step.inputs(batch)
+  inputs = CLASSIFICATION.inputs(batch)
   assert not np.allclose(
     ready.method.apply(ready.variables, far, *inputs),
     ready.method.apply(ready.variables, near, *inputs),
@@ -96,7 +97,7 @@ def test_full_trains_and_evaluates_all_parameters(prepared):
 def test_training_starts_at_the_pretrained_model(prepared, batch, method):
   ready = prepared(method=method)
   state = step.init(ready.method, jax.random.key(0), ready.variables)
-  inputs = step.inputs(batch)
+  inputs = CLASSIFICATION.inputs(batch)
   np.testing.assert_allclose(
     ready.method.apply(ready.variables, state.trained, *inputs),
     ready.model.apply(ready.variables, *inputs),

@@ -8,6 +8,7 @@ import pytest
 
 from train import step
 from train.methods import Method
+from train.objectives import CLASSIFICATION, NEXT_TOKEN
 
 
 def _copy(tree):
@@ -51,7 +52,9 @@ def test_metrics_are_those_of_the_logits(prepared, train_step, batch):
   ready = prepared(method="bilora")
   state = step.init(ready.method, jax.random.key(0), ready.variables)
   logits = np.asarray(
-    ready.method.apply(ready.variables, state.trained, *step.inputs(batch)),
+    ready.method.apply(
+      ready.variables, state.trained, *CLASSIFICATION.inputs(batch)
+    ),
     np.float64,
   )
   _, metrics = train_step(method="bilora")(ready.variables, state, batch)
@@ -120,21 +123,26 @@ def test_evaluation_labels_and_losses_are_those_of_rows(prepared, batch):
   ready = prepared()
   state = step.init(ready.method, jax.random.key(0), ready.variables)
   evaluated = ready.method.evaluated(state.trained)
-  labels, losses = step.make_eval_step(ready.method)(
+  found = step.make_eval_step(ready.method, CLASSIFICATION)(
     ready.variables, evaluated, batch
   )
   logits = np.asarray(
-    ready.method.apply(ready.variables, evaluated, *step.inputs(batch))
+    ready.method.apply(
+      ready.variables, evaluated, *CLASSIFICATION.inputs(batch)
+    )
   )
-  np.testing.assert_array_equal(labels, logits.argmax(-1))
+  np.testing.assert_array_equal(found.predictions, logits.argmax(-1))
+  np.testing.assert_array_equal(
+    found.right, logits.argmax(-1) == batch["labels"]
+  )
   of_label = logits[np.arange(8), batch["labels"]]
   expected = np.log(np.exp(logits).sum(-1)) - of_label
-  np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  np.testing.assert_allclose(found.losses, expected, rtol=1e-4)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
   method = _linear()
-  train_step = step.make_train_step(method, jax.random.key(0))
+  train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(0))
   state = step.init(method, jax.random.key(0), WEIGHT)
   state, _ = train_step({}, state, FINE)
   before = _copy(state)
@@ -153,36 +161,36 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():
-  def value_and_grad(loss_fn, has_aux):
+  def gradient(value_and_grad):
     def of(trained, *rest):
-      bad = jax.tree.map(lambda x: x * jnp.inf, trained)
-      return loss_fn(trained, *rest), bad
+      value, _ = value_and_grad(trained, *rest)
+      return value, jax.tree.map(lambda x: x * jnp.inf, trained)
 
     return of
 
-  method = _linear(value_and_grad=value_and_grad)
+  method = _linear(gradient=gradient)
   state = step.init(method, jax.random.key(0), WEIGHT)
-  state, metrics = step.make_train_step(method, jax.random.key(0))(
-    {}, state, FINE
-  )
+  state, metrics = step.make_train_step(
+    method, CLASSIFICATION, jax.random.key(0)
+  )({}, state, FINE)
   assert np.isfinite(metrics.loss)
   assert int(metrics.nonfinite) == 1
   _same(state.trained, WEIGHT)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient():
-  def value_and_grad(loss_fn, has_aux):
+  def gradient(value_and_grad):
     def of(trained, *rest):
-      _, right = loss_fn(trained, *rest)
+      (_, right), _ = value_and_grad(trained, *rest)
       return (jnp.inf, right), jax.tree.map(jnp.ones_like, trained)
 
     return of
 
-  method = _linear(value_and_grad=value_and_grad)
+  method = _linear(gradient=gradient)
   state = step.init(method, jax.random.key(0), WEIGHT)
-  state, metrics = step.make_train_step(method, jax.random.key(0))(
-    {}, state, FINE
-  )
+  state, metrics = step.make_train_step(
+    method, CLASSIFICATION, jax.random.key(0)
+  )({}, state, FINE)
   assert int(metrics.nonfinite) == 1
   _same(state.trained, WEIGHT)
 
@@ -190,9 +198,58 @@ def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient():
 def test_a_finite_step_moves_against_the_gradient():
   method = _linear()
   state = step.init(method, jax.random.key(0), WEIGHT)
-  train_step = step.make_train_step(method, jax.random.key(0))
+  train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(0))
   losses = []
   for _ in range(5):
     state, metrics = train_step({}, state, FINE)
     losses.append(float(metrics.loss))
   assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["bilora", "lora_sam"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_makes_the_same_step(
+  prepared, train_step, batch, method, parts
+):
+  ready = prepared(method=method)
+  in_parts = step.make_train_step(
+    ready.method, CLASSIFICATION, jax.random.key(1), accumulate=parts
+  )
+  ends = []
+  for next_state in (train_step(method=method), in_parts):
+    state = step.init(ready.method, jax.random.key(0), ready.variables)
+    for _ in range(5):
+      state, metrics = next_state(ready.variables, state, batch)
+    ends.append((state.trained, metrics))
+  # Sums of another order, in float32.
+  for x, y in zip(*map(jax.tree.leaves, ends)):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_batch_count_by_their_weights():
+  """As a loss on tokens has them: a part may have few, or none."""
+  batch = {
+    "tokens": np.array([[1, 2], [3, 0], [2, 1], [0, 3]], np.float32),
+    "targets": np.array([[1, 2], [3, 0], [2, 1], [0, 3]], np.int32),
+    "positions": np.zeros((4, 2), np.int32),
+    "segment_ids": np.ones((4, 2), np.int32),
+    "weights": np.array([[1, 1], [1, 0], [0, 0], [0, 0]], np.float32),
+  }
+  method = _linear(
+    apply=lambda variables, trained, tokens, *rest, rngs: (
+      tokens[..., None] * trained["weight"]
+    )
+  )
+  ends = []
+  for parts in (1, 2, 4):
+    state = step.init(method, jax.random.key(0), {"weight": jnp.arange(4.0)})
+    state, metrics = step.make_train_step(
+      method, NEXT_TOKEN, jax.random.key(0), accumulate=parts
+    )({}, state, batch)
+    ends.append((np.asarray(state.trained["weight"]), float(metrics.loss)))
+  logits = np.multiply.outer([1.0, 2.0, 3.0], np.arange(4.0))
+  chosen = logits[np.arange(3), [1, 2, 3]]
+  loss = np.mean(np.log(np.exp(logits).sum(-1)) - chosen)
+  for weight, found in ends:
+    assert found == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_allclose(weight, ends[0][0], rtol=1e-5)
