@@ -51,9 +51,19 @@ class Factors:
     """
     return abs(self.scale) * jnp.sqrt(_unscaled_square(self.a, self.b))
 
-  def squared_norm(self) -> jax.Array:
-    """The square of `frobenius_norm`, `(*batch)`, in float32."""
-    return self.scale**2 * _unscaled_square(self.a, self.b)
+  def squared_norm(self, specs: "Factors | None" = None) -> jax.Array:
+    """The square of `frobenius_norm`, `(*batch)`, in float32.
+
+    Args:
+      specs: where the code sees shards, under `jax.shard_map` and `jax.pmap`:
+        the `PartitionSpec` of `a` and that of `b`. The norm is then that of
+        the whole weight; of batch axes each shard has its own part. Two r x r
+        sums are what is communicated.
+
+    Raises:
+      ValueError: if the specs shard the rank.
+    """
+    return self.scale**2 * _unscaled_square(self.a, self.b, specs)
 
   def join(self, other: "Factors") -> "Factors":
     """Puts two pairs side by side along the rank: their weights add up.
@@ -106,7 +116,16 @@ def is_factors(node: Any) -> bool:
   return isinstance(node, Factors)
 
 
-def _unscaled_square(a: jax.Array, b: jax.Array) -> jax.Array:
+def batch_axes(factors: Factors, specs: Factors) -> tuple[str, ...]:
+  """The mesh axes that the batch axes of a pair are sharded over."""
+  return tuple(
+    name for axis in _mesh_axes(factors.a, specs.a)[:-2] for name in axis
+  )
+
+
+def _unscaled_square(
+  a: jax.Array, b: jax.Array, specs: Factors | None = None
+) -> jax.Array:
   # Half-precision norms are off by percents, and so are the bfloat16 passes
   # that a TPU makes of float32 matmuls unless asked not to.
   gram = functools.partial(
@@ -115,12 +134,26 @@ def _unscaled_square(a: jax.Array, b: jax.Array) -> jax.Array:
     preferred_element_type=jnp.float32,
   )
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  square = jnp.sum(
-    gram("...ir,...is->...rs", a, a) * gram("...ro,...so->...rs", b, b),
-    axis=(-2, -1),
-  )
+  gram_a = gram("...ir,...is->...rs", a, a)
+  gram_b = gram("...ro,...so->...rs", b, b)
+  if specs is not None:
+    *_, size_in, rank_a = _mesh_axes(a, specs.a)
+    *_, rank_b, size_out = _mesh_axes(b, specs.b)
+    if rank_a or rank_b:
+      raise ValueError(
+        f"the rank of a pair is never sharded; got the specs {specs.a} and "
+        f"{specs.b}."
+      )
+    gram_a = jax.lax.psum(gram_a, size_in) if size_in else gram_a
+    gram_b = jax.lax.psum(gram_b, size_out) if size_out else gram_b
   # Cancellation may leave a rounding error below zero.
-  return jnp.maximum(square, 0.0)
+  return jnp.maximum(jnp.sum(gram_a * gram_b, axis=(-2, -1)), 0.0)
+
+
+def _mesh_axes(x: jax.Array, spec: Any) -> list[tuple[str, ...]]:
+  """The mesh axes that each axis of an array is sharded over."""
+  names = [*spec, *[None] * (x.ndim - len(spec))]
+  return [(n,) if isinstance(n, str) else tuple(n or ()) for n in names]
 
 
 def _outer_shapes(factors: Factors) -> tuple[tuple[int, ...], ...]:

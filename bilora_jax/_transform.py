@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilora_jax import _partition
-from bilora_jax._factors import Factors, is_factors
+from bilora_jax._factors import Factors, batch_axes, is_factors
 
 Clip: TypeAlias = Literal["global", "layer"] | None
 ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
@@ -33,7 +33,7 @@ class FrobeniusBallState(NamedTuple):
 
 
 def keep_in_frobenius_ball(
-  rho: ScalarOrSchedule, *, clip: Clip = "global"
+  rho: ScalarOrSchedule, *, clip: Clip = "global", specs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Modifies the updates to keep low-rank pairs inside a Frobenius ball.
 
@@ -52,6 +52,9 @@ def keep_in_frobenius_ball(
     clip: `'global'`, one ball over all pairs; `'layer'`, a ball of radius rho
       for each pair, and for each index of its batch axes; `None`, no clip, the
       norm is only recorded. The last two are the paper's ablations.
+    specs: only under `jax.shard_map` and `jax.pmap`, where the code sees
+      shards: a tree like params, of pairs of `PartitionSpec`. Norms are then
+      those of the whole pairs. Under `jax.jit` they are so without it.
 
   Returns:
     A transformation of trees of `Factors`. Its state records the norm before
@@ -60,7 +63,8 @@ def keep_in_frobenius_ball(
 
   Raises:
     ValueError: if rho is negative or not finite, or clip is unknown; on update,
-      if params are missing or hold an array outside of a pair.
+      if params are missing or hold an array outside of a pair, or specs do not
+      fit them or shard a rank.
 
   References:
     Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, equation
@@ -94,8 +98,18 @@ def keep_in_frobenius_ball(
     )
     proposed = optax.apply_updates(params, updates)
     pairs = _pairs(proposed)
-    squares = [pair.squared_norm() for pair in pairs]
-    norm = jnp.sqrt(sum(map(jnp.sum, squares), start=jnp.float32(0.0)))
+    pair_specs = _pair_specs(specs, proposed)
+    squares = [pair.squared_norm(spec) for pair, spec in zip(pairs, pair_specs)]
+    shards = [
+      () if spec is None else batch_axes(pair, spec)
+      for pair, spec in zip(pairs, pair_specs)
+    ]
+    norm = jnp.sqrt(
+      sum(
+        (_over(jax.lax.psum, x, jnp.sum(s)) for x, s in zip(shards, squares)),
+        start=jnp.float32(0.0),
+      )
+    )
 
     clip_factor = jnp.float32(1.0)
     if clip is not None:
@@ -104,7 +118,10 @@ def keep_in_frobenius_ball(
         factors = [clip_factor] * len(pairs)
       else:
         factors = [_shrinkage(jnp.sqrt(square), radius) for square in squares]
-        smallest = [jnp.min(factor, initial=1.0) for factor in factors]
+        smallest = [
+          _over(jax.lax.pmin, axes, jnp.min(factor, initial=1.0))
+          for axes, factor in zip(shards, factors)
+        ]
         clip_factor = jnp.min(jnp.stack([clip_factor, *smallest]))
       factor = iter(factors)
 
@@ -135,6 +152,7 @@ def bilora(
   *,
   clip: Clip = "global",
   direction: Literal["ascent", "descent"] = "ascent",
+  specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Bi-LoRA: the primary descends the loss, the auxiliary climbs it in a ball.
 
@@ -165,6 +183,9 @@ def bilora(
     clip: see `keep_in_frobenius_ball`.
     direction: `'ascent'`, or `'descent'` for the paper's ablation Dual-LoRA,
       in which the auxiliary descends too.
+    specs: of all parameters, as `Adapted.partition_specs` gives them; only
+      under `jax.shard_map` and `jax.pmap` with sharded factors, see
+      `keep_in_frobenius_ball`.
 
   Returns:
     A transformation of `{'primary': ..., 'auxiliary': ..., 'extra': ...}`. The
@@ -208,7 +229,7 @@ def bilora(
       "auxiliary": optax.chain(
         optax.scale(sign),
         optimizer if auxiliary_optimizer is None else auxiliary_optimizer,
-        keep_in_frobenius_ball(rho, clip=clip),
+        keep_in_frobenius_ball(rho, clip=clip, specs=specs),
       ),
     },
     _partition.labels,
@@ -261,6 +282,26 @@ def _pairs(tree: Any) -> list[Factors]:
         f"mask hides one of them at {where}."
       )
   return [node for _, node in nodes if _is_pair(node)]
+
+
+def _pair_specs(specs: Any, tree: Any) -> list[Factors | None]:
+  """The specs of a tree's pairs, in the order of `_pairs`."""
+  if specs is None:
+    return [None] * len(_pairs(tree))
+  known = dict(jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_factors))
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
+  paths = [path for path, node in nodes if _is_pair(node)]
+  missing = [p for p in paths if not is_factors(known.get(p))]
+  if missing:
+    raise ValueError(
+      "specs is a tree like the parameters, of Factors of PartitionSpec; it "
+      f"has none at {', '.join(map(jax.tree_util.keystr, missing))}."
+    )
+  return [known[path] for path in paths]
+
+
+def _over(reduce: Any, axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+  return reduce(x, axes) if axes else x
 
 
 def _shrinkage(norm: jax.Array, radius: jax.Array) -> jax.Array:

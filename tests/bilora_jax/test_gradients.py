@@ -1,4 +1,4 @@
-"""Baselines that change where the gradient is taken, against their equations."""
+"""Where baselines take the gradient, against their equations."""
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ import optax
 import problems
 import pytest
 
-from bilora_jax import Factors, bilora
+from bilora_jax import Factors, bilora, keep_in_frobenius_ball
 
 RHO = 0.1
 STEPS = 10
@@ -327,3 +327,120 @@ def test_sharded_weights_train_as_whole_ones(clip):
   assert sharded["auxiliary"]["w"].a.sharding.spec == P("model")
   actual = jax.device_get(sharded)
   assert problems.relative_error(actual, problems.at(expected, -1)) <= ROUNDING
+
+
+MIXED = {
+  "w": problems.Shape((), 16, 8, 2, 3, 2.0, 0.5),
+  "v": problems.Shape((8,), 4, 6, 3, 1, 1.0, 3.0),
+  "u": problems.Shape((2,), 8, 16, 3, 2, 1.0, 2.0),
+  "t": problems.Shape((), 5, 7, 2, 2, 1.0, 1.0),
+}
+# `in` of a and `out` of b are split; the layers; `in` alone; nothing.
+MIXED_SPECS = {
+  "w": Factors(P("model"), P(None, "model")),
+  "v": Factors(P("model", None, None), P("model")),
+  "u": Factors(P(None, ("model",)), P()),
+  "t": Factors(P(), P()),
+}
+
+
+def _specs(adapters):
+  """A spec for each array of adapters; the scales are those of the pairs."""
+
+  def of(part):
+    return {
+      name: Factors(MIXED_SPECS[name].a, MIXED_SPECS[name].b, pair.scale)
+      for name, pair in adapters[part].items()
+    }
+
+  return {
+    "primary": of("primary"),
+    "auxiliary": of("auxiliary"),
+    "extra": {name: P() for name in adapters["extra"]},
+  }
+
+
+def _following(state, specs):
+  """Specs of a state, whose moments are at the paths of what they belong to."""
+  known = dict(jax.tree_util.tree_leaves_with_path(specs))
+
+  def of(path, _):
+    ends = (path[start:] for start in range(len(path)))
+    return next((known[end] for end in ends if end in known), P())
+
+  return jax.tree_util.tree_map_with_path(of, state)
+
+
+@pytest.mark.parametrize("clip", ["global", "layer", None])
+def test_shard_map_over_sharded_factors(clip):
+  adapters, data = problems.make(MIXED)
+  plain = bilora(optax.adam(0.02), RHO, clip=clip)
+  expected, expected_state = problems.train(plain, adapters, data, STEPS)
+  specs = _specs(adapters)
+  tx = bilora(optax.adam(0.02), RHO, clip=clip, specs=specs)
+  state = tx.init(adapters)
+  state_specs = _following(state, specs)
+  update = jax.shard_map(
+    tx.update,
+    mesh=mesh("model"),
+    in_specs=(specs, state_specs, specs),
+    out_specs=(specs, state_specs),
+  )
+
+  @jax.jit
+  def step(adapters, state):
+    updates, state = update(
+      jax.grad(problems.loss)(adapters, data), state, adapters
+    )
+    return optax.apply_updates(adapters, updates), state
+
+  for _ in range(STEPS):
+    adapters, state = step(adapters, state)
+  assert problems.relative_error(adapters, problems.at(expected, -1)) <= (
+    ROUNDING
+  )
+  for name in ("auxiliary_norm", "clip_factor"):
+    np.testing.assert_allclose(
+      optax.tree.get(state, name),
+      optax.tree.get(expected_state, name)[-1],
+      rtol=ROUNDING,
+    )
+
+
+def test_pmap_over_sharded_factors():
+  rng = np.random.default_rng(0)
+  pair = Factors(
+    np.float32(rng.normal(size=(16, 2))), np.float32(rng.normal(size=(2, 24)))
+  )
+  shards = Factors(
+    pair.a.reshape(8, 2, 2), pair.b.reshape(2, 8, 3).transpose(1, 0, 2)
+  )
+  tx = keep_in_frobenius_ball(RHO, specs=Factors(P("model"), P(None, "model")))
+  updates, state = jax.pmap(
+    lambda pair: tx.update(
+      jax.tree.map(jnp.zeros_like, pair), tx.init(pair), pair
+    ),
+    "model",
+  )(shards)
+  np.testing.assert_allclose(
+    state.auxiliary_norm, [problems.dense_norm(pair)] * 8, rtol=ROUNDING
+  )
+  new = jax.tree.map(np.add, shards, updates)
+  whole = Factors(new.a.reshape(16, 2), new.b.transpose(1, 0, 2).reshape(2, 24))
+  assert problems.dense_norm(whole) == pytest.approx(RHO, rel=1e-6)
+
+
+def test_specs_that_do_not_fit_are_refused():
+  adapters, _ = problems.make(MIXED)
+  auxiliary = adapters["auxiliary"]
+
+  def update(specs):
+    tx = keep_in_frobenius_ball(RHO, specs=specs)
+    tx.update(auxiliary, tx.init(auxiliary), auxiliary)
+
+  with pytest.raises(ValueError, match=r"it has none at \['t'\], \['u'\]"):
+    update({name: Factors(P(), P()) for name in ("v", "w")})
+  specs = {name: Factors(P(), P()) for name in auxiliary}
+  specs["t"] = Factors(P(None, "model"), P())
+  with pytest.raises(ValueError, match=r"rank of a pair is never sharded"):
+    update(specs)
