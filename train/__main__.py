@@ -93,5 +93,11 @@ def _start() -> argparse.ArgumentParser:
   return start
 
 
+def program() -> int:
+  """What `python -m train` runs: `main`, watched if it is one of several."""
+  place, _ = _start().parse_known_args()
+  return processes.watched(main) if place.coordinator else main()
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(program())

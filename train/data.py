@@ -2,15 +2,22 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
+import math
 from typing import Any, Protocol
 
 import grain
+import numpy as np
 
-from train import evaluate, objectives, tasks
-from train.config import Config
+from train import evaluate, objectives, processes, tasks
+from train.config import INSTRUCTIONS, Config
 from train.evaluate import Evaluation
 from train.objectives import Items, Objective
-from train.tasks import pipeline
+from train.models import tokenizer
+from train.models.load import Pretrained
+from train.tasks import chat, instructions, label_words, packing, pipeline
+
+_SPLITS = ("train", "validation", "test")
 
 Predict = Callable[[pipeline.Batch], Items]
 
@@ -110,3 +117,125 @@ class Labelled:
       self.task.metrics,
       self.pad_id,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversations:
+  """Prompts with responses, of which the responses are learned."""
+
+  config: Config
+  packed: Mapping[str, packing.Packed]
+  pad_id: int
+  objective: Objective = objectives.NEXT_TOKEN
+  metric: str = "perplexity"
+
+  @property
+  def rows(self) -> dict[str, int]:
+    return {name: len(x.sequences) for name, x in self.packed.items()}
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return len(self.packed["train"]) // self.config.batch_size
+
+  def train_batches(
+    self, part: tuple[int, int] = (0, 1)
+  ) -> grain.DatasetIterator[pipeline.Batch]:
+    return packing.train_batches(
+      self.packed["train"],
+      self.config.batch_size,
+      self.config.seed,
+      self.config.epochs,
+      *part,
+      pad_id=self.pad_id,
+      group_by_length=self.config.group_by_length,
+    )
+
+  def evaluate(self, predict: Predict, split: str) -> Evaluation:
+    loss, right, count = 0.0, 0, 0
+    for batch in packing.eval_batches(
+      self.packed[split], self.config.batch_size, pad_id=self.pad_id
+    ):
+      found = predict(batch)
+      learned = batch["weights"] > 0
+      loss += float(np.asarray(found.losses)[learned].sum(dtype=np.float64))
+      right += int(np.asarray(found.right)[learned].sum())
+      count += int(learned.sum())
+    loss /= count
+    return Evaluation(
+      metrics={"perplexity": math.exp(loss), "accuracy": right / count},
+      loss=loss,
+      correct=right,
+      rows=count,
+      unit="tokens",
+    )
+
+  def score(self, found: Evaluation) -> float:
+    return -found.loss
+
+
+def load(config: Config, pretrained: Pretrained) -> Data:
+  """Reads and tokenizes the data of a run.
+
+  Raises:
+    ValueError: if the model or the options are not for such data, or the data
+      are not as they must be.
+    RuntimeError: if they cannot be had.
+  """
+  # The first process may have to prepare the data for all.
+  with processes.first_before_others():
+    if config.task == INSTRUCTIONS:
+      return _conversations(config, pretrained)
+    return _labelled(config, pretrained)
+
+
+def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
+  task = tasks.get(config.task)
+  text_tokenizer = pretrained.tokenizer
+  if pretrained.is_decoder:
+    encode = functools.partial(label_words.encode, text_tokenizer, task)
+  else:
+    encode = functools.partial(tokenizer.encode, text_tokenizer)
+  examples = {}
+  for split in _SPLITS:
+    limit = config.train_rows if split == "train" else 0
+    rows = pipeline.load(
+      task, split, config.data_dir or None, limit or None, config.seed
+    )
+    examples[split] = pipeline.tokenize(rows, encode, config.max_length)
+  return Labelled(config, task, examples, pretrained.pad_id)
+
+
+def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
+  if pretrained.template is None:
+    raise ValueError(
+      "Instructions are for a decoder to respond to (Llama, Qwen 2 and their "
+      f"like); got the encoder {config.model}."
+    )
+  packed = {}
+  for split in _SPLITS:
+    limit = config.train_rows if split == "train" else 0
+    rows = instructions.load(
+      config.data,
+      split,
+      limit=limit or None,
+      seed=config.seed,
+      data_dir=config.data_dir or None,
+    )
+    sequences = chat.tokenize(
+      rows,
+      pretrained.tokenizer,
+      pretrained.template,
+      config.max_length,
+      eos=pretrained.eos_id,
+    )
+    if config.pack:
+      packed[split] = packing.pack(sequences, config.max_length)
+    else:
+      shorter = [n for n in pipeline.BUCKETS if n < config.max_length]
+      packed[split] = packing.unpacked(sequences, (*shorter, config.max_length))
+  if len(packed["train"]) < config.batch_size:
+    raise ValueError(
+      f"--batch-size is {config.batch_size}, and {config.data} makes "
+      f"{len(packed['train'])} rows of {config.max_length} tokens to train on."
+    )
+  return Conversations(config, packed, pretrained.pad_id)

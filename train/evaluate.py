@@ -23,17 +23,21 @@ class Evaluation(NamedTuple):
   Attributes:
     metrics: by name, as fractions.
     loss: mean cross-entropy in nats.
-    correct: number of right labels.
-    rows: number of rows.
+    correct: number of right predictions.
+    rows: number of all.
+    unit: what they are of; tokens depend on each other, rows do not.
   """
 
   metrics: dict[str, float]
   loss: float
   correct: int
   rows: int
+  unit: str = "rows"
 
-  def interval(self) -> tuple[float, float]:
-    """Wilson's 95% interval of the accuracy."""
+  def interval(self) -> tuple[float, float] | None:
+    """Wilson's 95% interval of the accuracy; None where it does not hold."""
+    if self.unit != "rows":
+      return None
     found = stats.binomtest(self.correct, self.rows).proportion_ci(
       0.95, method="wilson"
     )

@@ -83,9 +83,13 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   )
   predict = _predictor(prepared)
   window = watch.Window(at)
+  profile = watch.Profile(
+    prepared.folder / "profile", at + config.log_every, config.profile
+  )
   try:
     with watch.Interruption() as interruption:
       while at < prepared.steps:
+        profile.before(at)
         batch = next(batches)
         state, metrics = train_step(
           prepared.variables, state, layout.rows(batch)
@@ -93,6 +97,8 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         at += 1
         journal.advance(at)
         window.add(metrics)
+        if profile.after(at, metrics):
+          window.spoil()
         last = at == prepared.steps
         # Read once: the signal may come at any moment of the step.
         logs = last or at % config.log_every == 0
@@ -132,6 +138,7 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     evaluated = checkpoints.best(best["step"], method.evaluated(state.trained))
     return _finish(prepared, command, evaluated, best, predict, journal)
   finally:
+    profile.close()
     journal.close()
     checkpoints.close()
 
@@ -305,6 +312,7 @@ def _results(found: evaluate.Evaluation) -> dict[str, Any]:
     **found.metrics,
     "loss": found.loss,
     "rows": found.rows,
+    "unit": found.unit,
     "accuracy_95": found.interval(),
   }
 

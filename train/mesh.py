@@ -5,17 +5,19 @@ their axes (`RULES`), a batch by its rows. A dimension that the size of its mesh
 axis does not divide is left whole on every device, and so is the rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import numpy as np
 
 from train.errors import UsageError
 from train.methods import Method
+from train.models import decoder_weights
 from train.step import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor")
@@ -25,6 +27,7 @@ RULES = (
   ("vocab", "fsdp"),
   ("mlp", "tensor"),
   ("heads", "tensor"),
+  ("kv_heads", "tensor"),
 )
 """Name of an axis of an array -> the mesh axes it is split over."""
 
@@ -89,16 +92,23 @@ class Layout:
       is_leaf=lambda x: isinstance(x, _Spec),
     )
 
-  def put(self, tree: Any, axes: Any) -> Any:
-    """Places host arrays that every process has."""
+  def placer(self, axes: Any) -> decoder_weights.Place:
+    """Makes arrays of what is read from disk: each device's part by itself.
+
+    Args:
+      axes: a tree of nested dicts of their axes' names.
+    """
     if self.mesh is None:
-      return jax.device_put(tree)
+      return decoder_weights.on_one_device
+    names: dict[Any, Any] = traverse_util.flatten_dict(axes)
 
-    def place(x, sharding):
-      x = np.asarray(x)
-      return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+    def place(path, shape, dtype, read, /):
+      del dtype
+      sharding = self.sharding(names[path], shape)
+      assert sharding is not None  # there is a mesh
+      return jax.make_array_from_callback(shape, sharding, read)
 
-    return jax.tree.map(place, tree, self.shardings(axes, tree))
+    return place
 
   def state_shardings(
     self, method: Method, axes: Any, variables: Any, state: TrainState
@@ -201,30 +211,34 @@ class Layout:
     return call
 
 
-def make(text: str, batch_size: int) -> Layout:
+def make(
+  text: str, batch_size: int, devices: Sequence[Any] | None = None
+) -> Layout:
   """The layout that `--mesh` asks for, over all devices of all processes.
 
   Args:
     text: as `parse` takes it; empty for one device.
     batch_size: rows of a batch, which are split over `data` and `fsdp`.
+    devices: by default, those that there are.
 
   Raises:
     UsageError: as `parse`; if the mesh has not as many devices as there are,
       or cannot share a batch equally.
   """
-  devices, processes = jax.device_count(), jax.process_count()
+  devices = jax.devices() if devices is None else devices
+  count, processes = len(devices), len(_processes(devices))
   if not text:
     if processes > 1:
       raise UsageError(
-        f"{processes} processes with {devices} devices need a --mesh, for "
-        f"example data={devices}."
+        f"{processes} processes with {count} devices need a --mesh, for "
+        f"example data={count}."
       )
     return Layout()
   sizes = parse(text)
-  if math.prod(sizes.values()) != devices:
+  if math.prod(sizes.values()) != count:
     raise UsageError(
       f"--mesh {text} asks for {math.prod(sizes.values())} devices; there are "
-      f"{devices}, of the kind {jax.devices()[0].device_kind}, in {processes} "
+      f"{count}, of the kind {devices[0].device_kind}, in {processes} "
       "process(es)."
     )
   rows = sizes["data"] * sizes["fsdp"]
@@ -235,26 +249,33 @@ def make(text: str, batch_size: int) -> Layout:
     )
   # Its own default are Explicit axes, for which models are written otherwise.
   mesh = jax.make_mesh(
-    tuple(sizes.values()), AXES, (jax.sharding.AxisType.Auto,) * len(AXES)
+    tuple(sizes.values()),
+    AXES,
+    (jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices,
   )
   if not _shares(mesh):
     # It may spread a process's devices, to bring near what is near in the
     # machine; the rows of a process have to be neighbours.
-    ordered = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
     mesh = jax.sharding.Mesh(
       np.array(ordered).reshape(tuple(sizes.values())), AXES
     )
   if not _shares(mesh):
     raise UsageError(
       f"--mesh {text} does not share the rows of a batch equally among "
-      f"{processes} processes of {devices // processes} devices; tensor is to "
+      f"{processes} processes of {count // processes} devices; tensor is to "
       "divide that number, or be a multiple of it."
     )
   return Layout(mesh)
 
 
+def _processes(devices: Iterable[Any]) -> set[int]:
+  return {device.process_index for device in devices}
+
+
 def _shares(mesh: jax.sharding.Mesh) -> bool:
-  return all(_part(mesh, i) for i in range(jax.process_count()))
+  return all(_part(mesh, i) for i in _processes(mesh.devices.flat))
 
 
 def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ import optax
 
 import bilora_jax
 from train.config import Config
+from train.models import decoder
 
 
 def _as_it_is(value_and_grad: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +56,7 @@ def build(
 
   Args:
     config: of the run.
-    model: a classifier with a submodule `head`.
+    model: an encoder with a new `head`, or a decoder, whose own is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
 
@@ -79,6 +80,7 @@ def build(
 
     return Method(init_full, apply_full, optimizer, lambda trained: trained)
 
+  is_decoder = isinstance(model, decoder.Decoder)
   adapted = bilora_jax.adapt(
     model,
     bilora_jax.LoraSpec(
@@ -86,7 +88,8 @@ def build(
       alpha=config.alpha,
       auxiliary_rank=config.auxiliary_rank if config.method == "bilora" else 0,
       targets=config.targets,
-      extra="head/.*",
+      exclude="lm_head" if is_decoder else None,
+      extra=None if is_decoder else "head/.*",
       dropout=config.dropout,
     ),
     *inputs,

@@ -1,8 +1,10 @@
 """Several processes that run the same program, on as many machines."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -88,6 +90,52 @@ def any_of(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def watched(run: Callable[[], int]) -> int:
+  """Runs a function in a child process, whose end by a signal is explained.
+
+  JAX aborts a process that misses another for 100 seconds, from a thread of its
+  own, where no exception of Python's could tell what was the matter.
+
+  Args:
+    run: returns an exit status.
+
+  Returns:
+    In the child, what the function does. In the parent the child's status, or
+    128 and the signal that ended it; 1 if JAX aborted it.
+  """
+  child = os.fork()
+  if not child:
+    _end_with_parent()
+    return run()
+  # The terminal sends Ctrl-C to both; a scheduler its signal to one of them.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  if status == -signal.SIGABRT:
+    print(
+      "error: JAX aborted this process, most likely since another one is gone "
+      "(see above); start all of them again and the run resumes from its last "
+      "checkpoint.",
+      file=sys.stderr,
+    )
+    return 1
+  if status < 0:
+    print(
+      f"error: this process was ended by {signal.Signals(-status).name}, as "
+      "happens where memory is short; start all processes again and the run "
+      "resumes from its last checkpoint.",
+      file=sys.stderr,
+    )
+    return 128 - status
+  return status
+
+
+def _end_with_parent() -> None:
+  """Has Linux end this process when its parent is killed."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -21,22 +21,29 @@ def results(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def summary(found: dict[str, Any], folder: pathlib.Path) -> str:
   """The outcome in two or three lines."""
-  test = found["test"]
-  low, high = test["accuracy_95"]
+  test, metric = found["test"], found["metric"]
   lines = [
-    f"test accuracy {test['accuracy']:.4f} (95% {low:.4f} to {high:.4f}, "
-    f"{test['rows']} rows) with {found['config']['method']}"
+    f"test accuracy {test['accuracy']:.4f} ({_interval(test)}) with "
+    f"{found['config']['method']}"
   ]
-  if found["metric"] != "accuracy":
-    lines.append(f"test {found['metric']} {test[found['metric']]:.4f}")
+  if metric != "accuracy":
+    lines.append(f"test {metric} {test[metric]:.4f}")
   if found["baseline"]:
-    low, high = found["baseline"]["accuracy_95"]
     lines.append(
-      f"test accuracy {found['baseline']['accuracy']:.4f} (95% {low:.4f} to "
-      f"{high:.4f}) with logistic regression on the frozen features"
+      f"test accuracy {found['baseline']['accuracy']:.4f} "
+      f"({_interval(found['baseline'])}) with logistic regression on the "
+      "frozen features"
     )
   lines.append(f"report: {folder / 'report.md'}")
   return "\n".join(lines)
+
+
+def _interval(found: dict[str, Any]) -> str:
+  count = f"{found['rows']} {found['unit']}"
+  if found["accuracy_95"] is None:
+    return count
+  low, high = found["accuracy_95"]
+  return f"95% {low:.4f} to {high:.4f}, {count}"
 
 
 def write(folder: pathlib.Path) -> None:
@@ -54,17 +61,22 @@ def write(folder: pathlib.Path) -> None:
 
 def _markdown(found: dict[str, Any]) -> str:
   config, test, baseline = found["config"], found["test"], found["baseline"]
-  names = [k for k in test if k not in ("loss", "rows", "accuracy_95")]
+  other = ("loss", "rows", "unit", "accuracy_95")
+  names = [k for k in test if k not in other]
+  # Tokens depend on each other.
+  has_interval = test["accuracy_95"] is not None
 
   def cells(label, x):
-    low, high = x["accuracy_95"]
-    values = " | ".join(f"{x[name]:.4f}" for name in names)
-    return f"| {label} | {values} | {low:.4f} to {high:.4f} | {x['loss']:.4f} |"
+    values = [f"{x[name]:.4f}" for name in names]
+    if has_interval:
+      low, high = x["accuracy_95"]
+      values.append(f"{low:.4f} to {high:.4f}")
+    return f"| {label} | {' | '.join(values)} | {x['loss']:.4f} |"
 
+  heads = [*names, *["accuracy, 95% (Wilson)"] * has_interval, "loss (nats)"]
   table = [
-    f"| on {test['rows']} test rows | {' | '.join(names)} | accuracy, 95% "
-    "(Wilson) | loss (nats) |",
-    "|---|" + "---|" * (len(names) + 2),
+    f"| on {test['rows']} test {test['unit']} | {' | '.join(heads)} |",
+    "|---|" + "---|" * len(heads),
     cells(config["method"], test),
   ]
   if baseline:

@@ -1,5 +1,6 @@
-"""What watches the steps: times and metrics of a window, and signals."""
+"""What watches the steps: times and metrics of a window, traces, signals."""
 
+import pathlib
 import signal
 import time
 
@@ -48,6 +49,43 @@ class Window:
       }
     self._restart(at)
     return rows, times
+
+
+class Profile:
+  """A trace of some steps, for TensorBoard or Perfetto."""
+
+  def __init__(self, folder: pathlib.Path, first: int, steps: int):
+    """Traces into a folder.
+
+    Args:
+      folder: to write to.
+      first: how many steps to let pass; compilation is not to be in it.
+      steps: how many to trace; 0 for none.
+    """
+    self._folder = folder
+    self._steps = range(first, first + steps)
+    self._on = False
+
+  def before(self, at: int) -> None:
+    """Is told how many steps there were."""
+    if self._steps and at == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+
+  def after(self, at: int, metrics: step.Metrics) -> bool:
+    """Whether the step that ended was traced."""
+    if not self._on:
+      return False
+    if at == self._steps[-1] + 1:
+      # Steps are dispatched ahead.
+      jax.block_until_ready(metrics)
+      self.close()
+    return True
+
+  def close(self) -> None:
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 class Interruption:

@@ -16,11 +16,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
 
 from train import __main__ as program
 from train import assemble, step, tasks
 from train import config as config_lib
+from train.models import decoder_config
 from train.objectives import CLASSIFICATION
 from train.tasks import hashing, movie_reviews, pipeline, prepare
 
@@ -110,6 +118,110 @@ def _tensors(vocabulary: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def tiny_decoder(
+  tmp_path_factory: pytest.TempPathFactory,
+  snippets: list[movie_reviews.Snippet],
+) -> pathlib.Path:
+  """A decoder's folder, of Llama's kind, in two shards."""
+  folder = tmp_path_factory.mktemp("decoder")
+  special = ["<s>", "<|im_start|>", "<|im_end|>"]
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.train_from_iterator(
+    [x.sentence for x in snippets],
+    trainers.BpeTrainer(
+      vocab_size=400,
+      initial_alphabet=alphabet,
+      special_tokens=special,
+      show_progress=False,
+    ),
+  )
+  tokenizer.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"eos_token": special[-1], "chat_template": _CHAT})
+  )
+  config = decoder_config.DecoderConfig(
+    vocab_size=tokenizer.get_vocab_size(),
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=32,
+    max_positions=128,
+    tied=True,
+  )
+  (folder / "config.json").write_text(
+    json.dumps(
+      {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+      }
+    )
+  )
+  draws = np.random.default_rng(0)
+  found = {
+    name: (
+      np.ones(shape, np.float32)
+      if "norm" in name
+      else draws.normal(0, 0.3, shape).astype(np.float32)
+    )
+    for name, shape in _llama_shapes(config.vocab_size).items()
+  }
+  files = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+  shards = {name: files["layers.1." in name] for name in found}
+  for file in files:
+    safetensors.numpy.save_file(
+      {name: x for name, x in found.items() if shards[name] == file},
+      folder / file,
+    )
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": shards})
+  )
+  return folder
+
+
+_CHAT = (
+  "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+  "{{ message.content }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _llama_shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
+  shapes: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (vocabulary, 16),
+    "model.norm.weight": (16,),
+  }
+  for i in range(2):
+    layer = f"model.layers.{i}"
+    for name in ("input_layernorm", "post_attention_layernorm"):
+      shapes[f"{layer}.{name}.weight"] = (16,)
+    for name, shape in {
+      "self_attn.q_proj": (16, 16),
+      "self_attn.k_proj": (8, 16),
+      "self_attn.v_proj": (8, 16),
+      "self_attn.o_proj": (16, 16),
+      "mlp.gate_proj": (32, 16),
+      "mlp.up_proj": (32, 16),
+      "mlp.down_proj": (16, 32),
+    }.items():
+      shapes[f"{layer}.{name}.weight"] = shape
+  return shapes
+
+
+@pytest.fixture(scope="session")
 def data_dir(
   tmp_path_factory: pytest.TempPathFactory,
   snippets: list[movie_reviews.Snippet],
@@ -169,7 +281,9 @@ def spawn(options: list[str], tmp_path_factory) -> Spawn:
     folder: pathlib.Path, *more: str, driver: str = ""
   ) -> subprocess.Popen:
     arguments = [*options, "--run-dir", str(folder), *more]
-    main = "import sys; from train.__main__ import main; sys.exit(main())"
+    main = (
+      "import sys; from train import __main__; sys.exit(__main__.program())"
+    )
     start = ["-c", f"{driver}\n{main}"] if driver else ["-m", "train"]
     return subprocess.Popen(
       [sys.executable, *start, *arguments],

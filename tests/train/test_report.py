@@ -24,7 +24,9 @@ def results(finished):
 def test_results_have_their_keys(results):
   assert set(results) == KEYS
   for part in ("test", "baseline"):
-    assert set(results[part]) == {"accuracy", "loss", "rows", "accuracy_95"}
+    assert set(results[part]) == {
+      *("accuracy", "loss", "rows", "unit", "accuracy_95")
+    }
     low, high = results[part]["accuracy_95"]
     assert 0 <= low <= results[part]["accuracy"] <= high <= 1
 

@@ -15,6 +15,8 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
+from train.models import remat
+
 _ACTIVATIONS: dict[str, collections.abc.Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -141,12 +143,12 @@ class Bert(nn.Module):
     config: the sizes.
     dtype: dtype of the matmuls; None is float32. The softmax, the layer norms
       and the residual sums are float32 whatever it is, and so are parameters.
-    remat: recompute each layer's activations in the backward pass.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
   config: BertConfig
   dtype: typing.DTypeLike | None = None
-  remat: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -176,7 +178,7 @@ class Bert(nn.Module):
       tokens, token_types
     )
     bias_Bx1x1xL = jnp.where(mask.astype(bool), 0.0, _MASKED)[:, None, None]
-    layer = nn.remat(_Layer) if self.remat else _Layer
+    layer = remat.layer(_Layer, self.remat)
     # Activations stay 2-D between layers: XLA on CPU compiles the backward
     # pass of (N, D) matmuls to about twice the speed of (B, L, D) ones.
     for i in range(self.config.num_layers):
@@ -198,14 +200,14 @@ class BertClassifier(nn.Module):
       head are float32.
     pooling: 'mean' over the real tokens, as sentence-transformers pools
       MiniLM, or 'cls', the first token's hidden state (without BERT's pooler).
-    remat: recompute each layer's activations in the backward pass.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
   config: BertConfig
   num_classes: int
   dtype: typing.DTypeLike | None = None
   pooling: str = "mean"
-  remat: bool = False
+  remat: str = "none"
 
   def setup(self):
     if self.pooling not in ("mean", "cls"):

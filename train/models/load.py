@@ -1,63 +1,225 @@
-"""Loading a pretrained model: module, variables and tokenizer in one call."""
+"""Opening a pretrained model: what it is at once, its weights when asked."""
 
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 from jax import typing
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 
-from train.models import bert, bert_weights, tokenizer, weights
+from train.models import (
+  bert,
+  bert_weights,
+  decoder,
+  decoder_config,
+  decoder_weights,
+  gguf_file,
+  gguf_tokenizer,
+  label_words,
+  tensors,
+  tokenizer,
+  weights,
+)
+from train.tasks import chat
 
 
-def load_bert(
-  name: str,
-  num_classes: int,
-  key: int | jax.Array,
-  dtype: typing.DTypeLike | None = None,
-  pooling: str = "mean",
-  remat: bool = False,
-) -> tuple[bert.BertClassifier, dict[str, Any], tokenizers.Tokenizer]:
-  """A BERT classifier: pretrained encoder, fresh head.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+  """A model on disk, of which no weight is read yet.
 
-  Args:
-    name: a folder, 'minilm', 'package:NAME' or a hub name; see
-      `weights.locate`.
-    num_classes: outputs of the head.
-    key: seed or PRNG key of the head's kernel; its bias is zeros.
-    dtype: compute dtype of the encoder; parameters are float32 all the same.
-    pooling: 'mean' or 'cls'.
-    remat: recompute each layer's activations in the backward pass.
+  Attributes:
+    path: its folder, or its GGUF file.
+    config: the sizes; a `BertConfig` is an encoder, a `DecoderConfig` a
+      decoder.
+    tensors: weights by Hugging Face's names, read when they are indexed.
+    tokenizer: without truncation and padding.
+    pad_id: the token that pads.
+    eos_id: the token that ends a turn or a text, if it has one.
+    template: of conversations; None for an encoder.
+  """
+
+  path: pathlib.Path
+  config: bert.BertConfig | decoder_config.DecoderConfig
+  tensors: Mapping[str, tensors.Tensor]
+  tokenizer: tokenizers.Tokenizer
+  pad_id: int
+  eos_id: int | None = None
+  template: chat.Template | None = None
+
+  @property
+  def is_decoder(self) -> bool:
+    return isinstance(self.config, decoder_config.DecoderConfig)
+
+  def encoder_classifier(
+    self,
+    num_classes: int,
+    dtype: typing.DTypeLike | None = None,
+    pooling: str = "mean",
+    remat: str = "none",
+  ) -> bert.BertClassifier:
+    """An encoder with a head on its pooled hidden states."""
+    assert isinstance(self.config, bert.BertConfig)
+    return bert.BertClassifier(self.config, num_classes, dtype, pooling, remat)
+
+  def decoder_classifier(
+    self, label_ids: Sequence[int], **options: Any
+  ) -> label_words.LabelWords:
+    """A decoder whose answer is one of these tokens; options of `Decoder`."""
+    assert isinstance(self.config, decoder_config.DecoderConfig)
+    return label_words.LabelWords(
+      self.config, label_ids=tuple(label_ids), **options
+    )
+
+  def language_model(self, **options: Any) -> decoder.Decoder:
+    """A decoder; options of `Decoder`."""
+    assert isinstance(self.config, decoder_config.DecoderConfig)
+    return decoder.Decoder(self.config, **options)
+
+  def variables(
+    self,
+    model: nn.Module,
+    key: int | jax.Array,
+    dtype: typing.DTypeLike = jnp.float32,
+    place: decoder_weights.Place = decoder_weights.on_one_device,
+  ) -> dict[str, Any]:
+    """The variables of a model that was made here, one at a time.
+
+    Args:
+      model: from one of the functions above.
+      key: seed or PRNG key of a new head's kernel; its bias is zeros.
+      dtype: of the weights.
+      place: makes an array of what is read; by default on one device.
+
+    Raises:
+      WeightsError: the weights do not fit the configuration.
+    """
+    if isinstance(model, decoder.Decoder):
+      params = decoder_weights.params(
+        model.config,
+        self.tensors,
+        scan=model.scan,
+        dtype=dtype,
+        place=place,
+      )
+      return {"params": params}
+    assert isinstance(model, bert.BertClassifier)
+    encoder = bert_weights.bert_params(
+      model.config, tensors.read_all(self.tensors)
+    )
+    if isinstance(key, int):
+      key = jax.random.key(key)
+    shape = (model.config.hidden_size, model.num_classes)
+    head = {
+      "kernel": nn.initializers.lecun_normal()(key, shape, jnp.float32),
+      "bias": jnp.zeros(model.num_classes),
+    }
+    flat: dict[Any, Any] = traverse_util.flatten_dict(
+      {"encoder": encoder, "head": head}
+    )
+    dtype = np.dtype(dtype)
+    placed = {
+      path: place(path, x.shape, dtype, np.asarray(x).astype(dtype).__getitem__)
+      for path, x in flat.items()
+    }
+    return {"params": traverse_util.unflatten_dict(placed)}
+
+
+def logical_axes(variables: Any) -> Any:
+  """Names of the axes of a model's variables, encoder or decoder.
 
   Returns:
-    The module, its variables {'params': {'encoder', 'head'}}, and the
-    tokenizer.
+    A tree like `variables` of `jax.sharding.PartitionSpec`.
+  """
+  is_encoder = "encoder" in variables["params"]
+  return (bert if is_encoder else decoder).logical_axes(variables)
+
+
+def open_pretrained(name: str) -> Pretrained:
+  """Finds a model and reads all but its weights.
+
+  Args:
+    name: a folder, a GGUF file, 'minilm', 'smollm2', 'package:NAME' or a hub
+      name; see `weights.locate`.
 
   Raises:
     WeightsError: the model cannot be found, read, or fitted together.
   """
-  folder = weights.locate(name)
+  path = weights.locate(name)
+  found = _open_gguf(path) if path.is_file() else _open_folder(path)
+  size = found.tokenizer.get_vocab_size()
+  if size > found.config.vocab_size:
+    raise weights.WeightsError(
+      f"The tokenizer of {path} has {size} tokens and the model's vocab_size "
+      f"is {found.config.vocab_size}; they belong to different models."
+    )
+  return found
+
+
+def _open_gguf(path: pathlib.Path) -> Pretrained:
+  model = gguf_file.open_gguf(path)
+  text_tokenizer = gguf_tokenizer.tokenizer(model)
+  eos_id = model.eos_id
+  pad_id = model.pad_id if model.pad_id is not None else eos_id or 0
+
+  def text(token_id: int | None) -> str:
+    return text_tokenizer.id_to_token(token_id) or "" if token_id else ""
+
+  return Pretrained(
+    path=path,
+    config=_config(decoder_config.DecoderConfig, model.config, path),
+    tensors=model.tensors,
+    tokenizer=text_tokenizer,
+    pad_id=pad_id,
+    eos_id=eos_id,
+    template=chat.Template(
+      model.chat_template or chat.PLAIN, text(model.bos_id), text(eos_id)
+    ),
+  )
+
+
+def _open_folder(folder: pathlib.Path) -> Pretrained:
+  config = weights.read_config(folder)
+  text_tokenizer = tokenizer.load_tokenizer(folder)
+  stored = tensors.open_safetensors(folder)
+  where = folder / "config.json"
+  if config.get("model_type") in decoder_config.MODEL_TYPES:
+    template = chat.load_template(folder)
+    eos_id = text_tokenizer.token_to_id(template.eos) if template.eos else None
+    return Pretrained(
+      path=folder,
+      config=_config(decoder_config.DecoderConfig, config, where),
+      tensors=stored,
+      tokenizer=text_tokenizer,
+      # What stands at padding is never seen nor learned.
+      pad_id=eos_id or 0,
+      eos_id=eos_id,
+      template=template,
+    )
+  if config.get("model_type") != "bert":
+    raise weights.WeightsError(
+      f"{where}: model_type must be bert, "
+      f"{' or '.join(decoder_config.MODEL_TYPES)}, got "
+      f"{config.get('model_type')!r}."
+    )
+  return Pretrained(
+    path=folder,
+    config=_config(bert.BertConfig, config, where),
+    tensors=stored,
+    tokenizer=text_tokenizer,
+    pad_id=tokenizer.pad_id(text_tokenizer),
+  )
+
+
+def _config(kind: Any, config: Mapping[str, Any], where: pathlib.Path) -> Any:
   try:
-    config = bert.BertConfig.from_hf(weights.read_config(folder))
+    return kind.from_hf(config)
   except weights.WeightsError:
     raise
   except ValueError as error:
-    raise weights.WeightsError(f"{folder / 'config.json'}: {error}") from error
-  text_tokenizer = tokenizer.load_tokenizer(folder)
-  if text_tokenizer.get_vocab_size() > config.vocab_size:
-    raise weights.WeightsError(
-      f"The tokenizer in {folder} has {text_tokenizer.get_vocab_size()} tokens "
-      f"and the model's vocab_size is {config.vocab_size}; they belong to "
-      "different models."
-    )
-  encoder = bert_weights.bert_params(config, weights.read_safetensors(folder))
-  if isinstance(key, int):
-    key = jax.random.key(key)
-  shape = (config.hidden_size, num_classes)
-  head = {
-    "kernel": nn.initializers.lecun_normal()(key, shape, jnp.float32),
-    "bias": jnp.zeros(num_classes),
-  }
-  model = bert.BertClassifier(config, num_classes, dtype, pooling, remat)
-  return model, {"params": {"encoder": encoder, "head": head}}, text_tokenizer
+    raise weights.WeightsError(f"{where}: {error}") from error

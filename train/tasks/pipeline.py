@@ -2,27 +2,23 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import os
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from train.tasks import hashing, order
+from train.tasks import batching, hashing
+from train.tasks.batching import Batch
 from train.tasks.task import Split, Task, Text
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 256)
 """The lengths a batch may be padded to: one compiled step for each."""
 
-Batch = dict[str, np.ndarray]
 Encode = Callable[
   [Sequence[Text], int], Sequence[tuple[Sequence[int], Sequence[int]]]
 ]
 
-# The rows are in memory and a batch takes less time than handing it between
-# threads; Grain advises no threads in that case.
-_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _ROWS_AT_A_TIME = 1024
 
 
@@ -81,7 +77,7 @@ def load(
   """
   chosen = task.split(split)
   if limit is not None:
-    _require_positive(limit=limit)
+    batching.require_positive(limit=limit)
   from train.tasks import prepare  # imports TFDS
 
   stored = prepare.open_stored(task, chosen.stored, data_dir)
@@ -115,7 +111,7 @@ def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
     ValueError: if there are no rows, or `encode` does not return as many as it
       is given, or returns no token or more than `max_length` for one.
   """
-  _require_positive(max_length=max_length)
+  batching.require_positive(max_length=max_length)
   if not rows:
     raise ValueError("There are no rows to tokenize; at least one is needed.")
   tokens, types, lengths = [], [], []
@@ -187,34 +183,21 @@ def train_batches(
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
   """
-  _check(examples, batch_size, process_index, process_count, buckets)
-  if epochs is not None:
-    _require_positive(epochs=epochs)
-  if group_by_length < 0:
-    raise ValueError(
-      f"group_by_length must be 0 or a number of batches; got"
-      f" {group_by_length}."
-    )
-  if len(examples) < batch_size:
-    raise ValueError(
-      f"There are {len(examples)} rows to train on, fewer than one batch of"
-      f" {batch_size}."
-    )
-  lengths = examples.lengths
-  part = _part(batch_size, process_index, process_count)
-  steps = len(examples) // batch_size
 
-  @functools.lru_cache(maxsize=1)
-  def epoch_batches(epoch: int) -> np.ndarray:
-    return order.batches(lengths, batch_size, group_by_length, seed, epoch)
+  def fill(rows: np.ndarray, width: int) -> Batch:
+    return _pad(examples, rows, width, pad_id)
 
-  def pad(step: int, _: int) -> Batch:
-    epoch, step_in_epoch = divmod(step, steps)
-    rows = epoch_batches(epoch)[step_in_epoch]
-    return _pad(examples, rows, part, buckets, pad_id)
-
-  batches = grain.MapDataset.range(steps).repeat(epochs).map_with_index(pad)
-  return iter(batches.to_iter_dataset(_NO_THREADS))
+  return batching.train(
+    fill,
+    examples.lengths,
+    batch_size,
+    seed,
+    epochs,
+    process_index,
+    process_count,
+    buckets,
+    group_by_length,
+  )
 
 
 def eval_batches(
@@ -246,49 +229,36 @@ def eval_batches(
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
   """
-  _check(examples, batch_size, process_index, process_count, buckets)
-  by_length = np.argsort(-examples.lengths, kind="stable")
-  part = _part(batch_size, process_index, process_count)
 
-  def pad(start: int) -> Batch:
-    rows = by_length[start : start + batch_size]
-    copies = batch_size - len(rows)
-    index = np.pad(rows, (0, copies), constant_values=-1)
-    rows = np.pad(rows, (0, copies), constant_values=rows[0])
-    batch = _pad(examples, rows, part, buckets, pad_id)
-    batch["weights"] = (index[part] >= 0).astype(np.float32)
-    batch["index"] = index[part].astype(np.int32)
+  def fill(rows: np.ndarray, width: int, index: np.ndarray) -> Batch:
+    batch = _pad(examples, rows, width, pad_id)
+    batch["weights"] = (index >= 0).astype(np.float32)
+    batch["index"] = index.astype(np.int32)
     return batch
 
-  starts = grain.MapDataset.range(0, len(examples), batch_size)
-  return iter(starts.map(pad).to_iter_dataset(_NO_THREADS))
+  return batching.evaluate(
+    fill,
+    examples.lengths,
+    batch_size,
+    process_index,
+    process_count,
+    buckets,
+  )
 
 
 def _pad(
-  examples: Examples,
-  rows: np.ndarray,
-  part: slice,
-  buckets: Sequence[int],
-  pad_id: int,
+  examples: Examples, rows: np.ndarray, width: int, pad_id: int
 ) -> Batch:
-  """Pads one process's part of a global batch to the global batch's length."""
-  starts = examples.offsets[rows]
-  lengths = examples.offsets[rows + 1] - starts
-  width = next(bucket for bucket in buckets if bucket >= lengths.max())
-  columns = np.arange(width)
-  mask = columns < lengths[part, None]
-  where = np.where(mask, starts[part, None] + columns, 0)
+  """Writes rows out, padded to a width."""
+  where = examples.offsets[rows, None] + np.arange(width)
+  mask = where < examples.offsets[rows + 1, None]
+  where = np.where(mask, where, 0)
   return {
     "tokens": np.where(mask, examples.tokens[where], np.int32(pad_id)),
     "mask": mask.astype(np.int32),
     "token_types": np.where(mask, examples.token_types[where], np.int32(0)),
-    "labels": examples.labels[rows[part]],
+    "labels": examples.labels[rows],
   }
-
-
-def _part(batch_size: int, process_index: int, process_count: int) -> slice:
-  rows = batch_size // process_count
-  return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def _belongs(text: Text, split: Split, held_out: float) -> bool:
@@ -297,43 +267,3 @@ def _belongs(text: Text, split: Split, held_out: float) -> bool:
   texts = (text,) if isinstance(text, str) else text
   normal = "\n".join(hashing.normalise(text) for text in texts)
   return (hashing.share(normal) < held_out) == (split.part == "held_out")
-
-
-def _check(
-  examples: Examples,
-  batch_size: int,
-  process_index: int,
-  process_count: int,
-  buckets: Sequence[int],
-) -> None:
-  _require_positive(batch_size=batch_size, process_count=process_count)
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index must be from 0 to {process_count - 1}, as process_count"
-      f" is {process_count}; got {process_index}."
-    )
-  if batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size}, which {process_count} processes cannot"
-      " share equally; it must be a multiple of process_count."
-    )
-  increasing = list(buckets) == sorted(set(buckets))
-  if not buckets or not increasing or buckets[0] <= 0:
-    raise ValueError(
-      f"buckets must be positive lengths in increasing order; got {buckets}."
-    )
-  if not len(examples):
-    raise ValueError("There are no rows to batch; at least one is needed.")
-  longest = int(examples.lengths.max())
-  if longest > buckets[-1]:
-    raise ValueError(
-      f"Row {int(examples.lengths.argmax())} has {longest} tokens, more than"
-      f" the largest bucket, {buckets[-1]}; tokenize with a smaller max_length"
-      " or give a larger bucket."
-    )
-
-
-def _require_positive(**values: int) -> None:
-  for name, value in values.items():
-    if value <= 0:
-      raise ValueError(f"{name} must be at least 1; got {value}.")

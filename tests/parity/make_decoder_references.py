@@ -1,0 +1,105 @@
+"""Writes tests/train/models/data: small decoders, and what PyTorch computes.
+
+Run it in an environment of its own, on Python 3.11, from anywhere:
+
+  pip install torch==2.13.0
+  pip install transformers==5.23.0 safetensors numpy
+  python tests/parity/make_decoder_references.py
+
+Each case is a folder with the config.json and model.safetensors that
+transformers saves of a model of random weights, and reference.npz: rows of
+tokens and their logits, in float32 with eager attention, one row at a time, so
+that no padding takes part. The files are committed; CI needs no PyTorch.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+
+OUT = pathlib.Path(__file__).parents[1] / "train" / "models" / "data"
+LENGTHS = (9, 24, 17)
+
+_SIZES = {
+  "vocab_size": 67,
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "intermediate_size": 40,
+  "max_position_embeddings": 64,
+  # So that attention looks somewhere: at 0.02 it would be nearly uniform.
+  "initializer_range": 0.25,
+  "pad_token_id": None,
+  "bos_token_id": None,
+  "eos_token_id": None,
+}
+
+
+def _cases() -> dict[str, transformers.PretrainedConfig]:
+  return {
+    # Grouped queries, a tied head, heads whose width is not D / H.
+    "llama_tied": transformers.LlamaConfig(
+      **_SIZES,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      head_dim=10,
+      tie_word_embeddings=True,
+      rms_norm_eps=1e-5,
+    ),
+    # The original context is short, so that all three bands of frequencies
+    # are met within a few tokens.
+    "llama3_scaled": transformers.LlamaConfig(
+      **_SIZES,
+      num_attention_heads=4,
+      num_key_value_heads=4,
+      rms_norm_eps=1e-6,
+      rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 20.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+      },
+    ),
+    "qwen2": transformers.Qwen2Config(
+      **_SIZES, num_attention_heads=4, num_key_value_heads=2
+    ),
+  }
+
+
+def _model(config: transformers.PretrainedConfig) -> torch.nn.Module:
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  # Norms start at one and biases at zero, where a mistake would not show.
+  with torch.no_grad():
+    for name, value in model.named_parameters():
+      if name.endswith("bias") or "norm" in name:
+        value += 0.3 * torch.randn_like(value)
+  return model
+
+
+def main() -> None:
+  rng = np.random.default_rng(0)
+  for name, config in _cases().items():
+    folder = OUT / name
+    model = _model(config)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    arrays = {}
+    for i, length in enumerate(LENGTHS):
+      tokens = rng.integers(0, config.vocab_size, length)
+      with torch.no_grad():
+        logits = model(torch.tensor(tokens)[None]).logits[0]
+      arrays[f"tokens_{i}"] = tokens.astype(np.int32)
+      arrays[f"logits_{i}"] = logits.numpy()
+    np.savez_compressed(folder / "reference.npz", **arrays)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    spread = np.std(np.concatenate([arrays[f"logits_{i}"] for i in range(3)]))
+    print(f"{name}: {size} bytes, logits of standard deviation {spread:.2f}")
+
+
+if __name__ == "__main__":
+  main()

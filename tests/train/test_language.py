@@ -1,0 +1,173 @@
+"""Runs of the program on a decoder: label words, and instructions."""
+
+import json
+import shutil
+
+import numpy as np
+from outcomes import adapters, rows
+import pytest
+
+from train import __main__ as program
+
+# Each mesh, and each part of a batch, adds up in another order.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory, snippets):
+  """Questions about the snippets, and answers that can be learned."""
+  path = tmp_path_factory.mktemp("jsonl") / "conversations.jsonl"
+  with path.open("w") as file:
+    for i, snippet in enumerate(snippets):
+      words = snippet.sentence.split()[:6]
+      answer = "It is good." if snippet.rating > 0 else "It is bad."
+      row = {"prompt": f"{i}: {' '.join(words)}?", "response": answer}
+      file.write(json.dumps(row) + "\n")
+  return path
+
+
+@pytest.fixture(scope="module")
+def options(tiny_decoder, conversations, data_dir):
+  """Of a short run on the conversations; later options win."""
+  return [
+    *("--task", "instructions", "--data", str(conversations)),
+    *("--model", str(tiny_decoder), "--data-dir", str(data_dir)),
+    *("--batch-size", "8", "--max-length", "128", "--train-rows", "160"),
+    *("--epochs", "2", "--rank", "4", "--auxiliary-rank", "4"),
+    *("--learning-rate", "0.01", "--log-every", "1"),
+    "--no-compilation-cache",
+  ]
+
+
+@pytest.fixture(scope="module")
+def run(options):
+  def run_here(folder, *more):
+    return program.main([*options, "--run-dir", str(folder), *more])
+
+  return run_here
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run):
+  folder = tmp_path_factory.mktemp("language") / "run"
+  assert run(folder) == 0
+  return folder
+
+
+def test_instructions_are_learned_and_reported(finished):
+  losses = _losses(finished)
+  assert losses[-1] < 0.7 * losses[0]
+  results = json.loads((finished / "results.json").read_text())
+  assert results["metric"] == "perplexity"
+  test = results["test"]
+  assert test["perplexity"] == pytest.approx(np.exp(test["loss"]))
+  assert test["unit"] == "tokens"
+  assert test["accuracy_95"] is None
+  report = (finished / "report.md").read_text()
+  assert "test tokens" in report
+  assert "Wilson" not in report
+
+
+def _losses(folder):
+  return [row["loss"] for row in rows(folder) if "loss" in row]
+
+
+def _assert_same_run(left, right):
+  np.testing.assert_allclose(
+    _losses(left), _losses(right), rtol=0, atol=TOLERANCE
+  )
+  ours, theirs = adapters(left), adapters(right)
+  for name in ours:
+    np.testing.assert_allclose(
+      ours[name], theirs[name], rtol=0, atol=TOLERANCE, err_msg=name
+    )
+
+
+def test_parts_of_a_batch_and_less_memory_do_not_change_a_run(
+  run, finished, tmp_path
+):
+  folder = tmp_path / "run"
+  assert run(folder, "--accumulate", "4", "--remat", "dots") == 0
+  _assert_same_run(folder, finished)
+
+
+def test_scanned_layers_train_alike_on_a_mesh(run, finished, tmp_path):
+  one, mesh = (tmp_path / name for name in ("one", "mesh"))
+  more = ("--scan-layers", "--remat", "full")
+  assert run(one, *more) == 0
+  # New adapters are other draws, but leave the model as it is.
+  np.testing.assert_allclose(_losses(one)[0], _losses(finished)[0], rtol=1e-5)
+  layout = "data=2,fsdp=2,tensor=2"
+  assert run(mesh, *more, "--mesh", layout, "--accumulate", "2") == 0
+  _assert_same_run(mesh, one)
+
+
+def test_a_decoder_answers_snippets_in_words(run, tmp_path, data_dir):
+  folder = tmp_path / "run"
+  more = ("--task", "snippets", "--data", "", "--train-rows", "64")
+  assert run(folder, *more, "--max-length", "96", "--epochs", "4") == 0
+  losses = _losses(folder)
+  assert np.mean(losses[-4:]) < np.mean(losses[:4])
+  results = json.loads((folder / "results.json").read_text())
+  assert results["metric"] == "accuracy"
+  assert results["baseline"] is not None
+
+
+def test_a_profile_is_written_when_asked_for(run, tmp_path):
+  folder = tmp_path / "run"
+  assert run(folder, "--epochs", "1", "--profile", "2") == 0
+  assert list((folder / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+  ("line", "part"),
+  [
+    ("{", "line 3 is not JSON"),
+    ('{"prompt": "a"}', "line 3"),
+    ('{"prompt": "a", "response": ""}', "line 3"),
+  ],
+)
+def test_a_row_that_cannot_be_is_named_by_its_line(
+  run, tmp_path, capsys, line, part
+):
+  path = tmp_path / "bad.jsonl"
+  good = '{"prompt": "a", "response": "b"}\n'
+  path.write_text(2 * good + line + "\n")
+  assert run(tmp_path / "run", "--data", str(path)) == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  assert part in error
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("more", "part"),
+  [
+    (("--data", ""), "--data names the conversations"),
+    (("--task", "snippets"), "belongs to no other task"),
+    (("--data", "no/such.jsonl"), "no/such.jsonl"),
+    (("--batch-size", "4096"), "--batch-size is 4096"),
+    (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
+    (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
+    (("--max-length", "2048"), "2048"),
+  ],
+  ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
+)
+def test_what_cannot_be_run_is_refused_in_a_sentence(
+  run, tmp_path, capsys, more, part
+):
+  assert run(tmp_path / "run", *more) == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  assert part in error
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named(run, tmp_path, tiny_decoder, capsys):
+  folder = shutil.copytree(tiny_decoder, tmp_path / "model")
+  (folder / "model-00002-of-00002.safetensors").unlink()
+  assert run(tmp_path / "run", "--model", str(folder)) == 2
+  assert "model-00002-of-00002" in capsys.readouterr().err
+
+
+def test_an_encoder_cannot_respond(run, tmp_path, tiny_model, capsys):
+  assert run(tmp_path / "run", "--model", str(tiny_model)) == 2
+  assert "got the encoder" in capsys.readouterr().err
