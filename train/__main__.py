@@ -16,9 +16,17 @@ from train.errors import LostError, RunError, UsageError
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  # Imported late, so that --help and a typo answer at once.
+  if argv[:1] == ["compile"]:
+    from train import compile
+
+    return compile.main(argv[1:])
+  if argv[:1] == ["generate"]:
+    from train import generate
+
+    return generate.main(argv[1:])
   try:
     config = parse(argv)
-    # Imported late, so that --help and a typo answer at once.
     from train import loop
 
     place, _ = _start().parse_known_args(argv)
@@ -70,6 +78,8 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
     description=(
       "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
       " and reports what came of it. The same command resumes a run.\n\n"
+      "python -m train compile --help: what a step takes, before chips are"
+      " rented.\npython -m train generate --help: what a decoder says.\n\n"
       f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
       " first is the default, unless --task is given).\n--from-run DIR repeats"
       " a run with its own configuration, in DIR-repeat unless --run-dir is"

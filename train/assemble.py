@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 
 from train import config as config_lib
 from train import data as data_lib
-from train import journal, methods, processes
+from train import journal, memory, methods, processes, step
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
@@ -65,6 +66,7 @@ def prepare(config: Config) -> Prepared:
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     axes = models.logical_axes(shapes)
+    memory.check(*_abstract(config, method, layout, shapes, axes))
     variables = pretrained.variables(
       model, config.seed, config.base_dtype, layout.placer(axes["params"])
     )
@@ -83,6 +85,38 @@ def prepare(config: Config) -> Prepared:
     axes=axes,
     layout=layout,
     method=method,
+  )
+
+
+def _abstract(
+  config: Config,
+  method: methods.Method,
+  layout: mesh_lib.Layout,
+  shapes: Any,
+  axes: Any,
+) -> tuple[Any, Any]:
+  """Shapes of the model and of what is trained, laid out."""
+  base = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.base_dtype), shapes
+  )
+  state = jax.eval_shape(
+    functools.partial(step.init, method), jax.random.key(0), base
+  )
+  if layout.mesh is None:
+    return base, state
+  return (
+    _with(layout.shardings(axes, base), base),
+    _with(layout.state_shardings(method, axes, base, state), state),
+  )
+
+
+def _with(shardings: Any, shapes: Any) -> Any:
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
   )
 
 

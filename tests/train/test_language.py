@@ -171,3 +171,56 @@ def test_a_missing_shard_is_named(run, tmp_path, tiny_decoder, capsys):
 def test_an_encoder_cannot_respond(run, tmp_path, tiny_model, capsys):
   assert run(tmp_path / "run", "--model", str(tiny_model)) == 2
   assert "got the encoder" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
+  run, tmp_path, tiny_decoder, capsys
+):
+  folder = shutil.copytree(tiny_decoder, tmp_path / "model")
+  config = json.loads((folder / "config.json").read_text())
+  config["intermediate_size"] = 2**40
+  (folder / "config.json").write_text(json.dumps(config))
+  assert run(tmp_path / "run", "--model", str(folder)) == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  # Two layers, three kernels of width 16, in float32.
+  size = 2 * 3 * 16 * 2**40 * 4 / 2**30
+  assert f"the model does not fit: its weights are {size:,.2f} GiB" in error
+  assert not (tmp_path / "run").exists()
+
+
+def _says(capsys, *arguments):
+  assert program.main(["generate", *arguments, "--max-new-tokens", "8"]) == 0
+  return capsys.readouterr().out
+
+
+def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
+  prompt = ("--prompt", "7: a film?", "8: another film, much longer?")
+  model = ("--model", str(tiny_decoder))
+  plain = _says(capsys, *model, *prompt)
+  tuned = _says(capsys, "--run", str(finished), *prompt)
+  assert plain.count("> ") == tuned.count("> ") == 2
+  assert plain != tuned
+  # Prompts are answered together as each would be alone.
+  alone = _says(capsys, *model, *prompt[:2])
+  assert plain.startswith(alone.rstrip())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "part"),
+  [
+    ((), "--model or --run names the weights"),
+    (("--run", "no/such"), "no/such is not a run"),
+    (("--model", "no/such"), "There is no folder 'no/such'"),
+    (("--model", "{model}", "--top-p", "0"), "top_p"),
+    (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),
+    (("--model", "{encoder}"), "an encoder does not generate"),
+  ],
+)
+def test_what_cannot_be_said_is_refused(
+  tiny_decoder, tiny_model, capsys, arguments, part
+):
+  names = {"model": tiny_decoder, "encoder": tiny_model}
+  arguments = [x.format(**names) for x in arguments]
+  assert program.main(["generate", "--prompt", "a", *arguments]) == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  assert part in error
