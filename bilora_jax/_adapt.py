@@ -403,7 +403,7 @@ def adapt(
     **kwargs: keyword inputs, as `train=False`.
 
   Returns:
-    The adapted model: `init`, `apply`, `merge`.
+    The adapted model: `init`, `apply`, `merge`, and `quantize`.
 
   Raises:
     ValueError: if no module matches the spec's targets, or no parameter its

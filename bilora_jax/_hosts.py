@@ -63,7 +63,8 @@ class LinenHost:
     return self.parameters(_abstractly(init, args, kwargs))
 
   def parameters(self, variables: Any) -> Flat:
-    return dict(_flatten(meta.unbox(variables.get("params", {}))))
+    params = _flatten(variables.get("params", {}))
+    return {path: _unboxed(leaf) for path, leaf in params.items()}
 
   def logical_axes(self, variables: Any) -> dict[Path, tuple[Any, ...]]:
     boxes = {
@@ -250,6 +251,13 @@ def _flatten(tree: Any) -> Flat:
 def _box(leaf: Any) -> Any:
   """Where metadata may be: each array of a quantised kernel has its own."""
   return leaf.qvalue if _quantised.is_quantised(leaf) else leaf
+
+
+def _unboxed(leaf: Any) -> Any:
+  if _quantised.is_quantised(leaf) and isinstance(leaf.scale, nn.Partitioned):
+    # A box asks for its array to be split by its names; scales may be too few.
+    leaf = leaf.replace(scale=leaf.scale.unbox(apply_constraint=False))
+  return meta.unbox(leaf)
 
 
 def _boxed_as(old: Any, value: Any) -> Any:
