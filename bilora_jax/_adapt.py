@@ -66,8 +66,9 @@ class Adapted:
 
     Args:
       variables: of the model; Linen's collections, or `nnx.state(model)`.
-      donate: whether each float kernel is deleted once it has been read, so
-        that memory never holds more than the variables and one kernel.
+      donate: whether each float kernel on a device is deleted once it has
+        been read, so that memory never holds more than the variables and one
+        kernel; not under `jax.jit`, which has its own.
 
     Returns:
       Variables for the other methods, with metadata kept.
@@ -80,7 +81,7 @@ class Adapted:
     new = {}
     for path in self._adapters:
       new[path] = self.quantize_leaf("/".join(path), params[path])
-      if donate:
+      if donate and isinstance(params[path], jax.Array):
         jax.block_until_ready(new[path])
         params[path].delete()
     return self._host.replace(variables, new)
