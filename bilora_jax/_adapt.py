@@ -9,25 +9,27 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bilora_jax import _hosts, _injection, _partition
+from bilora_jax import _hosts, _injection, _partition, _quantised
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._injection import Path, Site
 from bilora_jax._spec import LoraSpec
 
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Adapter:
-  """One adapted weight: where it is, and the sizes of its modules."""
+  """One adapted weight: where it is, and the sizes of its modules.
+
+  Attributes:
+    form: in what its kernel is stored; None for floats.
+  """
 
   site: Site
   rank: int
   auxiliary_rank: int
   scale: float
   dtype: Any
+  form: _quantised.Form | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,18 +40,110 @@ class Adapted:
   two nested dicts of `Factors` that mirror the parameters, as
   `{'layer': {'query': {'kernel': Factors}}}`; the last the parameters that are
   trained as they are. A part that would be empty is left out.
+
+  Where the spec has a `base_dtype`, the variables that the methods take are
+  those that `quantize` gives: its kernels are `qwix.QArray`s.
   """
 
   spec: LoraSpec
   _host: _hosts.Host
   _adapters: Mapping[Path, _Adapter]
-  _shapes: Mapping[Path, tuple[int, ...]]
+  _parameters: Mapping[Path, jax.ShapeDtypeStruct]
   _prepared: Callable[[bool, bool], Callable[..., Any]]
 
   @property
   def targets(self) -> dict[str, tuple[int, ...]]:
     """The adapted weights and their shapes."""
     return {"/".join(p): x.site.shape for p, x in self._adapters.items()}
+
+  def quantize(self, variables: Any, *, donate: bool = False) -> Any:
+    """The variables with their adapted kernels in the spec's `base_dtype`.
+
+    Of each tile the largest magnitude is the largest code, and the scale, in
+    float32, goes from the codes to floats. All else stays as it is:
+    embeddings, norms, heads, biases, and what the spec leaves out. One kernel
+    after the other is quantised, where it is; under `jax.jit`, all at once.
+
+    Args:
+      variables: of the model; Linen's collections, or `nnx.state(model)`.
+      donate: whether each float kernel on a device is deleted once it has
+        been read, so that memory never holds more than the variables and one
+        kernel; not under `jax.jit`, which has its own.
+
+    Returns:
+      Variables for the other methods, with metadata kept.
+
+    Raises:
+      ValueError: if the spec has no `base_dtype`, or `variables` are not those
+        of the model, or quantised already.
+    """
+    params = self._check(variables, as_floats=True)
+    new = {}
+    for path in self._adapters:
+      new[path] = self.quantize_leaf("/".join(path), params[path])
+      if donate and isinstance(params[path], jax.Array):
+        jax.block_until_ready(new[path])
+        params[path].delete()
+    return self._host.replace(variables, new)
+
+  def quantize_leaf(self, path: str, array: Any) -> Any:
+    """One parameter of `quantize`, for loaders that read one at a time.
+
+    Args:
+      path: of the parameter, as in `targets`.
+      array: its value; on a mesh, codes and scales stay where it is, except
+        that scales are whole along axes that they are too few to divide.
+
+    Returns:
+      A `qwix.QArray` for an adapted kernel, and `array` for all else.
+
+    Raises:
+      ValueError: if the spec has no `base_dtype`, or the model no such
+        parameter, or one of another shape.
+    """
+    if self.spec.base_dtype is None:
+      raise ValueError(
+        "the spec has base_dtype=None, in which kernels stay as they are; "
+        f"to quantise, set one of {', '.join(_quantised.QTYPES)}."
+      )
+    key = tuple(path.split("/"))
+    own = self._parameters.get(key)
+    if own is None or own.shape != array.shape:
+      raise ValueError(
+        f"{path} is no parameter of the model, which has "
+        f"{_listed('/'.join(p) for p in self._parameters)}."
+        if own is None
+        else f"{path} has the shape {own.shape}; got {tuple(array.shape)}."
+      )
+    if key not in self._adapters:
+      return array
+    form = self._adapters[key].form
+    assert form is not None  # there is a base_dtype
+    sharding = getattr(array, "sharding", None)
+    return _quantised.quantise(
+      array, form, _quantised.shardings(sharding, array.shape, form)
+    )
+
+  def quantized_axes(self, axes: Any) -> Any:
+    """Names of the axes of what `quantize` returns.
+
+    Args:
+      axes: a tree like the variables before, of `jax.sharding.PartitionSpec`,
+        as `nn.get_partition_spec` gives it.
+
+    Returns:
+      A tree like the variables after. Codes have the kernel's names, and
+      scales too, but for axes of which they have one.
+    """
+    params = self._host.parameters(axes)
+    new = {}
+    for path, x in self._adapters.items():
+      if x.form is not None:
+        shape = x.form.scale_shape(x.site.shape)
+        names = _quantised.scale_axes(params[path], shape)
+        scale = jax.sharding.PartitionSpec(*names)
+        new[path] = x.form.array(params[path], scale)
+    return self._host.replace(axes, new)
 
   def init(self, key: jax.Array, variables: Any) -> dict[str, Any]:
     """New adapters, that leave the model as it is.
@@ -119,11 +213,12 @@ class Adapted:
     """
     pairs = self._joined(adapters)
     params = self._check(variables)
-    new = dict(_flatten(adapters.get("extra", {})))
-    for path, leaf in new.items():
-      new[path] = leaf.astype(params[path].dtype)
+    new = _extra(adapters, params)
     for path, pair in pairs.items():
       x = self._adapters[path]
+      if x.form is not None:
+        dtype = self._parameters[path].dtype
+        new[path] = _quantised.QuantisedWeight(params[path], dtype)
       a_name, b_name = x.site.names()
       a_shape, b_shape = x.site.leaf_shapes(pair.rank)
       new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)
@@ -138,7 +233,9 @@ class Adapted:
     """The variables of a plain model at `W0 + scale * a @ b` of the primary.
 
     Each sum is taken in float32 and cast once to the kernel's dtype; `extra`
-    replaces what it was taken from. The auxiliary is thrown away.
+    replaces what it was taken from. The auxiliary is thrown away. A quantised
+    base becomes one of floats again, kernels in the dtype that the model makes
+    them in (Flax's `param_dtype`).
 
     Raises:
       ValueError: as `apply`.
@@ -146,11 +243,15 @@ class Adapted:
     adapters = _partition.primary(adapters)
     pairs = self._joined(adapters)
     params = self._check(variables)
-    new = dict(_flatten(adapters.get("extra", {})))
+    new = _extra(adapters, params)
     for path, pair in pairs.items():
-      kernel = self._adapters[path].site.kernel(pair.weight())
-      new[path] = params[path].astype(jnp.float32) + kernel
-    new = {path: leaf.astype(params[path].dtype) for path, leaf in new.items()}
+      x = self._adapters[path]
+      if x.form is None:
+        kernel, dtype = params[path].astype(jnp.float32), params[path].dtype
+      else:
+        kernel = _quantised.dequantise(params[path])
+        dtype = self._parameters[path].dtype
+      new[path] = (kernel + x.site.kernel(pair.weight())).astype(dtype)
     return self._host.replace(variables, new)
 
   def partition_specs(
@@ -221,8 +322,8 @@ class Adapted:
   def _wanted(self, part: str) -> dict[Path, Any]:
     if part == "extra":
       return {
-        path: shape
-        for path, shape in self._shapes.items()
+        path: own.shape
+        for path, own in self._parameters.items()
         if self.spec.is_extra("/".join(path))
       }
     wanted = {}
@@ -244,22 +345,31 @@ class Adapted:
       pairs[path] = pairs[path].join(other)
     return pairs
 
-  def _check(self, variables: Any) -> dict[Path, Any]:
+  def _check(self, variables: Any, as_floats: bool = False) -> dict[Path, Any]:
+    """The parameters, if they are the model's, in the form that is expected.
+
+    Args:
+      variables: of the model.
+      as_floats: whether that is floats, whatever the spec says.
+    """
     params = self._host.parameters(variables)
-    quantised = [
-      "/".join(path)
-      for path in self._shapes
-      if path in params and not isinstance(params[path], _ARRAYS)
-    ]
-    if quantised:
+    other = []
+    for path, leaf in params.items():
+      form = self._adapters[path].form if path in self._adapters else None
+      found = _quantised.form_of(leaf)
+      wanted = "floats" if form is None or as_floats else str(form)
+      if found != wanted and path in self._parameters:
+        other.append(f"{'/'.join(path)}: {found}, expected {wanted}")
+    if other:
       raise ValueError(
-        "adapters go on floating-point weights; quantised, or of another type, "
-        f"are {_listed(quantised)}."
+        f"the spec has base_dtype={self.spec.base_dtype!r}, and some of these "
+        f"variables are stored otherwise: {'; '.join(other)}. Quantised ones "
+        "are made by `quantize`, of the same spec, from floats."
       )
     wrong = [
-      f"{'/'.join(path)}: {_shape(params.get(path))}, expected {shape}"
-      for path, shape in self._shapes.items()
-      if path not in params or _shape(params[path]) != shape
+      f"{'/'.join(path)}: {_shape(params.get(path))}, expected {own.shape}"
+      for path, own in self._parameters.items()
+      if path not in params or _shape(params[path]) != own.shape
     ]
     if wrong:
       raise ValueError(
@@ -294,7 +404,7 @@ def adapt(
     **kwargs: keyword inputs, as `train=False`.
 
   Returns:
-    The adapted model: `init`, `apply`, `merge`.
+    The adapted model: `init`, `apply`, `merge`, and `quantize`.
 
   Raises:
     ValueError: if no module matches the spec's targets, or no parameter its
@@ -324,16 +434,16 @@ def adapt(
       "model is a flax.linen.Module or a flax.nnx.Module; got "
       f"{type(model).__name__}."
     )
-  shapes = {
-    path: tuple(leaf.shape)
+  parameters = {
+    path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
     for path, leaf in host.trace(_injection.Provider([])).items()
   }
   sites, unfit = _injection.find_sites(host.trace)
-  extra = {p for p in shapes if spec.is_extra("/".join(p))}
+  extra = {p for p in parameters if spec.is_extra("/".join(p))}
   if spec.extra is not None and not extra:
     raise ValueError(
       f"extra={spec.extra!r} matches no parameter; there are "
-      f"{_listed('/'.join(p) for p in shapes)}."
+      f"{_listed('/'.join(p) for p in parameters)}."
     )
   adapters = {}
   for path in sorted({*sites, *unfit} - extra):
@@ -352,7 +462,21 @@ def adapt(
     # XLA convolves arrays of one dtype only.
     own = spec.dtype is None or not site.flat
     dtype = site.dtype if own else jnp.dtype(spec.dtype)
-    adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype)
+    form = None
+    if spec.base_dtype is not None:
+      twins = [
+        other
+        for other, own in parameters.items()
+        if other[:-1] == path[:-1] and own.shape == site.shape
+      ]
+      if len(twins) > 1 and isinstance(model, nnx.Module):
+        raise ValueError(
+          "Qwix cannot tell quantised weights of one NNX module and one shape "
+          f"apart, as {_listed('/'.join(p) for p in twins)}. Leave the module "
+          "out with LoraSpec(exclude=...), or set base_dtype=None."
+        )
+      form = _quantised.Form(spec.base_dtype, site.tiles(spec.tile_size))
+    adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype, form)
   if not adapters:
     raise ValueError(
       f"targets={spec.targets!r} match no module; these could be adapted: "
@@ -374,14 +498,14 @@ def adapt(
     return host.prepare(provider(with_auxiliary, dropout))
 
   ours = {name for x in adapters.values() for name in x.site.names()}
-  others = set(host.trace(provider(False, False))) - set(shapes) - ours
+  others = set(host.trace(provider(False, False))) - set(parameters) - ours
   if others:
     raise ValueError(
       "Qwix adapts all weights of a module or none; also adapted, and not "
       f"asked for, would be {_listed('/'.join(p) for p in others)}. Leave "
       "these modules out with LoraSpec(exclude=...)."
     )
-  return Adapted(spec, host, adapters, shapes, prepared)
+  return Adapted(spec, host, adapters, parameters, prepared)
 
 
 def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
@@ -391,6 +515,14 @@ def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
   return Factors(
     bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32), x.scale
   )
+
+
+def _extra(adapters: Mapping[str, Any], params: Mapping[Path, Any]):
+  """The parameters that adapters replace, in the dtypes of these."""
+  return {
+    path: leaf.astype(params[path].dtype)
+    for path, leaf in _flatten(adapters.get("extra", {})).items()
+  }
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:

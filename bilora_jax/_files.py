@@ -22,6 +22,9 @@ from bilora_jax._spec import LoraSpec
 
 _VERSION = 1
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
+# How the base is stored. Adapters fit it in any form, and files written before
+# there was a choice lack these.
+_BASE_FIELDS = {"base_dtype", "tile_size"}
 
 
 def save_adapters(
@@ -85,7 +88,9 @@ def load_adapters(
 
   Args:
     folder: with `adapters.safetensors` and `adapters.json`.
-    adapted: the model they are for, with a spec equal to the saved one.
+    adapted: the model they are for, with a spec equal to the saved one, except
+      for `base_dtype` and `tile_size`: adapters trained on a quantised base can
+      be put on one of floats, and merged there.
 
   Returns:
     The adapters, as NumPy arrays.
@@ -97,15 +102,16 @@ def load_adapters(
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
   spec = _spec(folder / _CONFIG, config)
-  if spec != adapted.spec:
-    ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
-    differences = "; ".join(
-      f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
-      for name in ours
-      if ours[name] != theirs[name]
-    )
+  ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
+  differences = [
+    f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
+    for name in ours.keys() - _BASE_FIELDS
+    if ours[name] != theirs[name]
+  ]
+  if differences:
     raise ValueError(
-      f"the adapters in {folder} were made with another spec: {differences}."
+      f"the adapters in {folder} were made with another spec: "
+      f"{'; '.join(sorted(differences))}."
     )
   tree: dict[str, Any] = {}
   for name, scale in config["scales"].items():
@@ -169,10 +175,10 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
 
 def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
   names = {field.name for field in dataclasses.fields(LoraSpec)}
-  if set(config["spec"]) != names:
+  if set(config["spec"]) | _BASE_FIELDS != names:
     raise ValueError(
       f"{path} has another spec than this version knows: it differs in "
-      f"{sorted(names ^ set(config['spec']))}."
+      f"{sorted(names ^ (set(config['spec']) | _BASE_FIELDS))}."
     )
   return LoraSpec(**config["spec"])
 

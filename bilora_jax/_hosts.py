@@ -10,6 +10,7 @@ from flax.core import meta
 import jax
 import qwix
 
+from bilora_jax import _quantised
 from bilora_jax._injection import Path
 
 Flat = dict[Path, Any]
@@ -62,22 +63,24 @@ class LinenHost:
     return self.parameters(_abstractly(init, args, kwargs))
 
   def parameters(self, variables: Any) -> Flat:
-    return dict(_flatten(meta.unbox(variables.get("params", {}))))
+    params = _flatten(variables.get("params", {}))
+    return {path: _unboxed(leaf) for path, leaf in params.items()}
 
   def logical_axes(self, variables: Any) -> dict[Path, tuple[Any, ...]]:
-    return {
-      path: tuple(leaf.names)
+    boxes = {
+      path: _box(leaf)
       for path, leaf in _flatten(variables.get("params", {})).items()
-      if isinstance(leaf, nn.Partitioned)
+    }
+    return {
+      path: tuple(box.names)
+      for path, box in boxes.items()
+      if isinstance(box, nn.Partitioned)
     }
 
   def replace(self, variables: Any, new: Flat) -> Any:
     params = _flatten(variables.get("params", {}))
     boxed = {
-      path: params[path].replace_boxed(value)
-      if isinstance(params.get(path), meta.AxisMetadata)
-      else value
-      for path, value in new.items()
+      path: _boxed_as(params.get(path), value) for path, value in new.items()
     }
     params = traverse_util.unflatten_dict({**params, **boxed})
     return {**variables, "params": params}
@@ -243,6 +246,34 @@ def _flatten(tree: Any) -> Flat:
   return traverse_util.flatten_dict(
     tree, is_leaf=lambda _, x: isinstance(x, meta.AxisMetadata)
   )
+
+
+def _box(leaf: Any) -> Any:
+  """Where metadata may be: each array of a quantised kernel has its own."""
+  return leaf.qvalue if _quantised.is_quantised(leaf) else leaf
+
+
+def _unboxed(leaf: Any) -> Any:
+  if _quantised.is_quantised(leaf) and isinstance(leaf.scale, nn.Partitioned):
+    # A box asks for its array to be split by its names; scales may be too few.
+    leaf = leaf.replace(scale=leaf.scale.unbox(apply_constraint=False))
+  return meta.unbox(leaf)
+
+
+def _boxed_as(old: Any, value: Any) -> Any:
+  """A value with the metadata of what it replaces."""
+  box = _box(old)
+  if not isinstance(box, meta.AxisMetadata) or isinstance(
+    value, meta.AxisMetadata
+  ):
+    return value
+  if not _quantised.is_quantised(value):
+    return box.replace_boxed(value)
+  scale = box.replace_boxed(value.scale)
+  if isinstance(scale, nn.Partitioned):
+    names = _quantised.scale_axes(scale.names, value.scale.shape)
+    scale = scale.replace(names=names)
+  return value.replace(qvalue=box.replace_boxed(value.qvalue), scale=scale)
 
 
 def _strings(path: Sequence[Any]) -> Path:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import opt_einsum.parser
 import qwix
 
+from bilora_jax import _quantised
+
 # An embedding's table is looked up, not multiplied by; a tied head does
 # multiply, by the transpose, and an adapter there would miss the look-ups.
 _NOT_ADAPTED = ("embedding",)
@@ -85,6 +87,12 @@ class Site:
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return weight.reshape(self._sizes(order)).transpose(inverse)
 
+  def tiles(self, tile_size: int | None) -> tuple[int, ...]:
+    """Sizes of the kernel's tiles, as `_quantised.tile_sizes` cuts them."""
+    sizes = _quantised.tile_sizes(self._sizes(self.contracted), tile_size)
+    along = dict(zip(self.contracted, sizes))
+    return tuple(along.get(axis, 1) for axis in range(len(self.shape)))
+
   def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(self.shape[axis] for axis in axes)
 
@@ -101,7 +109,7 @@ class _Use:
   as_stored: bool
 
 
-class Provider(qwix.LoraProvider):
+class Provider(qwix.LoraProvider, _quantised.Products):
   """Qwix's provider, with einsums as products, and none in jitted functions.
 
   Qwix 0.1.8 cannot adapt an einsum in Linen (it sets an attribute on a frozen
@@ -133,20 +141,18 @@ class Provider(qwix.LoraProvider):
     preferred_element_type=None,
     out_sharding=None,
   ):
-    args = (lhs, rhs, dimension_numbers, precision, preferred_element_type)
+    # Adapters may compute in more bits than their layer, that is not to show.
+    plain = preferred_element_type or jnp.result_type(lhs, rhs.dtype)
+    args = (dimension_numbers, precision, preferred_element_type)
+    known = self.known(rhs)
     if _in_jitted_function():
       return super(qwix.LoraProvider, self).dot_general(
-        *args,
-        out_sharding=out_sharding,  # pyright: ignore[reportCallIssue]
+        lhs, known, *args, out_sharding=out_sharding
       )
-    result = super().dot_general(*args, out_sharding=out_sharding)
+    result = super().dot_general(lhs, known, *args, out_sharding=out_sharding)
     (_, contracted), (_, batch) = dimension_numbers
     self._record("dot_general", lhs, rhs, tuple(batch), tuple(contracted), True)
-    # Adapters may compute in more bits than their layer, that is not to show.
-    plain = (
-      jnp.result_type(lhs, rhs) if isinstance(rhs, jax.Array) else lhs.dtype
-    )
-    return result.astype(preferred_element_type or plain)
+    return result.astype(plain)
 
   def einsum(self, einsum_str, *operands, **kwargs):
     rule, _ = self._get_current_rule_and_op_id("einsum", only_rule=True)
@@ -173,13 +179,14 @@ class Provider(qwix.LoraProvider):
   def conv_general_dilated(self, lhs, rhs, *args, **kwargs):
     # Of a grouped convolution, the groups would have to divide the rank, and
     # the adapter would not be a product of two factors.
+    known = self.known(rhs)
     if kwargs.get("feature_group_count", 1) > 1 or _in_jitted_function():
       return super(qwix.LoraProvider, self).conv_general_dilated(
-        lhs, rhs, *args, **kwargs
+        lhs, known, *args, **kwargs
       )
     # XLA convolves arrays of one dtype, and Qwix asks for the stored kernel's.
     self._dtype = lhs.dtype
-    result = super().conv_general_dilated(lhs, rhs, *args, **kwargs)
+    result = super().conv_general_dilated(lhs, known, *args, **kwargs)
     self._dtype = None
     contracted = tuple(range(len(rhs.shape) - 1))
     self._record("conv_general_dilated", lhs, rhs, (), contracted, False)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bilora_jax import _quantised
+
 _OVERRIDES = ("rank", "alpha", "auxiliary_rank")
 
 
@@ -34,9 +36,18 @@ class LoraSpec:
     dtype: the name of the dtype that adapters compute in, as 'bfloat16'; None
       for that of the layer they adapt, which those of convolutions keep. They
       are stored in float32 always.
+    base_dtype: in what the adapted kernels are stored, by `Adapted.quantize`:
+      'nf4' (4-bit NormalFloat, Dettmers et al., arXiv 2305.14314), 'int8',
+      'fp8' (float8_e4m3fn), or None for the floats they come in. Layers compute
+      in the dtype that they compute in without.
+    tile_size: how many weights, neighbours along the input, have a scale of
+      their own; None for all that an output sums over. Where it does not divide
+      the input's size, the next lower number that does, or all, if it is under
+      half.
 
   Raises:
-    ValueError: if a rank, alpha, dropout, pattern or dtype is out of bounds.
+    ValueError: if a rank, alpha, dropout, pattern, dtype or tile size is out of
+      bounds.
   """
 
   rank: int = 8
@@ -48,6 +59,8 @@ class LoraSpec:
   rslora: bool = False
   dropout: float = 0.0
   dtype: str | None = None
+  base_dtype: str | None = None
+  tile_size: int | None = 64
 
   def __post_init__(self):
     _check_sizes(self.rank, self.alpha, self.auxiliary_rank, "")
@@ -55,6 +68,16 @@ class LoraSpec:
       raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
     if self.dtype is not None:
       object.__setattr__(self, "dtype", _float_name(self.dtype))
+    if self.base_dtype not in (None, *_quantised.QTYPES):
+      raise ValueError(
+        f"base_dtype is one of {', '.join(_quantised.QTYPES)}, or None; got "
+        f"{self.base_dtype!r}."
+      )
+    size = self.tile_size
+    if size is not None and (not isinstance(size, int) or size < 1):
+      raise ValueError(
+        f"tile_size is an integer of at least 1, or None; got {size!r}."
+      )
     if not self.targets:
       raise ValueError("targets is empty: it must name a module to adapt.")
     if not isinstance(self.targets, str | Mapping):

@@ -955,5 +955,8 @@ def test_a_quantised_base_is_refused_by_name():
   )
   variables = quantised.init(jax.random.key(0), x)
   adapted = adapt(quantised, LoraSpec(), x)
-  with pytest.raises(ValueError, match=r"quantised.*'kernel'"):
+  with pytest.raises(
+    ValueError,
+    match=r"base_dtype=None, .* kernel: WithAux, expected floats",
+  ):
     adapted.init(jax.random.key(1), variables)

@@ -115,6 +115,7 @@ def test_a_model_is_rebuilt_from_the_spec_that_was_saved(folder, adapters):
     LoraSpec(rank=2, targets=("layers_0", "layers_2"), dtype="bfloat16"),
     LoraSpec(rank=2, targets="layers_.", exclude="layers_0", rslora=True),
     LoraSpec(rank=3, alpha=1e-7, dropout=0.1, auxiliary_rank=0),
+    LoraSpec(rank=2, tile_size=None),
   ],
 )
 def test_every_field_of_a_spec_is_kept(tmp_path, spec):

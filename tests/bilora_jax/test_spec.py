@@ -25,6 +25,10 @@ REFUSED = {
   (
     "dtype is the name of a floating-point dtype, as 'bfloat16'; got 'half4'."
   ): {"dtype": "half4"},
+  "base_dtype is one of nf4, int8, fp8, or None; got 'int4'.": {
+    "base_dtype": "int4"
+  },
+  "tile_size is an integer of at least 1, or None; got 0.": {"tile_size": 0},
   "'(' is not a regular expression: missing ), unterminated": {"targets": "("},
   "'a(' is not a regular expression: missing )": {"targets": {"a(": {}}},
   "'*' is not a regular expression: nothing to repeat": {"exclude": "*"},
