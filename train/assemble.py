@@ -26,7 +26,8 @@ class Prepared:
 
   Attributes:
     variables: of the model, laid out.
-    axes: a tree like `variables` of the names of their axes.
+    shapes: of the variables, before they are quantised.
+    axes: a tree like `shapes` of the names of their axes.
   """
 
   config: Config
@@ -34,6 +35,7 @@ class Prepared:
   data: data_lib.Data
   model: Any
   variables: Any
+  shapes: Any
   axes: Any
   layout: mesh_lib.Layout
   method: methods.Method
@@ -67,8 +69,11 @@ def prepare(config: Config) -> Prepared:
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     axes = models.logical_axes(shapes)
     memory.check(*_abstract(config, method, layout, shapes, axes))
+    place = layout.placer(axes["params"])
+    if config.quantised:
+      place = _quantising(place, method.adapted)
     variables = pretrained.variables(
-      model, config.seed, config.base_dtype, layout.placer(axes["params"])
+      model, config.seed, config.param_dtype, place
     )
   except (ValueError, RuntimeError) as error:
     with contextlib.suppress(OSError):
@@ -82,6 +87,7 @@ def prepare(config: Config) -> Prepared:
     data=data,
     model=model,
     variables=variables,
+    shapes=shapes,
     axes=axes,
     layout=layout,
     method=method,
@@ -97,17 +103,31 @@ def _abstract(
 ) -> tuple[Any, Any]:
   """Shapes of the model and of what is trained, laid out."""
   base = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, config.base_dtype), shapes
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), shapes
   )
+  base_axes = axes
+  if config.quantised:
+    assert method.adapted is not None
+    base = jax.eval_shape(method.adapted.quantize, base)
+    base_axes = method.adapted.quantized_axes(axes)
   state = jax.eval_shape(
     functools.partial(step.init, method), jax.random.key(0), base
   )
   if layout.mesh is None:
     return base, state
   return (
-    _with(layout.shardings(axes, base), base),
-    _with(layout.state_shardings(method, axes, base, state), state),
+    _with(layout.shardings(base_axes, base), base),
+    _with(layout.state_shardings(method, axes, shapes, state), state),
   )
+
+
+def _quantising(place: Any, adapted: Any) -> Any:
+  """Places a parameter, and quantises it before the next one is read."""
+
+  def quantised(path, *arguments):
+    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
+
+  return quantised
 
 
 def _with(shardings: Any, shapes: Any) -> Any:
@@ -133,7 +153,7 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
     )
   options = {
     "dtype": dtype,
-    "param_dtype": config.base_dtype,
+    "param_dtype": config.param_dtype,
     "remat": config.remat,
     "scan": config.scan_layers,
   }

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from train.errors import UsageError
 
-
+_QUANTISED = ("nf4", "int8", "fp8")
 INSTRUCTIONS = "instructions"
 """The task whose rows are conversations."""
 
@@ -79,8 +79,9 @@ class Config:
   """Training rows to draw by the seed; 0: all."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """What the model computes in; adapters are stored in float32 always."""
-  base_dtype: Literal["float32", "bfloat16"] = "float32"
-  """What the frozen weights are stored in."""
+  base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "float32"
+  """What the frozen weights are stored in; of the last three, that are
+  quantised, only those with adapters, and the others in --dtype."""
   remat: Literal["none", "dots", "full"] = "none"
   """What a layer's backward pass computes again, to save memory: nothing, all
   but the products with weights, or all."""
@@ -99,7 +100,8 @@ class Config:
   """What to do about a step whose loss or gradient is not finite; ten in a row
   end the run in any case."""
   baseline: bool = True
-  """Also fit a logistic regression on the frozen features, to compare with."""
+  """Also fit a logistic regression on the frozen features, to compare with (not
+  on a quantised base)."""
 
   mesh: str = ""
   """Devices along data, fsdp (rows and weights) and tensor (heads and inner
@@ -114,6 +116,16 @@ class Config:
   profile: int = 0
   """Steps to trace with JAX's profiler, after the first logged ones, into the
   run's folder."""
+
+  @property
+  def quantised(self) -> str | None:
+    """What the adapted weights are quantised to, if they are."""
+    return self.base_dtype if self.base_dtype in _QUANTISED else None
+
+  @property
+  def param_dtype(self) -> str:
+    """What weights are stored in that are not quantised."""
+    return self.dtype if self.quantised else self.base_dtype
 
   def folder(self) -> pathlib.Path:
     """The folder of the run."""

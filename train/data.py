@@ -12,9 +12,9 @@ import numpy as np
 from train import evaluate, objectives, processes, tasks
 from train.config import INSTRUCTIONS, Config
 from train.evaluate import Evaluation
-from train.objectives import Items, Objective
 from train.models import tokenizer
 from train.models.load import Pretrained
+from train.objectives import Items, Objective
 from train.tasks import chat, instructions, label_words, packing, pipeline
 
 _SPLITS = ("train", "validation", "test")

@@ -124,5 +124,7 @@ def _apply(
     jax.ShapeDtypeStruct((1, 2), "int32"),
     methods=("__call__", "decode"),
   )
+  if adapted.spec.base_dtype is not None:
+    variables = adapted.quantize(variables, donate=True)
   adapters = bilora_jax.load_adapters(folder, adapted)
   return functools.partial(adapted.apply, variables, adapters)

@@ -152,7 +152,7 @@ def initial(
   shardings = prepared.layout.state_shardings(
     prepared.method,
     prepared.axes,
-    variables,
+    prepared.shapes,
     jax.eval_shape(init, key, variables),
   )
   if shardings is None:
@@ -187,7 +187,8 @@ def _finish(
         prepared.folder / "adapters", prepared.method.adapted, whole
       )
   baseline = None
-  if config.baseline and isinstance(data, data_lib.Labelled):
+  labelled = isinstance(data, data_lib.Labelled)
+  if config.baseline and labelled and not config.quantised:
     journal.say("fitting a logistic regression on the frozen features")
     features = layout.within(
       jax.jit(
@@ -212,7 +213,7 @@ def _finish(
     "test": _results(test),
     "baseline": _results(baseline) if baseline else None,
     "trained_parameters": _count(evaluated),
-    "base_parameters": _count(prepared.variables),
+    "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,
     "median_step_seconds": _median(windows, "step_seconds"),
     "median_tokens_per_second": _median(windows, "tokens_per_second"),
@@ -298,7 +299,7 @@ def _opening(prepared: Prepared, trained: Any) -> str:
   counts = ", ".join(f"{name} {count:,}" for name, count in parts.items())
   return (
     f"{config.method} on {config.task}: rows {prepared.data.rows}; trained "
-    f"parameters: {counts}; base {_count(prepared.variables):,}; "
+    f"parameters: {counts}; base {_count(prepared.shapes):,}; "
     f"{prepared.steps} steps"
   )
 

@@ -91,6 +91,7 @@ def build(
       exclude="lm_head" if is_decoder else None,
       extra=None if is_decoder else "head/.*",
       dropout=config.dropout,
+      base_dtype=config.quantised,
     ),
     *inputs,
   )
