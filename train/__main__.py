@@ -86,8 +86,9 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       " given.\nOptions after them change what they set.\n\n"
       "On several machines, each starts the same command with --coordinator"
       " HOST:PORT (of the first), --num-processes N and --process-id I (from"
-      " 0), or with --coordinator auto where JAX finds the cluster by itself"
-      " (Slurm, TPU); --run-dir and --data-dir are folders that all see."
+      " 0). Under srun, mpirun and on TPU pods of Kubernetes none of these is"
+      " needed; --coordinator auto is for other TPU pods. --run-dir and"
+      " --data-dir are folders that all see."
     ),
   )
 
@@ -106,7 +107,8 @@ def _start() -> argparse.ArgumentParser:
 def program() -> int:
   """What `python -m train` runs: `main`, watched if it is one of several."""
   place, _ = _start().parse_known_args()
-  return processes.watched(main) if place.coordinator else main()
+  several = place.coordinator or processes.in_cluster()
+  return processes.watched(main) if several else main()
 
 
 if __name__ == "__main__":

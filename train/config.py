@@ -70,6 +70,8 @@ class Config:
   is that of the whole batch."""
   max_length: int = 256
   """Tokens in an example; longer ones are cut."""
+  eval_rows: int = 0
+  """Rows to draw for validation, and for the test; 0: all."""
   group_by_length: int = 0
   """Batches' worth of shuffled rows to sort by length before they are cut into
   batches: less padding, less random batches; 0: none."""
@@ -92,6 +94,8 @@ class Config:
 
   eval_every: int = 0
   """Steps between validations, on the primary alone; 0: one an epoch."""
+  eval_first: bool = False
+  """Also validate before the first step."""
   checkpoint_every: int = 50
   """Steps between checkpoints, from which the same command resumes."""
   log_every: int = 10
@@ -136,6 +140,19 @@ class Config:
 
 
 _SNIPPETS = Config(train_rows=2000, group_by_length=10)
+_SMOLLM2 = Config(
+  model="smollm2",
+  train_rows=512,
+  eval_rows=256,
+  batch_size=16,
+  max_length=96,
+  group_by_length=8,
+  epochs=1,
+  eval_every=8,
+  log_every=4,
+  eval_first=True,
+  baseline=False,
+)
 
 PRESETS: dict[str, Config] = {
   "snippets": _SNIPPETS,
@@ -143,6 +160,8 @@ PRESETS: dict[str, Config] = {
   "snippets-full": dataclasses.replace(
     _SNIPPETS, method="full", learning_rate=5e-5
   ),
+  "snippets-smollm2": _SMOLLM2,
+  "snippets-smollm2-lora": dataclasses.replace(_SMOLLM2, method="lora"),
 }
 """Configurations by name; the first is the default."""
 
@@ -161,6 +180,7 @@ def check(config: Config) -> None:
     "accumulate": 1,
     "max_length": 3,
     "train_rows": 0,
+    "eval_rows": 0,
     "group_by_length": 0,
     "eval_every": 0,
     "checkpoint_every": 1,

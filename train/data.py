@@ -197,7 +197,7 @@ def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
     encode = functools.partial(tokenizer.encode, text_tokenizer)
   examples = {}
   for split in _SPLITS:
-    limit = config.train_rows if split == "train" else 0
+    limit = config.train_rows if split == "train" else config.eval_rows
     rows = pipeline.load(
       task, split, config.data_dir or None, limit or None, config.seed
     )
@@ -213,7 +213,7 @@ def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
     )
   packed = {}
   for split in _SPLITS:
-    limit = config.train_rows if split == "train" else 0
+    limit = config.train_rows if split == "train" else config.eval_rows
     rows = instructions.load(
       config.data,
       split,

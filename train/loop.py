@@ -82,6 +82,8 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     )
   )
   predict = _predictor(prepared)
+  if config.eval_first and not at:
+    _validate(prepared, predict, journal, state, at)
   window = watch.Window(at)
   profile = watch.Profile(
     prepared.folder / "profile", at + config.log_every, config.profile
@@ -111,13 +113,8 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
           rows, times = window.close(at)
           journal.log(at, **_means(method, rows), **times)
         if last or at % _eval_every(prepared) == 0:
-          found = predict(method.evaluated(state.trained), "validation")
+          found = _validate(prepared, predict, journal, state, at)
           score = data.score(found)
-          journal.log(
-            at,
-            validation_loss=found.loss,
-            **{f"validation_{k}": v for k, v in found.metrics.items()},
-          )
           if score > best["score"]:
             best = {"score": score, "step": at}
             best["value"] = found.metrics[data.metric]
@@ -159,6 +156,22 @@ def initial(
     return init(key, variables), None
   # Each device makes its own shards.
   return jax.jit(init, out_shardings=shardings)(key, variables), shardings
+
+
+def _validate(
+  prepared: Prepared,
+  predict: Callable[[Any, str], evaluate.Evaluation],
+  journal: journal_lib.Journal | journal_lib.Silence,
+  state: step.TrainState,
+  at: int,
+) -> evaluate.Evaluation:
+  found = predict(prepared.method.evaluated(state.trained), "validation")
+  journal.log(
+    at,
+    validation_loss=found.loss,
+    **{f"validation_{k}": v for k, v in found.metrics.items()},
+  )
+  return found
 
 
 def _interrupted(interruption: watch.Interruption, logs: bool) -> bool:

@@ -15,14 +15,28 @@ import numpy as np
 from train.errors import LostError, RunError, UsageError
 
 
+# Whoever starts the processes of a run says in these how many there are: srun,
+# mpirun, and what starts TPU pods on Kubernetes.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
+
+
+def in_cluster() -> bool:
+  """Whether this process was started as one of several."""
+  counts = [os.environ.get(name, "") for name in _COUNTS]
+  hosts = os.environ.get(_TPU_HOSTS, "").count(",") + 1
+  return hosts > 1 or any(x.isdigit() and int(x) > 1 for x in counts)
+
+
 def join(
   coordinator: str | None, processes: int | None, index: int | None
 ) -> None:
   """Joins the other processes; before anything touches a device.
 
   Args:
-    coordinator: HOST:PORT of process 0, "auto" where JAX can find the cluster
-      by itself (Slurm, Open MPI, TPU, Kubernetes), or None for one process.
+    coordinator: HOST:PORT of process 0; "auto" where JAX can find the cluster
+      by itself (Slurm, Open MPI, TPU, Kubernetes); None for that if
+      `in_cluster`, and else for one process.
     processes: how many there are; None for "auto".
     index: which one this is; None for "auto".
 
@@ -31,7 +45,9 @@ def join(
     RunError: if the others cannot be reached.
   """
   if coordinator is None and processes is None and index is None:
-    return
+    if not in_cluster():
+      return
+    coordinator = "auto"
   if coordinator == "auto" and processes is None and index is None:
     try:
       jax.distributed.initialize()

@@ -125,6 +125,19 @@ def test_a_decoder_answers_snippets_in_words(run, tmp_path, data_dir):
   assert results["baseline"] is not None
 
 
+def test_what_is_held_out_can_be_few_rows_and_seen_before_training(
+  run, tmp_path, data_dir
+):
+  folder = tmp_path / "run"
+  more = ("--task", "snippets", "--data", "", "--train-rows", "16")
+  more += ("--eval-rows", "8", "--eval-first", "--no-baseline")
+  assert run(folder, *more, "--max-length", "96", "--epochs", "1") == 0
+  results = json.loads((folder / "results.json").read_text())
+  assert results["test"]["rows"] == 8
+  validated = [row["step"] for row in rows(folder) if "validation_loss" in row]
+  assert validated == [0, 2]
+
+
 def test_a_profile_is_written_when_asked_for(run, tmp_path):
   folder = tmp_path / "run"
   assert run(folder, "--epochs", "1", "--profile", "2") == 0

@@ -11,7 +11,7 @@ from outcomes import adapters, assert_no_step_twice, checkpoint, rows
 import pytest
 
 from train import journal as journal_lib
-from train import loop, step
+from train import loop, processes, step
 from train import mesh as mesh_lib
 from train.errors import UsageError
 from train.objectives import CLASSIFICATION
@@ -223,6 +223,28 @@ def test_where_jax_finds_no_cluster_auto_is_refused(
   assert run(tmp_path / "run", "--coordinator", "auto") == 2
   assert "JAX knows, and it finds none" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "found"),
+  [
+    ("SLURM_STEP_NUM_TASKS", "4", True),
+    ("SLURM_STEP_NUM_TASKS", "1", False),
+    ("OMPI_COMM_WORLD_SIZE", "2", True),
+    ("TPU_WORKER_HOSTNAMES", "a,b", True),
+    ("TPU_WORKER_HOSTNAMES", "a", False),
+  ],
+)
+def test_one_of_several_processes_joins_the_others_by_itself(
+  monkeypatch, name, value, found
+):
+  for other in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    monkeypatch.delenv(other, raising=False)
+  monkeypatch.setenv(name, value)
+  joined = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda: joined.append(1))
+  processes.join(None, None, None)
+  assert bool(joined) is found is processes.in_cluster()
 
 
 # JAX's own patience with a process that is gone is 100 seconds.

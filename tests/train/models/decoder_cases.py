@@ -62,4 +62,4 @@ def stacked(params: Any, layers: int) -> Any:
   """Parameters of an unrolled decoder as those of a scanned one."""
   rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
   parts = [params[f"layers_{i}"] for i in range(layers)]
-  return {**rest, "layers": jax.tree.map(lambda *x: jnp.stack(x), *parts)}
+  return {**rest, "layers": jax.tree.map(lambda *x: np.stack(x), *parts)}

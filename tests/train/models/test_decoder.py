@@ -18,9 +18,10 @@ TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2], [0, 0, 7, 7, 7, 0]])
 
 
-def _apply(model, *args, **kwargs):
-  """One compiled program: faster here than dispatching every operation."""
-  return jax.jit(functools.partial(model.apply, **kwargs))(*args)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def _apply(model, *args, method=None):
+  """One compiled program for all calls of one kind."""
+  return model.apply(*args, method=method)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_packed_and_padded_rows_agree_with_pytorch_one_by_one(name, scan):
 
 def test_without_segments_a_row_is_one(variables):
   model = decoder.Decoder(TINY)
-  plain = _apply(model, variables, TOKENS)
+  plain = _apply(model, variables, TOKENS, None, None)
   one = _apply(model, variables, TOKENS, None, np.ones_like(TOKENS))
   np.testing.assert_allclose(plain, one, rtol=0, atol=1e-6)
 
@@ -83,13 +84,10 @@ def test_hidden_and_head_are_the_two_halves_of_the_logits(variables, logits):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
 def test_fused_attention_is_the_same(variables, segments):
-  got, want = (
-    _apply(model, variables, TOKENS, None, segments)
-    for model in (
-      decoder.Decoder(TINY, attention="fused"),
-      decoder.Decoder(TINY, attention="matmul"),
-    )
-  )
+  # On CPU, as the tests run, the default is the other one.
+  want = _apply(decoder.Decoder(TINY), variables, TOKENS, None, segments)
+  fused = decoder.Decoder(TINY, attention="fused")
+  got = _apply(fused, variables, TOKENS, None, segments)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -98,7 +96,7 @@ def test_bfloat16_stays_close_and_gives_float32_logits(variables, logits):
   model = decoder.Decoder(TINY, dtype=low, param_dtype=low)
   own = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
   assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype(low)}
-  cast = jax.tree.map(lambda x: x.astype(low), variables)
+  cast = jax.tree.map(lambda x: np.asarray(x, low), variables)
   hidden = functools.partial(model.apply, method="hidden")
   assert jax.eval_shape(hidden, cast, TOKENS).dtype == low
   got = _apply(model, cast, TOKENS, None, SEGMENTS)
@@ -153,14 +151,7 @@ def _loss_and_gradients(adapted, variables, adapters):
 
 
 @pytest.mark.parametrize(
-  ("scan", "remat"),
-  [
-    (False, "full"),
-    (False, "dots"),
-    (True, "none"),
-    (True, "full"),
-    (True, "dots"),
-  ],
+  ("scan", "remat"), [(False, "full"), (True, "none"), (True, "dots")]
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(
   unrolled, scan, remat
@@ -174,7 +165,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(
       for tree in (adapters, gradients)
     )
   got, got_gradients = _loss_and_gradients(adapted, variables, adapters)
-  assert max(jnp.abs(x).max() for x in jax.tree.leaves(gradients)) > 0.1
+  assert max(np.abs(x).max() for x in jax.tree.leaves(gradients)) > 0.1
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
   close(got, want)
   jax.tree.map(close, got_gradients, gradients)
@@ -186,7 +177,7 @@ def test_scanned_layers_draw_their_own_dropout():
   adapted = bilora_jax.adapt(model, spec, TOKENS)
   variables = decoder_cases.random_variables(model)
   shapes = jax.eval_shape(adapted.init, jax.random.key(0), variables)
-  adapters = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+  adapters = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
 
   def total(adapters):
     rngs = {"dropout": jax.random.key(0)}
@@ -195,7 +186,7 @@ def test_scanned_layers_draw_their_own_dropout():
   gradients = jax.jit(jax.grad(total))(adapters)
   pair = gradients["primary"]["layers"]["mlp"]["up_proj"]["kernel"]
   # Of the one token, a feature that is dropped gives its row no gradient.
-  dropped = np.asarray((pair.a == 0).all(-1))
+  dropped = (np.asarray(pair.a) == 0).all(-1)
   assert dropped.shape == (2, TINY.hidden_size)
   assert dropped.any(1).all() and not dropped.all(1).any()
   assert (dropped[0] != dropped[1]).any()
