@@ -77,6 +77,10 @@ class Config:
   batches: less padding, less random batches; 0: none."""
   pack: bool = True
   """Put several conversations in a row of max_length tokens (instructions)."""
+  on_long: Literal["cut", "skip", "error"] = "cut"
+  """What to do about a conversation of more than max_length tokens: cut its
+  end, leave it out, or refuse it; one whose prompt alone is too long is left
+  out in either of the first two, and counted (instructions)."""
   train_rows: int = 0
   """Training rows to draw by the seed; 0: all."""
   dtype: Literal["float32", "bfloat16"] = "float32"

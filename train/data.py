@@ -29,6 +29,7 @@ class Data(Protocol):
     objective: what is learned from a batch.
     metric: the name of the metric to select a checkpoint by.
     rows: in each split.
+    left_out: rows that were too long, in each split.
     steps_per_epoch: optimizer steps.
   """
 
@@ -40,6 +41,9 @@ class Data(Protocol):
 
   @property
   def rows(self) -> dict[str, int]: ...
+
+  @property
+  def left_out(self) -> dict[str, int]: ...
 
   @property
   def steps_per_epoch(self) -> int: ...
@@ -76,6 +80,10 @@ class Labelled:
   @property
   def rows(self) -> dict[str, int]:
     return {name: len(x) for name, x in self.examples.items()}
+
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
 
   @property
   def steps_per_epoch(self) -> int:
@@ -132,6 +140,11 @@ class Conversations:
   @property
   def rows(self) -> dict[str, int]:
     return {name: len(x.sequences) for name, x in self.packed.items()}
+
+  @property
+  def left_out(self) -> dict[str, int]:
+    found = {name: x.sequences.skipped for name, x in self.packed.items()}
+    return {name: count for name, count in found.items() if count}
 
   @property
   def steps_per_epoch(self) -> int:
@@ -227,6 +240,7 @@ def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
       pretrained.template,
       config.max_length,
       eos=pretrained.eos_id,
+      on_long=config.on_long,
     )
     if config.pack:
       packed[split] = packing.pack(sequences, config.max_length)

@@ -310,9 +310,11 @@ def _opening(prepared: Prepared, trained: Any) -> str:
     else {"all": _count(trained)}
   )
   counts = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+  left_out = prepared.data.left_out
   return (
-    f"{config.method} on {config.task}: rows {prepared.data.rows}; trained "
-    f"parameters: {counts}; base {_count(prepared.shapes):,}; "
+    f"{config.method} on {config.task}: rows {prepared.data.rows}"
+    + (f", left out as too long {left_out}" if left_out else "")
+    + f"; trained parameters: {counts}; base {_count(prepared.shapes):,}; "
     f"{prepared.steps} steps"
   )
 

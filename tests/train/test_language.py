@@ -172,6 +172,11 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
     (("--batch-size", "4096"), "--batch-size is 4096"),
     (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
+    (
+      ("--max-length", "24", "--on-long", "error"),
+      "tokens, but max_length is 24",
+    ),
+    (("--max-length", "8"), "160 were left out, as they have more than 8"),
     (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
     (("--max-length", "2048"), "2048"),
   ],
