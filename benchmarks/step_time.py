@@ -1,112 +1,228 @@
-"""Step time of LoRA and Bi-LoRA, interleaved: `python benchmarks/step_time.py`.
+"""Time and memory of a step: LoRA, Bi-LoRA in two forms, LoRA-SAM.
 
-Each round runs one step of every method in a new random order, on the same
-batch; the median over rounds of each method's time over LoRA's in that round is
-what is reported, since machines are noisy.
+  python -m benchmarks.step_time --workload minilm
+
+Each round runs every method in a new random order, on the same batch; what is
+reported is the median over rounds of a method's time over LoRA's in that round,
+since machines are noisy. Where a device counts its memory, as GPUs do, each
+method also runs alone in a process of its own, whose peak is taken: of all it
+did, making the weights and compiling too. On a CPU the memory is what the
+compiler plans for a step.
 """
 
 import argparse
+from collections.abc import Callable
 import json
+import os
 import pathlib
-import platform
-import random
-import statistics
-import time
+import subprocess
+import sys
+import tempfile
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from train import config as config_lib
-from train import methods, step
-from train.models import load
-from train.objectives import CLASSIFICATION
+from benchmarks import rounds, variants, workloads
+from train import step
+from train.models import remat
 
-_VARIANTS = {
-  "LoRA r=8": {"method": "lora"},
-  "LoRA r=16": {"method": "lora", "rank": 16},
-  "Bi-LoRA 8+8": {"method": "bilora"},
-}
+# Dense bfloat16 operations a second, from the makers' data sheets.
+_PEAK_FLOPS = {"NVIDIA H200": 989e12}
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--rounds", type=int, default=30)
-  parser.add_argument("--warmup", type=int, default=3)
-  parser.add_argument("--batch-size", type=int, default=32)
-  parser.add_argument("--length", type=int, default=32)
-  parser.add_argument("--model", default="minilm")
-  parser.add_argument("--out", type=pathlib.Path)
-  options = parser.parse_args()
+  options = _options()
+  if options.memory_of:
+    print(_peak_bytes(options))
+    return
+  with tempfile.TemporaryDirectory() as cache:
+    # Before this process takes the device, which it does not share.
+    peaks = _peaks(cache) if _backend() != "cpu" else {}
+    jax.config.update("jax_compilation_cache_dir", cache)
+    result = measure(options, peaks)
+  print(_table(result))
+  name = f"step_time_{options.workload}_{jax.default_backend()}.json"
+  rounds.write(options.out or rounds.RESULTS / name, result)
 
-  model, variables, _ = load.load_bert(options.model, 2, 0)
-  variables = jax.device_put(variables)
-  rng = np.random.default_rng(0)
-  shape = (options.batch_size, options.length)
-  batch = {
-    "tokens": rng.integers(1000, 20000, shape).astype(np.int32),
-    "mask": np.ones(shape, np.int32),
-    "token_types": np.zeros(shape, np.int32),
-    "labels": rng.integers(0, 2, options.batch_size).astype(np.int32),
-  }
-  steps, states = {}, {}
-  for name, changes in _VARIANTS.items():
-    config = config_lib.Config(**changes)
-    method = methods.build(
-      config, model, CLASSIFICATION.inputs(batch), steps=1000
+
+def measure(
+  options: argparse.Namespace, peaks: dict[str, int | None]
+) -> dict[str, Any]:
+  """Times every method.
+
+  Args:
+    options: of the command line.
+    peaks: bytes by method, of those that ran in processes of their own.
+  """
+  workload = _workload(options)
+  variables = workload.variables()
+  batch = jax.device_put(workload.batch)
+  turns, planned = {}, {}
+  for name in variants.NAMES:
+    turns[name], planned[name] = _turn(
+      name, workload, variables, batch, options.steps
     )
-    states[name] = step.init(method, jax.random.key(0), variables)
-    train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(1))
-    steps[name] = train_step.lower(variables, states[name], batch).compile()
-
-  times: dict[str, list[float]] = {name: [] for name in steps}
-  order = list(steps)
-  for number in range(options.warmup + options.rounds):
-    random.Random(number).shuffle(order)
-    for name in order:
-      start = time.perf_counter()
-      states[name], metrics = steps[name](variables, states[name], batch)
-      jax.block_until_ready((states[name], metrics))
-      if number >= options.warmup:
-        times[name].append(time.perf_counter() - start)
-
-  base = times["LoRA r=8"]
-  rows = []
-  for name, seconds in times.items():
-    ratios = sorted(x / y for x, y in zip(seconds, base))
-    memory = steps[name].memory_analysis()
-    rows.append(
-      {
-        "method": name,
-        "median_seconds": statistics.median(seconds),
-        "median_ratio": statistics.median(ratios),
-        "ratio_quartiles": [
-          float(q) for q in np.quantile(ratios, [0.25, 0.75])
-        ],
-        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-      }
-    )
-  result = {
-    "command": f"python benchmarks/step_time.py --rounds {options.rounds}",
-    "model": options.model,
-    "batch": list(shape),
-    "rounds": options.rounds,
-    "device": jax.devices()[0].device_kind,
-    "machine": platform.machine(),
-    "jax": jax.__version__,
-    "date": time.strftime("%Y-%m-%d"),
-    "rows": rows,
-  }
-  print("| method | median step (s) | over LoRA r=8 (quartiles) |")
-  print("|---|---|---|")
+  rows = rounds.compared(
+    rounds.interleaved(turns, options.rounds, options.warmup), variants.BASE
+  )
+  kind = jax.devices()[0].device_kind
+  in_bfloat16 = jnp.dtype(workload.dtype) == jnp.bfloat16
+  peak_flops = _PEAK_FLOPS.get(kind) if in_bfloat16 else None
   for row in rows:
-    low, high = row["ratio_quartiles"]
-    print(
-      f"| {row['method']} | {row['median_seconds']:.4f} | "
-      f"{row['median_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
+    row["median_seconds"] /= options.steps
+    row["tokens_per_second"] = workload.tokens / row["median_seconds"]
+    row["model_flop_utilisation"] = peak_flops and (
+      workload.model_flops / row["median_seconds"] / peak_flops
     )
-  if options.out:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    row["planned_bytes"] = planned[row["name"]]
+    row["peak_bytes"] = peaks.get(row["name"])
+  return rounds.circumstances(
+    "benchmarks.step_time",
+    device=kind,
+    workload=options.workload,
+    batch=list(workload.batch["tokens"].shape),
+    rounds=options.rounds,
+    steps_a_turn=options.steps,
+    model_flops=workload.model_flops,
+    peak_flops=peak_flops,
+    rows=rows,
+  )
+
+
+def _options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--workload", choices=workloads.NAMES, default=workloads.NAMES[0]
+  )
+  parser.add_argument("--rounds", type=int, default=30)
+  parser.add_argument("--warmup", type=int, default=3, help="rounds not kept")
+  parser.add_argument(
+    "--steps",
+    type=int,
+    default=1,
+    help="steps of a method in a round; more where one is a few milliseconds",
+  )
+  parser.add_argument("--batch-size", type=int)
+  parser.add_argument("--length", type=int)
+  parser.add_argument(
+    "--remat", choices=remat.CHOICES, default="dots", help="of decoders"
+  )
+  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument(
+    "--memory-of", choices=variants.NAMES, help=argparse.SUPPRESS
+  )
+  return parser.parse_args()
+
+
+def _workload(options: argparse.Namespace) -> workloads.Workload:
+  return workloads.build(
+    options.workload, options.batch_size, options.length, options.remat
+  )
+
+
+def _turn(
+  name: str,
+  workload: workloads.Workload,
+  variables: Any,
+  batch: Any,
+  steps: int,
+) -> tuple[Callable[[], None], int | None]:
+  """What runs some steps of a method, and the bytes that one is planned for."""
+  method = variants.method(name, workload)
+  state = step.init(method, jax.random.key(0), variables)
+  jitted: Any = step.make_train_step(
+    method, workload.objective, jax.random.key(1)
+  )
+  train_step = jitted.lower(variables, state, batch).compile()
+
+  def turn():
+    nonlocal state
+    metrics = None
+    for _ in range(steps):
+      state, metrics = train_step(variables, state, batch)
+    jax.block_until_ready((state, metrics))
+
+  memory = train_step.memory_analysis()
+  return turn, memory and (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
+
+
+def _backend() -> str:
+  """The backend that JAX takes, asked of a process that lets go of it."""
+  code = "import jax; print(jax.default_backend())"
+  return subprocess.run(
+    [sys.executable, "-c", code], check=True, capture_output=True, text=True
+  ).stdout.split()[-1]
+
+
+def _peaks(cache: str) -> dict[str, int | None]:
+  """Peak bytes of each method in a process of its own."""
+  environment = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": cache,
+    # Else the peak of the pool would be what it took at the start.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  }
+  peaks = {}
+  for name in variants.NAMES:
+    print(f"memory of {name}", file=sys.stderr, flush=True)
+    arguments = [*sys.argv[1:], "--memory-of", name]
+    alone = subprocess.run(
+      [sys.executable, "-m", "benchmarks.step_time", *arguments],
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    )
+    peaks[name] = json.loads(alone.stdout.splitlines()[-1])
+  return peaks
+
+
+def _peak_bytes(options: argparse.Namespace) -> str:
+  workload = _workload(options)
+  turn, _ = _turn(
+    options.memory_of,
+    workload,
+    workload.variables(),
+    jax.device_put(workload.batch),
+    steps=3,
+  )
+  turn()
+  statistics = jax.devices()[0].memory_stats() or {}
+  return json.dumps(statistics.get("peak_bytes_in_use"))
+
+
+def _table(result: dict[str, Any]) -> str:
+  measured = any(row["peak_bytes"] for row in result["rows"])
+  head = [
+    f"{result['workload']}, {' x '.join(map(str, result['batch']))} tokens",
+    "median step (s)",
+    "over LoRA r=8 (quartiles)",
+    "tokens/s",
+    "model FLOP utilisation",
+    "peak memory (GiB)" if measured else "planned memory (GiB)",
+  ]
+  rows = []
+  for row in result["rows"]:
+    utilisation = row["model_flop_utilisation"]
+    memory = row["peak_bytes"] if measured else row["planned_bytes"]
+    rows.append(
+      [
+        row["name"],
+        f"{row['median_seconds']:.4f}",
+        rounds.ratio(row),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{utilisation:.1%}" if utilisation else "",
+        f"{memory / 2**30:.2f}" if memory else "",
+      ]
+    )
+  return rounds.table(head, rows)
 
 
 if __name__ == "__main__":

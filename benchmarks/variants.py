@@ -1,0 +1,81 @@
+"""The methods whose steps are timed, the paper's separate branches too."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+
+from benchmarks.workloads import Workload
+from bilora_jax import Factors
+from train import config as config_lib
+from train import methods
+
+BASE = "LoRA r=8"
+_SEPARATE = "Bi-LoRA 8+8, separate branches"
+# By name, the options of the program that differ.
+_OPTIONS: dict[str, dict[str, Any]] = {
+  BASE: {"method": "lora"},
+  "LoRA r=16": {"method": "lora", "rank": 16},
+  "Bi-LoRA 8+8": {"method": "bilora"},
+  _SEPARATE: {"method": "bilora"},
+  "LoRA-SAM r=8": {"method": "lora_sam"},
+}
+NAMES = tuple(_OPTIONS)
+_PARTS = ("primary", "auxiliary")
+
+
+def method(name: str, workload: Workload) -> methods.Method:
+  """One of `NAMES`, with AdamW and adapters on every linear layer."""
+  # Without a warm-up, so that steps are alike from the first.
+  config = config_lib.Config(warmup_ratio=0.0, **_OPTIONS[name])
+  found = methods.build(config, workload.model, workload.inputs, steps=1000)
+  if name == _SEPARATE:
+    found = found._replace(apply=separate(workload.model, workload.dtype))
+  return found
+
+
+def separate(model: nn.Module, dtype: Any) -> Callable[..., Any]:
+  """Like `Adapted.apply`, with the products of the two adapters kept apart.
+
+  A layer then has four thin products, as the paper's implementation has on two
+  PEFT adapters: y = x W + s (x a1) b1 + s (x a2) b2.
+
+  Args:
+    model: its linear layers are all `nn.Dense`.
+    dtype: what the model computes in.
+  """
+
+  def apply(variables, adapters, *inputs, rngs=None):
+    params: dict[Any, Any] = traverse_util.flatten_dict(variables["params"])
+    params |= traverse_util.flatten_dict(adapters.get("extra", {}))
+    scales = set()
+    for part in _PARTS:
+      pairs: dict[Any, Any] = traverse_util.flatten_dict(
+        adapters[part], is_leaf=lambda _, x: isinstance(x, Factors)
+      )
+      for (*module, _), pair in pairs.items():
+        scales.add(pair.scale)
+        # Beside the kernel, so that `nn.scan` hands each layer its own.
+        params[*module, f"{part}_a"] = pair.a.astype(dtype)
+        params[*module, f"{part}_b"] = pair.b.astype(dtype)
+    (scale,) = scales
+
+    def with_branches(layer, args, kwargs, context):
+      y, dense = layer(*args, **kwargs), context.module
+      if isinstance(dense, nn.Dense):
+        for part in _PARTS:
+          if dense.has_variable("params", f"{part}_a"):
+            a = dense.get_variable("params", f"{part}_a")
+            b = dense.get_variable("params", f"{part}_b")
+            y = y + (args[0] @ a @ b) * scale
+      return y
+
+    with nn.intercept_methods(with_branches):
+      return model.apply(
+        {**variables, "params": traverse_util.unflatten_dict(params)},
+        *inputs,
+        rngs=rngs,
+      )
+
+  return apply

@@ -1,0 +1,83 @@
+"""A process that runs a training step when it is asked to, and waits otherwise.
+
+Needs the standard library alone: both sides of a comparison run it, each in the
+Python that has its packages.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+
+def serve(start: Callable[[], tuple[Callable[[], float], dict]]) -> None:
+  """Answers requests on the standard streams until the input ends.
+
+  Args:
+    start: makes the step, which returns its loss, and a description of it.
+  """
+  # Whatever a library prints would be taken for an answer.
+  answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  step, about = start()
+  print(json.dumps(about), file=answers, flush=True)
+  for _ in sys.stdin:
+    print(json.dumps(step()), file=answers, flush=True)
+
+
+class Worker:
+  """The other end of `serve`."""
+
+  def __init__(
+    self,
+    python: str,
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+  ):
+    """Starts `python -m module` in the repository's root, and waits for it."""
+    self._process = subprocess.Popen(
+      [python, "-m", module, *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=pathlib.Path(__file__).parents[1],
+      env=os.environ | environment,
+    )
+    self._name = f"{python} -m {module}"
+    self.about: dict[str, Any] = self._answer()
+
+  def step(self) -> float:
+    """Runs one step.
+
+    Returns:
+      Its loss.
+
+    Raises:
+      RuntimeError: if the process has ended.
+    """
+    assert self._process.stdin
+    # The answer that does not come says more than a broken pipe.
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.write("step\n")
+      self._process.stdin.flush()
+    return self._answer()
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.communicate()
+
+  def _answer(self) -> Any:
+    assert self._process.stdout
+    line = self._process.stdout.readline()
+    if not line:
+      self.close()
+      raise RuntimeError(
+        f"{self._name} ended with status {self._process.returncode}; what it "
+        "wrote stands above."
+      )
+    return json.loads(line)

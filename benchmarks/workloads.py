@@ -1,0 +1,182 @@
+"""The models and batches that steps are timed on, by name."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.models import decoder, decoder_config, load
+from train.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
+
+# A decoder of about a billion parameters, of the sizes of Llama 3.2 1B.
+_ONE_BILLION = decoder_config.DecoderConfig(
+  vocab_size=128256,
+  hidden_size=2048,
+  num_layers=16,
+  num_heads=32,
+  num_kv_heads=8,
+  head_dim=64,
+  intermediate_size=8192,
+  max_positions=131072,
+  rope_theta=500000.0,
+  tied=True,
+)
+DECODERS = {
+  "smollm2-135m": decoder_config.PRESETS["smollm2-135m"],
+  "1b": _ONE_BILLION,
+  "llama3.1-8b": decoder_config.PRESETS["llama3.1-8b"],
+}
+"""Decoders by name; bfloat16, layers scanned, 8 x 1024 tokens."""
+
+_BERTS = {"minilm": 32, "minilm-256": 256}  # rows of 32 tokens
+NAMES = (*_BERTS, *DECODERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """What a step is timed on.
+
+  Attributes:
+    model: a Linen module.
+    variables: makes its variables, on the device.
+    objective: what is learned from the batch.
+    batch: arrays on the host.
+    dtype: what the model computes in.
+    multiplied: parameters of the base that every token is multiplied by.
+  """
+
+  model: Any
+  variables: Callable[[], Any]
+  objective: Objective
+  batch: dict[str, np.ndarray]
+  dtype: Any
+  multiplied: int
+
+  @property
+  def inputs(self) -> tuple[Any, ...]:
+    """The arguments of the model."""
+    return self.objective.inputs(self.batch)
+
+  @property
+  def tokens(self) -> int:
+    """In a step."""
+    return math.prod(self.batch["tokens"].shape)
+
+  @property
+  def model_flops(self) -> int:
+    """Floating-point operations that a LoRA step needs: 4 * N * tokens.
+
+    With a frozen base, each of the N weights that tokens are multiplied by
+    costs a multiplication and an addition forward, and as many backward for
+    the gradient of the activations; the gradient of the weight itself is not
+    taken. Attention scores, adapters, and what rematerialisation runs again,
+    are left out, as is the second gradient of SAM.
+    """
+    return 4 * self.multiplied * self.tokens
+
+
+def build(
+  name: str,
+  batch_size: int | None = None,
+  length: int | None = None,
+  remat: str = "dots",
+) -> Workload:
+  """The workload of that name.
+
+  Args:
+    name: 'minilm' or 'minilm-256', pretrained, float32, batches of 32 or 256
+      rows of 32 tokens; or one of `DECODERS`, random weights.
+    batch_size: rows, if not the workload's own.
+    length: tokens in a row, likewise.
+    remat: of decoders; see `decoder.Decoder`.
+  """
+  if name in _BERTS:
+    return _bert(batch_size or _BERTS[name], length or 32)
+  config = DECODERS[name]
+  model = decoder.Decoder(
+    config, jnp.bfloat16, jnp.bfloat16, remat=remat, scan=True
+  )
+  # Drawn on the device: of the largest, the host may not have the memory.
+  variables = jax.jit(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  )
+  return of_decoder(model, variables, batch_size or 8, length or 1024)
+
+
+def of_decoder(
+  model: decoder.Decoder,
+  variables: Callable[[], Any],
+  batch_size: int,
+  length: int,
+) -> Workload:
+  """Next-token prediction on full rows of random tokens.
+
+  Args:
+    model: the decoder.
+    variables: makes its variables.
+    batch_size: rows.
+    length: tokens in a row.
+  """
+  return Workload(
+    model=model,
+    variables=variables,
+    objective=NEXT_TOKEN,
+    batch=next_tokens(model.config.vocab_size, batch_size, length),
+    dtype=model.dtype or jnp.float32,
+    multiplied=_multiplied(jax.eval_shape(variables), model.config.tied),
+  )
+
+
+def next_tokens(
+  vocab_size: int, batch_size: int, length: int
+) -> dict[str, np.ndarray]:
+  """Rows of random tokens, each a segment, every token to be predicted."""
+  rng = np.random.default_rng(0)
+  rows = rng.integers(0, vocab_size, (batch_size, length + 1), np.int32)
+  shape = (batch_size, length)
+  return {
+    "tokens": rows[:, :-1],
+    "targets": rows[:, 1:],
+    "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+    "segment_ids": np.ones(shape, np.int32),
+    "weights": np.ones(shape, np.float32),
+  }
+
+
+def labelled(batch_size: int, length: int) -> dict[str, np.ndarray]:
+  """Full rows of random tokens of BERT's vocabulary, with labels 0 or 1."""
+  rng = np.random.default_rng(0)
+  shape = (batch_size, length)
+  return {
+    "tokens": rng.integers(1000, 20000, shape, np.int32),
+    "mask": np.ones(shape, np.int32),
+    "token_types": np.zeros(shape, np.int32),
+    "labels": rng.integers(0, 2, batch_size, np.int32),
+  }
+
+
+def _bert(batch_size: int, length: int) -> Workload:
+  found = load.open_pretrained("minilm")
+  model = found.encoder_classifier(2)
+  variables = found.variables(model, 0)
+  return Workload(
+    model=model,
+    variables=lambda: variables,
+    objective=CLASSIFICATION,
+    batch=labelled(batch_size, length),
+    dtype=jnp.float32,
+    multiplied=_multiplied(variables, tied=False),
+  )
+
+
+def _multiplied(variables: Any, tied: bool) -> int:
+  # The embedding is looked up; the transpose of a tied one is the head.
+  leaves = ("kernel", "embedding") if tied else ("kernel",)
+  params = jax.tree_util.tree_leaves_with_path(variables["params"])
+  return sum(
+    math.prod(leaf.shape) for path, leaf in params if path[-1].key in leaves
+  )
