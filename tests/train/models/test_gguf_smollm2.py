@@ -1,5 +1,7 @@
 """SmolLM2-135M out of its GGUF: the numbers of a NumPy transcription."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from train.models import (
   decoder,
   decoder_config,
   decoder_weights,
+  generate,
   gguf_file,
   gguf_tokenizer,
 )
@@ -65,18 +68,41 @@ def test_every_digit_is_a_token(tokenizer):
   assert tokenizer.encode("2024 37").tokens == [*"2024", "Ġ", *"37"]
 
 
-@pytest.mark.slow
-def test_perplexity_is_that_of_the_transcription(model, tokenizer):
-  tokens = tokenizer.encode(smollm2_reference.TEXT).ids
-  assert 120 < len(tokens) < 200
-  expected = smollm2_reference.logits(model.path, tokens)
+@pytest.fixture(scope="module")
+def loaded(model):
+  """The decoder and its variables."""
   config = decoder_config.DecoderConfig.from_hf(model.config)
   params = decoder_weights.params(
     config, model.tensors, scan=True, dtype=jnp.float32
   )
-  found = jax.jit(decoder.Decoder(config, scan=True).apply)(
-    {"params": params}, jnp.asarray([tokens])
+  return decoder.Decoder(config, scan=True), {"params": params}
+
+
+@pytest.mark.slow
+def test_it_answers_in_english(model, tokenizer, loaded):
+  prompt = (
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+    "<|im_start|>assistant\n"
   )
+  tokens = np.array([tokenizer.encode(prompt).ids])
+  found = generate.generate(
+    loaded[0],
+    functools.partial(loaded[0].apply, loaded[1]),
+    tokens,
+    np.ones_like(tokens),
+    12,
+    eos_id=model.eos_id,
+  )
+  answer = tokenizer.decode(np.asarray(found[0]).tolist())
+  assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_the_transcription(model, tokenizer, loaded):
+  tokens = tokenizer.encode(smollm2_reference.TEXT).ids
+  assert 120 < len(tokens) < 200
+  expected = smollm2_reference.logits(model.path, tokens)
+  found = jax.jit(loaded[0].apply)(loaded[1], jnp.asarray([tokens]))
   perplexity = smollm2_reference.perplexity(np.asarray(found[0]), tokens)
   assert perplexity < 25  # 87 with the rows of q and k as they are stored
   np.testing.assert_allclose(
