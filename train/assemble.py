@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 
 from train import config as config_lib
 from train import data as data_lib
-from train import journal, memory, methods, processes, step
+from train import journal, lowering, memory, methods, processes
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
@@ -68,7 +67,7 @@ def prepare(config: Config) -> Prepared:
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     axes = models.logical_axes(shapes)
-    memory.check(*_abstract(config, method, layout, shapes, axes))
+    memory.check(*lowering.abstract(config, method, layout, shapes, axes))
     place = layout.placer(axes["params"])
     if config.quantised:
       place = _quantising(place, method.adapted)
@@ -94,33 +93,6 @@ def prepare(config: Config) -> Prepared:
   )
 
 
-def _abstract(
-  config: Config,
-  method: methods.Method,
-  layout: mesh_lib.Layout,
-  shapes: Any,
-  axes: Any,
-) -> tuple[Any, Any]:
-  """Shapes of the model and of what is trained, laid out."""
-  base = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), shapes
-  )
-  base_axes = axes
-  if config.quantised:
-    assert method.adapted is not None
-    base = jax.eval_shape(method.adapted.quantize, base)
-    base_axes = method.adapted.quantized_axes(axes)
-  state = jax.eval_shape(
-    functools.partial(step.init, method), jax.random.key(0), base
-  )
-  if layout.mesh is None:
-    return base, state
-  return (
-    _with(layout.shardings(base_axes, base), base),
-    _with(layout.state_shardings(method, axes, shapes, state), state),
-  )
-
-
 def _quantising(place: Any, adapted: Any) -> Any:
   """Places a parameter, and quantises it before the next one is read."""
 
@@ -128,16 +100,6 @@ def _quantising(place: Any, adapted: Any) -> Any:
     return adapted.quantize_leaf("/".join(path), place(path, *arguments))
 
   return quantised
-
-
-def _with(shardings: Any, shapes: Any) -> Any:
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
-    shapes,
-    shardings,
-  )
 
 
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:

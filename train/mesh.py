@@ -2,7 +2,8 @@
 
 The base, the adapters and the optimizer's state are sharded by the names of
 their axes (`RULES`), a batch by its rows. A dimension that the size of its mesh
-axis does not divide is left whole on every device, and so is the rank.
+axis does not divide is left whole on every device, and so is the rank. A factor
+of an adapter is split over the mesh axes of both sides of its kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +32,15 @@ RULES = (
 )
 """Name of an axis of an array -> the mesh axes it is split over."""
 
+# A factor has one side of its kernel: split as that alone, it would be whole
+# along the mesh axis of the other, and so would the optimizer's moments.
+_FACTOR_RULES = tuple(
+  (name, {"fsdp": ("fsdp", "tensor"), "tensor": ("tensor", "fsdp")}[axis])
+  for name, axis in RULES[1:]
+)
+
 _Spec = jax.sharding.PartitionSpec
+_Rules = Sequence[tuple[str, Any]]
 
 
 def parse(text: str) -> dict[str, int]:
@@ -75,21 +84,34 @@ class Layout:
     self, axes: _Spec, shape: tuple[int, ...]
   ) -> jax.sharding.NamedSharding | None:
     """That of an array whose axes have these names; None without a mesh."""
-    if self.mesh is None:
-      return None
-    names = [
-      name if _divides(self.mesh, name, size) else None
-      for name, size in zip(_mesh_axes(axes), shape)
-    ]
-    return jax.sharding.NamedSharding(self.mesh, _Spec(*names))
+    return self._sharding(axes, shape, RULES)
 
   def shardings(self, axes: Any, tree: Any) -> Any:
     """As `sharding`, for a tree of arrays and one of their axes' names."""
+    return self._shardings(axes, tree, RULES)
+
+  def _shardings(self, axes: Any, tree: Any, *rules: _Rules) -> Any:
     return jax.tree.map(
-      lambda names, x: self.sharding(names, x.shape),
+      lambda names, x: self._sharding(names, x.shape, *rules),
       axes,
       tree,
       is_leaf=lambda x: isinstance(x, _Spec),
+    )
+
+  def _sharding(
+    self, axes: _Spec, shape: tuple[int, ...], *rules: _Rules
+  ) -> jax.sharding.NamedSharding | None:
+    """By the first of the rules that divides each size."""
+    mesh = self.mesh
+    if mesh is None:
+      return None
+
+    def split(name, size):
+      fitting = (dict(rule).get(name) for rule in rules)
+      return next((x for x in fitting if x and _divides(mesh, x, size)), None)
+
+    return jax.sharding.NamedSharding(
+      mesh, _Spec(*(split(name, size) for name, size in zip(axes, shape)))
     )
 
   def placer(self, axes: Any) -> decoder_weights.Place:
@@ -115,8 +137,8 @@ class Layout:
   ) -> TrainState | None:
     """Shardings of a training state; None without a mesh.
 
-    Adapters follow their kernels, and the optimizer's arrays the adapters that
-    they belong to.
+    Adapters follow their kernels, whose two sides each factor is split over,
+    and the optimizer's arrays the adapters that they belong to.
 
     Args:
       method: of the run.
@@ -127,7 +149,7 @@ class Layout:
     if self.mesh is None:
       return None
     if method.adapted is None:
-      names = axes["params"]
+      trained = self.shardings(axes["params"], state.trained)
     else:
       boxed = jax.tree.map(
         lambda names, x: nn.Partitioned(x, tuple(names)),
@@ -136,7 +158,12 @@ class Layout:
         is_leaf=lambda x: isinstance(x, _Spec),
       )
       names = method.adapted.partition_specs(boxed, state.trained)
-    trained = self.shardings(names, state.trained)
+      trained = {
+        part: self.shardings(names[part], tree)
+        if part == "extra"
+        else self._shardings(names[part], tree, _FACTOR_RULES, RULES)
+        for part, tree in state.trained.items()
+      }
     return TrainState(
       jax.tree.map(lambda _: self.replicated, state.step),
       trained,
@@ -298,11 +325,6 @@ def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:
   if own != list(range(first, first + size)) or batch % size or first % size:
     return None
   return first // size, batch // size
-
-
-def _mesh_axes(axes: _Spec) -> list[Any]:
-  rules = dict(RULES)
-  return [rules.get(name) for name in axes]
 
 
 def _divides(mesh: jax.sharding.Mesh, axes: Any, size: int) -> bool:

@@ -14,7 +14,6 @@ import numpy as np
 
 from train.errors import LostError, RunError, UsageError
 
-
 # Whoever starts the processes of a run says in these how many there are: srun,
 # mpirun, and what starts TPU pods on Kubernetes.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")

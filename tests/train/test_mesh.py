@@ -118,9 +118,10 @@ def test_adapters_follow_kernels_and_the_optimizer_adapters(prepared, batch):
   pair = state.trained["primary"]["encoder"]["layer_0"]["intermediate"][
     "kernel"
   ]
-  assert pair.a.sharding.spec == spec("fsdp", None)
-  assert pair.b.sharding.spec == spec(None, "tensor")
-  assert pair.a.addressable_shards[0].data.shape == (8, 4)
+  # Each of a factor's sides is split over the mesh axes of both.
+  assert pair.a.sharding.spec == spec(("fsdp", "tensor"), None)
+  assert pair.b.sharding.spec == spec(None, ("tensor", "fsdp"))
+  assert pair.a.addressable_shards[0].data.shape == (4, 4)
   moments = [name for name in before if ".mu" in name]
   assert moments
   for name in moments:
