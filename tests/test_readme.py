@@ -2,10 +2,18 @@
 
 import pathlib
 import re
+import shlex
 
 from flax import linen as nn
 import jax
 import numpy as np
+import pytest
+import tyro
+
+from train import __main__ as program
+from train import compile as compile_lib
+from train import config as config_lib
+from train import generate
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
@@ -40,3 +48,19 @@ def test_every_make_target_and_file_that_it_names_exists():
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
   for path in re.findall(r"\]\(([^)#:]+)\)", _README):
     assert (_ROOT / path).exists(), path
+
+
+_LINES = _README.replace("\\\n", " ").splitlines()
+
+
+@pytest.mark.parametrize(
+  "command",
+  [x.strip() for x in _LINES if x.startswith("    python -m train")],
+)
+def test_every_command_has_options_that_exist(command):
+  _, _, _, *arguments = shlex.split(command, comments=True)
+  own = {"compile": compile_lib.Options, "generate": generate.Options}
+  if arguments[0] in own:
+    tyro.cli(own[arguments[0]], args=arguments[1:])
+  else:
+    config_lib.check(program.parse(arguments))
