@@ -17,7 +17,8 @@ run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

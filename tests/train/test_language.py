@@ -9,6 +9,8 @@ import pytest
 
 from train import __main__ as program
 
+pytestmark = pytest.mark.slow
+
 # Each mesh, and each part of a batch, adds up in another order.
 TOLERANCE = 1e-5
 
