@@ -92,15 +92,8 @@ class Labelled:
   def train_batches(
     self, part: tuple[int, int] = (0, 1)
   ) -> grain.DatasetIterator[pipeline.Batch]:
-    return pipeline.train_batches(
-      self.examples["train"],
-      self.config.batch_size,
-      self.config.seed,
-      self.config.epochs,
-      *part,
-      pad_id=self.pad_id,
-      group_by_length=self.config.group_by_length,
-    )
+    rows, options = self.examples["train"], _order(self.config, part)
+    return pipeline.train_batches(rows, pad_id=self.pad_id, **options)
 
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
     return evaluate.evaluate(
@@ -153,15 +146,8 @@ class Conversations:
   def train_batches(
     self, part: tuple[int, int] = (0, 1)
   ) -> grain.DatasetIterator[pipeline.Batch]:
-    return packing.train_batches(
-      self.packed["train"],
-      self.config.batch_size,
-      self.config.seed,
-      self.config.epochs,
-      *part,
-      pad_id=self.pad_id,
-      group_by_length=self.config.group_by_length,
-    )
+    rows, options = self.packed["train"], _order(self.config, part)
+    return packing.train_batches(rows, pad_id=self.pad_id, **options)
 
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
     loss, right, count = 0.0, 0, 0
@@ -184,6 +170,19 @@ class Conversations:
 
   def score(self, found: Evaluation) -> float:
     return -found.loss
+
+
+def _order(config: Config, part: tuple[int, int]) -> dict[str, Any]:
+  """In what order training rows come, and which of them are wanted."""
+  index, count = part
+  return {
+    "batch_size": config.batch_size,
+    "seed": config.seed,
+    "epochs": config.epochs,
+    "process_index": index,
+    "process_count": count,
+    "group_by_length": config.group_by_length,
+  }
 
 
 def load(config: Config, pretrained: Pretrained) -> Data:

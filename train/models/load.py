@@ -6,11 +6,9 @@ import pathlib
 from typing import Any
 
 from flax import linen as nn
-from flax import traverse_util
 import jax
 from jax import typing
 import jax.numpy as jnp
-import numpy as np
 import tokenizers
 
 from train.models import (
@@ -119,15 +117,8 @@ class Pretrained:
       "kernel": nn.initializers.lecun_normal()(key, shape, jnp.float32),
       "bias": jnp.zeros(model.num_classes),
     }
-    flat: dict[Any, Any] = traverse_util.flatten_dict(
-      {"encoder": encoder, "head": head}
-    )
-    dtype = np.dtype(dtype)
-    placed = {
-      path: place(path, x.shape, dtype, np.asarray(x).astype(dtype).__getitem__)
-      for path, x in flat.items()
-    }
-    return {"params": traverse_util.unflatten_dict(placed)}
+    whole = {"encoder": encoder, "head": head}
+    return {"params": decoder_weights.placed(whole, dtype, place)}
 
 
 def logical_axes(variables: Any) -> Any:
