@@ -28,7 +28,6 @@ from tokenizers import (
 from train import __main__ as program
 from train import assemble, step, tasks
 from train import config as config_lib
-from train.models import decoder_config
 from train.objectives import CLASSIFICATION
 from train.tasks import hashing, movie_reviews, pipeline, prepare
 
@@ -142,29 +141,19 @@ def tiny_decoder(
   (folder / "tokenizer_config.json").write_text(
     json.dumps({"eos_token": special[-1], "chat_template": _CHAT})
   )
-  config = decoder_config.DecoderConfig(
-    vocab_size=tokenizer.get_vocab_size(),
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    intermediate_size=32,
-    max_positions=128,
-    tied=True,
-  )
+  vocabulary = tokenizer.get_vocab_size()
   (folder / "config.json").write_text(
     json.dumps(
       {
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
+        "vocab_size": vocabulary,
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 32,
         "max_position_embeddings": 128,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
       }
@@ -177,7 +166,7 @@ def tiny_decoder(
       if "norm" in name
       else draws.normal(0, 0.3, shape).astype(np.float32)
     )
-    for name, shape in _llama_shapes(config.vocab_size).items()
+    for name, shape in _llama_shapes(vocabulary).items()
   }
   files = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
   shards = {name: files["layers.1." in name] for name in found}
