@@ -35,9 +35,7 @@ def _start(options: argparse.Namespace):
     variables = workload.variables()
   method = variants.method(variants.BASE, workload)
   state = step.init(method, jax.random.key(0), variables)
-  train_step = step.make_train_step(
-    method, workload.objective, jax.random.key(1)
-  )
+  train_step = step.make_train_step(method, workload.objective)
   batch = jax.device_put(batch)
 
   def run() -> float:

@@ -38,11 +38,12 @@ def main() -> None:
     return
   with tempfile.TemporaryDirectory() as cache:
     # Before this process takes the device, which it does not share.
-    peaks = _peaks(cache) if _backend() != "cpu" else {}
+    peaks = _peaks(options, cache) if _backend() != "cpu" else {}
     jax.config.update("jax_compilation_cache_dir", cache)
     result = measure(options, peaks)
   print(_table(result))
-  name = f"step_time_{options.workload}_{jax.default_backend()}.json"
+  every = "_all" if options.all_methods else ""
+  name = f"step_time_{options.workload}{every}_{jax.default_backend()}.json"
   rounds.write(options.out or rounds.RESULTS / name, result)
 
 
@@ -59,7 +60,7 @@ def measure(
   variables = workload.variables()
   batch = jax.device_put(workload.batch)
   turns, planned = {}, {}
-  for name in variants.NAMES:
+  for name in _names(options):
     turns[name], planned[name] = _turn(
       name, workload, variables, batch, options.steps
     )
@@ -77,6 +78,7 @@ def measure(
     )
     row["planned_bytes"] = planned[row["name"]]
     row["peak_bytes"] = peaks.get(row["name"])
+    row["gradients"] = variants.gradients(row["name"])
   return rounds.circumstances(
     "benchmarks.step_time",
     device=kind,
@@ -112,9 +114,18 @@ def _options() -> argparse.Namespace:
   )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
-    "--memory-of", choices=variants.NAMES, help=argparse.SUPPRESS
+    "--all-methods",
+    action="store_true",
+    help="every method of the program, and not the main five alone",
+  )
+  parser.add_argument(
+    "--memory-of", choices=variants.ALL, help=argparse.SUPPRESS
   )
   return parser.parse_args()
+
+
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+  return variants.ALL if options.all_methods else variants.NAMES
 
 
 def _workload(options: argparse.Namespace) -> workloads.Workload:
@@ -133,9 +144,7 @@ def _turn(
   """What runs some steps of a method, and the bytes that one is planned for."""
   method = variants.method(name, workload)
   state = step.init(method, jax.random.key(0), variables)
-  jitted: Any = step.make_train_step(
-    method, workload.objective, jax.random.key(1)
-  )
+  jitted: Any = step.make_train_step(method, workload.objective)
   train_step = jitted.lower(variables, state, batch).compile()
 
   def turn():
@@ -162,7 +171,7 @@ def _backend() -> str:
   ).stdout.split()[-1]
 
 
-def _peaks(cache: str) -> dict[str, int | None]:
+def _peaks(options: argparse.Namespace, cache: str) -> dict[str, int | None]:
   """Peak bytes of each method in a process of its own."""
   environment = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": cache,
@@ -170,7 +179,7 @@ def _peaks(cache: str) -> dict[str, int | None]:
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   peaks = {}
-  for name in variants.NAMES:
+  for name in _names(options):
     print(f"memory of {name}", file=sys.stderr, flush=True)
     arguments = [*sys.argv[1:], "--memory-of", name]
     alone = subprocess.run(
@@ -202,6 +211,7 @@ def _table(result: dict[str, Any]) -> str:
   measured = any(row["peak_bytes"] for row in result["rows"])
   head = [
     f"{result['workload']}, {' x '.join(map(str, result['batch']))} tokens",
+    "gradients a step",
     "median step (s)",
     "over LoRA r=8 (quartiles)",
     "tokens/s",
@@ -215,6 +225,7 @@ def _table(result: dict[str, Any]) -> str:
     rows.append(
       [
         row["name"],
+        f"{row['gradients']:g}",
         f"{row['median_seconds']:.4f}",
         rounds.ratio(row),
         f"{row['tokens_per_second']:,.0f}",

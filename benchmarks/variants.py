@@ -9,7 +9,8 @@ from flax import traverse_util
 from benchmarks.workloads import Workload
 from bilora_jax import Factors
 from train import config as config_lib
-from train import methods
+from train import estimators, methods
+from train.config import METHODS
 
 BASE = "LoRA r=8"
 _SEPARATE = "Bi-LoRA 8+8, separate branches"
@@ -22,17 +23,33 @@ _OPTIONS: dict[str, dict[str, Any]] = {
   "LoRA-SAM r=8": {"method": "lora_sam"},
 }
 NAMES = tuple(_OPTIONS)
+"""What is timed unless more is asked for."""
+_TIMED = {fields["method"] for fields in _OPTIONS.values()}
+_OTHERS = {name: {"method": name} for name in METHODS if name not in _TIMED}
+ALL = (*NAMES, *_OTHERS)
+"""With every other method of the program, by its own name."""
 _PARTS = ("primary", "auxiliary")
 
 
 def method(name: str, workload: Workload) -> methods.Method:
-  """One of `NAMES`, with AdamW and adapters on every linear layer."""
-  # Without a warm-up, so that steps are alike from the first.
-  config = config_lib.Config(warmup_ratio=0.0, **_OPTIONS[name])
-  found = methods.build(config, workload.model, workload.inputs, steps=1000)
+  """One of `ALL`, with AdamW and adapters on every linear layer."""
+  config = _config(name)
+  found = methods.build(
+    config, workload.model, workload.inputs, 1000, workload.objective
+  )
   if name == _SEPARATE:
     found = found._replace(apply=separate(workload.model, workload.dtype))
   return found
+
+
+def gradients(name: str) -> float:
+  """Gradients over the batch that a step of one of `ALL` takes."""
+  return estimators.gradients(_config(name))
+
+
+def _config(name: str) -> config_lib.Config:
+  # Without a warm-up, so that steps are alike from the first.
+  return config_lib.Config(warmup_ratio=0.0, **(_OPTIONS | _OTHERS)[name])
 
 
 def separate(model: nn.Module, dtype: Any) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ from bilora_jax._factors import Factors as Factors
 from bilora_jax._files import load_adapters as load_adapters
 from bilora_jax._files import load_spec as load_spec
 from bilora_jax._files import save_adapters as save_adapters
-from bilora_jax._gradients import sam as sam
 from bilora_jax._layouts import Layout as Layout
 from bilora_jax._layouts import joined as joined
 from bilora_jax._layouts import nnx_lora_layout as nnx_lora_layout

@@ -59,7 +59,8 @@ def keep_in_frobenius_ball(
   Returns:
     A transformation of trees of `Factors`. Its state records the norm before
     the clip and the clip's factor, as `optax.tree.get(state,
-    'auxiliary_norm')` and `'clip_factor'`.
+    'auxiliary_norm')` and `'clip_factor'`. Its update takes an extra argument
+    `rho`, a radius that counts in place of the one given here.
 
   Raises:
     ValueError: if rho is negative or not finite, or clip is unknown; on update,
@@ -79,7 +80,7 @@ def keep_in_frobenius_ball(
     raise ValueError(f"clip is 'global', 'layer' or None; got {clip!r}.")
 
   def init_fn(params):
-    _pairs(params)
+    pairs(params)
     return FrobeniusBallState(
       count=jnp.zeros([], jnp.int32),
       auxiliary_norm=jnp.zeros([], jnp.float32),
@@ -87,35 +88,23 @@ def keep_in_frobenius_ball(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    del extra_args
     if params is None:
       raise ValueError(
         "keep_in_frobenius_ball needs params, the third argument of update; "
         "got None."
       )
-    radius = jnp.asarray(
-      rho(state.count) if callable(rho) else rho, jnp.float32
-    )
+    radius = extra_args.get("rho")
+    if radius is None:
+      radius = rho(state.count) if callable(rho) else rho
+    radius = jnp.asarray(radius, jnp.float32)
     proposed = optax.apply_updates(params, updates)
-    pairs = _pairs(proposed)
-    pair_specs = _pair_specs(specs, proposed)
-    squares = [pair.squared_norm(spec) for pair, spec in zip(pairs, pair_specs)]
-    shards = [
-      () if spec is None else batch_axes(pair, spec)
-      for pair, spec in zip(pairs, pair_specs)
-    ]
-    norm = jnp.sqrt(
-      sum(
-        (_over(jax.lax.psum, x, jnp.sum(s)) for x, s in zip(shards, squares)),
-        start=jnp.float32(0.0),
-      )
-    )
+    norm, squares, shards = norms(proposed, specs)
 
     clip_factor = jnp.float32(1.0)
     if clip is not None:
       if clip == "global":
         clip_factor = _shrinkage(norm, radius)
-        factors = [clip_factor] * len(pairs)
+        factors = [clip_factor] * len(squares)
       else:
         factors = [_shrinkage(jnp.sqrt(square), radius) for square in squares]
         smallest = [
@@ -129,7 +118,7 @@ def keep_in_frobenius_ball(
         # What a mask hides stays hidden.
         return (
           update
-          if not _is_pair(new)
+          if not is_pair(new)
           else _projected(old, update, new, next(factor), radius)
         )
 
@@ -258,39 +247,61 @@ def _check_rho(rho: ScalarOrSchedule) -> None:
     )
 
 
+def norms(
+  tree: Any, specs: Any = None, user: str = "keep_in_frobenius_ball"
+) -> tuple[jax.Array, list[jax.Array], list[tuple[str, ...]]]:
+  """The norm over all pairs of a tree, from the square of each pair's.
+
+  Args:
+    tree: of `Factors`; those that a mask hides do not count.
+    specs: as in `keep_in_frobenius_ball`.
+    user: who asks, for the error's message.
+
+  Returns:
+    The norm, the pairs' squares, and the mesh axes to add these up over.
+  """
+  found, pair_specs = pairs(tree, user), _pair_specs(specs, tree)
+  squares = [pair.squared_norm(spec) for pair, spec in zip(found, pair_specs)]
+  shards = [
+    () if spec is None else batch_axes(pair, spec)
+    for pair, spec in zip(found, pair_specs)
+  ]
+  sums = (_over(jax.lax.psum, x, jnp.sum(s)) for x, s in zip(shards, squares))
+  return jnp.sqrt(sum(sums, start=jnp.float32(0.0))), squares, shards
+
+
 def _is_masked(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
 
 
-def _is_pair(node: Any) -> bool:
+def is_pair(node: Any) -> bool:
   return is_factors(node) and not _is_masked(node.a)
 
 
-def _pairs(tree: Any) -> list[Factors]:
+def pairs(tree: Any, user: str = "keep_in_frobenius_ball") -> list[Factors]:
   """The pairs of a tree, without those that a mask hides."""
   nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
   for path, node in nodes:
     where = jax.tree_util.keystr(path) or "the root"
     if not is_factors(node):
       raise ValueError(
-        "keep_in_frobenius_ball needs a tree of Factors; got "
-        f"{type(node).__name__} at {where}."
+        f"{user} needs a tree of Factors; got {type(node).__name__} at {where}."
       )
     if _is_masked(node.a) != _is_masked(node.b):
       raise ValueError(
-        "keep_in_frobenius_ball needs both factors of a pair, or neither; a "
-        f"mask hides one of them at {where}."
+        f"{user} needs both factors of a pair, or neither; a mask hides one "
+        f"of them at {where}."
       )
-  return [node for _, node in nodes if _is_pair(node)]
+  return [node for _, node in nodes if is_pair(node)]
 
 
 def _pair_specs(specs: Any, tree: Any) -> list[Factors | None]:
-  """The specs of a tree's pairs, in the order of `_pairs`."""
+  """The specs of a tree's pairs, in the order of `pairs`."""
   if specs is None:
-    return [None] * len(_pairs(tree))
+    return [None] * len(pairs(tree))
   known = dict(jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_factors))
   nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
-  paths = [path for path, node in nodes if _is_pair(node)]
+  paths = [path for path, node in nodes if is_pair(node)]
   missing = [p for p in paths if not is_factors(known.get(p))]
   if missing:
     raise ValueError(

@@ -213,6 +213,7 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     rounds=1,
     warmup=0,
     steps=1,
+    all_methods=False,
   )
   result = json.loads(json.dumps(step_time.measure(options, {})))
   assert [row["name"] for row in result["rows"]] == list(variants.NAMES)

@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train import generate
 
     return generate.main(argv[1:])
+  if argv[:1] == ["study"]:
+    from train.study import main as study
+
+    return study.main(argv[1:])
   try:
     config = parse(argv)
     from train import loop
@@ -79,7 +83,8 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
       " and reports what came of it. The same command resumes a run.\n\n"
       "python -m train compile --help: what a step takes, before chips are"
-      " rented.\npython -m train generate --help: what a decoder says.\n\n"
+      " rented.\npython -m train generate --help: what a decoder says.\n"
+      "python -m train study --help: methods, tasks and seeds.\n\n"
       f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
       " first is the default, unless --task is given).\n--from-run DIR repeats"
       " a run with its own configuration, in DIR-repeat unless --run-dir is"

@@ -10,7 +10,7 @@ import jax
 
 from train import config as config_lib
 from train import data as data_lib
-from train import journal, lowering, memory, methods, processes
+from train import journal, lowering, memory, methods, processes, tasks
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
@@ -62,9 +62,8 @@ def prepare(config: Config) -> Prepared:
     data = data_lib.load(config, pretrained)
     model = _model(config, pretrained, data)
     inputs = data.objective.inputs(next(data.train_batches()))
-    method = methods.build(
-      config, model, inputs, config.epochs * data.steps_per_epoch
-    )
+    steps = config.epochs * data.steps_per_epoch
+    method = methods.build(config, model, inputs, steps, data.objective)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     axes = models.logical_axes(shapes)
     memory.check(*lowering.abstract(config, method, layout, shapes, axes))
@@ -120,6 +119,7 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
     "scan": config.scan_layers,
   }
   if isinstance(data, data_lib.Labelled):
+    assert isinstance(data.task, tasks.Task)
     label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
     return pretrained.decoder_classifier(label_ids, **options)
   return pretrained.language_model(**options)

@@ -225,7 +225,7 @@ def _lowered(
   batch = lowering.next_token_batch(options.batch_size, options.max_length)
   inputs = objective.inputs(batch)
   try:
-    method = methods.build(config, model, inputs, steps=1000)
+    method = methods.build(config, model, inputs, 1000, objective)
   except ValueError as error:
     raise UsageError(str(error)) from error
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)

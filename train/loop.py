@@ -12,9 +12,19 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import bilora_jax
-from train import assemble, evaluate, methods, processes, report, step, watch
+from train import (
+  assemble,
+  diagnostics,
+  evaluate,
+  methods,
+  processes,
+  report,
+  step,
+  watch,
+)
 from train import checkpoints as checkpoints_lib
 from train import data as data_lib
 from train import journal as journal_lib
@@ -54,8 +64,7 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
   data = prepared.data
-  init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-  state, shardings = initial(prepared, init_key)
+  state, shardings = initial(prepared, jax.random.key(config.seed))
   batches = data.train_batches(layout.part())
   checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
   best: dict[str, Any] = {"score": -math.inf, "step": 0}
@@ -76,12 +85,12 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     step.make_train_step(
       method,
       data.objective,
-      dropout_key,
       shardings and (shardings, layout.replicated),
       config.accumulate,
     )
   )
   predict = _predictor(prepared)
+  diagnose = _diagnoser(prepared) if config.diagnose_every else None
   if config.eval_first and not at:
     _validate(prepared, predict, journal, state, at)
   window = watch.Window(at)
@@ -112,6 +121,9 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         if logs:
           rows, times = window.close(at)
           journal.log(at, **_means(method, rows), **times)
+        if diagnose is not None and at % config.diagnose_every == 0:
+          journal.log(at, **diagnose(state.trained, batch))
+          window.spoil()
         if last or at % _eval_every(prepared) == 0:
           found = _validate(prepared, predict, journal, state, at)
           score = data.score(found)
@@ -258,6 +270,32 @@ def _predictor(
     )
 
   return predict
+
+
+def _diagnoser(
+  prepared: Prepared,
+) -> Callable[[Any, Any], dict[str, float]]:
+  """From what is trained, and a batch, to scalars; it remembers the last."""
+  layout = prepared.layout
+  diagnose = layout.within(
+    diagnostics.make(prepared.method, prepared.data.objective)
+  )
+  before = None
+
+  def diagnosis(trained: Any, batch: Any) -> dict[str, float]:
+    nonlocal before
+    own = trained["auxiliary"]
+    found = diagnose(
+      prepared.variables,
+      trained,
+      own if before is None else before,
+      layout.rows(batch),
+    )
+    # A copy, since the next step donates it.
+    before = jax.tree.map(jnp.copy, own)
+    return {name: float(x) for name, x in found._asdict().items()}
+
+  return diagnosis
 
 
 def _check_finite(

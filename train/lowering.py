@@ -93,7 +93,7 @@ def lower(
       for name, x in batch.items()
     }
   train_step: Any = step.make_train_step(
-    method, objective, jax.random.key(0), shardings, accumulate
+    method, objective, shardings, accumulate
   )
   return layout.within(train_step.lower)(variables, state, batch)
 

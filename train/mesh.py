@@ -165,9 +165,11 @@ class Layout:
         for part, tree in state.trained.items()
       }
     return TrainState(
-      jax.tree.map(lambda _: self.replicated, state.step),
-      trained,
-      self._following(state.opt_state, state.trained, trained),
+      step=self.replicated,
+      trained=trained,
+      opt_state=self._following(state.opt_state, state.trained, trained),
+      estimator=self._following(state.estimator, state.trained, trained),
+      key=self.replicated,
     )
 
   def _following(self, tree: Any, trained: Any, shardings: Any) -> Any:

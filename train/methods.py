@@ -1,19 +1,26 @@
-"""What is trained, and how: LoRA, Bi-LoRA, LoRA-SAM or all parameters."""
+"""What is trained, and how: the methods of `--method`, each a pair of seams.
+
+Where the gradient is taken is a `GradientEstimator`, what is done with it an
+Optax transformation.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import optax
 
 import bilora_jax
+from bilora_jax import baselines
+from train import estimators, optimizers
 from train.config import Config
 from train.models import decoder
+from train.objectives import Objective
 
-
-def _as_it_is(value_and_grad: Callable[..., Any]) -> Callable[..., Any]:
-  return value_and_grad
+_BALL = ("bilora", "dual_lora")
+_ALL_PARAMETERS = ("full", "full_sam")
 
 
 class Method(NamedTuple):
@@ -24,33 +31,44 @@ class Method(NamedTuple):
     apply: `(variables, trained, *inputs, rngs=None)` to the logits.
     tx: what is done with the gradient.
     evaluated: from what is trained to what is evaluated and kept.
-    gradient: where the gradient is taken: from one `value_and_grad` function
-      to another.
+    estimator: where the gradient is taken.
+    weights: from the variables to the frozen weights that the estimator
+      perturbs, nested as they are; None if it perturbs none of them.
     adapted: the model with adapters, if it has any.
     rho: radius of the auxiliary's ball, if there is one.
   """
 
   init: Callable[[jax.Array, Any], Any]
   apply: Callable[..., Any]
-  tx: optax.GradientTransformationExtraArgs
+  tx: optax.GradientTransformation
   evaluated: Callable[[Any], Any]
-  gradient: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+  estimator: baselines.GradientEstimator = baselines.gradient()
+  weights: Callable[[Any], Any] | None = None
   adapted: bilora_jax.Adapted | None = None
   rho: float | None = None
 
+  def differentiated(self, trained: Any, variables: Any) -> Any:
+    """What the loss is differentiated by: what is trained, and `weights`."""
+    if self.weights is None:
+      return trained
+    return {"trained": trained, "weights": self.weights(variables)}
 
-def schedule(config: Config, steps: int) -> optax.Schedule:
-  """The learning rate: a linear warm-up, then a cosine to zero."""
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=round(config.warmup_ratio * steps),
-    decay_steps=max(steps, 1),
-  )
+  def unpacked(self, params: Any, variables: Any) -> tuple[Any, Any]:
+    """What is trained, and the variables, of `differentiated`'s result."""
+    if self.weights is None:
+      return params, variables
+    flat = traverse_util.flatten_dict(variables["params"])
+    flat |= traverse_util.flatten_dict(params["weights"])
+    own = traverse_util.unflatten_dict(flat)
+    return params["trained"], {**variables, "params": own}
 
 
 def build(
-  config: Config, model: nn.Module, inputs: tuple[Any, ...], steps: int
+  config: Config,
+  model: nn.Module,
+  inputs: tuple[Any, ...],
+  steps: int,
+  objective: Objective,
 ) -> Method:
   """The method that a configuration names.
 
@@ -59,34 +77,59 @@ def build(
     model: an encoder with a new `head`, or a decoder, whose own is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
+    objective: what is learned from a batch.
 
   Raises:
-    ValueError: if the targets match no module of the model.
+    ValueError: if the targets match no module of the model, or the method is
+      not for such a model.
   """
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(config.max_grad_norm)
-    if config.max_grad_norm
-    else optax.identity(),
-    optax.adamw(schedule(config, steps), weight_decay=config.weight_decay),
-  )
-  if config.method == "full":
-
-    def init_full(key, variables):
-      del key
-      return variables["params"]
-
-    def apply_full(variables, trained, *inputs, rngs=None):
-      return model.apply({**variables, "params": trained}, *inputs, rngs=rngs)
-
-    return Method(init_full, apply_full, optimizer, lambda trained: trained)
-
   is_decoder = isinstance(model, decoder.Decoder)
+  if config.method in _ALL_PARAMETERS:
+    method = _of_parameters(model, lambda params: params)
+  elif config.method == "head":
+    if is_decoder:
+      raise ValueError(
+        "--method head trains a new head alone, which encoders have; a decoder "
+        "answers by the head that it came with."
+      )
+    method = _of_parameters(model, lambda params: {"head": params["head"]})
+  else:
+    method = _of_adapters(config, model, inputs, is_decoder)
+  apply = estimators.noisy(config, method.apply)
+  return method._replace(
+    apply=apply,
+    tx=optimizers.build(config, steps),
+    estimator=estimators.build(config, steps, apply, objective),
+    weights=estimators.weights(config, method.adapted),
+  )
+
+
+def _of_parameters(
+  model: nn.Module, select: Callable[[Any], dict[str, Any]]
+) -> Method:
+  """Trains parameters of the model itself, those of some of its modules."""
+
+  def init(key, variables):
+    del key
+    return select(variables["params"])
+
+  def apply(variables, trained, *inputs, rngs=None):
+    params = {**variables["params"], **trained}
+    return model.apply({**variables, "params": params}, *inputs, rngs=rngs)
+
+  return Method(init, apply, optax.identity(), lambda trained: trained)
+
+
+def _of_adapters(
+  config: Config, model: nn.Module, inputs: tuple[Any, ...], is_decoder: bool
+) -> Method:
+  has_ball = config.method in _BALL
   adapted = bilora_jax.adapt(
     model,
     bilora_jax.LoraSpec(
       rank=config.rank,
       alpha=config.alpha,
-      auxiliary_rank=config.auxiliary_rank if config.method == "bilora" else 0,
+      auxiliary_rank=config.auxiliary_rank if has_ball else 0,
       targets=config.targets,
       exclude="lm_head" if is_decoder else None,
       extra=None if is_decoder else "head/.*",
@@ -95,30 +138,11 @@ def build(
     ),
     *inputs,
   )
-  rho, gradient = None, _as_it_is
-  if config.method == "bilora":
-    rho = config.rho
-    optimizer = bilora_jax.bilora(
-      optimizer,
-      config.rho,
-      clip=None if config.clip == "none" else config.clip,
-      direction=config.direction,
-    )
-  elif config.method == "lora_sam":
-
-    def gradient(value_and_grad):
-      return bilora_jax.sam(
-        value_and_grad,
-        config.rho,
-        lambda trained: {part: part == "primary" for part in trained},
-      )
-
   return Method(
-    adapted.init,
+    optimizers.started(config, adapted.init) if has_ball else adapted.init,
     adapted.apply,
-    optimizer,
+    optax.identity(),
     bilora_jax.primary,
-    gradient=gradient,
     adapted=adapted,
-    rho=rho,
+    rho=config.rho if has_ball else None,
   )

@@ -1,4 +1,4 @@
-"""What is learned from a batch: labels of texts, or the tokens that follow."""
+"""What is learned from a batch: labels of rows, or the tokens that follow."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import optax
 
 Batch = Mapping[str, Any]
+
+# Of ImageNet's red, green and blue, as all its models use them.
+_MEAN = (0.485, 0.456, 0.406)
+_DEVIATION = (0.229, 0.224, 0.225)
 
 
 class Items(NamedTuple):
@@ -33,7 +37,7 @@ class Objective(NamedTuple):
     inputs: from a batch to the arguments of the model.
     items: from the logits and the batch to the items of the loss.
     weights: the items' weights, from the batch alone.
-    tokens: of a batch that are not padding, int32 scalar.
+    tokens: of a batch that are not padding, or its images, int32 scalar.
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
@@ -64,6 +68,41 @@ CLASSIFICATION = Objective(
   tokens=lambda batch: jnp.sum(batch["mask"]),
 )
 """One label a row, (B,); logits are (B, classes)."""
+
+
+def images(side: int) -> Objective:
+  """One label an image, (B,), of images (B, height, width) in uint8.
+
+  A model is given them as `prepared` makes them.
+
+  Args:
+    side: pixels along the side that the model is given.
+  """
+  return CLASSIFICATION._replace(
+    inputs=lambda batch: (prepared(batch["images"], side),),
+    tokens=lambda batch: jnp.int32(len(batch["labels"])),
+  )
+
+
+def prepared(images: Any, side: int) -> jax.Array:
+  """Grey images as a model of coloured photographs wants them.
+
+  Enlarged with the bicubic filter that Pillow has too, of equal channels, each
+  normalised by ImageNet's mean and standard deviation.
+
+  Args:
+    images: uint8 (B, height, width), 255 for white.
+    side: S, pixels along the side.
+
+  Returns:
+    float32 (B, S, S, 3).
+  """
+  pixels = jnp.asarray(images, jnp.float32) / 255
+  pixels = jax.image.resize(pixels, (len(pixels), side, side), "cubic")
+  # The filter goes beyond black and white at edges.
+  pixels = jnp.clip(pixels, 0, 1)[..., None]
+  return (pixels - jnp.asarray(_MEAN)) / jnp.asarray(_DEVIATION)
+
 
 NEXT_TOKEN = Objective(
   inputs=lambda batch: (

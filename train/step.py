@@ -20,11 +20,16 @@ class TrainState(NamedTuple):
     step: optimizer steps so far, int32 scalar.
     trained: adapters, or all parameters.
     opt_state: of `optimizer(method)`.
+    estimator: what the gradient's estimator keeps, as SAM's kin of old ones.
+    key: of the run's dropout and noise, uint32; every step folds its number
+      into it. It is no constant of the step: one compilation for all seeds.
   """
 
   step: jax.Array
   trained: Any
   opt_state: Any
+  estimator: Any
+  key: jax.Array
 
 
 class Metrics(NamedTuple):
@@ -55,18 +60,22 @@ def optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
 
 
 def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
-  """The state before the first step."""
+  """The state before the first step; the key is of all that is drawn in it."""
+  own, later = jax.random.split(key)
   # A copy, since the step donates it: the base must not go with it.
-  trained = jax.tree.map(jnp.copy, method.init(key, variables))
+  trained = jax.tree.map(jnp.copy, method.init(own, variables))
   return TrainState(
-    jnp.zeros([], jnp.int32), trained, optimizer(method).init(trained)
+    step=jnp.zeros([], jnp.int32),
+    trained=trained,
+    opt_state=optimizer(method).init(trained),
+    estimator=method.estimator.init(method.differentiated(trained, variables)),
+    key=jax.random.key_data(later),
   )
 
 
 def make_train_step(
   method: Method,
   objective: Objective,
-  key: jax.Array,
   shardings: Any = None,
   accumulate: int = 1,
 ) -> Callable[[Any, TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -75,14 +84,14 @@ def make_train_step(
   Args:
     method: what to train and how.
     objective: what is learned from a batch.
-    key: of the dropout; every step folds its number into it.
     shardings: of the next state and the metrics, on a mesh.
     accumulate: parts that a batch is run in, one after another; their
       gradients add up to that of the batch.
   """
   tx = optimizer(method)
 
-  def loss_fn(trained, variables, batch, total, key):
+  def loss_fn(params, variables, batch, total, key):
+    trained, variables = method.unpacked(params, variables)
     logits = method.apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
     )
@@ -92,37 +101,52 @@ def make_train_step(
       jnp.sum(items.right * items.weights) / total,
     )
 
-  value_and_grad = method.gradient(
-    _accumulated(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+  value_and_grad = _accumulated(
+    jax.value_and_grad(loss_fn, has_aux=True), accumulate
   )
 
   def train_step(variables, state, batch):
     # A batch may have no token to learn from.
     total = jnp.maximum(jnp.sum(objective.weights(batch)), 1.0)
-    (loss, accuracy), grads = value_and_grad(
-      state.trained,
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    dropout_key, noise_key = jax.random.split(key)
+    ((loss, accuracy), grads), estimator = method.estimator.estimate(
+      value_and_grad,
+      state.estimator,
+      noise_key,
+      method.differentiated(state.trained, variables),
       variables,
       batch,
       total,
-      jax.random.fold_in(key, state.step),
+      dropout_key,
     )
+    grads, _ = method.unpacked(grads, variables)
     # A loss that is not finite may still have a finite gradient.
     grads = jax.tree.map(
       lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
+    nonfinite = optax.tree.get(opt_state, "notfinite_count")
+    # What is kept of a step that was skipped would spoil all that follow.
+    estimator = jax.tree.map(
+      lambda new, old: jnp.where(nonfinite == 0, new, old),
+      estimator,
+      state.estimator,
+    )
     one = jnp.float32(1.0)
     norm = optax.tree.get(opt_state, "auxiliary_norm", jnp.nan)
     metrics = Metrics(
       loss=loss,
       accuracy=accuracy,
-      nonfinite=optax.tree.get(opt_state, "notfinite_count"),
+      nonfinite=nonfinite,
       tokens=objective.tokens(batch),
       c_over_rho=norm / method.rho if method.rho else one * jnp.nan,
       clip_factor=optax.tree.get(opt_state, "clip_factor", one),
     )
-    return TrainState(state.step + 1, trained, opt_state), metrics
+    return TrainState(
+      state.step + 1, trained, opt_state, estimator, state.key
+    ), metrics
 
   return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
 

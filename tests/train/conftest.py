@@ -318,9 +318,7 @@ def train_step(
 
   @functools.cache
   def make(**fields: Any) -> Callable[..., Any]:
-    return step.make_train_step(
-      prepared(**fields).method, CLASSIFICATION, jax.random.key(1)
-    )
+    return step.make_train_step(prepared(**fields).method, CLASSIFICATION)
 
   return make
 

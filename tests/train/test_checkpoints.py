@@ -21,7 +21,11 @@ def _state(value: float, width: int = 3) -> TrainState:
     "extra": {"bias": jnp.full(width, value)},
   }
   return TrainState(
-    jnp.int32(value), trained, (jnp.float32(value), {"mu": trained})
+    jnp.int32(value),
+    trained,
+    (jnp.float32(value), {"mu": trained}),
+    (),
+    jnp.zeros(2, jnp.uint32),
   )
 
 

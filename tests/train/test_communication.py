@@ -56,7 +56,7 @@ def _step(mesh: str, **fields) -> Step:
   }
   inputs = objective.inputs(batch)
   config = Config(targets=TARGETS, **fields)
-  method = methods.build(config, model, inputs, steps=10)
+  method = methods.build(config, model, inputs, 10, objective)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables, state = lowering.abstract(
     config, method, layout, shapes, bert.logical_axes(shapes)

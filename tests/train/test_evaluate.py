@@ -24,6 +24,11 @@ def _examples(labels, lengths=None) -> pipeline.Examples:
   )
 
 
+def _rows(examples, size) -> evaluate.Rows:
+  batches = pipeline.eval_batches(examples, size, pad_id=0)
+  return evaluate.Rows(examples.labels, batches)
+
+
 def _answers(predicted, losses):
   """A model that knows each row by its first token."""
   predicted, losses = np.asarray(predicted), np.asarray(losses)
@@ -47,10 +52,8 @@ def test_metrics_are_those_of_the_definition():
   # Eight rows at a time, the longest first, the last three beside copies.
   found = evaluate.evaluate(
     _answers(predicted, losses),
-    _examples(true, draws.integers(1, 16, 37)),
-    8,
+    _rows(_examples(true, draws.integers(1, 16, 37)), 8),
     NAMES,
-    pad_id=0,
   )
   tp, tn = (np.sum((true == k) & (predicted == k)) for k in (1, 0))
   fp, fn = (np.sum((true != k) & (predicted == k)) for k in (1, 0))
@@ -70,7 +73,7 @@ def test_the_batch_size_does_not_matter(batch_size):
   examples = _examples(true, draws.integers(1, 16, 19))
   model = _answers(predicted, draws.random(19))
   one, other = (
-    evaluate.evaluate(model, examples, size, NAMES, 0)
+    evaluate.evaluate(model, _rows(examples, size), NAMES)
     for size in (19, batch_size)
   )
   assert one == other
@@ -102,7 +105,7 @@ def test_logistic_regression_is_right_on_features_that_can_be_divided():
   table[:, 2] = np.where(labels == 1, 3.0, -3.0)
   examples = _examples(labels, draws.integers(1, 16, 40))
   found = evaluate.logistic_regression(
-    _features(table), examples, examples, examples, 8, NAMES, 0
+    _features(table), *(_rows(examples, 8) for _ in range(3)), NAMES
   )
   assert found.metrics == {"accuracy": 1.0, "matthews_correlation": 1.0}
   assert found.rows == 40
@@ -122,7 +125,9 @@ def test_the_validation_rows_choose_the_regularisation():
 
   def accuracy(validation):
     found = evaluate.logistic_regression(
-      _features(table), train, validation, clean, 8, NAMES, 0
+      _features(table),
+      *(_rows(examples, 8) for examples in (train, validation, clean)),
+      NAMES,
     )
     return found.metrics["accuracy"]
 

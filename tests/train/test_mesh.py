@@ -131,7 +131,6 @@ def test_adapters_follow_kernels_and_the_optimizer_adapters(prepared, batch):
     step.make_train_step(
       ready.method,
       CLASSIFICATION,
-      jax.random.key(1),
       (shardings, ready.layout.replicated),
     )
   )

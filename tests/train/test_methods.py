@@ -1,14 +1,17 @@
 """The methods: each learns, and only what it says is trained or evaluated."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
-from train import methods, step
+from train import config, estimators, methods, optimizers, step
 from train.objectives import CLASSIFICATION
 
-METHODS = ("lora", "bilora", "lora_sam", "full")
+SOME = ("lora", "bilora", "lora_full_sam", "full")
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def _same(left, right):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", config.METHODS)
 def test_the_loss_on_a_batch_falls_and_the_base_stays(prepared, train, method):
   ready = prepared(method=method)
   base = jax.tree.map(np.array, ready.variables)
@@ -41,6 +44,37 @@ def test_the_loss_on_a_batch_falls_and_the_base_stays(prepared, train, method):
   # From about ln 2; a step of the schedule is too small for less than a tenth.
   assert losses[-1] < 0.9 * losses[0]
   _same(ready.variables, base)
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_a_step_takes_as_many_gradients_as_it_is_said_to(
+  prepared, batch, method
+):
+  ready = prepared()
+  fields = dataclasses.replace(ready.config, method=method)
+  objective = CLASSIFICATION._replace(
+    items=lambda logits, rows: CLASSIFICATION.items(jaxprs.mark(logits), rows)
+  )
+  inputs = objective.inputs(batch)
+  built = methods.build(fields, ready.model, inputs, 24, objective)
+  state = jax.eval_shape(
+    lambda variables: step.init(built, jax.random.key(0), variables),
+    ready.variables,
+  )
+  ways = jaxprs.costs(
+    step.make_train_step(built, objective), ready.variables, state, batch
+  )
+  # Ways that differ in no gradient are one: an update is skipped or made.
+  taken = sorted(
+    {
+      sum(n * size for (kind, size), n in way.items() if kind == "gradient")
+      / len(batch["labels"])
+      for way in ways
+    }
+  )
+  # LookSAM's two ways: the one between, and that of every fifth step.
+  weights = [0.8, 0.2] if len(taken) == 2 else [1]
+  assert np.dot(taken, weights) == pytest.approx(estimators.gradients(fields))
 
 
 def test_with_a_ball_of_no_size_bilora_is_lora(train):
@@ -93,7 +127,7 @@ def test_full_trains_and_evaluates_all_parameters(prepared):
   _same(ready.method.evaluated(state.trained), ready.variables["params"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME)
 def test_training_starts_at_the_pretrained_model(prepared, batch, method):
   ready = prepared(method=method)
   state = step.init(ready.method, jax.random.key(0), ready.variables)
@@ -110,7 +144,7 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
   "fields",
   [
     {"clip": "layer", "weight_decay": 0.1, "dropout": 0.5},
-    {"clip": "none", "direction": "descent", "auxiliary_rank": 2},
+    {"clip": "none", "method": "dual_lora", "auxiliary_rank": 2},
     {"method": "lora", "dtype": "bfloat16"},
   ],
   ids=str,
@@ -132,7 +166,7 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(train):
 
 
 def test_the_rate_rises_to_its_peak_and_ends_at_zero(tiny_config):
-  rate = methods.schedule(tiny_config, 1000)
+  rate = optimizers.learning_rate(tiny_config, 1000)
   rates = np.array([rate(i) for i in (0, 15, 30, 515, 1000)])
   peak = tiny_config.learning_rate
   # Half way up after 15 of 30 steps; the cosine is half way down at 515.

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from bilora_jax import baselines
 from train import step
 from train.methods import Method
 from train.objectives import CLASSIFICATION, NEXT_TOKEN
@@ -142,7 +143,7 @@ def test_evaluation_labels_and_losses_are_those_of_rows(prepared, batch):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
   method = _linear()
-  train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(0))
+  train_step = step.make_train_step(method, CLASSIFICATION)
   state = step.init(method, jax.random.key(0), WEIGHT)
   state, _ = train_step({}, state, FINE)
   before = _copy(state)
@@ -161,36 +162,33 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():
-  def gradient(value_and_grad):
-    def of(trained, *rest):
-      value, _ = value_and_grad(trained, *rest)
-      return value, jax.tree.map(lambda x: x * jnp.inf, trained)
+  def estimate(value_and_grad, state, key, trained, *rest):
+    value, _ = value_and_grad(trained, *rest)
+    infinite = jax.tree.map(lambda x: x * jnp.inf, trained)
+    return (value, infinite), infinite
 
-    return of
+  def zeros(trained):
+    return jax.tree.map(jnp.zeros_like, trained)
 
-  method = _linear(gradient=gradient)
+  method = _linear(estimator=baselines.GradientEstimator(zeros, estimate))
   state = step.init(method, jax.random.key(0), WEIGHT)
-  state, metrics = step.make_train_step(
-    method, CLASSIFICATION, jax.random.key(0)
-  )({}, state, FINE)
+  state, metrics = step.make_train_step(method, CLASSIFICATION)({}, state, FINE)
   assert np.isfinite(metrics.loss)
   assert int(metrics.nonfinite) == 1
   _same(state.trained, WEIGHT)
+  _same(state.estimator, zeros(WEIGHT))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient():
-  def gradient(value_and_grad):
-    def of(trained, *rest):
-      (_, right), _ = value_and_grad(trained, *rest)
-      return (jnp.inf, right), jax.tree.map(jnp.ones_like, trained)
+  def estimate(value_and_grad, state, key, trained, *rest):
+    (_, right), _ = value_and_grad(trained, *rest)
+    return ((jnp.inf, right), jax.tree.map(jnp.ones_like, trained)), state
 
-    return of
-
-  method = _linear(gradient=gradient)
+  method = _linear(
+    estimator=baselines.GradientEstimator(lambda trained: (), estimate)
+  )
   state = step.init(method, jax.random.key(0), WEIGHT)
-  state, metrics = step.make_train_step(
-    method, CLASSIFICATION, jax.random.key(0)
-  )({}, state, FINE)
+  state, metrics = step.make_train_step(method, CLASSIFICATION)({}, state, FINE)
   assert int(metrics.nonfinite) == 1
   _same(state.trained, WEIGHT)
 
@@ -198,7 +196,7 @@ def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient():
 def test_a_finite_step_moves_against_the_gradient():
   method = _linear()
   state = step.init(method, jax.random.key(0), WEIGHT)
-  train_step = step.make_train_step(method, CLASSIFICATION, jax.random.key(0))
+  train_step = step.make_train_step(method, CLASSIFICATION)
   losses = []
   for _ in range(5):
     state, metrics = train_step({}, state, FINE)
@@ -213,7 +211,7 @@ def test_a_batch_in_parts_makes_the_same_step(
 ):
   ready = prepared(method=method)
   in_parts = step.make_train_step(
-    ready.method, CLASSIFICATION, jax.random.key(1), accumulate=parts
+    ready.method, CLASSIFICATION, accumulate=parts
   )
   ends = []
   for next_state in (train_step(method=method), in_parts):
@@ -243,9 +241,9 @@ def test_parts_of_a_batch_count_by_their_weights():
   ends = []
   for parts in (1, 2, 4):
     state = step.init(method, jax.random.key(0), {"weight": jnp.arange(4.0)})
-    state, metrics = step.make_train_step(
-      method, NEXT_TOKEN, jax.random.key(0), accumulate=parts
-    )({}, state, batch)
+    state, metrics = step.make_train_step(method, NEXT_TOKEN, accumulate=parts)(
+      {}, state, batch
+    )
     ends.append((np.asarray(state.trained["weight"]), float(metrics.loss)))
   logits = np.multiply.outer([1.0, 2.0, 3.0], np.arange(4.0))
   chosen = logits[np.arange(3), [1, 2, 3]]

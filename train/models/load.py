@@ -22,6 +22,8 @@ from train.models import (
   label_words,
   tensors,
   tokenizer,
+  vit,
+  vit_weights,
   weights,
 )
 from train.tasks import chat
@@ -32,21 +34,21 @@ class Pretrained:
   """A model on disk, of which no weight is read yet.
 
   Attributes:
-    path: its folder, or its GGUF file.
+    path: its folder, or its GGUF or ONNX file.
     config: the sizes; a `BertConfig` is an encoder, a `DecoderConfig` a
-      decoder.
+      decoder, a `VitConfig` an encoder of images.
     tensors: weights by Hugging Face's names, read when they are indexed.
-    tokenizer: without truncation and padding.
+    text_tokenizer: without truncation and padding; None for images.
     pad_id: the token that pads.
     eos_id: the token that ends a turn or a text, if it has one.
     template: of conversations; None for an encoder.
   """
 
   path: pathlib.Path
-  config: bert.BertConfig | decoder_config.DecoderConfig
+  config: bert.BertConfig | decoder_config.DecoderConfig | vit.VitConfig
   tensors: Mapping[str, tensors.Tensor]
-  tokenizer: tokenizers.Tokenizer
-  pad_id: int
+  text_tokenizer: tokenizers.Tokenizer | None = None
+  pad_id: int = 0
   eos_id: int | None = None
   template: chat.Template | None = None
 
@@ -54,16 +56,41 @@ class Pretrained:
   def is_decoder(self) -> bool:
     return isinstance(self.config, decoder_config.DecoderConfig)
 
+  @property
+  def is_vision(self) -> bool:
+    return isinstance(self.config, vit.VitConfig)
+
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The model's, without truncation and padding.
+
+    Raises:
+      ValueError: if the model reads images.
+    """
+    if self.text_tokenizer is None:
+      raise ValueError(
+        f"The model {self.path} reads images; texts are for a BERT, a Llama or "
+        "a Qwen 2."
+      )
+    return self.text_tokenizer
+
   def encoder_classifier(
     self,
     num_classes: int,
     dtype: typing.DTypeLike | None = None,
-    pooling: str = "mean",
-    remat: str = "none",
-  ) -> bert.BertClassifier:
-    """An encoder with a head on its pooled hidden states."""
+    **options: Any,
+  ) -> bert.BertClassifier | vit.VitClassifier:
+    """An encoder with a head on what it makes of a text, or of an image.
+
+    Args:
+      num_classes: outputs of the head.
+      dtype: compute dtype of the encoder; None is float32.
+      **options: `pooling` and `remat` of the classifier.
+    """
+    if isinstance(self.config, vit.VitConfig):
+      return vit.VitClassifier(self.config, num_classes, dtype, **options)
     assert isinstance(self.config, bert.BertConfig)
-    return bert.BertClassifier(self.config, num_classes, dtype, pooling, remat)
+    return bert.BertClassifier(self.config, num_classes, dtype, **options)
 
   def decoder_classifier(
     self, label_ids: Sequence[int], **options: Any
@@ -106,10 +133,12 @@ class Pretrained:
         place=place,
       )
       return {"params": params}
-    assert isinstance(model, bert.BertClassifier)
-    encoder = bert_weights.bert_params(
-      model.config, tensors.read_all(self.tensors)
-    )
+    stored = tensors.read_all(self.tensors)
+    if isinstance(model, vit.VitClassifier):
+      encoder = vit_weights.vit_params(model.config, stored)
+    else:
+      assert isinstance(model, bert.BertClassifier)
+      encoder = bert_weights.bert_params(model.config, stored)
     if isinstance(key, int):
       key = jax.random.key(key)
     shape = (model.config.hidden_size, model.num_classes)
@@ -127,22 +156,28 @@ def logical_axes(variables: Any) -> Any:
   Returns:
     A tree like `variables` of `jax.sharding.PartitionSpec`.
   """
-  is_encoder = "encoder" in variables["params"]
-  return (bert if is_encoder else decoder).logical_axes(variables)
+  encoder = variables["params"].get("encoder")
+  if encoder is None:
+    return decoder.logical_axes(variables)
+  kind = vit if "patch" in encoder["embeddings"] else bert
+  return kind.logical_axes(variables)
 
 
 def open_pretrained(name: str) -> Pretrained:
   """Finds a model and reads all but its weights.
 
   Args:
-    name: a folder, a GGUF file, 'minilm', 'smollm2', 'package:NAME' or a hub
-      name; see `weights.locate`.
+    name: a folder, a GGUF or ONNX file, 'minilm', 'smollm2', 'vit',
+      'package:NAME' or a hub name; see `weights.locate`.
 
   Raises:
     WeightsError: the model cannot be found, read, or fitted together.
   """
   path = weights.locate(name)
+  if path.is_file() and path.suffix == ".onnx":
+    return _open_onnx(path)
   found = _open_gguf(path) if path.is_file() else _open_folder(path)
+  assert not isinstance(found.config, vit.VitConfig)
   size = found.tokenizer.get_vocab_size()
   if size > found.config.vocab_size:
     raise weights.WeightsError(
@@ -150,6 +185,15 @@ def open_pretrained(name: str) -> Pretrained:
       f"is {found.config.vocab_size}; they belong to different models."
     )
   return found
+
+
+def _open_onnx(path: pathlib.Path) -> Pretrained:
+  stored = vit_weights.read(path)
+  try:
+    config = vit_weights.config(stored)
+  except weights.WeightsError as error:
+    raise weights.WeightsError(f"{path}: {error}") from error
+  return Pretrained(path=path, config=config, tensors=stored)
 
 
 def _open_gguf(path: pathlib.Path) -> Pretrained:
@@ -165,7 +209,7 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     path=path,
     config=_config(decoder_config.DecoderConfig, model.config, path),
     tensors=model.tensors,
-    tokenizer=text_tokenizer,
+    text_tokenizer=text_tokenizer,
     pad_id=pad_id,
     eos_id=eos_id,
     template=chat.Template(
@@ -186,7 +230,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
       path=folder,
       config=_config(decoder_config.DecoderConfig, config, where),
       tensors=stored,
-      tokenizer=text_tokenizer,
+      text_tokenizer=text_tokenizer,
       # What stands at padding is never seen nor learned.
       pad_id=eos_id or 0,
       eos_id=eos_id,
@@ -202,7 +246,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
     path=folder,
     config=_config(bert.BertConfig, config, where),
     tensors=stored,
-    tokenizer=text_tokenizer,
+    text_tokenizer=text_tokenizer,
     pad_id=tokenizer.pad_id(text_tokenizer),
   )
 

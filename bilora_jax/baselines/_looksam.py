@@ -1,0 +1,95 @@
+"""LookSAM: SAM every few steps, and what it found in between."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilora_jax.baselines import _estimator
+from bilora_jax.baselines._estimator import GradientEstimator
+
+
+class LookSAMState(NamedTuple):
+  """State of `looksam`.
+
+  Attributes:
+    count: number of steps so far, int32 scalar.
+    direction: g_v of the last SAM step: like params, float32, None where
+      nothing is perturbed.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  direction: Any
+
+
+def looksam(
+  rho: float, every: int = 5, alpha: float = 0.7, mask: Any = True
+) -> GradientEstimator:
+  r"""LookSAM: SAM every k steps, its new direction reused in between.
+
+  With :math:`g = g(w)`, in the first step and every k-th after it
+
+  .. math::
+
+    g_s = g(w + \rho\, g / \|g\|_2), \qquad
+    g_v = g_s - \frac{\langle g_s, g \rangle}{\|g\|_2^2}\, g,
+
+  and the gradient is :math:`g_s`; in the others it is
+  :math:`g + \alpha\, (\|g\|_2 / \|g_v\|_2)\, g_v`, and plain if :math:`g_v` is
+  zero. As in the paper, products and norms are those of one vector of all
+  perturbed parameters; those that are not perturbed have in between the plain
+  gradient.
+
+  Args:
+    rho: radius of the perturbation, in units of the parameters.
+    every: k, steps from one of SAM to the next; the paper's is 5.
+    alpha: weight of the direction that is reused; the paper's is 0.7.
+    mask: which parameters are perturbed, as in `sam`.
+
+  Returns:
+    A `GradientEstimator` with a vector of the perturbed parameters' size as
+    state, of 1 + 1/k gradients a step: only one branch of a `jax.lax.cond`
+    runs. The value is that at `params`.
+
+  Raises:
+    ValueError: if rho or alpha is negative or not finite, or every is below 1.
+
+  References:
+    Liu et al, `Towards Efficient and Scalable Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2203.02714>`_, 2022, algorithm 1. Its layer-wise
+    form, Look-LayerSAM, is another.
+  """
+  _estimator.check_size("rho", "the radius of the perturbation", rho)
+  _estimator.check_size("alpha", "the weight of the reused direction", alpha)
+  _estimator.check_steps("every", "from one step of SAM to the next", every)
+
+  def init(params):
+    return LookSAMState(
+      count=jnp.zeros([], jnp.int32),
+      direction=_estimator.zeros_of_selected(mask, params),
+    )
+
+  def estimate(value_and_grad, state, key, params, *args, **kwargs):
+    del key
+    value, grads = value_and_grad(params, *args, **kwargs)
+    plain = _estimator.selected(grads, mask, params)
+
+    def look():
+      worst = _estimator.shifted(params, _estimator.scaled_to(rho, plain))
+      sharp = value_and_grad(worst, *args, **kwargs)[1]
+      unit = _estimator.scaled_to(1.0, plain)
+      new = _estimator.selected(sharp, mask, params)
+      along = optax.tree.vdot(new, unit)
+      return sharp, jax.tree.map(lambda s, u: s - along * u, new, unit)
+
+    def reuse():
+      length = alpha * optax.tree.norm(plain)
+      added = _estimator.scaled_to(length, state.direction)
+      return _estimator.shifted(grads, added), state.direction
+
+    grads, direction = jax.lax.cond(state.count % every == 0, look, reuse)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return (value, grads), LookSAMState(count, direction)
+
+  return GradientEstimator(init, estimate)

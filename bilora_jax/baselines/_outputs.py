@@ -1,0 +1,48 @@
+"""Random output perturbation: the loss of noisy logits."""
+
+from collections.abc import Callable
+
+import jax
+
+from bilora_jax.baselines import _estimator
+
+
+def output_noise(
+  loss: Callable[..., jax.Array], sigma: float
+) -> Callable[..., jax.Array]:
+  r"""Random output perturbation: a loss of noisy logits.
+
+  .. math:: L(z + e), \qquad e_i \sim N(0, \sigma^2)
+
+  One gradient a step. The noise is in the loss, not in the parameters, so this
+  is no `GradientEstimator`: pass the step's key to the loss instead, and leave
+  it out where the model is evaluated.
+
+  Args:
+    loss: `(logits, *args, **kwargs)` to anything.
+    sigma: standard deviation of the noise, in units of the logits.
+
+  Returns:
+    `(key, logits, *args, **kwargs)` to what `loss` gives at the noisy logits;
+    these are float32 at least.
+
+  Raises:
+    ValueError: if sigma is negative or not finite.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> spread = output_noise(jnp.std, 0.1)
+    >>> print(f"{spread(jax.random.key(0), jnp.zeros(10_000)):.2f}")
+    0.10
+
+  References:
+    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, compares
+    with it as ROP.
+  """
+  _estimator.check_size("sigma", "the noise's standard deviation", sigma)
+
+  def noisy(key, logits, *args, **kwargs):
+    noise = sigma * _estimator.normal(key, logits.shape)
+    return loss(logits + noise, *args, **kwargs)
+
+  return noisy

@@ -1,0 +1,67 @@
+"""WSAM: the loss, and its sharpness with a weight of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilora_jax.baselines import _estimator, _sam
+from bilora_jax.baselines._estimator import GradientEstimator
+
+
+def wsam(rho: float, weight: float, mask: Any = True) -> GradientEstimator:
+  r"""WSAM: sharpness as a regularisation term with a weight.
+
+  The loss :math:`L(w) + \frac{c}{1 - c} (L(w + \epsilon) - L(w))` has, with
+  SAM's :math:`\epsilon` held fixed, the gradient
+
+  .. math::
+
+    \frac{1 - 2c}{1 - c}\, g(w) + \frac{c}{1 - c}\, g(w + \epsilon),
+    \qquad \epsilon = \rho\, \frac{g(w)}{\|g(w)\|_2}
+
+  which is the plain gradient at c = 0, SAM's at c = 1/2, and beyond it weighs
+  the flatness more than the loss.
+
+  Args:
+    rho: radius of the perturbation, in units of the parameters.
+    weight: c, at least 0 and below 1.
+    mask: which parameters are perturbed, as in `sam`.
+
+  Returns:
+    A `GradientEstimator` without state, of two gradients a step; the value is
+    that at `params`.
+
+  Raises:
+    ValueError: if rho is negative or not finite, or weight is not in [0, 1).
+
+  References:
+    Yue et al, `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023.
+
+  .. note::
+    Here both terms pass through the optimizer and its moments. The form that
+    the paper prefers keeps the sharpness term out of them, and takes it off
+    the parameters as plain gradient descent would; under SGD without momentum
+    the two are one.
+  """
+  _estimator.check_size("rho", "the radius of the perturbation", rho)
+  if not 0 <= weight < 1:
+    raise ValueError(
+      f"weight, that of the sharpness, is at least 0 and below 1; got {weight}."
+    )
+
+  def estimate(value_and_grad, state, key, params, *args, **kwargs):
+    del key
+    value, grads = value_and_grad(params, *args, **kwargs)
+    worst = _estimator.shifted(params, _sam.ascent(grads, rho, mask, params))
+    sharp = value_and_grad(worst, *args, **kwargs)[1]
+    ratio = weight / (1 - weight)
+
+    def weighted(g, s):
+      g32, s32 = g.astype(jnp.float32), s.astype(jnp.float32)
+      return ((1 - ratio) * g32 + ratio * s32).astype(g.dtype)
+
+    return (value, jax.tree.map(weighted, grads, sharp)), state
+
+  return GradientEstimator(_estimator.stateless, estimate)

@@ -1,0 +1,96 @@
+"""The worst perturbation of low rank: the best that an auxiliary could do."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilora_jax.sharpness import _space
+
+
+class LowRank(NamedTuple):
+  """The maximiser of the linearised loss among perturbations of low rank.
+
+  Attributes:
+    linearised: the rise of the linearised loss there, float32 scalar.
+    rise: that of the loss itself, float32 scalar.
+    perturbation: to add to the parameters, a float32 tree like them.
+  """
+
+  linearised: jax.Array
+  rise: jax.Array
+  perturbation: Any
+
+
+def low_rank(
+  loss: _space.Loss,
+  params: Any,
+  radius: jax.typing.ArrayLike,
+  rank: int,
+  *,
+  mask: Any = True,
+) -> LowRank:
+  r"""How far the loss rises at the auxiliary's best perturbation.
+
+  Over matrices :math:`W_l` with :math:`\sum_l \|W_l\|_F^2 \le \rho^2` and rank
+  at most r each,
+
+  .. math::
+
+    \max \sum_l \langle G_l, W_l \rangle
+    = \rho \sqrt{\sum_l \sum_{i \le r} \sigma_{l,i}^2}
+    \quad \text{at} \quad
+    W_l = \rho\, \frac{G_{l,r}}{\sqrt{\sum_k \|G_{k,r}\|_F^2}}
+
+  with :math:`G_l` the gradient, :math:`\sigma_{l,i}` its singular values and
+  :math:`G_{l,r}` its best approximation of rank r. One normaliser spans all
+  layers. The cost is a singular value decomposition of each matrix.
+
+  Args:
+    loss: `params` to a scalar.
+    params: a tree of floats. Matrices are the last two axes, `(*batch, in,
+      out)`, each index of the batch axes being a matrix of its own; leaves of
+      fewer axes do not move.
+    radius: rho, scalar, in units of the weights.
+    rank: r; a matrix of lower rank is taken whole.
+    mask: which parameters move; see `direction`.
+
+  Returns:
+    The linearised rise, the rise of the loss, and where they are.
+
+  Raises:
+    ValueError: if the mask does not fit or leaves no matrix, the radius is
+      negative or not finite, or the rank below 1.
+
+  References:
+    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, proposition
+    3, corrected: as printed, :math:`\rho\, U_r V_r^\top` has norm
+    :math:`\rho \sqrt{r}` and leaves the ball.
+  """
+  _space.check_radius(radius)
+  _space.check_at_least(1, rank=rank)
+  value, as_tree, zero = _space.objective(loss, params, mask)
+  if not any(leaf.ndim >= 2 for leaf in zero):
+    raise ValueError(
+      "low_rank moves matrices, of 2 or more axes; those that the mask lets "
+      f"move have shapes {[leaf.shape for leaf in zero]}."
+    )
+  start, grads = jax.value_and_grad(value)(zero)
+  nearest = [_truncated(g, rank) for g in grads]
+  # <G, G_r> / ||G_r|| = ||G_r||: the tail is orthogonal to what is kept.
+  linearised = jnp.asarray(radius * optax.tree.norm(nearest))
+  worst = optax.tree.scale(radius, _space.unit(nearest))
+  return LowRank(linearised, value(worst) - start, as_tree(worst))
+
+
+def _truncated(g: jax.Array, rank: int) -> jax.Array:
+  """The best approximation of a rank, of each matrix; zero for a vector."""
+  if g.ndim < 2:
+    return jnp.zeros_like(g)
+  u, sigma, vt = jnp.linalg.svd(g, full_matrices=False)
+  return jnp.matmul(
+    u[..., :rank] * sigma[..., None, :rank],
+    vt[..., :rank, :],
+    precision=jax.lax.Precision.HIGHEST,
+  )

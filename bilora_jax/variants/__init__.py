@@ -1,0 +1,11 @@
+"""Our own questions about Bi-LoRA: other starts, radii and ways to climb.
+
+What Optax has needs nothing here: another auxiliary optimizer, as
+`bilora(adam, rho, optax.sign_sgd(rate))`, and a radius by the step, as
+`bilora(adam, optax.linear_schedule(0.0, 0.05, steps))`.
+"""
+
+from bilora_jax.variants._moments import rescale_moments as rescale_moments
+from bilora_jax.variants._power import power_ascent as power_ascent
+from bilora_jax.variants._radius import adaptive_radius as adaptive_radius
+from bilora_jax.variants._start import scattered as scattered

@@ -1,0 +1,217 @@
+"""The auxiliary as the present gradient's best direction, one step late."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilora_jax import _transform
+from bilora_jax._factors import Factors, is_factors
+
+# The norm that comes out, which the ball then brings down to rho. Far outside
+# of any ball, and its square far from float32's ends.
+_OUTSIDE = 1e6
+
+
+class PowerAscentState(NamedTuple):
+  """State of `power_ascent`.
+
+  Attributes:
+    count: number of updates with a gradient so far, int32 scalar: `b` is
+      renewed at even ones, `a` at odd ones.
+  """
+
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
+  r"""Climbs at an infinite rate: subspace iteration towards the gradient.
+
+  Of each pair :math:`W = s\,a\,b` one factor is orthonormal. For :math:`G`, the
+  gradient in the weight, the gradient of the other is :math:`G` on its span,
+  and the next weight is the projection onto that span,
+
+  .. math::
+
+    W' \propto a a^\top G \;\; (t \text{ even}), \qquad
+    W' \propto G\, b^\top b \;\; (t \text{ odd}),
+
+  with one constant over all pairs, so that :math:`W'` is the direction in
+  which the linearised loss rises most, among those in the spans. A QR
+  decomposition then makes the new factor the orthonormal one. Where the
+  gradient stays, this is block power iteration: from almost any start
+  :math:`W'` tends to :math:`G_r`, the gradient's best rank-r approximation, as
+  :math:`(\sigma_{r+1} / \sigma_r)^t` in each layer, and in the ball to
+  :math:`\rho\, G_r / \|G_r\|_F` with one norm over all layers, which is what
+  proposition 3 is about. Both factors at once, as in gradient ascent, would
+  square the singular values in each step and be left with the largest alone.
+
+  Args:
+    decay: of an average of directions: the share, from 0 to below 1, that the
+      old :math:`W / \|W\|` has in the new, on its span. With 0 the first-order
+      gain :math:`\langle G, W' \rangle` is never negative.
+
+  Returns:
+    An optimizer of trees of `Factors` without a learning rate, for `bilora` as
+    `auxiliary_optimizer`. What comes out has the norm 1e6, so that the clip
+    always acts; without a clip it is of no use. Without any gradient nothing
+    moves.
+
+  Raises:
+    ValueError: if decay is negative, or 1 or more; on init, if the tree holds
+      an array outside of a pair; on update, if params are missing.
+
+  References:
+    Golub and Van Loan, Matrix Computations, 4th edition, section 8.2.4, for
+    the iteration; Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_,
+    2025, proposition 3, corrected: as printed the maximiser leaves the ball.
+
+  .. note::
+    Whatever the start, the first step climbs, and from the second on one factor
+    is orthonormal; while b = 0, as LoRA starts, it is b that is renewed. Beside
+    the gradient each step costs a QR decomposition of one (in, r) or (out, r)
+    matrix a pair, some 4 r^2 operations a row. Not for factors that
+    `jax.shard_map` shards.
+  """
+  if not (math.isfinite(decay) and 0 <= decay < 1):
+    raise ValueError(
+      f"decay, of the old direction, is at least 0 and below 1; got {decay}."
+    )
+
+  def init_fn(params):
+    _transform.pairs(params, user="power_ascent")
+    return PowerAscentState(count=jnp.zeros([], jnp.int32))
+
+  def update_fn(updates, state, params=None):
+    if params is None:
+      raise ValueError(
+        "power_ascent needs params, the third argument of update; got None."
+      )
+    largest = _largest(updates)
+    moves = largest != 0
+    # What comes in is to be descended. Squares of tiny gradients underflow.
+    ascent = jax.tree.map(
+      lambda u: u.astype(jnp.float32) / jnp.where(moves, -largest, -1), updates
+    )
+    old = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    new = jax.lax.cond(
+      state.count % 2 == 0,
+      functools.partial(_renewed, decay=decay, of_b=True),
+      functools.partial(_renewed, decay=decay, of_b=False),
+      old,
+      ascent,
+    )
+    updates = jax.tree.map(
+      lambda p, x, y: jnp.where(moves, y - x, 0).astype(p.dtype),
+      params,
+      old,
+      new,
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return updates, PowerAscentState(jnp.where(moves, count, state.count))
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _largest(tree: Any) -> jax.Array:
+  """The largest magnitude in a tree, 0 in an empty one."""
+  leaves = [
+    jnp.max(jnp.abs(x).astype(jnp.float32), initial=0)
+    for x in jax.tree.leaves(tree)
+  ]
+  return functools.reduce(jnp.maximum, leaves, jnp.float32(0))
+
+
+def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
+  """The pairs with one factor renewed, and then orthonormal."""
+  scales = _map(lambda p: _scale(p, of_b), old)
+  old = _map(_rescaled, old, scales)
+  # The gradients are of the new factors.
+  ascent = _map(lambda g, scale: _rescaled(g, 1 / scale), ascent, scales)
+
+  fresh = _map(lambda p, g: _projected(p, g, of_b), old, ascent)
+  norm, *_ = _transform.norms(fresh)
+  share = _OUTSIDE * (1 - decay) / jnp.where(norm > 0, norm, 1)
+  old_norm, *_ = _transform.norms(old)
+  old_share = _OUTSIDE * decay / jnp.where(old_norm > 0, old_norm, 1)
+
+  def mean(pair, new):
+    renews_b = _renews_b(pair, of_b)
+    return Factors(
+      jnp.where(renews_b, pair.a, old_share * pair.a + share * new.a),
+      jnp.where(renews_b, old_share * pair.b + share * new.b, pair.b),
+      pair.scale,
+    )
+
+  return _map(lambda p: _orthonormal(p, of_b), _map(mean, old, fresh))
+
+
+def _map(f: Any, *trees: Any) -> Any:
+  """Applies f to the pairs; what a mask hides stays as it is."""
+  return jax.tree.map(
+    lambda *nodes: f(*nodes) if _transform.is_pair(nodes[0]) else nodes[0],
+    *trees,
+    is_leaf=is_factors,
+  )
+
+
+def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
+  """Whether it is b's turn, or a has no gradient, `(*batch, 1, 1)`."""
+  return of_b | jnp.all(pair.b == 0, (-2, -1), keepdims=True)
+
+
+def _scale(pair: Factors, of_b: bool) -> jax.Array:
+  """What to divide `a` by, and multiply `b` by, `(*batch, 1, 1)`.
+
+  The factor that stays then has the norm of an orthonormal one, which it is
+  but for the clip: else the gradients of pairs could not be compared.
+  """
+
+  def size(x):
+    square = jnp.sum(x**2, (-2, -1), keepdims=True) / min(x.shape[-2:])
+    return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+  return jnp.where(_renews_b(pair, of_b), size(pair.a), 1 / size(pair.b))
+
+
+def _rescaled(pair: Factors, scale: jax.Array) -> Factors:
+  return Factors(pair.a / scale, pair.b * scale, pair.scale)
+
+
+def _projected(pair: Factors, ascent: Factors, of_b: bool) -> Factors:
+  """G on the span of one factor: the gradient is s times it, and W too."""
+  renews_b = _renews_b(pair, of_b)
+  return Factors(
+    jnp.where(renews_b, pair.a, ascent.a / pair.scale**2),
+    jnp.where(renews_b, ascent.b / pair.scale**2, pair.b),
+    pair.scale,
+  )
+
+
+def _orthonormal(pair: Factors, of_b: bool) -> Factors:
+  """The same weight with an orthonormal `b`, or else `a`, but for a scale.
+
+  That is the same for all pairs, and gives both factors about one size: from
+  step to step they change places, and differences would round them off.
+  """
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  size = math.sqrt(_OUTSIDE)
+  if of_b:
+    q, r = _qr(pair.b.mT)
+    return Factors(matmul(pair.a, r.mT) / size, size * q.mT, pair.scale)
+  q, r = _qr(pair.a)
+  return Factors(size * q, matmul(r, pair.b) / size, pair.scale)
+
+
+def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A QR decomposition, padded by zeros to `(*, n, r)` and `(*, r, r)`."""
+  q, r = jnp.linalg.qr(x)
+  missing = x.shape[-1] - q.shape[-1]  # above 0 if the rank is above n
+  pad = [(0, 0)] * (x.ndim - 2)
+  return (
+    jnp.pad(q, [*pad, (0, 0), (0, missing)]),
+    jnp.pad(r, [*pad, (0, missing), (0, 0)]),
+  )

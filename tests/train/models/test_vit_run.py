@@ -1,0 +1,55 @@
+"""Runs of the program on images."""
+
+import json
+
+import pytest
+import vit_cases
+
+from train import __main__ as program
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("onnx")
+  return vit_cases.write(folder / "tiny.onnx", vit_cases.tensors("backbone."))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_vit):
+  def run_here(folder, *more):
+    return program.main(
+      [
+        *("--task", "digits", "--model", str(tiny_vit)),
+        *("--train-rows", "60", "--eval-rows", "40", "--batch-size", "20"),
+        *("--epochs", "8", "--learning-rate", "0.003", "--log-every", "1"),
+        *("--no-compilation-cache", "--run-dir", str(folder), *more),
+      ]
+    )
+
+  return run_here
+
+
+def test_digits_are_learned_and_compared_with_the_frozen_features(
+  tmp_path, run
+):
+  folder = tmp_path / "run"
+  assert run(folder) == 0
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+  assert len(losses) == 24
+  assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+  results = json.loads((folder / "results.json").read_text())
+  assert results["test"]["rows"] == results["baseline"]["rows"] == 40
+  assert results["baseline"]["accuracy"] > 0.2  # of ten classes
+
+
+def test_texts_and_images_are_not_taken_for_each_other(
+  tmp_path, run, tiny_model, data_dir, capsys
+):
+  assert run(tmp_path / "a", "--model", str(tiny_model)) == 2
+  assert "--task digits is of images" in capsys.readouterr().err
+  options = ("--task", "snippets", "--data-dir", str(data_dir))
+  assert run(tmp_path / "b", *options) == 2
+  assert "tiny.onnx reads images" in capsys.readouterr().err

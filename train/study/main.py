@@ -1,0 +1,121 @@
+"""`python -m train study STUDY.toml`: methods x tasks x seeds."""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+from train.errors import UsageError
+from train.study import plan, record, spec, workers
+from train.study.spec import Cell, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Runs a study, and writes its tables and plots; again, it goes on."""
+
+  study: Annotated[pathlib.Path, tyro.conf.Positional]
+  """The TOML file of the study."""
+  workers: int = 1
+  """Processes that share the runs: of one device each, or of an equal share of
+  the CPU's cores."""
+  only: str = ""
+  """Methods and tasks to run, as METHOD/TASK or METHOD/ or /TASK; several with
+  commas."""
+  dry_run: bool = False
+  """List what would be run, its steps and its gradients, and run nothing."""
+  report: bool = False
+  """Write the tables and plots of what is finished, and run nothing."""
+  worker: tyro.conf.Suppress[int] = -1
+  """The number of this worker, in the processes that --workers starts."""
+  cores: tyro.conf.Suppress[str] = ""
+  """Of this worker, with commas."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command.
+
+  Returns:
+    0; 1 if a worker failed; 2 for bad usage.
+  """
+  options = tyro.cli(Options, args=argv, prog="python -m train study")
+  try:
+    return _main(options)
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f"error: {error}; the same command resumes.", file=sys.stderr)
+    return 1
+
+
+def _main(options: Options) -> int:
+  study = spec.read(options.study)
+  cells = select(study, options.only)
+  if options.workers < 1:
+    raise UsageError(f"--workers is at least 1; got {options.workers}.")
+  if options.dry_run:
+    return _dry_run(study, cells)
+  study.folder.mkdir(parents=True, exist_ok=True)
+  if options.worker < 0 and options.workers > 1:
+    return workers.start(options.study, options.only, options.workers)
+  workers.bind([int(core) for core in options.cores.split(",") if core])
+  # Imported late, so that a wrong file is told of at once.
+  from train.study import runs
+
+  runs.work(study, cells, max(options.worker, 0), options.workers)
+  return 0
+
+
+def select(study: Study, only: str) -> list[Cell]:
+  """The cells that `--only` names, all if it names none.
+
+  Raises:
+    UsageError: if a name fits none.
+  """
+  if not only:
+    return list(study.cells)
+  chosen = []
+  for name in only.split(","):
+    label, _, task = name.strip().partition("/")
+    found = [
+      cell
+      for cell in study.cells
+      if label in ("", cell.label) and task in ("", cell.task)
+    ]
+    if not found:
+      raise UsageError(
+        "--only names some of "
+        f"{', '.join(cell.name for cell in study.cells)}; got {name.strip()!r}."
+      )
+    chosen += [cell for cell in found if cell not in chosen]
+  return chosen
+
+
+def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
+  from train.study import training
+
+  done = plan.finished(record.read(study.folder / record.RUNS))
+  total = 0.0
+  print("method/task: trials + final runs, steps of each, gradients of all")
+  for cell in cells:
+    known = plan.known_runs(study, cell, done)
+    tuned = plan.winner(study, cell, done) is not None
+    finals = [run for run in known if run.stage == "final"]
+    trials = plan.trials(study, cell)
+    count = len(trials) + len(cell.seeds)
+    left = count - sum(run.key in done for run in known)
+    steps = training.steps(cell.config)
+    each = training.gradients_per_step(cell.config)
+    cost = None if each is None else left * steps * each
+    total += cost or 0
+    print(
+      f"{cell.name}: {len(trials)} + {len(cell.seeds)} runs, {left} left, "
+      f"{steps} steps, {'?' if cost is None else f'{cost:,.0f}'} gradients"
+      + ("" if tuned and finals else ", to be tuned")
+    )
+  print(f"left: {total:,.0f} gradients")
+  return 0

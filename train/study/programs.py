@@ -1,0 +1,179 @@
+"""What is compiled once for all the runs that differ in numbers alone.
+
+A run of a study takes less time than its compilation, once for each length of
+a batch: the steps are kept from one run to the next, over seeds, and over a
+grid's points where what is tuned is no constant of the step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from train import diagnostics, methods, step
+from train.assemble import Prepared
+from train.config import Config
+from train.study import measure
+from train.study.spec import Sharpness
+
+_KEPT = 2
+# What no trained model differs in: how it came to its weights.
+_OF_STEPS = ("learning_rate", "rho", "weight_decay", "warmup_ratio", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled functions of runs.
+
+  Attributes:
+    step: `(numbers, variables, state, batch)` to the next state and metrics.
+    traced: the fields of the configuration that `numbers` holds.
+    predict: `(variables, evaluated, batch)` to the items.
+    measure: of `study.measure.make`, if there is something to measure.
+    diagnose: of `diagnostics.make`, if the configuration asks for it.
+  """
+
+  step: Callable[..., Any]
+  traced: tuple[str, ...]
+  predict: Callable[..., Any]
+  measure: measure.Measure | None
+  diagnose: Callable[..., Any] | None
+
+
+Kept = dict[Any, Any]
+"""Compiled functions by what decides them, the latest last."""
+
+
+def of(
+  prepared: Prepared,
+  tuned: Mapping[str, Any],
+  options: Sharpness | None,
+  kept: Kept,
+) -> Programs:
+  """The functions of a run, from those that are kept if they are there.
+
+  Args:
+    prepared: the run.
+    tuned: fields of its configuration that other runs will have otherwise.
+    options: of what is to be measured.
+    kept: is changed: the functions of a few runs are held.
+  """
+  names = tuple(
+    name for name, value in tuned.items() if isinstance(value, float)
+  )
+  traced = _keep(
+    kept,
+    ("traced", _same(prepared, names)),
+    lambda: _traceable(prepared, names),
+  )
+  same = _same(prepared, (*_OF_STEPS, *traced))
+  return Programs(
+    step=_keep(
+      kept,
+      ("step", traced, _same(prepared, traced)),
+      lambda: _step(prepared, traced),
+    ),
+    traced=traced,
+    # A validation knows no rho.
+    predict=_keep(
+      kept,
+      ("predict", same),
+      lambda: step.make_eval_step(prepared.method, prepared.data.objective),
+    ),
+    measure=None
+    if options is None
+    else _keep(
+      kept, ("measure", options, same), lambda: _measure(prepared, options)
+    ),
+    diagnose=None
+    if not prepared.config.diagnose_every
+    else _keep(
+      kept,
+      ("diagnose", same),
+      lambda: diagnostics.make(prepared.method, prepared.data.objective),
+    ),
+  )
+
+
+def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
+  kept[key] = kept.pop(key) if key in kept else make()
+  own = [other for other in kept if other[0] == key[0]]
+  for old in own[:-_KEPT]:
+    del kept[old]
+  return kept[key]
+
+
+def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
+  """What two runs have in common that share a program, but for some fields."""
+  ignored = ("seed", "run_dir", "eval_every", "log_every", *but)
+  # None is no value of any of them.
+  config = dataclasses.replace(prepared.config, **dict.fromkeys(ignored))
+  return config, prepared.steps, prepared.model
+
+
+def _step(prepared: Prepared, traced: tuple[str, ...]) -> Callable[..., Any]:
+  build = functools.partial(_build, prepared)
+
+  def train_step(numbers, variables, state, batch):
+    method = prepared.method
+    if traced:
+      method = build(dataclasses.replace(prepared.config, **numbers))
+    one = step.make_train_step(
+      method, prepared.data.objective, accumulate=prepared.config.accumulate
+    )
+    return one(variables, state, batch)
+
+  return jax.jit(train_step, donate_argnums=2)
+
+
+def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
+  """Those of the fields that need not be constants of the step."""
+  state = jax.eval_shape(
+    functools.partial(step.init, prepared.method),
+    jax.random.key(0),
+    prepared.variables,
+  )
+  batch = next(prepared.data.train_batches())
+
+  def goes(fields):
+    numbers = {name: getattr(prepared.config, name) for name in fields}
+    try:
+      jax.eval_shape(
+        _step(prepared, fields), numbers, prepared.variables, state, batch
+      )
+    except TypeError:  # as all are that say that a value is not known
+      return False
+    return True
+
+  if not names or goes(names):
+    return names
+  return tuple(name for name in names if len(names) > 1 and goes((name,)))
+
+
+def _measure(prepared: Prepared, options: Sharpness) -> measure.Measure:
+  adapted = prepared.method.adapted
+  if adapted is None:
+    # The full space is that of the kernels which adapters would be put on.
+    plain = dataclasses.replace(prepared.config, method="lora")
+    adapted = _build(prepared, plain).adapted
+  assert adapted is not None
+  return measure.make(
+    prepared.method,
+    prepared.model,
+    list(adapted.targets),
+    prepared.data.objective,
+    options,
+  )
+
+
+def _build(prepared: Prepared, config: Config) -> methods.Method:
+  inputs = prepared.data.objective.inputs(next(prepared.data.train_batches()))
+  return methods.build(
+    config,
+    prepared.model,
+    inputs,
+    prepared.steps,
+    prepared.data.objective,
+  )

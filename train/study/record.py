@@ -1,0 +1,98 @@
+"""The rows of a study: what is finished, kept whole, and who runs what."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+from train.errors import UsageError
+
+RUNS = "runs.jsonl"
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a JSONL file; a last line cut by a kill is left out.
+
+  Raises:
+    UsageError: if another line than the last is no JSON.
+  """
+  if not path.exists():
+    return []
+  rows = []
+  # What follows the last end of a line was not written whole.
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      raise UsageError(
+        f"{path}, line {number}, is no JSON: {error}."
+      ) from error
+  return rows
+
+
+def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+  """Adds a row, whole and on the disk when this returns.
+
+  Any number of processes may call this at once. A last line that a kill has
+  cut is dropped.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  line = json.dumps(row, allow_nan=False).encode() + b"\n"
+  with path.open("a+b") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    end = file.seek(0, os.SEEK_END)
+    whole = _whole(file, end)
+    if whole < end:
+      file.truncate(whole)
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _whole(file: Any, end: int) -> int:
+  """Where the last whole line ends."""
+  step = 4096
+  for start in range(max(end - step, 0), -step, -step):
+    file.seek(max(start, 0))
+    found = file.read(min(step, end)).rfind(b"\n")
+    if found >= 0:
+      return max(start, 0) + found + 1
+  return 0
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path, key: str) -> Iterator[bool]:
+  """Whether a run is this process's to do, for as long as the context lasts.
+
+  A claim is a lock on a file, that the system takes back when its process is
+  gone, however it went: no claim is ever stale. The file says whose it is.
+  """
+  path = folder / f"{key}.lock"
+  folder.mkdir(parents=True, exist_ok=True)
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    mine = _lock(descriptor, path)
+    if mine:
+      os.ftruncate(descriptor, 0)
+      os.write(descriptor, f"{os.getpid()}\n".encode())
+    yield mine
+    if mine:
+      path.unlink(missing_ok=True)
+  finally:
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, path: pathlib.Path) -> bool:
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  # Its last holder may have removed the file after it was opened here.
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.fstat(descriptor), path.stat())
+  return False

@@ -1,0 +1,74 @@
+"""Runs what a study has left to run, alone or as one of several workers."""
+
+from collections.abc import Sequence
+import os
+import time
+from typing import Any
+
+from train.errors import UsageError
+from train.study import plan, record, training
+from train.study.spec import Cell, Study
+
+_POLL_SECONDS = 2.0
+
+
+def work(
+  study: Study, cells: Sequence[Cell], worker: int = 0, workers: int = 1
+) -> None:
+  """Runs until nothing is left.
+
+  A worker begins with its own share of the methods and tasks, since what it
+  compiles is for one of them, and then helps with the others.
+
+  Args:
+    study: the study.
+    cells: those of its cells to run.
+    worker: the number of this one.
+    workers: how many there are.
+
+  Raises:
+    UsageError: if a run cannot be carried out as it was put.
+  """
+  kept: training.Kept = {}
+  parent = os.getppid()
+  own = [*cells[worker::workers]]
+  mine = own + [cell for cell in cells if cell not in own]
+  while True:
+    done = load(study)
+    if plan.complete(study, mine, done):
+      return
+    for run in plan.remaining(study, mine, done):
+      with record.claimed(study.folder / "locks", run.key) as claimed:
+        # It may have been finished since the rows were read.
+        if not claimed or run.key in load(study):
+          continue
+        row = _run(study, run, kept)
+        record.append(study.folder / record.RUNS, row)
+        print(_line(run, row), flush=True)
+        break
+    else:
+      time.sleep(_POLL_SECONDS)  # the others have what is left
+    if workers > 1 and os.getppid() != parent:
+      raise UsageError("the process that started this worker is gone.")
+
+
+def load(study: Study) -> dict[str, dict[str, Any]]:
+  """The finished runs by their keys."""
+  return plan.finished(record.read(study.folder / record.RUNS))
+
+
+def _run(study: Study, run: plan.Run, kept: training.Kept) -> dict[str, Any]:
+  folder = study.folder / "running" / run.key
+  try:
+    return training.run(run, folder, kept)
+  except UsageError as error:
+    raise UsageError(f"{run.name}: {error}") from error
+
+
+def _line(run: plan.Run, row: dict[str, Any]) -> str:
+  if row["failed"]:
+    return f"{run.name}: broke off, {row['failed']}"
+  text = f"{run.name}: validation {row['score']:.4f}"
+  if "test" in row:
+    text += f", test {row['test'][row['metric']]:.4f}"
+  return f"{text} ({row['seconds']:.0f} s)"

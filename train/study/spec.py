@@ -1,0 +1,498 @@
+"""What a study is to run: its TOML file, read and checked before any work."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+import itertools
+import math
+import pathlib
+import tomllib
+from typing import Any, Literal, get_args, get_origin
+
+from train import config as config_lib
+from train.config import Config
+from train.errors import UsageError
+
+_SET_BY_THE_STUDY = {
+  "seed": "the seeds of the study",
+  "run_dir": "the study's folder",
+  "mesh": "the workers, of one device each",
+  "profile": "nothing: a study traces no steps",
+  "baseline": "nothing: a study fits no logistic regression",
+  "checkpoint_every": "nothing: a run of a study is short, and starts anew",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness:
+  """What is measured at the end of each final run; `[sharpness]`.
+
+  Attributes:
+    rows: training rows that the loss is a mean over, the same for all methods
+      of a seed; 0: no measurement.
+    radii: how far one step up the gradient goes, in units of the weights.
+    spaces: "full", the kernels of the adapted layers, merged; "lora", the
+      factors of the primary.
+    average: random directions at each radius, in full space; 0: none.
+    low_rank: the rank of the worst low-rank step, in full space; 0: none.
+    at: "last", the weights after the last step, or "best", those tested.
+  """
+
+  rows: int = 128
+  radii: tuple[float, ...] = (0.05, 0.2, 0.5)
+  spaces: tuple[str, ...] = ("full", "lora")
+  average: int = 1
+  low_rank: int = 8
+  at: Literal["last", "best"] = "last"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """The budget of tuning, equal for all methods that are tuned; `[tuning]`.
+
+  Attributes:
+    trials: points of each method's grid.
+    seeds: that each point is run with; not those of the final runs.
+  """
+
+  trials: int
+  seeds: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+  """Of what sharpness a method recovers a share; `[recovery]`, labels.
+
+  Attributes:
+    reference: what recovers nothing.
+    target: what recovers all.
+  """
+
+  reference: str
+  target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Landscape:
+  """Loss along random, filter-normalised directions; `[landscape]`.
+
+  Attributes:
+    methods: labels; empty: all.
+    seed: of the runs to be drawn.
+    radius: how far, as a share of each filter's norm.
+    points: on a line; a plane has its square.
+    plane: whether a plane is drawn too.
+  """
+
+  methods: tuple[str, ...] = ()
+  seed: int = 0
+  radius: float = 1.0
+  points: int = 21
+  plane: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A method on a task: what is tuned, and what is run with which seeds.
+
+  Attributes:
+    label: of the method.
+    task: the name of the task in the study.
+    config: but for the seed and the folder of the run.
+    grid: the points to try, each some fields of the configuration; empty if
+      the method is not tuned.
+    seeds: of the final runs.
+  """
+
+  label: str
+  task: str
+  config: Config
+  grid: tuple[Mapping[str, Any], ...]
+  seeds: tuple[int, ...]
+
+  @property
+  def name(self) -> str:
+    """The method and the task, as `--only` takes them."""
+    return f"{self.label}/{self.task}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A study.
+
+  Attributes:
+    name: for titles.
+    folder: of its rows, tables and plots.
+    cells: each method on each of its tasks, tasks first.
+    reference: label of the method that others are compared with.
+  """
+
+  name: str
+  folder: pathlib.Path
+  cells: tuple[Cell, ...]
+  reference: str
+  tuning: Tuning | None
+  sharpness: Sharpness | None
+  recovery: Recovery | None
+  landscape: Landscape | None
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The methods' labels, in the order of the file."""
+    return tuple(dict.fromkeys(cell.label for cell in self.cells))
+
+  @property
+  def tasks(self) -> tuple[str, ...]:
+    """The tasks' names, in the order of the file."""
+    return tuple(dict.fromkeys(cell.task for cell in self.cells))
+
+
+def read(path: pathlib.Path) -> Study:
+  """Reads a study.
+
+  Raises:
+    UsageError: that names the table and the key, what came and what may.
+  """
+  try:
+    with path.open("rb") as file:
+      found = tomllib.load(file)
+  except OSError as error:
+    raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+  except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    raise UsageError(f"{path} is no TOML: {error}.") from error
+  try:
+    return parse(found)
+  except UsageError as error:
+    raise UsageError(f"{path}: {error}") from error
+
+
+def parse(found: Mapping[str, Any]) -> Study:
+  """A study from the tables of its file.
+
+  Raises:
+    UsageError: as `read`.
+  """
+  tables = {
+    "study": dict,
+    "defaults": dict,
+    "task": list,
+    "method": list,
+    "tuning": dict,
+    "sharpness": dict,
+    "recovery": dict,
+    "landscape": dict,
+  }
+  _known("the file", found, tables, "table")
+  for name, kind in tables.items():
+    if not isinstance(found.get(name, kind()), kind):
+      raise UsageError(
+        f"{name} is written as [{name}]."
+        if kind is dict
+        else f"{name} is written as [[{name}]], once for each."
+      )
+  head = found.get("study", {})
+  _known("[study]", head, ("name", "folder", "seeds", "reference"))
+  name = _text("[study]", head, "name")
+  seeds = _seeds("[study]", head.get("seeds", 5))
+  tuning = _tuning(found.get("tuning"))
+  cells = _cells(found, seeds, tuning)
+  labels = list(dict.fromkeys(cell.label for cell in cells))
+  reference = head.get("reference", labels[0])
+  _label("[study] reference", reference, labels)
+  return Study(
+    name=name,
+    folder=pathlib.Path(_text("[study]", head, "folder", f"runs/{name}")),
+    cells=tuple(cells),
+    reference=reference,
+    tuning=tuning,
+    sharpness=_sharpness(found.get("sharpness")),
+    recovery=_recovery(found.get("recovery"), labels),
+    landscape=_landscape(found.get("landscape"), labels),
+  )
+
+
+def _cells(
+  found: Mapping[str, Any],
+  study_seeds: tuple[int, ...],
+  tuning: Tuning | None,
+) -> list[Cell]:
+  defaults = _fields("[defaults]", found.get("defaults", {}))
+  tasks = _tasks(found.get("task", []))
+  if not found.get("method"):
+    raise UsageError("there is no [[method]]; a study has one at least.")
+  rows = [_method(row, tasks) for row in found["method"]]
+  cells = []
+  for task, (task_fields, task_seeds) in tasks.items():
+    for row in rows:
+      if task not in row["tasks"]:
+        continue
+      where = f"[[method]] {row['name']!r} on the task {task!r}"
+      fields = defaults | task_fields | row["fields"]
+      config = _config(where, fields)
+      for point in row["grid"]:
+        _config(f"{where}, tuned with {point}", fields | point)
+      seeds = row["seeds"] or task_seeds or study_seeds
+      cells.append(Cell(row["name"], task, config, row["grid"], seeds))
+  names = [cell.name for cell in cells]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise UsageError(
+      f"{', '.join(twice)}: a [[method]] of a name is once on each task."
+    )
+  _check_budget(cells, tuning)
+  return cells
+
+
+def _tasks(
+  rows: Sequence[Any],
+) -> dict[str, tuple[dict[str, Any], tuple[int, ...] | None]]:
+  tasks = {}
+  for row in rows:
+    name = _text("[[task]]", row, "name")
+    where = f"[[task]] {name!r}"
+    if name in tasks:
+      raise UsageError(f"{where} is there twice.")
+    seeds = _seeds(where, row["seeds"]) if "seeds" in row else None
+    fields = _fields(where, row, ("name", "seeds"))
+    tasks[name] = {"task": name} | fields, seeds
+  if not tasks:
+    raise UsageError("there is no [[task]]; a study has one at least.")
+  return tasks
+
+
+def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
+  name = _text("[[method]]", row, "name")
+  where = f"[[method]] {name!r}"
+  own = row.get("tasks", list(tasks))
+  if not isinstance(own, list) or not own or not set(own) <= set(tasks):
+    raise UsageError(
+      f"{where}: tasks is a list of some of {', '.join(tasks)}; got {own!r}."
+    )
+  tune = row.get("tune", {})
+  if not isinstance(tune, dict) or not all(
+    isinstance(values, list) and values for values in tune.values()
+  ):
+    raise UsageError(
+      f"{where}: tune is a table of lists, as "
+      f"{{learning_rate = [1e-4, 5e-4]}}; got {tune!r}."
+    )
+  values = [
+    [_fields(f"{where}, tune", {key: value})[key] for value in column]
+    for key, column in tune.items()
+  ]
+  grid = tuple(dict(zip(tune, point)) for point in itertools.product(*values))
+  return {
+    "name": name,
+    "tasks": own,
+    "fields": _fields(where, row, ("name", "seeds", "tune", "tasks")),
+    "seeds": _seeds(where, row["seeds"]) if "seeds" in row else None,
+    "grid": grid if tune else (),
+  }
+
+
+def _check_budget(cells: Sequence[Cell], tuning: Tuning | None) -> None:
+  for cell in cells:
+    if not cell.grid:
+      continue
+    if tuning is None:
+      raise UsageError(
+        f"[[method]] {cell.label!r} has a tune, and there is no [tuning] with "
+        "its trials and seeds."
+      )
+    if len(cell.grid) != tuning.trials:
+      raise UsageError(
+        f"[[method]] {cell.label!r}: tune has {len(cell.grid)} points, and "
+        f"[tuning] gives each method {tuning.trials} trials; methods with "
+        "fewer hyperparameters get a denser grid of learning rates."
+      )
+    both = sorted(set(cell.seeds) & set(tuning.seeds))
+    if both:
+      raise UsageError(
+        f"{cell.name}: the seeds {both} are to be run at the end, and are in "
+        "[tuning] seeds too; the two have none in common."
+      )
+
+
+def _tuning(row: Mapping[str, Any] | None) -> Tuning | None:
+  if row is None:
+    return None
+  _known("[tuning]", row, ("trials", "seeds"))
+  trials = row.get("trials")
+  if type(trials) is not int or trials < 1:
+    raise UsageError(
+      f"[tuning] trials is the number of points of each grid; got {trials!r}."
+    )
+  return Tuning(trials, _seeds("[tuning]", row.get("seeds")))
+
+
+def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
+  found = _plain("[sharpness]", Sharpness, {} if row is None else row)
+  spaces = ("full", "lora")
+  if not set(found.spaces) <= set(spaces):
+    raise UsageError(
+      f"[sharpness] spaces are some of {', '.join(spaces)}; got "
+      f"{list(found.spaces)}."
+    )
+  if not all(0 < radius < math.inf for radius in found.radii):
+    raise UsageError(
+      f"[sharpness] radii are greater than 0; got {list(found.radii)}."
+    )
+  _at_least("[sharpness]", found, rows=0, average=0, low_rank=0)
+  return found if found.rows and found.radii and found.spaces else None
+
+
+def _recovery(
+  row: Mapping[str, Any] | None, labels: Sequence[str]
+) -> Recovery | None:
+  if row is None:
+    return None
+  _known("[recovery]", row, ("reference", "target"))
+  for key in ("reference", "target"):
+    _label(f"[recovery] {key}", row.get(key), labels)
+  return Recovery(row["reference"], row["target"])
+
+
+def _landscape(
+  row: Mapping[str, Any] | None, labels: Sequence[str]
+) -> Landscape | None:
+  if row is None:
+    return None
+  found = _plain("[landscape]", Landscape, row)
+  for label in found.methods:
+    _label("[landscape] methods", label, labels)
+  _at_least("[landscape]", found, points=2, seed=0)
+  return found
+
+
+def _at_least(where: str, found: Any, **least: int) -> None:
+  for key, value in least.items():
+    if getattr(found, key) < value:
+      raise UsageError(
+        f"{where} {key} is at least {value}; got {getattr(found, key)}."
+      )
+
+
+def _plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
+  """A dataclass of a table, whose values are of the fields' types."""
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  _known(where, row, fields)
+  values: dict[str, Any] = {}
+  for key, value in row.items():
+    default = fields[key].default
+    if isinstance(default, tuple):
+      inner = float if default and isinstance(default[0], float) else str
+      good = isinstance(value, list) and all(_fits(x, inner) for x in value)
+      values[key] = tuple(map(inner, value)) if good else value
+      wanted = f"a list of {_NAMES[inner]}"
+    else:
+      good = _fits(value, fields[key].type)
+      wanted = _wanted(fields[key].type)
+      values[key] = (
+        float(value) if fields[key].type is float and good else value
+      )
+    if not good:
+      raise UsageError(f"{where} {key} is {wanted}; got {value!r}.")
+  return kind(**values)
+
+
+def _config(where: str, fields: Mapping[str, Any]) -> Config:
+  whole: dict[str, Any] = {**fields, "baseline": False}
+  config = Config(**whole)
+  try:
+    config_lib.check(config)
+  except UsageError as error:
+    raise UsageError(f"{where}: {error}") from error
+  return config
+
+
+def _fields(
+  where: str, row: Any, besides: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Fields of a configuration from a table, each of its type."""
+  kinds: dict[str, Any] = {x.name: x.type for x in dataclasses.fields(Config)}
+  _known(where, row, [*besides, *kinds])
+  fields = {}
+  for key, value in row.items():
+    if key in besides:
+      continue
+    if key in _SET_BY_THE_STUDY:
+      raise UsageError(
+        f"{where}: {key} cannot be set; it is up to {_SET_BY_THE_STUDY[key]}."
+      )
+    if not _fits(value, kinds[key]):
+      raise UsageError(
+        f"{where}: {key} is {_wanted(kinds[key])}; got {value!r}."
+      )
+    # TOML's 1 and 1.0 are the same run.
+    fields[key] = float(value) if kinds[key] is float else value
+  return fields
+
+
+_NAMES = {
+  int: "whole numbers",
+  float: "numbers",
+  str: "texts",
+  bool: "true or false",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  if get_origin(kind) is Literal:
+    return value in get_args(kind)
+  return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _wanted(kind: Any) -> str:
+  if get_origin(kind) is Literal:
+    return f"one of {', '.join(map(repr, get_args(kind)))}"
+  return {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+  }[kind]
+
+
+def _known(where: str, row: Any, names: Any, what: str = "key") -> None:
+  if not isinstance(row, Mapping):
+    raise UsageError(f"{where} is a table; got {row!r}.")
+  for key in row:
+    if key not in names:
+      near = difflib.get_close_matches(key, names, n=3) or sorted(names)
+      raise UsageError(
+        f"{where} has no {what} {key!r}; perhaps {', '.join(near)}?"
+      )
+
+
+def _text(where: str, row: Any, key: str, default: str | None = None) -> str:
+  value = row.get(key, default) if isinstance(row, Mapping) else None
+  if not isinstance(value, str) or not value:
+    raise UsageError(f"{where} {key} is a text; got {value!r}.")
+  return value
+
+
+def _label(where: str, label: Any, labels: Sequence[str]) -> None:
+  if label not in labels:
+    raise UsageError(
+      f"{where} is the name of a [[method]]: {', '.join(labels)}; got "
+      f"{label!r}."
+    )
+
+
+def _seeds(where: str, value: Any) -> tuple[int, ...]:
+  """Seeds from a list of them, or from 0 if they are a number."""
+  seeds: Any = value
+  if type(value) is int and value >= 0:
+    seeds = list(range(value))
+  good = (
+    isinstance(seeds, list)
+    and bool(seeds)
+    and all(type(seed) is int and seed >= 0 for seed in seeds)
+    and len(set(seeds)) == len(seeds)
+  )
+  if not good:
+    raise UsageError(
+      f"{where} seeds are a number of them, or a list of different whole "
+      f"numbers, of at least 0; got {value!r}."
+    )
+  return tuple(seeds)

@@ -1,0 +1,86 @@
+"""Several processes for one study: who has which device, or which cores."""
+
+from collections.abc import Mapping, Sequence
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+
+def start(study: pathlib.Path, only: str, count: int) -> int:
+  """Starts workers and waits for them.
+
+  With GPUs each sees one of them, and those that share one take memory as they
+  need it. Otherwise each is bound to its own share of the cores, which XLA
+  makes as many threads for.
+
+  Returns:
+    0 if all of them did well, else the exit code of one that did not.
+  """
+  devices = gpus(os.environ)
+  print(
+    f"{count} workers, "
+    + (f"on the GPUs {', '.join(devices)}" if devices else "on the CPU"),
+    flush=True,
+  )
+  cores = None if devices else shares(_cores(), count)
+  command = [sys.executable, "-m", "train", "study", str(study)]
+  if only:
+    command += ["--only", only]
+  running: list[subprocess.Popen] = []
+  try:
+    for i in range(count):
+      environment = dict(os.environ)
+      if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        if count > len(devices):
+          environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+      own = [*command, "--workers", str(count), "--worker", str(i)]
+      if cores is not None:
+        own += ["--cores", ",".join(map(str, cores[i]))]
+      running.append(subprocess.Popen(own, env=environment))
+    return max((process.wait() for process in running), key=abs)
+  except KeyboardInterrupt:
+    return 1
+  finally:
+    for process in running:
+      if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+      process.wait()
+
+
+def bind(cores: Sequence[int]) -> None:
+  """Binds this process to cores; before JAX makes its threads."""
+  if cores and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, cores)
+
+
+def gpus(environment: Mapping[str, str]) -> list[str]:
+  """The NVIDIA GPUs that JAX may use, as `CUDA_VISIBLE_DEVICES` names them."""
+  platforms = environment.get("JAX_PLATFORMS", "")
+  if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+    return []
+  visible = environment.get("CUDA_VISIBLE_DEVICES")
+  if visible is not None:
+    return [name for name in visible.split(",") if name]
+  return [
+    path.name.removeprefix("nvidia")
+    for path in sorted(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+  ]
+
+
+def shares(cores: Sequence[int], count: int) -> list[list[int]]:
+  """Cores dealt out to workers, each at least one; some shared if too few."""
+  if count > len(cores):
+    return [[cores[i % len(cores)]] for i in range(count)]
+  ends = [len(cores) * i // count for i in range(count + 1)]
+  return [list(cores[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def _cores() -> list[int]:
+  if hasattr(os, "sched_getaffinity"):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
