@@ -49,7 +49,7 @@ def tensors(prefix: str = "") -> dict[str, np.ndarray]:
   return {
     prefix + name: draws.normal(
       # Scales are near one, so that there is something to learn from.
-      float("norm" in name and "weight" in name or "lambda" in name),
+      float(("norm" in name and "weight" in name) or "lambda" in name),
       0.1,
       shape,
     ).astype(np.float32)
