@@ -13,12 +13,14 @@ from train.config import Config
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
   """A linear warm-up, then a cosine to zero."""
-  return optax.warmup_cosine_decay_schedule(
+  # Scaled outside, so that it may be traced: optax looks at a peak's value.
+  unit = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
-    peak_value=config.learning_rate,
+    peak_value=1.0,
     warmup_steps=round(config.warmup_ratio * steps),
     decay_steps=max(steps, 1),
   )
+  return lambda count: config.learning_rate * unit(count)
 
 
 def radius(config: Config, steps: int) -> optax.ScalarOrSchedule:

@@ -141,7 +141,7 @@ def make_train_step(
       accuracy=accuracy,
       nonfinite=nonfinite,
       tokens=objective.tokens(batch),
-      c_over_rho=norm / method.rho if method.rho else one * jnp.nan,
+      c_over_rho=_over(norm, method.rho),
       clip_factor=optax.tree.get(opt_state, "clip_factor", one),
     )
     return TrainState(
@@ -149,6 +149,13 @@ def make_train_step(
     ), metrics
 
   return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
+
+
+def _over(norm: jax.Array, rho: Any) -> jax.Array:
+  """The quotient; NaN without a ball, or with one of no size."""
+  if rho is None:
+    return jnp.float32(jnp.nan)
+  return jnp.where(rho > 0, norm / rho, jnp.nan)
 
 
 def _accumulated(

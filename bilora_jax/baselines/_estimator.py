@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -61,7 +62,9 @@ def gradient() -> GradientEstimator:
 
 
 def check_size(name: str, what: str, size: float) -> None:
-  """Refuses a radius or a deviation that cannot be."""
+  """Refuses a radius or a deviation that cannot be, if it is known."""
+  if isinstance(size, jax.core.Tracer):
+    return
   if not (math.isfinite(size) and size >= 0):
     raise ValueError(f"{name}, {what}, is finite and at least 0; got {size}.")
 

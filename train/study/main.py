@@ -1,5 +1,6 @@
 """`python -m train study STUDY.toml`: methods x tasks x seeds."""
 
+import argparse
 from collections.abc import Sequence
 import dataclasses
 import pathlib
@@ -29,10 +30,6 @@ class Options:
   """List what would be run, its steps and its gradients, and run nothing."""
   report: bool = False
   """Write the tables and plots of what is finished, and run nothing."""
-  worker: tyro.conf.Suppress[int] = -1
-  """The number of this worker, in the processes that --workers starts."""
-  cores: tyro.conf.Suppress[str] = ""
-  """Of this worker, with commas."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0; 1 if a worker failed; 2 for bad usage.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train study")
+  place, rest = _place().parse_known_args(argv)
+  options = tyro.cli(Options, args=rest, prog="python -m train study")
   try:
-    return _main(options)
+    return _main(options, place)
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -52,7 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _main(options: Options) -> int:
+def _place() -> argparse.ArgumentParser:
+  """What `workers.start` tells each worker."""
+  place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  place.add_argument("--worker", type=int, default=-1)
+  place.add_argument("--cores", default="")
+  return place
+
+
+def _main(options: Options, place: argparse.Namespace) -> int:
   study = spec.read(options.study)
   cells = select(study, options.only)
   if options.workers < 1:
@@ -60,13 +66,13 @@ def _main(options: Options) -> int:
   if options.dry_run:
     return _dry_run(study, cells)
   study.folder.mkdir(parents=True, exist_ok=True)
-  if options.worker < 0 and options.workers > 1:
+  if place.worker < 0 and options.workers > 1:
     return workers.start(options.study, options.only, options.workers)
-  workers.bind([int(core) for core in options.cores.split(",") if core])
+  workers.bind([int(core) for core in place.cores.split(",") if core])
   # Imported late, so that a wrong file is told of at once.
   from train.study import runs
 
-  runs.work(study, cells, max(options.worker, 0), options.workers)
+  runs.work(study, cells, max(place.worker, 0), options.workers)
   return 0
 
 

@@ -3,8 +3,8 @@
 All points are on the same rows. With R radii, of N rows a measurement costs a
 gradient over the N rows for each space and R losses over them for each
 direction: one in LoRA space; in full space the gradient's, that of low rank and
-the random ones. Of 128 rows, in batches of 32, three radii and one random
-direction that is the time of 24 steps of training at the batches' full length.
+the random ones. Of 64 rows, in batches of 32, three radii and one random
+direction that is the time of 12 steps of training at the batches' full length.
 """
 
 from collections.abc import Callable

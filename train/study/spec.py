@@ -38,7 +38,7 @@ class Sharpness:
     at: "last", the weights after the last step, or "best", those tested.
   """
 
-  rows: int = 128
+  rows: int = 64
   radii: tuple[float, ...] = (0.05, 0.2, 0.5)
   spaces: tuple[str, ...] = ("full", "lora")
   average: int = 1

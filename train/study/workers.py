@@ -17,7 +17,7 @@ def start(study: pathlib.Path, only: str, count: int) -> int:
   makes as many threads for.
 
   Returns:
-    0 if all of them did well, else the exit code of one that did not.
+    0 if all of them did well; 2 if one was asked for what cannot be; else 1.
   """
   devices = gpus(os.environ)
   print(
@@ -41,7 +41,8 @@ def start(study: pathlib.Path, only: str, count: int) -> int:
       if cores is not None:
         own += ["--cores", ",".join(map(str, cores[i]))]
       running.append(subprocess.Popen(own, env=environment))
-    return max((process.wait() for process in running), key=abs)
+    codes = [process.wait() for process in running]
+    return 2 if 2 in codes else int(any(codes))
   except KeyboardInterrupt:
     return 1
   finally:

@@ -1,0 +1,168 @@
+"""A study that is killed and resumed has the rows of one that was not."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from train.study import plan, record, runs, training
+
+VOLATILE = ("seconds", "step_seconds", "sharpness_seconds", "date")
+
+
+@pytest.fixture(scope="module")
+def done(study, tmp_path_factory):
+  """A finished study and its rows."""
+  own = study(tmp_path_factory.mktemp("study"))
+  runs.work(own, own.cells)
+  return own, record.read(own.folder / record.RUNS)
+
+
+def _numbers(rows):
+  """What does not depend on when and how fast, by the run."""
+  return {
+    row["key"]: {k: v for k, v in row.items() if k not in VOLATILE}
+    for row in rows
+  }
+
+
+def test_each_run_is_a_row_and_none_is_run_again(done, monkeypatch):
+  own, rows = done
+  stages = [(row["label"], row["stage"], row["seed"]) for row in rows]
+  assert stages == [
+    ("LoRA", "final", 0),
+    ("LoRA", "final", 1),
+    ("Bi-LoRA", "tune", 100),
+    ("Bi-LoRA", "tune", 100),
+    ("Bi-LoRA", "final", 0),
+    ("Bi-LoRA", "final", 1),
+  ]
+  assert not any((own.folder / "running").iterdir())
+  monkeypatch.setattr(training, "run", None)  # it would fail if it were called
+  runs.work(own, own.cells)
+  assert record.read(own.folder / record.RUNS) == rows
+
+
+def test_a_torn_line_is_dropped_and_its_run_alone_is_repeated(
+  done, study, tmp_path
+):
+  _, rows = done
+  own = study(tmp_path)
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / record.RUNS).write_text(text[:-100])
+  runs.work(own, own.cells)
+  again = record.read(tmp_path / record.RUNS)
+  assert again[:-1] == rows[:-1]
+  assert _numbers(again) == _numbers(rows)
+
+
+def test_methods_of_a_seed_see_the_same_rows_in_the_same_order(done):
+  _, rows = done
+  final = [row for row in rows if row["stage"] == "final"]
+  by_seed = {
+    seed: {row["data"] for row in final if row["seed"] == seed}
+    for seed in (0, 1)
+  }
+  assert [len(found) for found in by_seed.values()] == [1, 1]
+  assert by_seed[0] != by_seed[1]
+
+
+def test_a_trial_touches_no_test_row(done):
+  _, rows = done
+  for row in rows:
+    tested = row["stage"] == "final"
+    assert ("test" in row, "correct" in row, "sharpness" in row) == (
+      tested,
+    ) * 3
+
+
+def test_the_test_is_what_the_packed_rows_say(done):
+  _, rows = done
+  for row in rows:
+    if row["stage"] == "final":
+      right = training.correct_rows(row["correct"], row["rows"]["test"])
+      assert np.isclose(right.mean(), row["test"]["accuracy"])
+
+
+def test_the_final_runs_are_at_the_point_of_the_best_mean(done):
+  own, rows = done
+  cell = own.cells[1]
+  scores = [row["score"] for row in rows if row["stage"] == "tune"]
+  best = cell.grid[int(np.argmax(scores))]
+  finals = [r for r in rows if r["label"] == "Bi-LoRA" and "test" in r]
+  assert all(row["config"]["rho"] == best["rho"] for row in finals)
+  # Ties: the first.
+  for score, wanted in ((0.0, 0), (1.0, 0), (2.0, 1)):
+    trials = {
+      run.key: {"score": 1.0 if run.point == cell.grid[0] else score}
+      for run in plan.trials(own, cell)
+    }
+    assert plan.winner(own, cell, trials) == cell.grid[wanted]
+  trials[plan.trials(own, cell)[1].key] = {"score": None}  # it broke off
+  assert plan.winner(own, cell, trials) == cell.grid[0]
+
+
+def test_a_run_is_that_of_the_program(done, run, tmp_path):
+  """The same numbers as `python -m train`, of which it leaves much out."""
+  own, rows = done
+  defaults = own.cells[0].config
+  names = ("train_rows", "epochs", "learning_rate", "eval_every")
+  options = [
+    word
+    for name in names
+    for word in (f"--{name.replace('_', '-')}", str(getattr(defaults, name)))
+  ]
+  folder = tmp_path / "run"
+  options += ["--method", "lora", "--group-by-length", "0", "--no-baseline"]
+  assert run(folder, *options) == 0
+  found = json.loads((folder / "results.json").read_text())
+  row = rows[0]
+  assert found["test"]["loss"] == pytest.approx(row["test"]["loss"], rel=1e-5)
+  assert found["best_step"] == row["best_step"]
+
+
+def test_a_claim_is_one_process_s_until_it_ends(tmp_path):
+  holder = (
+    "import pathlib, sys, time\n"
+    "from train.study import record\n"
+    "with record.claimed(pathlib.Path(sys.argv[1]), 'x') as mine:\n"
+    "  print(mine, flush=True)\n"
+    "  time.sleep(60)\n"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", holder, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  with process.stdout:
+    assert process.stdout.readline() == "True\n"
+    with record.claimed(tmp_path, "x") as mine:
+      assert not mine
+    process.kill()
+    process.wait()
+  with record.claimed(tmp_path, "x") as mine:
+    assert mine
+    with record.claimed(tmp_path, "x") as twice:
+      assert not twice
+  assert not os.listdir(tmp_path)
+
+
+def test_rows_of_many_writers_are_whole_and_a_torn_tail_is_dropped(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(b'{"n": -1}\n{"n": ' + b"9" * 10_000)
+  threads = [
+    threading.Thread(target=record.append, args=(path, {"n": i}))
+    for i in range(8)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  found = [row["n"] for row in record.read(path)]
+  assert found[0] == -1
+  assert sorted(found) == list(range(-1, 8))
