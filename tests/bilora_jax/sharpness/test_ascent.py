@@ -123,22 +123,23 @@ def test_from_a_stationary_point_ascent_finds_the_top_eigenvector():
 
 
 def test_restarts_look_beyond_the_hill_that_the_gradient_points_to():
+  # The higher one is to be seen from a fifth of the ball.
   def loss(w):
-    return 0.1 * w + jnp.where(w < 0, 3 * w**2, 0)
+    return 0.1 * w + 5 * jnp.maximum(-w - 0.6, 0)
 
   rises = jax.jit(
     lambda w: [
       sharpness.projected_ascent(loss, w, 1.0, KEY, steps=5, restarts=n).rise
-      for n in (1, 8)
+      for n in (1, 24)
     ]
   )(jnp.zeros(()))
-  np.testing.assert_allclose(rises, [0.1, 2.9], rtol=1e-5)
+  np.testing.assert_allclose(rises, [0.1, 1.9], rtol=1e-5)
 
 
 def test_ascent_is_never_below_one_step_nor_zero():
+  # Uphill for a short way only, so that the last point is seldom the best.
   def loss(w):
-    # Uphill for a short way only.
-    return jnp.sum(jnp.sin(9 * w) - w**2)
+    return jnp.sin(9 * w) - w**2
 
   @jax.jit
   def both(w, radii):
@@ -147,7 +148,7 @@ def test_ascent_is_never_below_one_step_nor_zero():
 
     return sharpness.one_step(loss, w, radii), jax.lax.map(one, radii)
 
-  once, rises = both(jnp.linspace(-1, 2, 5), jnp.linspace(0, 4, 21))
+  once, rises = both(jnp.float32(0), jnp.linspace(0, 2, 81))
   assert np.min(once) < 0 < np.max(once)
   # Rounding: the same point in two compilations.
   assert np.all(rises >= np.maximum(once, 0) - 1e-5)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratic
+import scipy.stats
 
 from bilora_jax import sharpness
+from bilora_jax.sharpness import _estimate
 
 HESSIAN = quadratic.symmetric(np.array([-1.0, 0, 0.5, 1, 2, 3, 4]))
 
@@ -71,3 +73,10 @@ def test_only_what_the_mask_lets_move_is_drawn():
 def test_one_draw_has_no_error_and_is_refused():
   with pytest.raises(ValueError, match=r"draws .*at least 2; got 1"):
     sharpness.average(jnp.sum, jnp.ones(3), 1.0, jax.random.key(0), draws=1)
+
+
+def test_the_standard_error_is_unbiased_by_few_draws():
+  draws = np.float32([1.0, 2.5, -3.0])
+  mean, error = _estimate.estimate(jnp.asarray(draws))
+  assert float(mean) == pytest.approx(np.mean(draws))
+  assert float(error) == pytest.approx(scipy.stats.sem(draws))
