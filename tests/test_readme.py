@@ -14,6 +14,7 @@ from train import __main__ as program
 from train import compile as compile_lib
 from train import config as config_lib
 from train import generate
+from train.study import main as study
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
@@ -59,7 +60,11 @@ _LINES = _README.replace("\\\n", " ").splitlines()
 )
 def test_every_command_has_options_that_exist(command):
   _, _, _, *arguments = shlex.split(command, comments=True)
-  own = {"compile": compile_lib.Options, "generate": generate.Options}
+  own = {
+    "compile": compile_lib.Options,
+    "generate": generate.Options,
+    "study": study.Options,
+  }
   if arguments[0] in own:
     tyro.cli(own[arguments[0]], args=arguments[1:])
   else:

@@ -313,6 +313,15 @@ def check(config: Config) -> None:
       "dual_lora, on a base of floats; got --method "
       f"{config.method} and --base-dtype {config.base_dtype}."
     )
+  if config.auxiliary_optimizer == "power" and config.clip == "none":
+    raise UsageError(
+      "--auxiliary-optimizer power needs a ball to be scaled into; got --clip "
+      "none."
+    )
+  if config.auxiliary_start == "scattered" and not config.rho:
+    raise UsageError(
+      "--auxiliary-start scattered is on the surface of a ball; got --rho 0."
+    )
   if config.method == "esam" and config.accumulate > 1:
     raise UsageError(
       "--method esam chooses rows of the whole batch, which --accumulate runs "

@@ -13,7 +13,7 @@ from bilora_jax._factors import Factors, is_factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
 # of any ball, and its square far from float32's ends.
-_OUTSIDE = 1e6
+_OUTSIDE = 1e4
 
 
 class PowerAscentState(NamedTuple):
@@ -56,9 +56,9 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
 
   Returns:
     An optimizer of trees of `Factors` without a learning rate, for `bilora` as
-    `auxiliary_optimizer`. What comes out has the norm 1e6, so that the clip
-    always acts; without a clip it is of no use. Without any gradient nothing
-    moves.
+    `auxiliary_optimizer`. What comes out has a norm of some 1e4, so that the
+    clip always acts; without a clip it is of no use. Without any gradient
+    nothing moves.
 
   Raises:
     ValueError: if decay is negative, or 1 or more; on init, if the tree holds
@@ -90,12 +90,11 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
       raise ValueError(
         "power_ascent needs params, the third argument of update; got None."
       )
-    largest = _largest(updates)
-    moves = largest != 0
-    # What comes in is to be descended. Squares of tiny gradients underflow.
-    ascent = jax.tree.map(
-      lambda u: u.astype(jnp.float32) / jnp.where(moves, -largest, -1), updates
-    )
+    updates = jax.tree.map(lambda u: u.astype(jnp.float32), updates)
+    size = optax.tree.norm(updates)
+    moves = size != 0
+    # What comes in is to be descended. Of size 1, as squares underflow.
+    ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), updates)
     old = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     new = jax.lax.cond(
       state.count % 2 == 0,
@@ -116,37 +115,23 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _largest(tree: Any) -> jax.Array:
-  """The largest magnitude in a tree, 0 in an empty one."""
-  leaves = [
-    jnp.max(jnp.abs(x).astype(jnp.float32), initial=0)
-    for x in jax.tree.leaves(tree)
-  ]
-  return functools.reduce(jnp.maximum, leaves, jnp.float32(0))
-
-
 def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
   scales = _map(lambda p: _scale(p, of_b), old)
   old = _map(_rescaled, old, scales)
   # The gradients are of the new factors.
   ascent = _map(lambda g, scale: _rescaled(g, 1 / scale), ascent, scales)
+  mean = _normalised(old, _map(_projected, old, ascent), of_b, 1 - decay)
+  if decay:
+    mean = _map(_sum, mean, _normalised(old, old, of_b, decay))
 
-  fresh = _map(lambda p, g: _projected(p, g, of_b), old, ascent)
-  norm, *_ = _transform.norms(fresh)
-  share = _OUTSIDE * (1 - decay) / jnp.where(norm > 0, norm, 1)
-  old_norm, *_ = _transform.norms(old)
-  old_share = _OUTSIDE * decay / jnp.where(old_norm > 0, old_norm, 1)
-
-  def mean(pair, new):
+  def joined(pair, new):
     renews_b = _renews_b(pair, of_b)
-    return Factors(
-      jnp.where(renews_b, pair.a, old_share * pair.a + share * new.a),
-      jnp.where(renews_b, old_share * pair.b + share * new.b, pair.b),
-      pair.scale,
-    )
+    a = jnp.where(renews_b, pair.a, new.a)
+    b = jnp.where(renews_b, new.b, pair.b)
+    return _orthonormal(Factors(a, b, pair.scale), of_b)
 
-  return _map(lambda p: _orthonormal(p, of_b), _map(mean, old, fresh))
+  return _map(joined, old, mean)
 
 
 def _map(f: Any, *trees: Any) -> Any:
@@ -181,14 +166,29 @@ def _rescaled(pair: Factors, scale: jax.Array) -> Factors:
   return Factors(pair.a / scale, pair.b * scale, pair.scale)
 
 
-def _projected(pair: Factors, ascent: Factors, of_b: bool) -> Factors:
-  """G on the span of one factor: the gradient is s times it, and W too."""
-  renews_b = _renews_b(pair, of_b)
-  return Factors(
-    jnp.where(renews_b, pair.a, ascent.a / pair.scale**2),
-    jnp.where(renews_b, ascent.b / pair.scale**2, pair.b),
-    pair.scale,
-  )
+def _projected(pair: Factors, ascent: Factors) -> Factors:
+  """For each factor, G on the span of the other: as if it were renewed.
+
+  The gradient is s times that, and so is the weight.
+  """
+  c = 1 / pair.scale**2
+  return Factors(c * ascent.a, c * ascent.b, pair.scale)
+
+
+def _normalised(old: Any, new: Any, of_b: bool, share: float) -> Any:
+  """The renewed factors at a share of `_OUTSIDE`, the others orthonormal."""
+
+  def square(pair, x):
+    a, b = (jnp.sum(f**2, (-2, -1), keepdims=True) for f in (x.a, x.b))
+    return x.scale**2 * jnp.sum(jnp.where(_renews_b(pair, of_b), b, a))
+
+  norm = jnp.sqrt(optax.tree.sum(_map(square, old, new)))
+  factor = share * _OUTSIDE / jnp.where(norm > 0, norm, 1)
+  return jax.tree.map(lambda x: factor * x, new)
+
+
+def _sum(x: Factors, y: Factors) -> Factors:
+  return Factors(x.a + y.a, x.b + y.b, x.scale)
 
 
 def _orthonormal(pair: Factors, of_b: bool) -> Factors:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import pathlib
 
 from hypothesis import given
@@ -36,6 +37,12 @@ from train.errors import UsageError
     ("max_grad_norm", -1.0, "[0, inf)"),
     ("warmup_ratio", 1.0, "[0, 1)"),
     ("dropout", 1.0, "[0, 1)"),
+    ("sam_every", 0, "at least 1"),
+    ("sharpness_weight", 1.0, "[0, 1)"),
+    ("weight_fraction", 0.0, "(0, 1]"),
+    ("sample_fraction", 1.1, "(0, 1]"),
+    ("balance", -0.1, "[0, inf)"),
+    ("rho_ratio", -1.0, "[0, inf)"),
   ],
 )
 def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
@@ -45,6 +52,41 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
   option = "--" + name.replace("_", "-")
   for part in (option, str(wrong), allowed):
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    (
+      {"auxiliary_optimizer": "power", "clip": "none"},
+      "power needs a ball to be scaled into; got --clip none",
+    ),
+    (
+      {"auxiliary_start": "scattered", "rho": 0.0},
+      "on the surface of a ball; got --rho 0",
+    ),
+    (
+      {"method": "esam", "accumulate": 2},
+      "--accumulate runs in parts; got --accumulate 2",
+    ),
+    (
+      {"method": "lora", "diagnose_every": 5},
+      "bilora or dual_lora, on a base of floats; got --method lora",
+    ),
+    (
+      {"diagnose_every": 5, "base_dtype": "nf4"},
+      "got --method bilora and --base-dtype nf4",
+    ),
+    (
+      {"method": "full_sam", "base_dtype": "bfloat16"},
+      "those that --method full_sam trains are float32; got bfloat16",
+    ),
+  ],
+  ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(fields, sentence):
+  with pytest.raises(UsageError, match=re.escape(sentence)):
+    config_lib.check(dataclasses.replace(Config(), **fields))
 
 
 @pytest.mark.parametrize("name", config_lib.PRESETS)

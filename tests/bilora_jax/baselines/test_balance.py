@@ -101,7 +101,7 @@ def test_norms_are_drawn_together():
 def test_equal_norms_are_as_printed():
   # `>=` in both algorithms: without a gradient nBAR grows a, and of equal
   # factors oBAR shrinks it. Each index of a batch axis by itself.
-  pair = Factors(np.ones((2, 3, 1)), np.array([1.0, 2.0])[:, None, None])
+  pair = Factors(np.ones((2, 4, 1)), np.array([2.0, 3.0])[:, None, None])
   zero = jax.tree.map(np.zeros_like, pair)
 
   def shift(by):
@@ -109,8 +109,8 @@ def test_equal_norms_are_as_printed():
     return jax.jit(tx.update)(zero, tx.init(pair), pair)[0]
 
   np.testing.assert_allclose(shift("gradients").a[:, 0, 0], 0.1)
-  np.testing.assert_allclose(shift("gradients").b[:, 0, 0], [-0.1, -0.2])
-  # ||a|| is sqrt(3).
+  np.testing.assert_allclose(shift("gradients").b[:, 0, 0], [-0.2, -0.3])
+  # ||a|| is 2.
   np.testing.assert_allclose(shift("factors").a[:, 0, 0], [-0.1, 0.1])
 
 
