@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy

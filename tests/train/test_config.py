@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
-import re
 import pathlib
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -41,6 +41,8 @@ def tables(
     ],
     "tuning": {"trials": 2, "seeds": [100]},
     "sharpness": {"rows": 16, "radii": [0.1, 1], "low_rank": 2},
+    "recovery": {"reference": "LoRA", "target": "Bi-LoRA"},
+    "landscape": {"methods": ["LoRA"], "points": 3, "rows": 16},
   }
 
   def make(folder: pathlib.Path, **others: Any) -> dict[str, Any]:

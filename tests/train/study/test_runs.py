@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,9 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from train.study import plan, record, runs, training
-
-VOLATILE = ("seconds", "step_seconds", "sharpness_seconds", "date")
+from train.study import drawn, plan, record, report, runs, training
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,6 @@ def done(study, tmp_path_factory):
   own = study(tmp_path_factory.mktemp("study"))
   runs.work(own, own.cells)
   return own, record.read(own.folder / record.RUNS)
-
-
-def _numbers(rows):
-  """What does not depend on when and how fast, by the run."""
-  return {
-    row["key"]: {k: v for k, v in row.items() if k not in VOLATILE}
-    for row in rows
-  }
 
 
 def test_each_run_is_a_row_and_none_is_run_again(done, monkeypatch):
@@ -47,17 +39,73 @@ def test_each_run_is_a_row_and_none_is_run_again(done, monkeypatch):
   assert record.read(own.folder / record.RUNS) == rows
 
 
+def _replayed(rows, landscapes=()):
+  """A `training.run` that gives what was found before; and whom it was for."""
+  known = {row["key"]: row for row in rows}
+  lines = {row["key"]: row for row in landscapes}
+  asked = []
+
+  def run(task, folder, kept):
+    asked.append(task)
+    row = dict(known[task.key])
+    if task.landscape is not None:
+      row["landscape"] = {"line": lines[drawn.key(task)]["line"]}
+    return row
+
+  return run, asked
+
+
 def test_a_torn_line_is_dropped_and_its_run_alone_is_repeated(
-  done, study, tmp_path
+  done, study, tmp_path, monkeypatch
 ):
-  _, rows = done
+  first, rows = done
+  landscapes = record.read(first.folder / drawn.FILE)
+  replay, asked = _replayed(rows, landscapes)
+  monkeypatch.setattr(training, "run", replay)
   own = study(tmp_path)
   text = "".join(json.dumps(row) + "\n" for row in rows)
   (tmp_path / record.RUNS).write_text(text[:-100])
+  shutil.copy(first.folder / drawn.FILE, tmp_path)
   runs.work(own, own.cells)
-  again = record.read(tmp_path / record.RUNS)
-  assert again[:-1] == rows[:-1]
-  assert _numbers(again) == _numbers(rows)
+  assert record.read(tmp_path / record.RUNS) == rows
+  assert [run.key for run in asked] == [rows[-1]["key"]]
+
+
+def test_a_landscape_asked_for_later_changes_no_row(
+  done, study, tmp_path, monkeypatch
+):
+  first, rows = done
+  landscapes = record.read(first.folder / drawn.FILE)
+  replay, asked = _replayed(rows, landscapes)
+  monkeypatch.setattr(training, "run", replay)
+  shutil.copy(first.folder / record.RUNS, tmp_path)
+  before = study(tmp_path, landscape=None)
+  runs.work(before, before.cells)
+  assert not asked
+  after = study(tmp_path)
+  runs.work(after, after.cells)
+  assert [(run.cell.label, run.config.seed) for run in asked] == [("LoRA", 0)]
+  assert record.read(tmp_path / record.RUNS) == rows
+  assert record.read(tmp_path / drawn.FILE) == landscapes
+
+
+def test_the_middle_of_a_landscape_is_the_loss_that_was_measured(done):
+  own, rows = done
+  (landscape,) = record.read(own.folder / drawn.FILE)
+  assert landscape["steps"] == [-1.0, 0.0, 1.0]
+  loss = rows[0]["sharpness"]["loss"]
+  assert landscape["line"][1] == pytest.approx(loss, rel=1e-5)
+  assert landscape["line"][0] != pytest.approx(loss, rel=1e-3)
+
+
+def test_a_finished_study_is_told_of(done):
+  own, _ = done
+  text = report.write(own).read_text()
+  assert "6 of 6 runs are finished." in text
+  links = re.findall(r"\]\((plots/.*?\.svg)\)", text)
+  names = {link.split("-")[-1] for link in links}
+  assert names >= {"accuracy.svg", "sharpness.svg", "landscape.svg"}
+  assert all((own.folder / link).exists() for link in links)
 
 
 def test_methods_of_a_seed_see_the_same_rows_in_the_same_order(done):

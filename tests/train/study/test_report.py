@@ -1,0 +1,169 @@
+"""What a report says, of rows made up for it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from train.study import plan, record, report, tables
+from train.study.main import main
+
+
+def _row(run, score, **others):
+  config = dataclasses.asdict(run.config)
+  row = {
+    **{"key": run.key, "label": run.cell.label, "task": run.cell.task},
+    **{"stage": run.stage, "seed": run.config.seed, "point": dict(run.point)},
+    **{"failed": None, "score": score, "metric": "accuracy", "config": config},
+    "sharpness_options": None,
+    **{"step_seconds": 0.2, "gradients_per_step": 1.0},
+    "validation": {"best": {"accuracy": score, "loss": 0.5}},
+    "curves": {"loss": [[1, 0.7], [2, 0.5]], "turnover": [[1, 0.1], [2, None]]},
+    **{"machine": "one", "jax": "0", "date": "2026-01-01"},
+  }
+  if run.stage == "final":
+    place = float(run.cell.label != "LoRA")
+    radii = run.sharpness.radii
+    rise = {"rise": [r * (2 - place) + score / 100 for r in radii]}
+    row["sharpness_options"] = dataclasses.asdict(run.sharpness)
+    row["test"] = {"accuracy": score + 0.01 * place, "loss": 0.5}
+    row["sharpness"] = {"loss": 0.3, "full": {"one_step": rise}}
+  return row | others
+
+
+@pytest.fixture
+def made(study, tmp_path):
+  """A finished study of made-up rows, and the rows."""
+  own = study(tmp_path / "made", landscape=None)
+  done = {}
+  for cell in own.cells:
+    for i, run in enumerate(plan.trials(own, cell)):
+      done[run.key] = _row(run, 0.5 + 0.1 * i)
+    for run in plan.finals(own, cell, plan.winner(own, cell, done)):
+      done[run.key] = _row(run, 0.7 + 0.1 * run.config.seed)
+  return own, list(done.values())
+
+
+def _write(own, rows):
+  own.folder.mkdir(exist_ok=True)
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (own.folder / record.RUNS).write_text(text)
+  return report.write(own).read_text()
+
+
+def _cells(text, table, label):
+  """The cells of a method in the table that begins with some heads."""
+  lines = text.splitlines()
+  start = next(i for i, x in enumerate(lines) if x.startswith(f"| {table}"))
+  row = next(x for x in lines[start:] if x.startswith(f"| {label} |"))
+  return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_numbers_are_those_of_the_rows(made):
+  text = _write(*made)
+  own = _cells(text, "method | n | test accuracy, %", "Bi-LoRA")
+  # 0.71 and 0.81: t of one degree of freedom is 12.706.
+  assert own[1:3] == ["2", "76.00 ± 63.53"]
+  # Both pairs differ by a point: all signs of two pairs, Holm over one method.
+  assert own[3:7] == ["+1.00 ± 0.00", "0.500", "0.500", "0.500"]
+  assert own[7:] == ["75.00 ± 63.53", "0.3000 ± 0.0000", "1.00", "1.00"]
+  assert "0.5 of 2 pairs" in text
+  rises = _cells(text, "method | n | radius 0.1", "Bi-LoRA")
+  assert rises[2:] == ["0.1075 ± 0.0064", "1.0075 ± 0.0064"]
+  lines = text.split("### Tuning")[1]
+  assert "| Bi-LoRA | rho 0.05 | 1 | 50.00 |  |" in lines
+  assert "| Bi-LoRA | rho 0.5 | 1 | 60.00 | won |" in lines
+
+
+def test_a_report_is_a_function_of_the_rows(made):
+  own, rows = made
+
+  def written():
+    return {
+      p.name: p.read_bytes() for p in own.folder.rglob("*") if p.is_file()
+    }
+
+  _write(own, rows)
+  first = written()
+  assert sum(name.endswith(".svg") for name in first) >= 4
+  _write(own, rows)
+  assert written() == first
+
+
+def test_an_unfinished_study_is_told_of_with_what_is_missing(made):
+  own, rows = made
+  empty = _write(own, [])
+  assert "0 of 6 runs are finished." in empty
+  assert "- Bi-LoRA/snippets: 0 of 4, to be tuned" in empty
+  assert _cells(empty, "method | n | test", "LoRA")[1:] == ["0 of 2"] + [""] * 9
+  for count in range(1, len(rows)):
+    text = _write(own, rows[:count])
+    assert f"{count} of 6 runs are finished." in text
+  # Bi-LoRA has one seed of two: no interval, and one pair.
+  assert _cells(text, "method | n | test", "Bi-LoRA")[1:5] == [
+    *("1 of 2", "71.00", "+1.00", "1.000")
+  ]
+
+
+def test_a_run_that_broke_off_is_told_of_and_in_no_mean(made):
+  own, rows = made
+  rows[-1] |= {"failed": "the loss is not finite", "score": None}
+  del rows[-1]["test"], rows[-1]["sharpness"]
+  text = _write(own, rows)
+  assert "6 of 6 runs are finished." in text
+  line = "- Bi-LoRA on snippets, final, rho 0.5, seed 1: the loss is not finite"
+  assert line in text
+  assert _cells(text, "method | n | test", "Bi-LoRA")[1:3] == [
+    *("1 of 2", "71.00")
+  ]
+
+
+def test_rows_of_another_study_do_not_count(made):
+  own, rows = made
+  rows[0]["config"]["epochs"] = 7
+  assert "5 of 6 runs are finished." in _write(own, rows)
+
+
+def test_a_loss_that_is_not_finite_is_told_of_beside_the_mean(made):
+  own, rows = made
+  rows[0]["sharpness"]["full"]["one_step"]["rise"][1] = None
+  found = _cells(_write(own, rows), "method | n | radius 0.1", "LoRA")
+  assert found[3] == "2.0 (1 not finite)"
+
+
+def test_the_methods_of_the_share_are_named(made, study, tmp_path):
+  own, rows = made
+  text = _write(own, rows)
+  # There is no other method than the two that the share is between.
+  assert "### Recovered share" in text and "S of Bi-LoRA" in text
+  assert tables.shares(dataclasses.replace(own, recovery=None), {}) == []
+
+
+def test_report_runs_nothing(made, tables, tmp_path, capsys):
+  own, rows = made
+  _write(own, rows[:2])
+  (own.folder / report.REPORT).unlink()
+  path = tmp_path / "study.toml"
+  path.write_text(_toml(tables(own.folder, landscape={})))
+  before = (own.folder / record.RUNS).read_bytes()
+  assert main([str(path), "--report"]) == 0
+  assert "2 of 6" in (own.folder / report.REPORT).read_text()
+  assert (own.folder / record.RUNS).read_bytes() == before
+  assert str(own.folder / report.REPORT) in capsys.readouterr().out
+
+
+def _toml(found):
+  """Tables as TOML, whose values are written as JSON's."""
+  lines = []
+  for name, table in found.items():
+    many = table if isinstance(table, list) else [table]
+    for one in many:
+      lines.append(f"[[{name}]]" if table is many else f"[{name}]")
+      lines += [f"{k} = {_value(v)}" for k, v in one.items()]
+  return "\n".join(lines)
+
+
+def _value(value):
+  if isinstance(value, dict):
+    return "{" + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + "}"
+  return json.dumps(value)
