@@ -44,7 +44,7 @@ class Config:
   """Fine-tunes a pretrained model on a task, and reports what came of it."""
 
   task: str = "snippets"
-  """Data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
+  """The data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
   super_glue/{boolq,cb,copa,wic}, which a decoder answers in words; digits, of
   images; or instructions, for a decoder to respond to."""
   data: str = ""

@@ -19,7 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "3"))
 OPTIONS = ("--checkpoint-every", "3", "--eval-every", "4")
 _TIMEOUT_SECONDS = 120
 

@@ -143,8 +143,15 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
 @pytest.mark.parametrize(
   "fields",
   [
-    {"clip": "layer", "weight_decay": 0.1, "dropout": 0.5},
-    {"clip": "none", "method": "dual_lora", "auxiliary_rank": 2},
+    {
+      "clip": "layer",
+      "weight_decay": 0.1,
+      "dropout": 0.5,
+      "auxiliary_start": "scattered",
+      "auxiliary_schedule": "constant",
+      "rescale_moments": True,
+    },
+    {"auxiliary_optimizer": "power", "rho_ratio": 0.1, "auxiliary_rank": 2},
     {"method": "lora", "dtype": "bfloat16"},
   ],
   ids=str,

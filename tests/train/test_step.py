@@ -204,8 +204,7 @@ def test_a_finite_step_moves_against_the_gradient():
   assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("method", ["bilora", "lora_sam"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("method", "parts"), [("lora_sam", 2), ("bilora", 4)])
 def test_a_batch_in_parts_makes_the_same_step(
   prepared, train_step, batch, method, parts
 ):

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from train.errors import UsageError
-from train.study import plan, record, spec, workers
+from train.study import plan, spec, workers
 from train.study.spec import Cell, Study
 
 
@@ -29,7 +29,8 @@ class Options:
   dry_run: bool = False
   """List what would be run, its steps and its gradients, and run nothing."""
   report: bool = False
-  """Write the tables and plots of what is finished, and run nothing."""
+  """Write the tables and plots of what is finished, and run nothing; else they
+  are written at the end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +67,27 @@ def _main(options: Options, place: argparse.Namespace) -> int:
   if options.dry_run:
     return _dry_run(study, cells)
   study.folder.mkdir(parents=True, exist_ok=True)
+  code = 0
+  if not options.report:
+    code = _run(options, place, study, cells)
+  # What there is of a study is told, however its workers ended.
+  if code != 2 and place.worker < 0:
+    # Imported late, as the runner is: a wrong file is told of at once.
+    from train.study import report
+
+    print(f"report: {report.write(study)}")
+  return code
+
+
+def _run(
+  options: Options,
+  place: argparse.Namespace,
+  study: Study,
+  cells: Sequence[Cell],
+) -> int:
   if place.worker < 0 and options.workers > 1:
     return workers.start(options.study, options.only, options.workers)
   workers.bind([int(core) for core in place.cores.split(",") if core])
-  # Imported late, so that a wrong file is told of at once.
   from train.study import runs
 
   runs.work(study, cells, max(place.worker, 0), options.workers)
@@ -102,9 +120,10 @@ def select(study: Study, only: str) -> list[Cell]:
 
 
 def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
-  from train.study import training
+  from train import estimators
+  from train.study import runs, training
 
-  done = plan.finished(record.read(study.folder / record.RUNS))
+  done = runs.load(study)
   total = 0.0
   print("method/task: trials + final runs, steps of each, gradients of all")
   for cell in cells:
@@ -115,12 +134,11 @@ def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
     count = len(trials) + len(cell.seeds)
     left = count - sum(run.key in done for run in known)
     steps = training.steps(cell.config)
-    each = training.gradients_per_step(cell.config)
-    cost = None if each is None else left * steps * each
-    total += cost or 0
+    cost = left * steps * estimators.gradients(cell.config)
+    total += cost
     print(
       f"{cell.name}: {len(trials)} + {len(cell.seeds)} runs, {left} left, "
-      f"{steps} steps, {'?' if cost is None else f'{cost:,.0f}'} gradients"
+      f"{steps} steps, {cost:,.0f} gradients"
       + ("" if tuned and finals else ", to be tuned")
     )
   print(f"left: {total:,.0f} gradients")

@@ -45,7 +45,8 @@ def batches(data: data_lib.Data, rows: int, batch_size: int) -> Batch:
     batch_size: rows of a batch.
 
   Returns:
-    A batch with the batches in front: tokens (batches, B, L).
+    A batch with the batches in front: tokens (batches, B, L), or images
+    (batches, B, height, width).
   """
   count = max(rows // batch_size, 1)
   found = [batch for _, batch in zip(range(count), data.train_batches())]
@@ -93,8 +94,8 @@ def make(
 
   def in_full_space(variables, evaluated, data, key):
     merged = merge(method, variables, evaluated)
-    kernels, apply = _kernels(model, merged, targets)
-    means, grads = _over(apply, objective, data)
+    kernels, apply = in_kernels(model, merged, targets)
+    means, grads = over(apply, objective, data)
     base, gradient = grads(kernels)
     found = {
       "norm": _norm(gradient),
@@ -119,7 +120,7 @@ def make(
       return method.apply(variables, {**evaluated, "primary": pairs}, *inputs)
 
     pairs = evaluated["primary"]
-    means, grads = _over(apply, objective, data)
+    means, grads = over(apply, objective, data)
     base, gradient = grads(pairs)
     ascent = sharpness.direction(gradient)
     return base, {
@@ -148,7 +149,7 @@ def merge(method: methods.Method, variables: Any, evaluated: Any) -> Any:
   return {**variables, "params": {**variables["params"], **evaluated}}
 
 
-def _kernels(
+def in_kernels(
   model: Any, variables: Any, targets: list[str]
 ) -> tuple[dict[str, jax.Array], Callable[..., jax.Array]]:
   """The kernels by their paths, and the model as a function of them."""
@@ -163,7 +164,7 @@ def _kernels(
   return {path: flat[path] for path in targets}, apply
 
 
-def _over(
+def over(
   apply: Callable[..., jax.Array], objective: Objective, data: Any
 ) -> tuple[Means, Callable[[Any], tuple[jax.Array, Any]]]:
   """Means over batches, and means with the gradient of the loss.
@@ -180,6 +181,7 @@ def _over(
     return mean, jnp.stack([mean, right])
 
   def summed(one: Callable[[Any], Any]):
+    one = jax.jit(one)  # traced once, for its shapes and for the scan
     first = jax.tree.map(lambda x: x[0], data)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)

@@ -9,7 +9,7 @@ import statistics
 from typing import Any, Literal, NamedTuple
 
 from train.config import Config
-from train.study.spec import Cell, Sharpness, Study
+from train.study.spec import Cell, Landscape, Sharpness, Study
 
 Stage = Literal["tune", "final"]
 Rows = Mapping[str, Mapping[str, Any]]
@@ -29,6 +29,8 @@ class Run(NamedTuple):
     config: whole, but for the folder.
     point: of the grid, what was tried; empty if the method is not tuned.
     sharpness: what is measured at its end.
+    landscape: what is drawn at its end. It is kept apart, and no part of the
+      key: to ask for it later changes no row.
   """
 
   cell: Cell
@@ -36,6 +38,7 @@ class Run(NamedTuple):
   config: Config
   point: Mapping[str, Any]
   sharpness: Sharpness | None
+  landscape: Landscape | None = None
 
   @property
   def key(self) -> str:
@@ -105,6 +108,7 @@ def finals(study: Study, cell: Cell, point: Mapping[str, Any]) -> list[Run]:
       dataclasses.replace(cell.config, seed=seed, **point),
       point,
       study.sharpness,
+      _landscape(study, cell, seed),
     )
     for seed in cell.seeds
   ]
@@ -151,6 +155,15 @@ def complete(study: Study, cells: list[Cell], done: Rows) -> bool:
   return all(
     winner(study, cell, done) is not None for cell in cells
   ) and not any(True for _ in remaining(study, cells, done))
+
+
+def _landscape(study: Study, cell: Cell, seed: int) -> Landscape | None:
+  """What is drawn of a final run, if it is among the chosen ones."""
+  options = study.landscape
+  if options is None or seed != options.seed:
+    return None
+  chosen = options.methods or study.labels
+  return options if cell.label in chosen else None
 
 
 def _tuples(value: Any) -> Any:

@@ -5,7 +5,7 @@ a batch: the steps are kept from one run to the next, over seeds, and over a
 grid's points where what is tuned is no constant of the step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -15,8 +15,7 @@ import jax
 from train import diagnostics, methods, step
 from train.assemble import Prepared
 from train.config import Config
-from train.study import measure
-from train.study.spec import Sharpness
+from train.study import landscapes, measure, plan
 
 _KEPT = 2
 # What no trained model differs in: how it came to its weights.
@@ -33,6 +32,7 @@ class Programs:
     predict: `(variables, evaluated, batch)` to the items.
     measure: of `study.measure.make`, if there is something to measure.
     diagnose: of `diagnostics.make`, if the configuration asks for it.
+    draw: of `landscapes.make`, if there is a landscape to draw.
   """
 
   step: Callable[..., Any]
@@ -40,28 +40,23 @@ class Programs:
   predict: Callable[..., Any]
   measure: measure.Measure | None
   diagnose: Callable[..., Any] | None
+  draw: landscapes.Draw | None
 
 
 Kept = dict[Any, Any]
 """Compiled functions by what decides them, the latest last."""
 
 
-def of(
-  prepared: Prepared,
-  tuned: Mapping[str, Any],
-  options: Sharpness | None,
-  kept: Kept,
-) -> Programs:
+def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
   """The functions of a run, from those that are kept if they are there.
 
   Args:
-    prepared: the run.
-    tuned: fields of its configuration that other runs will have otherwise.
-    options: of what is to be measured.
+    prepared: what there is before the first step.
+    run: whose point other runs will have otherwise; and what it measures.
     kept: is changed: the functions of a few runs are held.
   """
   names = tuple(
-    name for name, value in tuned.items() if isinstance(value, float)
+    name for name, value in run.point.items() if isinstance(value, float)
   )
   traced = _keep(
     kept,
@@ -69,6 +64,7 @@ def of(
     lambda: _traceable(prepared, names),
   )
   same = _same(prepared, (*_OF_STEPS, *traced))
+  options, landscape = run.sharpness, run.landscape
   return Programs(
     step=_keep(
       kept,
@@ -85,7 +81,9 @@ def of(
     measure=None
     if options is None
     else _keep(
-      kept, ("measure", options, same), lambda: _measure(prepared, options)
+      kept,
+      ("measure", options, same),
+      lambda: _in_kernels(measure.make, prepared, options),
     ),
     diagnose=None
     if not prepared.config.diagnose_every
@@ -93,6 +91,13 @@ def of(
       kept,
       ("diagnose", same),
       lambda: diagnostics.make(prepared.method, prepared.data.objective),
+    ),
+    draw=None
+    if landscape is None
+    else _keep(
+      kept,
+      ("draw", landscape, same),
+      lambda: _in_kernels(landscapes.make, prepared, landscape),
     ),
   )
 
@@ -152,14 +157,17 @@ def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(name for name in names if len(names) > 1 and goes((name,)))
 
 
-def _measure(prepared: Prepared, options: Sharpness) -> measure.Measure:
+def _in_kernels(
+  make: Callable[..., Any], prepared: Prepared, options: Any
+) -> Callable[..., Any]:
+  """What is measured in the space of the kernels that have adapters."""
   adapted = prepared.method.adapted
   if adapted is None:
     # The full space is that of the kernels which adapters would be put on.
     plain = dataclasses.replace(prepared.config, method="lora")
     adapted = _build(prepared, plain).adapted
   assert adapted is not None
-  return measure.make(
+  return make(
     prepared.method,
     prepared.model,
     list(adapted.targets),

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from train.errors import UsageError
-from train.study import plan, record, training
+from train.study import drawn, plan, record, training
 from train.study.spec import Cell, Study
 
 _POLL_SECONDS = 2.0
@@ -43,7 +43,12 @@ def work(
         if not claimed or run.key in load(study):
           continue
         row = _run(study, run, kept)
-        record.append(study.folder / record.RUNS, row)
+        landscape = row.pop("landscape", {})
+        if run.landscape is not None:
+          record.append(study.folder / drawn.FILE, drawn.row(run, landscape))
+        # One that is there was made again for its landscape alone.
+        if run.key not in _rows(study):
+          record.append(study.folder / record.RUNS, row)
         print(_line(run, row), flush=True)
         break
     else:
@@ -53,7 +58,20 @@ def work(
 
 
 def load(study: Study) -> dict[str, dict[str, Any]]:
-  """The finished runs by their keys."""
+  """The finished runs by their keys, but those without a landscape due."""
+  done = _rows(study)
+  if study.landscape is None:
+    return done
+  there = drawn.keys(study)
+  for cell in study.cells:
+    for run in plan.known_runs(study, cell, done):
+      row = done.get(run.key)
+      if row and not row["failed"] and drawn.due(run, there):
+        del done[run.key]
+  return done
+
+
+def _rows(study: Study) -> dict[str, dict[str, Any]]:
   return plan.finished(record.read(study.folder / record.RUNS))
 
 

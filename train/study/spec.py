@@ -82,6 +82,7 @@ class Landscape:
     radius: how far, as a share of each filter's norm.
     points: on a line; a plane has its square.
     plane: whether a plane is drawn too.
+    rows: training rows that the loss is a mean over.
   """
 
   methods: tuple[str, ...] = ()
@@ -89,6 +90,7 @@ class Landscape:
   radius: float = 1.0
   points: int = 21
   plane: bool = False
+  rows: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +362,11 @@ def _landscape(
   found = _plain("[landscape]", Landscape, row)
   for label in found.methods:
     _label("[landscape] methods", label, labels)
-  _at_least("[landscape]", found, points=2, seed=0)
+  _at_least("[landscape]", found, points=2, seed=0, rows=1)
+  if not 0 < found.radius < math.inf:
+    raise UsageError(
+      f"[landscape] radius is greater than 0; got {found.radius}."
+    )
   return found
 
 

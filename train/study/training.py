@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import assemble, evaluate, loop, step
+from train import assemble, estimators, evaluate, loop, step
 from train import data as data_lib
 from train.assemble import Prepared
 from train.config import Config
@@ -68,7 +68,8 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
     kept: compiled functions of earlier runs, to which its own are added.
 
   Returns:
-    The row of the run.
+    The row of the run; its landscape, if one is to be drawn, is in it as
+    "landscape".
 
   Raises:
     UsageError: if the run cannot be carried out as it was put.
@@ -89,7 +90,7 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
     "seed": config.seed,
     "point": dict(task.point),
     "steps": prepared.steps,
-    "gradients_per_step": gradients_per_step(task.config),
+    "gradients_per_step": estimators.gradients(task.config),
     "rows": prepared.data.rows,
     "metric": prepared.data.metric,
     "data": digest(prepared.data),
@@ -129,22 +130,6 @@ def digest(data: data_lib.Data) -> str:
   return found.hexdigest()[:16]
 
 
-def gradients_per_step(config: Config) -> float | None:
-  """Gradients over a batch that a step takes; None if that is not known."""
-  one = ("lora", "bilora", "dual_lora", "lora_plus", "obar", "nbar", "rwp")
-  one += ("rwp_full", "rop", "s2sam", "flat_lora", "full", "head")
-  two = ("lora_sam", "lora_asam", "lora_full_sam", "wsam", "full_sam")
-  if config.method in one:
-    return 1.0
-  if config.method in two:
-    return 2.0
-  if config.method == "looksam":
-    return 1 + 1 / config.sam_every
-  if config.method == "esam":
-    return 1 + config.sample_fraction
-  return None
-
-
 def correct_rows(packed: str, rows: int) -> np.ndarray:
   """Which rows were right, `[rows]` bool, from the text of a row."""
   bits = np.frombuffer(base64.b64decode(packed), np.uint8)
@@ -152,7 +137,7 @@ def correct_rows(packed: str, rows: int) -> np.ndarray:
 
 
 def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
-  compiled = programs.of(prepared, task.point, task.sharpness, kept)
+  compiled = programs.of(prepared, task, kept)
   try:
     trained = _train(prepared, compiled)
   except RunError as error:
@@ -178,6 +163,8 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
       start = time.perf_counter()
       found["sharpness"] = _measured(task, prepared, compiled, trained)
       found["sharpness_seconds"] = time.perf_counter() - start
+    if compiled.draw is not None:
+      found["landscape"] = _drawn(task, prepared, compiled, trained)
   return found
 
 
@@ -296,15 +283,35 @@ def _measured(
 ) -> dict[str, Any]:
   options = task.sharpness
   assert compiled.measure is not None and options is not None
-  rows = measure.batches(
-    prepared.data, options.rows, prepared.config.batch_size
-  )
+  rows = _rows(prepared, options.rows)
   found = compiled.measure(
     prepared.variables,
     trained.last if options.at == "last" else trained.best,
     rows,
     jax.random.key(prepared.config.seed),
   )
+  return _lists(found)
+
+
+def _drawn(
+  task: plan.Run, prepared: Prepared, compiled: Programs, trained: Trained
+) -> dict[str, Any]:
+  assert compiled.draw is not None and task.landscape is not None
+  return _lists(
+    compiled.draw(
+      prepared.variables,
+      trained.last,
+      _rows(prepared, task.landscape.rows),
+      jax.random.key(prepared.config.seed),
+    )
+  )
+
+
+def _rows(prepared: Prepared, count: int) -> Any:
+  return measure.batches(prepared.data, count, prepared.config.batch_size)
+
+
+def _lists(found: Any) -> Any:
   return jax.tree.map(
     lambda x: np.asarray(x).astype(float).tolist(), jax.device_get(found)
   )

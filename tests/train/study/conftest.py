@@ -14,7 +14,10 @@ from train.study import spec
 def tables(
   tiny_model: pathlib.Path, data_dir: pathlib.Path
 ) -> Callable[..., dict[str, Any]]:
-  """The tables of a study, as TOML has them; `tables(folder, **others)`."""
+  """The tables of a study, as TOML has them; `tables(folder, **others)`.
+
+  Those of others that are None are left out.
+  """
   found = {
     "study": {"name": "tiny", "seeds": [0, 1], "reference": "LoRA"},
     "defaults": {
@@ -40,7 +43,7 @@ def tables(
       },
     ],
     "tuning": {"trials": 2, "seeds": [100]},
-    "sharpness": {"rows": 16, "radii": [0.1, 1], "low_rank": 2},
+    "sharpness": {"rows": 16, "radii": [0.1, 1], "average": 0, "low_rank": 0},
     "recovery": {"reference": "LoRA", "target": "Bi-LoRA"},
     "landscape": {"methods": ["LoRA"], "points": 3, "rows": 16},
   }
@@ -48,7 +51,7 @@ def tables(
   def make(folder: pathlib.Path, **others: Any) -> dict[str, Any]:
     own = copy.deepcopy(found) | others
     own["study"]["folder"] = str(folder)
-    return own
+    return {name: table for name, table in own.items() if table is not None}
 
   return make
 

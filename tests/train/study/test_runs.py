@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_the_final_runs_are_at_the_point_of_the_best_mean(done):
   assert all(row["config"]["rho"] == best["rho"] for row in finals)
   # Ties: the first.
   for score, wanted in ((0.0, 0), (1.0, 0), (2.0, 1)):
-    trials = {
+    trials: dict[str, Any] = {
       run.key: {"score": 1.0 if run.point == cell.grid[0] else score}
       for run in plan.trials(own, cell)
     }

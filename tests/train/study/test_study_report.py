@@ -5,21 +5,36 @@ import json
 
 import pytest
 
-from train.study import plan, record, report, tables
+from train.study import plan, plots, record, report
 from train.study.main import main
+
+METHODS = [
+  {"name": "LoRA", "method": "lora"},
+  {"name": "Bi-LoRA", "method": "bilora", "tune": {"rho": [0.05, 0.5]}},
+]
 
 
 def _row(run, score, **others):
   config = dataclasses.asdict(run.config)
   row = {
-    **{"key": run.key, "label": run.cell.label, "task": run.cell.task},
-    **{"stage": run.stage, "seed": run.config.seed, "point": dict(run.point)},
-    **{"failed": None, "score": score, "metric": "accuracy", "config": config},
+    "key": run.key,
+    "label": run.cell.label,
+    "task": run.cell.task,
+    "stage": run.stage,
+    "seed": run.config.seed,
+    "point": dict(run.point),
+    "failed": None,
+    "score": score,
+    "metric": "accuracy",
+    "config": config,
     "sharpness_options": None,
-    **{"step_seconds": 0.2, "gradients_per_step": 1.0},
+    "step_seconds": 0.2,
+    "gradients_per_step": 1.0,
     "validation": {"best": {"accuracy": score, "loss": 0.5}},
     "curves": {"loss": [[1, 0.7], [2, 0.5]], "turnover": [[1, 0.1], [2, None]]},
-    **{"machine": "one", "jax": "0", "date": "2026-01-01"},
+    "machine": "one",
+    "jax": "0",
+    "date": "2026-01-01",
   }
   if run.stage == "final":
     place = float(run.cell.label != "LoRA")
@@ -39,9 +54,17 @@ def made(study, tmp_path):
   for cell in own.cells:
     for i, run in enumerate(plan.trials(own, cell)):
       done[run.key] = _row(run, 0.5 + 0.1 * i)
-    for run in plan.finals(own, cell, plan.winner(own, cell, done)):
+    point = plan.winner(own, cell, done)
+    assert point is not None
+    for run in plan.finals(own, cell, point):
       done[run.key] = _row(run, 0.7 + 0.1 * run.config.seed)
   return own, list(done.values())
+
+
+@pytest.fixture
+def unplotted(monkeypatch):
+  """For tests of what the tables say."""
+  monkeypatch.setattr(plots, "figures", lambda *_: {})
 
 
 def _write(own, rows):
@@ -59,6 +82,7 @@ def _cells(text, table, label):
   return [cell.strip() for cell in row.strip("|").split("|")]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_the_numbers_are_those_of_the_rows(made):
   text = _write(*made)
   own = _cells(text, "method | n | test accuracy, %", "Bi-LoRA")
@@ -90,21 +114,30 @@ def test_a_report_is_a_function_of_the_rows(made):
   assert written() == first
 
 
+def test_an_unfinished_study_is_plotted(made):
+  own, rows = made
+  # Tuning alone, and a single seed of each method.
+  assert "-tuning.svg" in _write(own, [rows[2]])
+  assert "-sharpness.svg" in _write(own, [rows[0], *rows[2:5]])
+
+
+@pytest.mark.usefixtures("unplotted")
 def test_an_unfinished_study_is_told_of_with_what_is_missing(made):
   own, rows = made
   empty = _write(own, [])
   assert "0 of 6 runs are finished." in empty
   assert "- Bi-LoRA/snippets: 0 of 4, to be tuned" in empty
   assert _cells(empty, "method | n | test", "LoRA")[1:] == ["0 of 2"] + [""] * 9
-  for count in range(1, len(rows)):
-    text = _write(own, rows[:count])
-    assert f"{count} of 6 runs are finished." in text
+  for count in range(1, 5):
+    assert f"{count} of 6 runs are" in _write(own, rows[:count])
+  text = _write(own, rows[:5])
   # Bi-LoRA has one seed of two: no interval, and one pair.
   assert _cells(text, "method | n | test", "Bi-LoRA")[1:5] == [
     *("1 of 2", "71.00", "+1.00", "1.000")
   ]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_a_run_that_broke_off_is_told_of_and_in_no_mean(made):
   own, rows = made
   rows[-1] |= {"failed": "the loss is not finite", "score": None}
@@ -118,12 +151,14 @@ def test_a_run_that_broke_off_is_told_of_and_in_no_mean(made):
   ]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_rows_of_another_study_do_not_count(made):
   own, rows = made
   rows[0]["config"]["epochs"] = 7
   assert "5 of 6 runs are finished." in _write(own, rows)
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_a_loss_that_is_not_finite_is_told_of_beside_the_mean(made):
   own, rows = made
   rows[0]["sharpness"]["full"]["one_step"]["rise"][1] = None
@@ -131,20 +166,30 @@ def test_a_loss_that_is_not_finite_is_told_of_beside_the_mean(made):
   assert found[3] == "2.0 (1 not finite)"
 
 
-def test_the_methods_of_the_share_are_named(made, study, tmp_path):
+@pytest.mark.usefixtures("unplotted")
+def test_a_share_says_when_it_is_not_defined(made, study):
   own, rows = made
-  text = _write(own, rows)
-  # There is no other method than the two that the share is between.
-  assert "### Recovered share" in text and "S of Bi-LoRA" in text
-  assert tables.shares(dataclasses.replace(own, recovery=None), {}) == []
+  # One seed: nobody knows whether the target is flatter.
+  method = {"name": "other", "method": "lora_sam", "seeds": [0]}
+  more = study(own.folder, landscape=None, method=[*METHODS, method])
+  (run,) = plan.finals(more, more.cells[-1], {})
+  row = _row(run, 0.7)
+  row["sharpness"]["full"]["one_step"]["rise"] = [0.182, None]
+  text = _write(more, [*rows, row])
+  share = text.split("### Recovered share")[1]
+  # (0.207 - 0.182) / (0.207 - 0.107), and no value at the other radius.
+  assert _cells(share, "method | n | radius", "other") == [
+    *("other", "1", "0.25 *not defined*", "")
+  ]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_report_runs_nothing(made, tables, tmp_path, capsys):
   own, rows = made
   _write(own, rows[:2])
   (own.folder / report.REPORT).unlink()
   path = tmp_path / "study.toml"
-  path.write_text(_toml(tables(own.folder, landscape={})))
+  path.write_text(_toml(tables(own.folder, landscape=None)))
   before = (own.folder / record.RUNS).read_bytes()
   assert main([str(path), "--report"]) == 0
   assert "2 of 6" in (own.folder / report.REPORT).read_text()

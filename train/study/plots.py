@@ -1,0 +1,444 @@
+"""The plots of a study, from its rows alone: small SVGs, the same each time."""
+
+from collections.abc import Collection, Mapping, Sequence
+import io
+import itertools
+import pathlib
+import re
+import textwrap
+from typing import Any
+
+import matplotlib
+from matplotlib import axes as mpl_axes
+from matplotlib import figure
+from matplotlib import lines as mpl_lines
+import numpy as np
+
+from train import journal
+from train.study import estimates, tables
+from train.study.results import Result
+from train.study.spec import Study
+
+Results = Mapping[str, Result]
+Figure = figure.Figure
+
+_GREY = "#b8b8b8"
+# Wong's colours, that the colour-blind tell apart.
+_COLOURS = (
+  *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+  *("#000000", "#f0e442"),
+)
+_STYLE: Any = {
+  "svg.hashsalt": "bilora_jax",
+  "svg.fonttype": "none",
+  "font.size": 9,
+  "axes.titlesize": 9,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "legend.frameon": False,
+}
+
+
+def save(canvas: Figure, path: pathlib.Path) -> None:
+  """Writes an SVG whose bytes depend on what is drawn alone.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  text = io.StringIO()
+  with matplotlib.rc_context(_STYLE):
+    nothing = dict.fromkeys(("Date", "Creator"))
+    canvas.savefig(text, format="svg", metadata=nothing)
+  # A hundredth of a point is not to be seen, and is half of a file.
+  short = re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue())
+  journal.write_atomically(path, short)
+
+
+def figures(
+  study: Study, results: Results, landscapes: Mapping[str, Any]
+) -> dict[str, Figure]:
+  """The plots of a task by their names, those that there are rows for.
+
+  Args:
+    study: the study.
+    results: of the task, by the method.
+    landscapes: rows of `drawn`, by the method.
+  """
+  with matplotlib.rc_context(_STYLE):
+    found = {
+      "accuracy": accuracy(study, results),
+      "sharpness": sharpness(study, results),
+      "curves": curves(study, results),
+      "diagnostics": diagnostics(study, results),
+      "tuning": tuning(study, results),
+      "landscape": line(study, landscapes),
+      "plane": plane(study, landscapes),
+    }
+  return {name: canvas for name, canvas in found.items() if canvas is not None}
+
+
+def accuracy(study: Study, results: Results) -> Figure | None:
+  """The test metric of each method beside what a step of it costs."""
+  name = tables.metric(results)
+  factor, sign = tables.unit(name)
+  found = {
+    label: result
+    for label, result in results.items()
+    if result.of("test", name)
+  }
+  if not found:
+    return None
+
+  def mean(label: str, *names: str | int) -> estimates.Estimate:
+    value = estimates.mean(list(found[label].of(*names).values()))
+    assert value is not None
+    return value
+
+  def order(label: str) -> tuple[float, float]:
+    gradients = mean(label, "gradients_per_step").mean
+    return -gradients, mean(label, "test", name).mean
+
+  # Few gradients at the top, and among equals the best.
+  labels = sorted(found, key=order)
+  colours = _colours(study, results)
+  canvas = _canvas(7.2, 0.9 + 0.24 * len(labels))
+  left, right = canvas.subplots(
+    1, 2, sharey=True, gridspec_kw={"width_ratios": [2, 1]}
+  )
+  times = (
+    mean(study.reference, "step_seconds")
+    if (study.reference in found)
+    else None
+  )
+  for y, label in enumerate(labels):
+    own = mean(label, "test", name)
+    colour = colours.get(label, "#777777")
+    left.errorbar(
+      own.mean * factor,
+      y,
+      xerr=None if own.half is None else own.half * factor,
+      fmt="o",
+      color=colour,
+      markersize=4,
+      capsize=2,
+    )
+    gradients = mean(label, "gradients_per_step").mean
+    right.barh(y, gradients, height=0.6, color=colour, alpha=0.25)
+    if times is not None:
+      ratio = mean(label, "step_seconds").mean / times.mean
+      right.plot(ratio, y, "o", color=colour, markersize=4)
+  if study.reference in found:
+    base = mean(study.reference, "test", name).mean * factor
+    left.axvline(base, color=_GREY, linewidth=0.8, zorder=0)
+  left.set_yticks(range(len(labels)), labels)
+  left.set(xlabel=f"test {name.replace('_', ' ')}{sign}, 95%")
+  right.set(
+    xlabel="bar: gradients a step\ndot: a step's time, over\n"
+    + _wrapped(f"{study.reference}'s"),
+    xlim=(0, None),
+  )
+  for axes in (left, right):
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_axisbelow(True)
+  right.tick_params(axis="y", length=0)
+  return canvas
+
+
+def sharpness(study: Study, results: Results) -> Figure | None:
+  """The rise of the loss against the radius, a panel for each direction."""
+  if study.sharpness is None:
+    return None
+  radii = study.sharpness.radii
+  panels = {}
+  for key, title in tables.DIRECTIONS.items():
+    lines = {
+      label: [
+        estimates.mean(list(tables.rises(result, *key, i).values()))
+        for i in range(len(radii))
+      ]
+      for label, result in results.items()
+    }
+    lines = {label: line for label, line in lines.items() if all(line)}
+    if lines:
+      panels[title] = lines
+  if not panels:
+    return None
+  colours = _colours(study, results)
+  canvas, grid = _panels(len(panels))
+  for axes, (title, lines) in zip(grid, panels.items()):
+    for label, line in _last_coloured(lines, colours):
+      middle = np.array([point.mean for point in line])
+      half = np.array([point.half or 0.0 for point in line])
+      _band(axes, radii, middle, half, colours.get(label), "o")
+    positive = all(p.mean > 0 for line in lines.values() for p in line)
+    axes.set_xscale("log")
+    axes.set_xticks(radii, [f"{radius:g}" for radius in radii], minor=False)
+    axes.minorticks_off()
+    if positive:
+      axes.set_yscale("log")
+    axes.set(title=_wrapped(title), xlabel="radius")
+  _label_rows(grid, "rise of the loss, nats")
+  _legend(canvas, colours, [label for x in panels.values() for label in x])
+  return canvas
+
+
+def curves(study: Study, results: Results) -> Figure | None:
+  """The losses and metrics logged in training, means over seeds."""
+  name = tables.metric(results)
+  titles = {
+    "loss": "training loss, nats",
+    "validation_loss": "validation loss, nats",
+    f"validation_{name}": f"validation {name.replace('_', ' ')}",
+  }
+  return _curves(study, results, titles, bands=False)
+
+
+def diagnostics(study: Study, results: Results) -> Figure | None:
+  """What else was logged: of the auxiliary, mostly; means over seeds."""
+  known = ("loss", "accuracy")
+  names = {
+    name
+    for result in results.values()
+    for row in result.finals.values()
+    for name in row["curves"]
+    if name not in known and not name.startswith("validation_")
+  }
+  titles = {
+    "c_over_rho": "c / rho, before the clip",
+    "clip_factor": "the clip's factor",
+    "cosine_present": "cosine with the gradient at the perturbed weights",
+    "cosine_sam": "cosine with the gradient at the weights alone",
+    "overlap_gradient": "overlap with the gradient's top directions",
+    "overlap_primary": "overlap with the primary",
+    "turnover": "turnover since the last",
+  }
+  shown = {k: title for k, title in titles.items() if k in names}
+  shown |= {name: name for name in sorted(names - set(titles))}
+  return _curves(study, results, shown, bands=True)
+
+
+def tuning(study: Study, results: Results) -> Figure | None:
+  """The validation score of each point that was tried."""
+  tuned = {
+    label: result
+    for label, result in results.items()
+    if any(scores for _, scores in result.trials)
+  }
+  if not tuned:
+    return None
+  name = tables.metric(results)
+  factor, sign = tables.unit(name)
+  canvas, grid = _panels(len(tuned), sharey=True)
+  for axes, (label, result) in zip(grid, tuned.items()):
+    _grid(axes, result, factor)
+    axes.set(title=_wrapped(label))
+  _label_rows(grid, f"validation {name.replace('_', ' ')}{sign}")
+  return canvas
+
+
+def line(study: Study, found: Mapping[str, Any]) -> Figure | None:
+  """The loss along one direction, of each method that was drawn."""
+  if not found:
+    return None
+  colours = _colours(study, found)
+  canvas, (axes,) = _panels(1)
+  for label, row in _last_coloured(found, colours):
+    losses = np.asarray(row["line"], float)
+    axes.plot(row["steps"], losses, color=colours.get(label, _GREY))
+  axes.set(xlabel="step, in the filters' norms", ylabel="loss, nats")
+  _legend(canvas, colours, list(found))
+  return canvas
+
+
+def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
+  """The loss over two directions, a panel for each method, equal levels."""
+  planes = {label: row for label, row in found.items() if "plane" in row}
+  if not planes:
+    return None
+  values = {k: np.asarray(row["plane"], float) for k, row in planes.items()}
+  finite = [x[np.isfinite(x)] for x in values.values()]
+  if not all(x.size for x in finite):
+    return None
+  low = min(x.min() for x in finite)
+  # Of the flattest: what is above in the others is left white.
+  high = min(x.max() for x in finite)
+  levels = np.linspace(low, high if high > low else low + 1.0, 12)
+  canvas, grid = _panels(len(planes), sharey=True)
+  for axes, (label, row) in zip(grid, planes.items()):
+    steps = row["steps"]
+    filled = axes.contourf(
+      steps, steps, values[label].T, levels, cmap="viridis"
+    )
+    axes.set(title=_wrapped(label), aspect="equal")
+    if axes is grid[-1]:
+      canvas.colorbar(filled, ax=grid, label="loss, nats", shrink=0.8)
+  return canvas
+
+
+def highlighted(study: Study, labels: Collection[str]) -> list[str]:
+  """Labels to be told apart: the reference, the target, the first Bi-LoRA."""
+  chosen = [study.reference]
+  if study.recovery is not None:
+    chosen += [study.recovery.reference, study.recovery.target]
+  chosen += [x.label for x in study.cells if x.config.method == "bilora"][:1]
+  return [label for label in dict.fromkeys(chosen) if label in labels]
+
+
+def _colours(study: Study, results: Mapping[str, Any]) -> dict[str, str]:
+  """Colours by label: of all methods if they are few, else of some.
+
+  Those of the highlighted are the same in all plots.
+  """
+  chosen = highlighted(study, study.labels)
+  others = [label for label in results if label not in chosen]
+  if len(chosen) + len(others) <= len(_COLOURS):
+    chosen += others
+  found = dict(zip(chosen, _COLOURS))
+  return {label: found[label] for label in found if label in results}
+
+
+def _curves(
+  study: Study, results: Results, titles: Mapping[str, str], bands: bool
+) -> Figure | None:
+  panels = {}
+  for name, title in titles.items():
+    lines = {label: _curve(x, name) for label, x in results.items()}
+    lines = {label: x for label, x in lines.items() if len(x[0]) > 1}
+    if lines:
+      panels[title] = lines
+  if not panels:
+    return None
+  every = dict.fromkeys(label for lines in panels.values() for label in lines)
+  colours = _colours(study, every)
+  banded = highlighted(study, every) if bands else []
+  canvas, grid = _panels(len(panels))
+  for axes, (title, lines) in zip(grid, panels.items()):
+    for label, (steps, middle, half) in _last_coloured(lines, colours):
+      width = half if label in banded else np.zeros_like(half)
+      _band(axes, steps, middle, width, colours.get(label))
+    axes.set(title=_wrapped(title), xlabel="step")
+  _legend(canvas, colours, list(every))
+  return canvas
+
+
+def _curve(result: Result, name: str) -> tuple[list[float], Any, Any]:
+  """Steps that all seeds have a value of, the means and half intervals."""
+  of_seeds = [
+    {step: value for step, value in row["curves"][name] if value is not None}
+    for row in result.finals.values()
+    if name in row["curves"]
+  ]
+  if not of_seeds:
+    return [], [], []
+  steps = sorted(set.intersection(*map(set, of_seeds)))
+  found = [
+    estimates.mean([curve[step] for curve in of_seeds]) for step in steps
+  ]
+  known = [x for x in found if x is not None]
+  middle = np.array([x.mean for x in known])
+  return steps, middle, np.array([x.half or 0.0 for x in known])
+
+
+def _grid(axes: mpl_axes.Axes, result: Result, factor: float) -> None:
+  """The scores of a grid along its first field, a line for each of the rest."""
+  first, *others = result.cell.grid[0]
+  numbers = all(
+    isinstance(point[first], (int, float)) for point, _ in result.trials
+  )
+  lines: dict[str, list[tuple[Any, list[float]]]] = {}
+  for point, rows in result.trials:
+    scores = [row["score"] * factor for row in rows if row["score"] is not None]
+    rest = tables.text({name: point[name] for name in others})
+    if scores:
+      lines.setdefault(rest, []).append((point[first], scores))
+  for colour, (rest, points) in zip(itertools.cycle(_COLOURS), lines.items()):
+    x = [value if numbers else str(value) for value, _ in points]
+    for at, (_, scores) in zip(x, points):
+      axes.plot([at] * len(scores), scores, ".", color=colour, alpha=0.4)
+    means = [np.mean(scores) for _, scores in points]
+    axes.plot(x, means, "o-", color=colour, markersize=4, label=rest)
+  if numbers and all(point[first] > 0 for point, _ in result.trials):
+    values = sorted({point[first] for point, _ in result.trials})
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+  axes.set(xlabel=first.replace("_", " "))
+  if others:
+    axes.legend(fontsize=7)
+
+
+def _canvas(width: float, height: float) -> Figure:
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _wrapped(text: str) -> str:
+  return textwrap.fill(text, 32)
+
+
+def _panels(
+  count: int, sharey: bool = False
+) -> tuple[Figure, list[mpl_axes.Axes]]:
+  """As many axes, in rows of up to four."""
+  columns = min(count, 4) if count != 5 else 3
+  rows = -(-count // columns)
+  canvas = _canvas(max(2.6 * columns, 4.4), 2.5 * rows if count > 1 else 3.2)
+  grid = canvas.subplots(rows, columns, squeeze=False, sharey=sharey)
+  flat = [axes for row in grid for axes in row]
+  for axes in flat[count:]:
+    axes.remove()
+  return canvas, flat[:count]
+
+
+def _band(
+  axes: mpl_axes.Axes,
+  x: Sequence[float],
+  middle: Any,
+  half: Any,
+  colour: str | None,
+  marker: str = "",
+) -> None:
+  """A line with its interval; thin, grey and alone if it has no colour."""
+  if colour is None:
+    axes.plot(x, middle, color=_GREY, linewidth=0.7)
+    return
+  axes.plot(x, middle, color=colour, marker=marker, markersize=3)
+  if np.any(half):
+    axes.fill_between(
+      x, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0
+    )
+
+
+def _last_coloured(
+  lines: Mapping[str, Any], colours: Mapping[str, str]
+) -> list[tuple[str, Any]]:
+  """Grey lines first, for the others to lie over them."""
+  return sorted(lines.items(), key=lambda item: item[0] in colours)
+
+
+def _label_rows(grid: Sequence[mpl_axes.Axes], text: str) -> None:
+  for axes in grid:
+    place = axes.get_subplotspec()
+    if place is not None and place.is_first_col():
+      axes.set_ylabel(text)
+
+
+def _legend(
+  canvas: Figure, colours: Mapping[str, str], labels: Sequence[str]
+) -> None:
+  """Below the panels: who has which colour, and that the rest is grey."""
+  shown = [label for label in colours if label in labels]
+  handles: list[Any] = [
+    mpl_lines.Line2D([], [], color=colours[label], label=label)
+    for label in shown
+  ]
+  rest = len(set(labels) - set(shown))
+  if rest:
+    handles.append(
+      mpl_lines.Line2D([], [], color=_GREY, label=f"{rest} others")
+    )
+  # 0.07 inches a letter, and half an inch of line.
+  longest = max(len(handle.get_label()) for handle in handles)
+  columns = max(1, int(canvas.get_figwidth() / (0.07 * longest + 0.6)))
+  canvas.legend(
+    handles=handles, loc="outside lower center", ncols=columns, frameon=False
+  )

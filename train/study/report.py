@@ -1,0 +1,122 @@
+"""The report of a study: tables and plots, of what is finished by now."""
+
+import pathlib
+import re
+from typing import Any
+
+from train import journal
+from train.study import drawn, plan, plots, record, results, tables
+from train.study.results import Result, Results
+from train.study.spec import Study
+
+REPORT = "report.md"
+PLOTS = "plots"
+
+
+def write(study: Study) -> pathlib.Path:
+  """Writes `report.md` and `plots/` into the folder of a study.
+
+  They are a function of the study and of its rows alone.
+
+  Returns:
+    The path of the report.
+
+  Raises:
+    UsageError: if the rows cannot be read.
+    OSError: if it cannot be written.
+  """
+  done = plan.finished(record.read(study.folder / record.RUNS))
+  found = results.collect(study, done)
+  lines_of = drawn.collect(study, found, record.read(study.folder / drawn.FILE))
+  folder = study.folder / PLOTS
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = _head(study, found)
+  for task, of_task in found.items():
+    pictures = _pictures(study, task, of_task, lines_of.get(task, {}), folder)
+    lines += ["", f"## {task}", "", *_task(study, of_task, pictures)]
+  path = study.folder / REPORT
+  journal.write_atomically(path, "\n".join([*lines, ""]))
+  return path
+
+
+def _head(study: Study, found: Results) -> list[str]:
+  every = [result for of_task in found.values() for result in of_task.values()]
+  finished = sum(result.finished for result in every)
+  planned = sum(result.planned for result in every)
+  lines = [f"# {study.name}", "", f"{finished} of {planned} runs are finished."]
+  missing = [
+    f"- {result.cell.name}: {result.finished} of {result.planned}"
+    + ("" if result.point is not None else ", to be tuned")
+    for result in every
+    if result.finished < result.planned
+  ]
+  if missing:
+    lines += ["", "Missing:", "", *missing]
+  rows = [row for result in every for row in result.finals.values()]
+  made = sorted({f"{row['machine']}, JAX {row['jax']}" for row in rows})
+  dates = sorted({row["date"] for row in rows})
+  if made:
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    lines += ["", f"{span}; {'; '.join(made)}."]
+  broken = tables.failures(every)
+  if broken:
+    lines += ["", "Broke off, and are in no mean:", "", *broken]
+  return lines
+
+
+def _task(
+  study: Study, found: dict[str, Result], pictures: dict[str, str]
+) -> list[str]:
+  def picture(name: str) -> list[str]:
+    return ["", pictures[name]] if name in pictures else []
+
+  lines = tables.accuracy(study, found)
+  lines += ["", tables.accuracy_note(study, found), *picture("accuracy")]
+  sharp = {
+    key: tables.sharpness(study, found, *key) for key in tables.DIRECTIONS
+  }
+  if any(sharp.values()):
+    assert study.sharpness is not None
+    lines += [
+      "",
+      "### Sharpness",
+      "",
+      f"Rise of the loss of {study.sharpness.rows} training rows, in nats, at "
+      f"the {study.sharpness.at} weights; ± is the 95% t-interval over seeds.",
+      *picture("sharpness"),
+    ]
+    for key, table in sharp.items():
+      if table:
+        lines += ["", f"{tables.DIRECTIONS[key]}:".capitalize(), "", *table]
+  shares = tables.shares(study, found)
+  if shares:
+    lines += ["", "### Recovered share", "", *shares]
+    lines += ["", tables.shares_note(study)]
+  if "curves" in pictures or "diagnostics" in pictures:
+    lines += ["", "### Training", *picture("curves"), *picture("diagnostics")]
+  if "landscape" in pictures or "plane" in pictures:
+    lines += ["", "### Landscapes", *picture("landscape"), *picture("plane")]
+    lines += ["", drawn.note(study)]
+  lines += ["", "### Tuning", "", *tables.tuning(found)]
+  lines += ["", tables.tuning_note(study), *picture("tuning")]
+  return lines
+
+
+def _pictures(
+  study: Study,
+  task: str,
+  found: dict[str, Result],
+  landscapes: dict[str, Any],
+  folder: pathlib.Path,
+) -> dict[str, str]:
+  """The Markdown of each plot that there is something for, by its name."""
+  links = {}
+  for name, canvas in plots.figures(study, found, landscapes).items():
+    file = f"{_slug(task)}-{name}.svg"
+    plots.save(canvas, folder / file)
+    links[name] = f"![{name}]({PLOTS}/{file})"
+  return links
+
+
+def _slug(name: str) -> str:
+  return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

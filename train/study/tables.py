@@ -1,0 +1,357 @@
+"""The tables of a study, in Markdown, from its rows alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.study import estimates
+from train.study.estimates import Estimate
+from train.study.results import Result
+from train.study.spec import Study
+
+DIRECTIONS = {
+  ("full", "one_step"): "one step along the gradient, merged weights",
+  ("full", "low_rank"): "the worst low-rank step, merged weights",
+  ("full", "average"): "the mean of random directions, merged weights",
+  ("lora", "one_step"): "one step along the gradient, primary's factors",
+}
+"""What is measured at the end of a run, by where it is in a row."""
+
+_UNITS = {"perplexity": (1.0, "")}
+
+
+def unit(metric: str) -> tuple[float, str]:
+  """What to multiply a metric by, and what follows its name."""
+  return _UNITS.get(metric, (100.0, ", %"))
+
+
+def metric(results: Mapping[str, Result]) -> str:
+  """The metric of a task; "score" while there is no row."""
+  for result in results.values():
+    rows = [*result.finals.values(), *(r for _, t in result.trials for r in t)]
+    for row in rows:
+      return row["metric"]
+  return "score"
+
+
+def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
+  """The test metric of each method, and its difference to the reference's."""
+  name = metric(results)
+  factor, sign = unit(name)
+  reference = results.get(study.reference)
+  others = [label for label in results if label != study.reference]
+  paired = {
+    label: [] if reference is None else _paired(results[label], reference, name)
+    for label in others
+  }
+  flips = [estimates.sign_flip(paired[label]) for label in others]
+  corrected = dict(zip(others, estimates.holm(flips)))
+  raw = dict(zip(others, flips))
+  time = None if reference is None else _mean(reference.of("step_seconds"))
+
+  def cells(label: str, result: Result) -> list[str]:
+    differences = paired.get(label, [])
+    own = _mean(result.of("step_seconds"))
+    return [
+      _count(result),
+      _estimate(_mean(result.of("test", name)), factor, 2),
+      _estimate(estimates.mean(differences), factor, 2, signed=True),
+      _p(raw.get(label)),
+      _p(corrected.get(label)),
+      _p(estimates.wilcoxon(differences)),
+      _estimate(_mean(result.of("validation", "best", name)), factor, 2),
+      _estimate(_mean(loss(result)), 1.0, 4),
+      _number(_mean(result.of("gradients_per_step")), 2),
+      "" if not (time and own) else f"{own.mean / time.mean:.2f}",
+    ]
+
+  heads = [
+    "method",
+    "n",
+    f"test {_words(name)}{sign}",
+    f"difference{', points' if sign else ''}",
+    "p",
+    "p, Holm",
+    "p, Wilcoxon",
+    f"validation{sign}",
+    "training loss",
+    "gradients a step",
+    "step time",
+  ]
+  return _table(heads, results, cells)
+
+
+def loss(result: Result) -> dict[int, float]:
+  """The training loss at the end: at the weights alone, if it was measured."""
+  return result.of("sharpness", "loss") or result.of("curves", "loss", -1, 1)
+
+
+def accuracy_note(study: Study, results: Mapping[str, Result]) -> str:
+  """What the table of accuracies says, and what it does not."""
+  reference = results.get(study.reference)
+  counts = sorted(
+    {
+      len(set(result.finals) & set(reference.finals))
+      for label, result in results.items()
+      if reference is not None and label != study.reference
+    }
+    - {0}
+  )
+  attainable = ", ".join(
+    f"{estimates.smallest(n):.3g} of {n} pairs" for n in counts
+  )
+  return (
+    "± is the 95% t-interval over seeds. The difference is that to "
+    f"{study.reference}, paired by the seed, over the seeds that both methods "
+    "have finished. p: exact two-sided "
+    "sign-flip test of the paired differences (Holm: corrected over the "
+    "methods of this table), and Wilcoxon's signed-rank test, exact too"
+    + (f"; the smallest that can be is {attainable}" if attainable else "")
+    + (
+      f". Of more than {estimates.EXACT_PAIRS} pairs {estimates.DRAWS:,} signs "
+      "are drawn instead of all"
+      if counts and counts[-1] > estimates.EXACT_PAIRS
+      else ""
+    )
+    + ". The training loss is that at the end, in nats, "
+    + (
+      f"at the weights alone, on {study.sharpness.rows} training rows. "
+      if study.sharpness
+      else "the mean of the last steps, as they met it. "
+    )
+    + f"The step time is over that of {study.reference}; workers share a "
+    "machine, so a benchmark is what to cite." + _tuned(results)
+  )
+
+
+def _tuned(results: Mapping[str, Result]) -> str:
+  tuned = [label for label, result in results.items() if result.cell.grid]
+  if len(tuned) in (0, len(results)):
+    return ""
+  return (
+    f" Tuned: {'; '.join(tuned)}. The others are not, and have the numbers that"
+    " the study gives them."
+  )
+
+
+def sharpness(
+  study: Study, results: Mapping[str, Result], space: str, direction: str
+) -> list[str]:
+  """The rise of the training loss at each radius, in nats.
+
+  Returns:
+    No line if it was not to be measured.
+  """
+  options = study.sharpness
+  if options is None or space not in options.spaces:
+    return []
+  if not getattr(options, direction, True):
+    return []
+
+  def cells(label: str, result: Result) -> list[str]:
+    found = [rises(result, space, direction, i) for i in range(len(radii))]
+    if space == "lora" and result.finals and not any(found):
+      return [_count(result), *["—"] * len(radii)]
+    return [_count(result), *(rise(x, len(result.finals)) for x in found)]
+
+  def rise(found: Mapping[int, float], count: int) -> str:
+    shown = _estimate(_mean(found), 1.0, None)
+    lacking = count - len(found)
+    return shown + (f" ({lacking} not finite)" if lacking else "")
+
+  radii = options.radii
+  heads = ["method", "n", *(f"radius {radius:g}" for radius in radii)]
+  return _table(heads, results, cells)
+
+
+def rises(
+  result: Result, space: str, direction: str, place: int
+) -> dict[int, float]:
+  """The rise at a radius by the seed."""
+  return result.of("sharpness", space, direction, "rise", place)
+
+
+def shares(study: Study, results: Mapping[str, Result]) -> list[str]:
+  """The recovered share of each method at each radius."""
+  options, recovery = study.sharpness, study.recovery
+  if options is None or recovery is None or "full" not in options.spaces:
+    return []
+  pair = recovery.reference, recovery.target
+  if not set(pair) <= set(results):
+    return []
+
+  def cells(label: str, result: Result) -> list[str]:
+    found = [
+      estimates.recovered(
+        *(
+          rises(x, "full", "one_step", place)
+          for x in (results[pair[0]], result, results[pair[1]])
+        )
+      )
+      for place in range(len(options.radii))
+    ]
+    count = next((share.seeds for share in found if share), 0)
+    return [str(count or ""), *map(_share, found)]
+
+  heads = ["method", "n", *(f"radius {radius:g}" for radius in options.radii)]
+  others = {k: result for k, result in results.items() if k not in pair}
+  return _table(heads, others, cells)
+
+
+def shares_note(study: Study) -> str:
+  """What a recovered share is."""
+  assert study.recovery is not None
+  one, other = study.recovery.reference, study.recovery.target
+  return (
+    f"(S of {one} - S of the method) / (S of {one} - S of {other}), of means "
+    "over the seeds that the three have, with S the rise after one step along "
+    "the gradient in merged weights: 0 is as sharp as the one, 1 as flat as "
+    f"the other. 95%: percentile bootstrap over seeds, {estimates.RESAMPLES:,} "
+    "resamples with seed 0. *Not defined*: the sharpness of "
+    f"{other} is not below that of {one}, by the 95% t-interval of their "
+    "paired difference; the ratio of the means is given all the same."
+  )
+
+
+def tuning(results: Mapping[str, Result]) -> list[str]:
+  """All points that were tried, and which won."""
+  name = metric(results)
+  rows = []
+  for label, result in results.items():
+    for point, trials in result.trials:
+      scores = [row["score"] for row in trials]
+      broken = scores.count(None)
+      found = estimates.mean([x for x in scores if x is not None])
+      rows.append(
+        [
+          label,
+          text(point),
+          str(len(trials)),
+          _number(found, 2, abs(unit(name)[0]))
+          + (f" ({broken} broke off)" if broken else ""),
+          "won" if point == result.point else "",
+        ]
+      )
+  if not rows:
+    return []
+  return _lines(
+    ["method", "point", "n", f"mean validation{unit(name)[1]}", ""], rows
+  )
+
+
+def tuning_note(study: Study) -> str:
+  """The budget, equal for all that are tuned."""
+  if study.tuning is None:
+    return "No method was tuned."
+  seeds = ", ".join(map(str, study.tuning.seeds))
+  return (
+    f"Each tuned method has {study.tuning.trials} points and the seeds {seeds}"
+    ", which no final run has; the best mean on the validation rows wins, the "
+    "first of equals."
+  )
+
+
+def text(point: Mapping[str, Any]) -> str:
+  """A point of a grid, to be read."""
+  return ", ".join(
+    f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    for name, value in point.items()
+  )
+
+
+def failures(results: Iterable[Result]) -> list[str]:
+  """The runs that broke off, a line each."""
+  return [
+    f"- {row['label']} on {row['task']}, {row['stage']}"
+    + (f", {text(row['point'])}" if row["point"] else "")
+    + f", seed {row['seed']}: {row['failed']}"
+    for result in results
+    for row in result.failed
+  ]
+
+
+def _paired(result: Result, reference: Result, name: str) -> list[float]:
+  return estimates.differences(
+    result.of("test", name), reference.of("test", name)
+  )
+
+
+def _mean(values: Mapping[int, float]) -> Estimate | None:
+  return estimates.mean(list(values.values()))
+
+
+def _count(result: Result) -> str:
+  count, wanted = len(result.finals), len(result.cell.seeds)
+  return str(count) if count == wanted else f"{count} of {wanted}"
+
+
+def _estimate(
+  found: Estimate | None,
+  factor: float,
+  digits: int | None,
+  signed: bool = False,
+) -> str:
+  """Mean ± half, of fixed digits or of as many as the half has to show."""
+  if found is None:
+    return ""
+  value = found.mean * factor
+  half = None if found.half is None else found.half * factor
+  if digits is None:
+    digits = _digits(value if not half else min(abs(value), half))
+  shown = f"{value:{'+' if signed else ''}.{digits}f}"
+  return shown if half is None else f"{shown} ± {half:.{digits}f}"
+
+
+def _digits(value: float) -> int:
+  """Digits after the point that show two of a number's own."""
+  if not value:
+    return 2
+  return int(np.clip(1 - np.floor(np.log10(abs(value))), 0, 8))
+
+
+def _share(found: estimates.Share | None) -> str:
+  if found is None:
+    return ""
+  shown = "" if found.share is None else f"{found.share:.2f}"
+  if found.interval is not None:
+    low, high = found.interval
+    shown += f" ({low:.2f} to {high:.2f})"
+  if not found.defined:
+    shown += " *not defined*" if shown else "*not defined*"
+  return shown
+
+
+def _p(value: float | None) -> str:
+  if value is None:
+    return ""
+  return f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
+
+
+def _number(found: Estimate | None, digits: int, factor: float = 1.0) -> str:
+  if found is None:
+    return ""
+  return f"{found.mean * factor:.{digits}f}"
+
+
+def _words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _table(heads, results: Mapping[str, Result], cells) -> list[str]:
+  return _lines(
+    heads,
+    [[label, *cells(label, result)] for label, result in results.items()],
+  )
+
+
+def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  return [
+    "| " + " | ".join(map(_escaped, heads)) + " |",
+    "|" + "---|" * len(heads),
+    *("| " + " | ".join(map(_escaped, row)) + " |" for row in rows),
+  ]
+
+
+def _escaped(cell: str) -> str:
+  return cell.replace("|", "\\|")
