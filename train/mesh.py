@@ -164,12 +164,13 @@ class Layout:
         else self._shardings(names[part], tree, _FACTOR_RULES, RULES)
         for part, tree in state.trained.items()
       }
+    replicated: Any = self.replicated
     return TrainState(
-      step=self.replicated,
+      step=replicated,
       trained=trained,
       opt_state=self._following(state.opt_state, state.trained, trained),
       estimator=self._following(state.estimator, state.trained, trained),
-      key=self.replicated,
+      key=replicated,
     )
 
   def _following(self, tree: Any, trained: Any, shardings: Any) -> Any:
