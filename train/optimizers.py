@@ -1,6 +1,7 @@
 """What `--method` does with the gradient: AdamW, and what is put around it."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -100,10 +101,9 @@ def _auxiliary_optimizer(
   kind = config.auxiliary_optimizer
   if kind == "adamw" and same and not constant:
     return None
-  peak = config.auxiliary_learning_rate or config.learning_rate
-  rate = learning_rate(config, steps)
-  scale = peak / config.learning_rate
-  schedule = peak if constant else lambda count: scale * rate(count)
+  peak = config.learning_rate if same else config.auxiliary_learning_rate
+  own = dataclasses.replace(config, learning_rate=peak)
+  schedule = peak if constant else learning_rate(own, steps)
   match kind:
     case "adamw":
       return optax.adamw(schedule, weight_decay=config.weight_decay)

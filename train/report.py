@@ -99,7 +99,11 @@ def _markdown(found: dict[str, Any]) -> str:
       f"{found['date']}, {found['machine']}. The checkpoint of step "
       f"{found['best_step']}, the best on the validation rows "
       f"({found['metric']} {found['validation']:.4f}), was tested once"
-      + (", without the auxiliary." if config["method"] == "bilora" else "."),
+      + (
+        ", without the auxiliary."
+        if config["method"] in ("bilora", "dual_lora")
+        else "."
+      ),
       "",
       *table,
       "",

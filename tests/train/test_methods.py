@@ -8,6 +8,7 @@ import jaxprs
 import numpy as np
 import pytest
 
+from bilora_jax import Factors
 from train import config, estimators, methods, optimizers, step
 from train.objectives import CLASSIFICATION
 
@@ -160,6 +161,26 @@ def test_every_variant_learns(train, fields):
   _, losses = train(20, **fields)
   # Dropout makes single losses noisy.
   assert np.mean(losses[-3:]) < losses[0]
+
+
+def test_the_auxiliary_may_have_a_rate_of_its_own(tiny_config):
+  # None of the primary's: what moves is the auxiliary alone.
+  fields = dataclasses.replace(
+    tiny_config,
+    learning_rate=0.0,
+    auxiliary_learning_rate=0.5,
+    auxiliary_optimizer="sgd",
+    auxiliary_schedule="constant",
+    clip="none",
+  )
+  pair = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)))
+  trained = {"primary": {"w": pair}, "auxiliary": {"w": pair}}
+  tx = optimizers.build(fields, 10)
+  updates, _ = tx.update(
+    jax.tree.map(jnp.ones_like, trained), tx.init(trained), trained
+  )
+  np.testing.assert_allclose(updates["auxiliary"]["w"].b, 0.5)
+  np.testing.assert_array_equal(updates["primary"]["w"].b, 0)
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for(train):
