@@ -102,6 +102,9 @@ class Config:
   auxiliary_start: Literal["zero", "scattered"] = "zero"
   """Whether the auxiliary begins with b = 0, or with both factors random, on
   the ball's surface (bilora, dual_lora)."""
+  keep_auxiliary: bool = False
+  """Whether the second adapter is evaluated and kept as well (dual_lora, whose
+  second one descends too)."""
   rescale_moments: bool = False
   """Whether the clip rescales Adam's moments with the factors that they belong
   to (bilora, dual_lora)."""
@@ -312,6 +315,11 @@ def check(config: Config) -> None:
       "--diagnose-every looks at the auxiliary of --method bilora or "
       "dual_lora, on a base of floats; got --method "
       f"{config.method} and --base-dtype {config.base_dtype}."
+    )
+  if config.keep_auxiliary and config.method != "dual_lora":
+    raise UsageError(
+      "--keep-auxiliary is for --method dual_lora; an auxiliary that climbs the "
+      f"loss is no part of the result; got --method {config.method}."
     )
   if config.auxiliary_optimizer == "power" and config.clip == "none":
     raise UsageError(

@@ -142,7 +142,7 @@ def _of_adapters(
     optimizers.started(config, adapted.init) if has_ball else adapted.init,
     adapted.apply,
     optax.identity(),
-    bilora_jax.primary,
+    dict if config.keep_auxiliary else bilora_jax.primary,
     adapted=adapted,
     rho=config.rho if has_ball else None,
   )

@@ -102,6 +102,7 @@ def _markdown(found: dict[str, Any]) -> str:
       + (
         ", without the auxiliary."
         if config["method"] in ("bilora", "dual_lora")
+        and not config["keep_auxiliary"]
         else "."
       ),
       "",

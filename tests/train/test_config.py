@@ -78,6 +78,10 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
       "got --method bilora and --base-dtype nf4",
     ),
     (
+      {"method": "bilora", "keep_auxiliary": True},
+      "--keep-auxiliary is for --method dual_lora",
+    ),
+    (
       {"method": "full_sam", "base_dtype": "bfloat16"},
       "those that --method full_sam trains are float32; got bfloat16",
     ),

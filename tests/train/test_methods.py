@@ -8,9 +8,10 @@ import jaxprs
 import numpy as np
 import pytest
 
-from bilora_jax import Factors
+from bilora_jax import Factors, primary
 from train import config, estimators, methods, optimizers, step
 from train.objectives import CLASSIFICATION
+from train.study import measure
 
 SOME = ("lora", "bilora", "lora_full_sam", "full")
 
@@ -119,6 +120,27 @@ def test_evaluation_is_blind_to_the_auxiliary(prepared, train, batch):
     ready.method.apply(ready.variables, far, *inputs),
     ready.method.apply(ready.variables, near, *inputs),
   )
+
+
+def test_a_second_adapter_that_is_kept_is_evaluated_and_merged(
+  prepared, train, batch
+):
+  fields = {"method": "dual_lora", "keep_auxiliary": True}
+  ready = prepared(**fields)
+  state, _ = train(3, **fields)
+  kept = ready.method.evaluated(state.trained)
+  assert set(kept) == {"primary", "auxiliary", "extra"}
+  inputs = CLASSIFICATION.inputs(batch)
+  whole = ready.method.apply(ready.variables, state.trained, *inputs)
+  merged = measure.merge(ready.method, ready.variables, kept)
+  for logits in (
+    ready.method.apply(ready.variables, kept, *inputs),
+    ready.model.apply(merged, *inputs),
+  ):
+    np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-6)
+  # The second one is seen: without it the logits are others.
+  alone = measure.merge(ready.method, ready.variables, primary(kept))
+  assert not np.allclose(ready.model.apply(alone, *inputs), whole, atol=1e-5)
 
 
 def test_full_trains_and_evaluates_all_parameters(prepared):

@@ -130,9 +130,10 @@ def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
     known = plan.known_runs(study, cell, done)
     tuned = plan.winner(study, cell, done) is not None
     finals = [run for run in known if run.stage == "final"]
-    trials = plan.trials(study, cell)
+    trials = [] if cell.point_of else plan.trials(study, cell)
     count = len(trials) + len(cell.seeds)
-    left = count - sum(run.key in done for run in known)
+    own = finals if cell.point_of else known
+    left = count - sum(run.key in done for run in own)
     steps = training.steps(cell.config)
     cost = left * steps * estimators.gradients(cell.config)
     total += cost

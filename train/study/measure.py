@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import bilora_jax
-from bilora_jax import sharpness
+from bilora_jax import Factors, sharpness
 from train import data as data_lib
 from train import methods
 from train.objectives import Objective
@@ -117,9 +117,9 @@ def make(
 
   def in_lora_space(variables, evaluated, data):
     def apply(pairs, *inputs):
-      return method.apply(variables, {**evaluated, "primary": pairs}, *inputs)
+      return method.apply(variables, {**evaluated, **pairs}, *inputs)
 
-    pairs = evaluated["primary"]
+    pairs = {part: x for part, x in evaluated.items() if part != "extra"}
     means, grads = over(apply, objective, data)
     base, gradient = grads(pairs)
     ascent = sharpness.direction(gradient)
@@ -144,9 +144,19 @@ def make(
 
 def merge(method: methods.Method, variables: Any, evaluated: Any) -> Any:
   """The variables of the plain model after training."""
-  if method.adapted is not None:
-    return method.adapted.merge(variables, bilora_jax.primary(evaluated))
-  return {**variables, "params": {**variables["params"], **evaluated}}
+  if method.adapted is None:
+    return {**variables, "params": {**variables["params"], **evaluated}}
+  merged = method.adapted.merge(variables, bilora_jax.primary(evaluated))
+  if "auxiliary" not in evaluated:
+    return merged
+  # It is kept, and no merge of the library's takes it.
+  flat = traverse_util.flatten_dict(merged["params"])
+  pairs = traverse_util.flatten_dict(
+    evaluated["auxiliary"], is_leaf=lambda _, x: isinstance(x, Factors)
+  )
+  for path, pair in pairs.items():
+    flat[path] += pair.weight().reshape(flat[path].shape)
+  return {**merged, "params": traverse_util.unflatten_dict(flat)}
 
 
 def in_kernels(

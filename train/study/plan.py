@@ -85,16 +85,22 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def trials(study: Study, cell: Cell) -> list[Run]:
-  """The runs that tune a method on a task, point by point."""
+  """The runs that tune a method on a task, point by point.
+
+  Those of another cell, if its point is taken over. A trial is there for its
+  score, and diagnoses nothing.
+  """
+  tuned = cell.point_of or cell
+  config = dataclasses.replace(tuned.config, diagnose_every=0)
   return [
     Run(
-      cell,
+      tuned,
       "tune",
-      dataclasses.replace(cell.config, seed=seed, **point),
+      dataclasses.replace(config, seed=seed, **point),
       point,
       None,
     )
-    for point in cell.grid
+    for point in tuned.grid
     for seed in (study.tuning.seeds if study.tuning else ())
   ]
 
@@ -120,8 +126,10 @@ def winner(study: Study, cell: Cell, done: Rows) -> Mapping[str, Any] | None:
   A point of which a run broke off is behind all others.
 
   Returns:
-    No point, `{}`, if the method is not tuned; None while a trial is missing.
+    No point, `{}`, if the method is not tuned; None while a trial is missing;
+    that of another cell, if it is taken over.
   """
+  cell = cell.point_of or cell
   if not cell.grid:
     return {}
   scores: dict[int, list[float]] = {}

@@ -76,7 +76,7 @@ def at(row: Any, *names: str | int) -> Any:
 
 def _result(study: Study, cell: Cell, done: plan.Rows) -> Result:
   point = plan.winner(study, cell, done)
-  trials = plan.trials(study, cell)
+  trials = [] if cell.point_of else plan.trials(study, cell)
   finals = [] if point is None else plan.finals(study, cell, point)
   rows = [done[run.key] for run in (*trials, *finals) if run.key in done]
   return Result(

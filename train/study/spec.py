@@ -13,6 +13,7 @@ from train import config as config_lib
 from train.config import Config
 from train.errors import UsageError
 
+_OF_METHODS = ("name", "seeds", "tune", "tasks", "point_of")
 _SET_BY_THE_STUDY = {
   "seed": "the seeds of the study",
   "run_dir": "the study's folder",
@@ -104,6 +105,7 @@ class Cell:
     grid: the points to try, each some fields of the configuration; empty if
       the method is not tuned.
     seeds: of the final runs.
+    point_of: the cell whose winning point is taken over, if it is another's.
   """
 
   label: str
@@ -111,6 +113,7 @@ class Cell:
   config: Config
   grid: tuple[Mapping[str, Any], ...]
   seeds: tuple[int, ...]
+  point_of: "Cell | None" = None
 
   @property
   def name(self) -> str:
@@ -223,7 +226,7 @@ def _cells(
   if not found.get("method"):
     raise UsageError("there is no [[method]]; a study has one at least.")
   rows = [_method(row, tasks) for row in found["method"]]
-  cells = []
+  cells, taken_over = [], []
   for task, (task_fields, task_seeds) in tasks.items():
     for row in rows:
       if task not in row["tasks"]:
@@ -235,6 +238,7 @@ def _cells(
         _config(f"{where}, tuned with {point}", fields | point)
       seeds = row["seeds"] or task_seeds or study_seeds
       cells.append(Cell(row["name"], task, config, row["grid"], seeds))
+      taken_over.append(row["point_of"])
   names = [cell.name for cell in cells]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
@@ -242,7 +246,28 @@ def _cells(
       f"{', '.join(twice)}: a [[method]] of a name is once on each task."
     )
   _check_budget(cells, tuning)
-  return cells
+  return [
+    cell if name is None else _taking_over(cell, name, cells)
+    for cell, name in zip(cells, taken_over)
+  ]
+
+
+def _taking_over(cell: Cell, name: str, cells: Sequence[Cell]) -> Cell:
+  """The cell, told which other's winning point it takes over."""
+  where = f"[[method]] {cell.label!r} on the task {cell.task!r}: point_of"
+  label, _, task = name.partition("/")
+  task = task or cell.task
+  of = {(x.label, x.task): x for x in cells if x.grid and x is not cell}
+  if (label, task) not in of:
+    tuned = ", ".join(x.name for x in of.values()) or "nothing"
+    raise UsageError(
+      f"{where} names a method that is tuned, or METHOD/TASK; that is {tuned}; "
+      f"got {name!r}."
+    )
+  source = of[label, task]
+  for point in source.grid:
+    _config(f"{where}, {point}", dataclasses.asdict(cell.config) | point)
+  return dataclasses.replace(cell, point_of=source)
 
 
 def _tasks(
@@ -278,6 +303,11 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
       f"{where}: tune is a table of lists, as "
       f"{{learning_rate = [1e-4, 5e-4]}}; got {tune!r}."
     )
+  point_of = _text(where, row, "point_of") if "point_of" in row else None
+  if tune and point_of:
+    raise UsageError(
+      f"{where} is tuned, or takes over a point_of another; got both."
+    )
   values = [
     [_fields(f"{where}, tune", {key: value})[key] for value in column]
     for key, column in tune.items()
@@ -286,7 +316,8 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
   return {
     "name": name,
     "tasks": own,
-    "fields": _fields(where, row, ("name", "seeds", "tune", "tasks")),
+    "point_of": point_of,
+    "fields": _fields(where, row, _OF_METHODS),
     "seeds": _seeds(where, row["seeds"]) if "seeds" in row else None,
     "grid": grid if tune else (),
   }

@@ -127,12 +127,18 @@ def accuracy_note(study: Study, results: Mapping[str, Result]) -> str:
 
 def _tuned(results: Mapping[str, Result]) -> str:
   tuned = [label for label, result in results.items() if result.cell.grid]
-  if len(tuned) in (0, len(results)):
-    return ""
-  return (
-    f" Tuned: {'; '.join(tuned)}. The others are not, and have the numbers that"
-    " the study gives them."
-  )
+  sources: dict[str, list[str]] = {}
+  for label, result in results.items():
+    if source := result.cell.point_of:
+      name = source.label if source.task == result.cell.task else source.name
+      sources.setdefault(name, []).append(label)
+  told = f" Tuned: {'; '.join(tuned)}." if tuned else ""
+  for name, labels in sources.items():
+    told += f" With the point that won for {name}: {'; '.join(labels)}."
+  count = len(tuned) + sum(map(len, sources.values()))
+  if count in (0, len(results)):
+    return told if sources else ""
+  return f"{told} The others have the numbers that the study gives them."
 
 
 def sharpness(

@@ -212,3 +212,53 @@ def _value(value):
   if isinstance(value, dict):
     return "{" + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + "}"
   return json.dumps(value)
+
+
+@pytest.mark.usefixtures("unplotted")
+def test_a_point_may_be_another_method_s_or_that_of_another_task(
+  study, tmp_path
+):
+  own = study(
+    tmp_path / "taken",
+    landscape=None,
+    recovery=None,
+    task=[{"name": "snippets"}, {"name": "few", "task": "snippets"}],
+    method=[
+      METHODS[1] | {"name": "LoRA", "tasks": ["snippets"]},
+      {
+        "name": "LoRA",
+        "method": "bilora",
+        "tasks": ["few"],
+        "point_of": "LoRA/snippets",
+      },
+      {
+        "name": "SAM",
+        "method": "lora_sam",
+        "tasks": ["snippets"],
+        "point_of": "LoRA",
+      },
+    ],
+  )
+  tuned, sam, few = own.cells
+  # What is not tuned yet has the same trials to wait for.
+  for cell in own.cells:
+    assert plan.winner(own, cell, {}) is None
+    assert plan.trials(own, cell) == plan.trials(own, tuned)
+  done = {
+    run.key: _row(run, 0.5 + 0.1 * i)
+    for i, run in enumerate(plan.trials(own, tuned))
+  }
+  assert [run.config.rho for run in plan.remaining(own, [sam], done)] == [
+    *(0.5, 0.5)
+  ]
+  for cell in own.cells:
+    assert plan.winner(own, cell, done) == {"rho": 0.5}
+    for run in plan.finals(own, cell, {"rho": 0.5}):
+      done[run.key] = _row(run, 0.7)
+  text = _write(own, list(done.values()))
+  # Two trials, and two seeds for each of three: no trial counts twice.
+  assert "8 of 8 runs are finished." in text
+  assert "With the point that won for LoRA: SAM." in text
+  assert "With the point that won for LoRA/snippets: LoRA." in text
+  assert text.count("| LoRA | rho 0.5 | 1 | 60.00 | won |") == 1
+  assert few.config.task == "snippets"

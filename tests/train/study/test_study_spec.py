@@ -53,6 +53,19 @@ BAD = {
     },
     "the seeds [1] are to be run at the end, and are in [tuning] seeds too",
   ),
+  "whose point": (
+    {"method": [LORA | {"tune": {"rho": [0.1, 0.2]}}, SAM | {"point_of": "L"}]},
+    "point_of names a method that is tuned, or METHOD/TASK; that is "
+    "LoRA/snippets; got 'L'",
+  ),
+  "a point of nobody's": (
+    {"method": [LORA, SAM | {"point_of": "LoRA"}]},
+    "that is nothing; got 'LoRA'",
+  ),
+  "a point of another's, and its own": (
+    {"method": [SAM | {"tune": RATES, "point_of": "LoRA"}]},
+    "'SAM' is tuned, or takes over a point_of another; got both",
+  ),
   "seeds": (
     {"method": [LORA | {"seeds": [1, 1]}]},
     "'LoRA' seeds are a number of them, or a list of different",
