@@ -318,8 +318,8 @@ def check(config: Config) -> None:
     )
   if config.keep_auxiliary and config.method != "dual_lora":
     raise UsageError(
-      "--keep-auxiliary is for --method dual_lora; an auxiliary that climbs the "
-      f"loss is no part of the result; got --method {config.method}."
+      "--keep-auxiliary is for --method dual_lora; an auxiliary that climbs "
+      f"the loss is no part of the result; got --method {config.method}."
     )
   if config.auxiliary_optimizer == "power" and config.clip == "none":
     raise UsageError(

@@ -166,35 +166,39 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def recovered(
-  reference: Mapping[int, float],
+  start: Mapping[int, float],
   method: Mapping[int, float],
+  reference: Mapping[int, float],
   target: Mapping[int, float],
 ) -> Share | None:
-  r"""What share of the way from a reference to a target a method goes.
+  r"""What share of the drop from a reference to a target a method has.
 
   .. math::
-    \frac{\bar S_{reference} - \bar S_{method}}
+    \frac{\bar S_{start} - \bar S_{method}}
          {\bar S_{reference} - \bar S_{target}}
 
-  with means over the seeds that all three have. The interval is that of the
-  percentile bootstrap over seeds, the three values of a seed together, of
+  with means over the seeds that all have. The interval is that of the
+  percentile bootstrap over seeds, the values of a seed together, of
   `RESAMPLES` resamples with seed 0. A ratio whose denominator may be 0 has no
   interval: it is defined if the denominator's 95% t-interval is above 0.
 
   Args:
-    reference: sharpness by seed.
+    start: sharpness by seed, that the method's drop is from; often that of the
+      reference.
     method: likewise.
+    reference: likewise.
     target: likewise.
 
   Returns:
     The share, or None if there is no seed that all have.
   """
-  seeds = sorted(set(reference) & set(method) & set(target))
+  every = (start, method, reference, target)
+  seeds = sorted(set.intersection(*map(set, every)))
   if not seeds:
     return None
-  rows = [[of[seed] for seed in seeds] for of in (reference, method, target)]
-  first, own, last = (np.asarray(row, np.float64) for row in rows)
-  denominator = mean(list(first - last))
+  rows = [np.asarray([of[seed] for seed in seeds], np.float64) for of in every]
+  first, own, above, below = rows
+  denominator = mean(list(above - below))
   assert denominator is not None
   share = None
   if denominator.mean:
@@ -203,11 +207,11 @@ def recovered(
   if ends is None or ends[0] <= 0:
     return Share(share, None, False, len(seeds))
 
-  def ratio(first, own, last, axis=-1):
-    return (first - own).mean(axis) / (first - last).mean(axis)
+  def ratio(first, own, above, below, axis=-1):
+    return (first - own).mean(axis) / (above - below).mean(axis)
 
   found = stats.bootstrap(
-    (first, own, last),
+    rows,
     ratio,
     n_resamples=RESAMPLES,
     vectorized=True,

@@ -278,8 +278,8 @@ def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
 def highlighted(study: Study, labels: Collection[str]) -> list[str]:
   """Labels to be told apart: the reference, the target, the first Bi-LoRA."""
   chosen = [study.reference]
-  if study.recovery is not None:
-    chosen += [study.recovery.reference, study.recovery.target]
+  for one in study.recovery:
+    chosen += [one.reference, one.target]
   chosen += [x.label for x in study.cells if x.config.method == "bilora"][:1]
   return [label for label in dict.fromkeys(chosen) if label in labels]
 

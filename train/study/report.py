@@ -88,10 +88,11 @@ def _task(
     for key, table in sharp.items():
       if table:
         lines += ["", f"{tables.DIRECTIONS[key]}:".capitalize(), "", *table]
-  shares = tables.shares(study, found)
-  if shares:
-    lines += ["", "### Recovered share", "", *shares]
-    lines += ["", tables.shares_note(study)]
+  for recovery in study.recovery:
+    shares = tables.shares(study, found, recovery)
+    if shares:
+      lines += ["", f"### Share of the drop to {recovery.target}", "", *shares]
+      lines += ["", tables.shares_note(recovery)]
   if "curves" in pictures or "diagnostics" in pictures:
     lines += ["", "### Training", *picture("curves"), *picture("diagnostics")]
   if "landscape" in pictures or "plane" in pictures:

@@ -62,15 +62,17 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-  """Of what sharpness a method recovers a share; `[recovery]`, labels.
+  """Of what drop in sharpness a method has a share; `[[recovery]]`, labels.
 
   Attributes:
-    reference: what recovers nothing.
-    target: what recovers all.
+    reference: what the drop is from.
+    target: what it is to.
+    start: what a method's own drop is from; it recovers nothing.
   """
 
   reference: str
   target: str
+  start: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Study:
   reference: str
   tuning: Tuning | None
   sharpness: Sharpness | None
-  recovery: Recovery | None
+  recovery: tuple[Recovery, ...]
   landscape: Landscape | None
 
   @property
@@ -184,7 +186,7 @@ def parse(found: Mapping[str, Any]) -> Study:
     "method": list,
     "tuning": dict,
     "sharpness": dict,
-    "recovery": dict,
+    "recovery": list,
     "landscape": dict,
   }
   _known("the file", found, tables, "table")
@@ -211,7 +213,7 @@ def parse(found: Mapping[str, Any]) -> Study:
     reference=reference,
     tuning=tuning,
     sharpness=_sharpness(found.get("sharpness")),
-    recovery=_recovery(found.get("recovery"), labels),
+    recovery=tuple(_recovery(row, labels) for row in found.get("recovery", [])),
     landscape=_landscape(found.get("landscape"), labels),
   )
 
@@ -374,15 +376,13 @@ def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
   return found if found.rows and found.radii and found.spaces else None
 
 
-def _recovery(
-  row: Mapping[str, Any] | None, labels: Sequence[str]
-) -> Recovery | None:
-  if row is None:
-    return None
-  _known("[recovery]", row, ("reference", "target"))
-  for key in ("reference", "target"):
-    _label(f"[recovery] {key}", row.get(key), labels)
-  return Recovery(row["reference"], row["target"])
+def _recovery(row: Any, labels: Sequence[str]) -> Recovery:
+  keys = ("reference", "target", "start")
+  _known("[[recovery]]", row, keys)
+  row = {"start": row.get("reference"), **row}
+  for key in keys:
+    _label(f"[[recovery]] {key}", row.get(key), labels)
+  return Recovery(**row)
 
 
 def _landscape(

@@ -8,7 +8,7 @@ import numpy as np
 from train.study import estimates
 from train.study.estimates import Estimate
 from train.study.results import Result
-from train.study.spec import Study
+from train.study.spec import Recovery, Study
 
 DIRECTIONS = {
   ("full", "one_step"): "one step along the gradient, merged weights",
@@ -178,22 +178,22 @@ def rises(
   return result.of("sharpness", space, direction, "rise", place)
 
 
-def shares(study: Study, results: Mapping[str, Result]) -> list[str]:
+def shares(
+  study: Study, results: Mapping[str, Result], recovery: Recovery
+) -> list[str]:
   """The recovered share of each method at each radius."""
-  options, recovery = study.sharpness, study.recovery
-  if options is None or recovery is None or "full" not in options.spaces:
+  options = study.sharpness
+  if options is None or "full" not in options.spaces:
     return []
-  pair = recovery.reference, recovery.target
-  if not set(pair) <= set(results):
+  ends = recovery.start, recovery.reference, recovery.target
+  if not set(ends) <= set(results):
     return []
 
   def cells(label: str, result: Result) -> list[str]:
+    methods = (results[ends[0]], result, results[ends[1]], results[ends[2]])
     found = [
       estimates.recovered(
-        *(
-          rises(x, "full", "one_step", place)
-          for x in (results[pair[0]], result, results[pair[1]])
-        )
+        *(rises(x, "full", "one_step", place) for x in methods)
       )
       for place in range(len(options.radii))
     ]
@@ -201,19 +201,24 @@ def shares(study: Study, results: Mapping[str, Result]) -> list[str]:
     return [str(count or ""), *map(_share, found)]
 
   heads = ["method", "n", *(f"radius {radius:g}" for radius in options.radii)]
-  others = {k: result for k, result in results.items() if k not in pair}
+  others = {k: result for k, result in results.items() if k not in ends}
   return _table(heads, others, cells)
 
 
-def shares_note(study: Study) -> str:
+def shares_note(recovery: Recovery) -> str:
   """What a recovered share is."""
-  assert study.recovery is not None
-  one, other = study.recovery.reference, study.recovery.target
+  one, other, own = recovery.reference, recovery.target, recovery.start
+  scale = (
+    f"0 is as sharp as the one, 1 as flat as {other}"
+    if one == own
+    else f"0 is as sharp as {own}, 1 as much flatter than it as {other} is "
+    f"than {one}"
+  )
   return (
-    f"(S of {one} - S of the method) / (S of {one} - S of {other}), of means "
-    "over the seeds that the three have, with S the rise after one step along "
-    "the gradient in merged weights: 0 is as sharp as the one, 1 as flat as "
-    f"the other. 95%: percentile bootstrap over seeds, {estimates.RESAMPLES:,} "
+    f"(S of {own} - S of the method) / (S of {one} - S of {other}), of means "
+    "over the seeds that all have, with S the rise after one step along "
+    f"the gradient in merged weights: {scale}. 95%: percentile bootstrap over "
+    f"seeds, {estimates.RESAMPLES:,} "
     "resamples with seed 0. *Not defined*: the sharpness of "
     f"{other} is not below that of {one}, by the 95% t-interval of their "
     "paired difference; the ratio of the means is given all the same."

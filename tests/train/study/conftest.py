@@ -44,7 +44,7 @@ def tables(
     ],
     "tuning": {"trials": 2, "seeds": [100]},
     "sharpness": {"rows": 16, "radii": [0.1, 1], "average": 0, "low_rank": 0},
-    "recovery": {"reference": "LoRA", "target": "Bi-LoRA"},
+    "recovery": [{"reference": "LoRA", "target": "Bi-LoRA"}],
     "landscape": {"methods": ["LoRA"], "points": 3, "rows": 16},
   }
 

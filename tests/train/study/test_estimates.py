@@ -86,7 +86,7 @@ def test_a_share_is_a_ratio_of_means_of_the_seeds_that_all_have():
   reference = {0: 4.0, 1: 5.0, 2: 6.0, 7: 99.0}
   target = {0: 1.0, 1: 2.2, 2: 2.8}
   method = {0: 2.0, 1: 4.0, 2: 4.5, 9: 99.0}
-  found = estimates.recovered(reference, method, target)
+  found = estimates.recovered(reference, method, reference, target)
   assert found is not None and found.defined and found.seeds == 3
   assert found.share == pytest.approx(4.5 / 9.0)
   # The bootstrap's distribution itself: all 27 resamples of the seeds.
@@ -98,20 +98,31 @@ def test_a_share_is_a_ratio_of_means_of_the_seeds_that_all_have():
   low, high = np.quantile(ratios, (0.025, 0.975), method="inverted_cdf")
   assert found.interval == pytest.approx((low, high), abs=0.02)
   ends = [
-    estimates.recovered(reference, x, target) for x in (reference, target)
+    estimates.recovered(reference, x, reference, target)
+    for x in (reference, target)
   ]
   assert [x.share for x in ends if x] == [0, 1]
+  # Half of the drop, though all of it happens elsewhere.
+  moved = [{seed: x[seed] + 5 for seed in x} for x in (reference, method)]
+  elsewhere = estimates.recovered(*moved, reference, target)
+  assert elsewhere is not None
+  assert elsewhere.share == pytest.approx(found.share)
+  assert elsewhere.interval == pytest.approx(found.interval)
 
 
 def test_a_share_of_nothing_has_no_interval():
   reference, method = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.5, 1: 1.5, 2: 2.5}
-  found = estimates.recovered(reference, method, {0: 2.0, 1: 1.0, 2: 2.9})
+
+  def share(target):
+    return estimates.recovered(reference, method, reference, target)
+
+  found = share({0: 2.0, 1: 1.0, 2: 2.9})
   assert found is not None and not found.defined and found.interval is None
   assert found.share == pytest.approx(0.5 / 0.1)
   # A target that is surely sharper is no target either.
   worse = {0: 2.0, 1: 3.01, 2: 4.0}
-  found = estimates.recovered(reference, method, worse)
+  found = share(worse)
   assert found is not None and not found.defined
-  equal = estimates.recovered(reference, method, reference)
+  equal = share(reference)
   assert equal == (None, None, False, 3)
-  assert estimates.recovered(reference, method, {5: 1.0}) is None
+  assert share({5: 1.0}) is None

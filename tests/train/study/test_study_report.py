@@ -176,7 +176,7 @@ def test_a_share_says_when_it_is_not_defined(made, study):
   row = _row(run, 0.7)
   row["sharpness"]["full"]["one_step"]["rise"] = [0.182, None]
   text = _write(more, [*rows, row])
-  share = text.split("### Recovered share")[1]
+  share = text.split("### Share of the drop to Bi-LoRA")[1]
   # (0.207 - 0.182) / (0.207 - 0.107), and no value at the other radius.
   assert _cells(share, "method | n | radius", "other") == [
     *("other", "1", "0.25 *not defined*", "")

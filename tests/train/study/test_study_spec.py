@@ -77,8 +77,8 @@ BAD = {
   "the radii": ({"sharpness": {"radii": [0.0]}}, "radii are greater than 0"),
   "a list": ({"sharpness": {"radii": 0.1}}, "radii is a list of numbers"),
   "a label": (
-    {"method": [LORA, SAM], "recovery": {"reference": "LoRA"}},
-    "[recovery] target is the name of a [[method]]: LoRA, SAM; got None",
+    {"method": [LORA, SAM], "recovery": [{"reference": "LoRA"}]},
+    "[[recovery]] target is the name of a [[method]]: LoRA, SAM; got None",
   ),
   "the points": ({"landscape": {"points": 1}}, "points is at least 2; got 1"),
   "the radius": ({"landscape": {"radius": 0.0}}, "radius is greater than 0"),
