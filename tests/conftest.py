@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices, and compilations kept between runs."""
+"""Eight virtual CPU devices, and compilations that are quick, and kept."""
 
+import os
 import pathlib
 
 import jax
@@ -9,7 +10,12 @@ _REPOSITORY = pathlib.Path(__file__).parent.parent
 
 # Before anything touches a device: pmap, shard_map and meshes need several.
 jax.config.update("jax_num_cpu_devices", 8)
-# The suite is mostly compilation. `.cache` is ignored by git.
+# The suite is mostly compilation, of programs that run for moments: LLVM need
+# not do its best, here and in the processes that tests start. XLA's own passes
+# over the program stay as they are.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
+# `.cache` is ignored by git.
 jax.config.update(
   "jax_compilation_cache_dir", str(_REPOSITORY / ".cache" / "jax")
 )
