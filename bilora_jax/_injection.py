@@ -78,20 +78,26 @@ class Site:
 
   def kernel(self, weight: jax.Array) -> jax.Array:
     """A weight `(*batch, in, out)` with the axes of the kernel."""
-    order = (
-      *range(self.scanned),
-      *self.batch,
-      *self.contracted,
-      *self.remaining,
-    )
+    order = self._order
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return weight.reshape(self._sizes(order)).transpose(inverse)
+
+  def matrices(self, kernel: jax.Array) -> jax.Array:
+    """Undoes `kernel`: the kernel as `(*batch, in, out)`."""
+    batch, size_in, size_out = self.outer_shape
+    return kernel.transpose(self._order).reshape(*batch, size_in, size_out)
 
   def tiles(self, tile_size: int | None) -> tuple[int, ...]:
     """Sizes of the kernel's tiles, as `_quantised.tile_sizes` cuts them."""
     sizes = _quantised.tile_sizes(self._sizes(self.contracted), tile_size)
     along = dict(zip(self.contracted, sizes))
     return tuple(along.get(axis, 1) for axis in range(len(self.shape)))
+
+  @property
+  def _order(self) -> tuple[int, ...]:
+    """The kernel's axes: those of the batch, of `in`, and of `out`."""
+    batch = (*range(self.scanned), *self.batch)
+    return (*batch, *self.contracted, *self.remaining)
 
   def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(self.shape[axis] for axis in axes)

@@ -1,0 +1,100 @@
+"""What all starts from matrices share: pairs, and the base without them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from bilora_jax._adapt import Adapted
+from bilora_jax._factors import Factors, is_factors
+from bilora_jax._injection import Path
+
+Start = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+"""From a matrix `(in, out)` and a rank to `a` and `b`, all float32."""
+
+
+def kernels(adapted: Adapted, variables: Any) -> dict[Path, jax.Array]:
+  """The adapted kernels, as they are stored, by their paths.
+
+  Raises:
+    ValueError: if the variables are not the model's, or not floats.
+  """
+  params = adapted._check(variables, as_floats=True)
+  return {path: params[path] for path in adapted._adapters}
+
+
+def check_ranks(name: str, adapted: Adapted, times: int) -> None:
+  """Refuses ranks that a decomposition of their weights does not reach.
+
+  Args:
+    name: of the initializer, for the message.
+    adapted: the model.
+    times: how many ranks' worth of singular vectors it takes.
+
+  Raises:
+    ValueError: that names every such weight.
+  """
+  wrong = [
+    f"{'/'.join(path)}: rank {x.rank}, sides {size_in} and {size_out}"
+    for path, x in adapted._adapters.items()
+    for _, size_in, size_out in [x.site.outer_shape]
+    if times * x.rank > min(size_in, size_out)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{name} takes {'the rank' if times == 1 else f'{times} x the rank'} in "
+      "singular vectors, of which there are as many as the smaller side of a "
+      f"weight has: {'; '.join(wrong)}."
+    )
+
+
+def start_from(
+  adapted: Adapted,
+  variables: Any,
+  adapters: Mapping[str, Any],
+  matrices: Mapping[Path, jax.Array],
+  start: Start,
+  *,
+  rescale: bool,
+) -> tuple[Any, dict[str, Any]]:
+  """The base without new pairs, and the adapters with them.
+
+  Args:
+    adapted: the model.
+    variables: of the model, as floats, whatever the spec's `base_dtype`.
+    adapters: from `adapted.init`; all but the primary stays.
+    matrices: what the pairs are made from, by the path and of its shape.
+    start: the factors of a matrix.
+    rescale: whether `scale * a @ b` is to be the product that `start` gives;
+      else that is scaled too.
+
+  Raises:
+    ValueError: if variables or adapters are not the model's.
+  """
+  adapted.check(adapters)
+  params = kernels(adapted, variables)
+  primary = traverse_util.flatten_dict(
+    adapters["primary"], is_leaf=lambda _, x: is_factors(x)
+  )
+  pairs, bases = {}, {}
+  for path, x in adapted._adapters.items():
+    one = jax.jit(_over_batches(start, primary[path]), static_argnums=1)
+    a, b = one(x.site.matrices(matrices[path]).astype(jnp.float32), x.rank)
+    # Half of it on either side, so that none of the factors is the larger.
+    share = abs(x.scale) ** -0.5 if rescale else 1.0
+    pairs[path] = Factors(share * a, share * b, x.scale)
+    kernel = params[path]
+    rest = kernel.astype(jnp.float32) - x.site.kernel(pairs[path].weight())
+    bases[path] = rest.astype(kernel.dtype)
+  return (
+    adapted._host.replace(variables, bases),
+    {**adapters, "primary": traverse_util.unflatten_dict(pairs)},
+  )
+
+
+def _over_batches(start: Start, pair: Factors) -> Start:
+  for _ in pair.a.shape[:-2]:
+    start = jax.vmap(start, in_axes=(0, None))
+  return start
