@@ -75,7 +75,7 @@ def start_from(
   """
   adapted.check(adapters)
   params = kernels(adapted, variables)
-  primary = traverse_util.flatten_dict(
+  primary: dict[Any, Any] = traverse_util.flatten_dict(
     adapters["primary"], is_leaf=lambda _, x: is_factors(x)
   )
   pairs, bases = {}, {}
