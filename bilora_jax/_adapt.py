@@ -36,13 +36,13 @@ class _Adapter:
 class Adapted:
   """A model with adapters; made by `adapt`.
 
-  Adapters are `{'primary': ..., 'auxiliary': ..., 'extra': ...}`: the first
-  two nested dicts of `Factors` that mirror the parameters, as
-  `{'layer': {'query': {'kernel': Factors}}}`; the last the parameters that are
-  trained as they are. A part that would be empty is left out.
+  Adapters are a dict of `primary`, `auxiliary` and `extra`: the first two
+  nested dicts of `Factors` that mirror the parameters, as
+  ``{'layer': {'query': {'kernel': Factors}}}``; the last the parameters that
+  are trained as they are. A part that would be empty is left out.
 
   Where the spec has a `base_dtype`, the variables that the methods take are
-  those that `quantize` gives: its kernels are `qwix.QArray`s.
+  those that `quantize` gives: its adapted kernels are each a `qwix.QArray`.
   """
 
   spec: LoraSpec

@@ -177,9 +177,8 @@ def bilora(
       `keep_in_frobenius_ball`.
 
   Returns:
-    A transformation of `{'primary': ..., 'auxiliary': ..., 'extra': ...}`. The
-    first two are trees of `Factors`; `extra`, any other parameters, is
-    optional.
+    A transformation of the partition, a dict of `primary` and `auxiliary`,
+    trees of `Factors`, and `extra`, any other parameters, which is optional.
 
   Raises:
     ValueError: if rho is negative or not finite, clip or direction unknown; on
