@@ -10,7 +10,14 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _hosts, _injection, _partition, _quantised
+from bilora_jax import (
+  _dora,
+  _hosts,
+  _injection,
+  _partition,
+  _quantised,
+  _stand_in,
+)
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._injection import Path, Site
 from bilora_jax._spec import LoraSpec
@@ -150,7 +157,8 @@ class Adapted:
 
     Of each pair, `a` is uniform in `+-1/sqrt(in)` (Kaiming's with
     `a = sqrt(5)`, as in LoRA) and `b` zero, both float32; primary and
-    auxiliary draw from different keys. Only `extra` reads `variables`.
+    auxiliary draw from different keys. Only `extra` reads `variables`, which
+    with DoRA has the norms of the kernels' columns, `(*batch, out)`.
 
     Args:
       key: a JAX random key.
@@ -176,6 +184,10 @@ class Adapted:
       for path, leaf in params.items()
       if self.spec.is_extra("/".join(path))
     }
+    if self.spec.dora:
+      for path in self._adapters:
+        kernel = self._matrices(path, params[path])
+        extra[_dora.path_of(path)] = _dora.column_norms(kernel)
     if extra:
       adapters["extra"] = traverse_util.unflatten_dict(extra)
     return adapters
@@ -213,12 +225,16 @@ class Adapted:
     """
     pairs = self._joined(adapters)
     params = self._check(variables)
-    new = _extra(adapters, params)
+    magnitudes, new = self._extra(adapters, params)
     for path, pair in pairs.items():
       x = self._adapters[path]
-      if x.form is not None:
+      gain = None
+      if path in magnitudes:
+        kernel = self._matrices(path, params[path])
+        gain = _dora.gain(kernel, pair, magnitudes[path])
+      if x.form is not None or gain is not None:
         dtype = self._parameters[path].dtype
-        new[path] = _quantised.QuantisedWeight(params[path], dtype)
+        new[path] = _stand_in.StandIn(params[path], dtype, gain)
       a_name, b_name = x.site.names()
       a_shape, b_shape = x.site.leaf_shapes(pair.rank)
       new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)
@@ -232,10 +248,11 @@ class Adapted:
   def merge(self, variables: Any, adapters: Mapping[str, Any]) -> Any:
     """The variables of a plain model at `W0 + scale * a @ b` of the primary.
 
-    Each sum is taken in float32 and cast once to the kernel's dtype; `extra`
-    replaces what it was taken from. The auxiliary is thrown away. A quantised
-    base becomes one of floats again, kernels in the dtype that the model makes
-    them in (Flax's `param_dtype`).
+    With DoRA, at that with its columns scaled to their magnitudes. Each sum is
+    taken in float32 and cast once to the kernel's dtype; `extra` replaces what
+    it was taken from. The auxiliary is thrown away. A quantised base becomes
+    one of floats again, kernels in the dtype that the model makes them in
+    (Flax's `param_dtype`).
 
     Raises:
       ValueError: as `apply`.
@@ -243,7 +260,7 @@ class Adapted:
     adapters = _partition.primary(adapters)
     pairs = self._joined(adapters)
     params = self._check(variables)
-    new = _extra(adapters, params)
+    magnitudes, new = self._extra(adapters, params)
     for path, pair in pairs.items():
       x = self._adapters[path]
       if x.form is None:
@@ -251,7 +268,11 @@ class Adapted:
       else:
         kernel = _quantised.dequantise(params[path])
         dtype = self._parameters[path].dtype
-      new[path] = (kernel + x.site.kernel(pair.weight())).astype(dtype)
+      whole = kernel + x.site.kernel(pair.weight())
+      if path in magnitudes:
+        matrices = _dora.scaled(x.site.matrices(whole), magnitudes[path])
+        whole = x.site.kernel(matrices)
+      new[path] = whole.astype(dtype)
     return self._host.replace(variables, new)
 
   def partition_specs(
@@ -271,7 +292,7 @@ class Adapted:
     names = self._host.logical_axes(variables)
     spec = jax.sharding.PartitionSpec
 
-    def of_pair(path, pair):
+    def of_kernel(path):
       site = self._adapters[path].site
       axes = names.get(path, (None,) * len(site.shape))
       batch = [axes[i] for i in (*range(site.scanned), *site.batch)]
@@ -279,17 +300,23 @@ class Adapted:
         axes[x[0]] if x else None for x in (site.contracted, site.remaining)
       ]
       return Factors(
-        spec(*batch, first[0], None), spec(*batch, None, first[1]), pair.scale
+        spec(*batch, first[0], None),
+        spec(*batch, None, first[1]),
+        self._adapters[path].scale,
       )
 
     result = {}
     for part, tree in adapters.items():
       flat = {
-        path: of_pair(path, leaf)
+        path: of_kernel(path)
         if is_factors(leaf)
         else spec(*names.get(path, ()))
         for path, leaf in _flatten(tree).items()
       }
+      for path in self._adapters:
+        if part == "extra" and _dora.path_of(path) in flat:
+          *batch, _, last = of_kernel(path).b
+          flat[_dora.path_of(path)] = spec(*batch, last)
       result[part] = traverse_util.unflatten_dict(flat)
     return result
 
@@ -320,13 +347,18 @@ class Adapted:
       )
 
   def _wanted(self, part: str) -> dict[Path, Any]:
+    wanted: dict[Path, Any] = {}
     if part == "extra":
-      return {
+      wanted = {
         path: own.shape
         for path, own in self._parameters.items()
         if self.spec.is_extra("/".join(path))
       }
-    wanted = {}
+      for path, x in self._adapters.items():
+        if self.spec.dora:
+          batch, _, size_out = x.site.outer_shape
+          wanted[_dora.path_of(path)] = (*batch, size_out)
+      return wanted
     for path, x in self._adapters.items():
       rank = x.rank if part == "primary" else x.auxiliary_rank
       batch, size_in, size_out = x.site.outer_shape
@@ -344,6 +376,27 @@ class Adapted:
     for path, other in _flatten(adapters.get("auxiliary", {})).items():
       pairs[path] = pairs[path].join(other)
     return pairs
+
+  def _extra(
+    self, adapters: Mapping[str, Any], params: Mapping[Path, Any]
+  ) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """Magnitudes by their kernels, and parameters that adapters replace.
+
+    The latter in the dtypes of these.
+    """
+    magnitudes, others = _dora.split(
+      _flatten(adapters.get("extra", {})), self._adapters
+    )
+    return magnitudes, {
+      path: leaf.astype(params[path].dtype) for path, leaf in others.items()
+    }
+
+  def _matrices(self, path: Path, kernel: Any) -> jax.Array:
+    """A kernel as floats, `(*batch, in, out)`."""
+    x = self._adapters[path]
+    if x.form is not None:
+      kernel = _quantised.dequantise(kernel)
+    return x.site.matrices(kernel)
 
   def _check(self, variables: Any, as_floats: bool = False) -> dict[Path, Any]:
     """The parameters, if they are the model's, in the form that is expected.
@@ -463,18 +516,9 @@ def adapt(
     own = spec.dtype is None or not site.flat
     dtype = site.dtype if own else jnp.dtype(spec.dtype)
     form = None
+    if isinstance(model, nnx.Module) and (spec.base_dtype or spec.dora):
+      _check_apart(path, parameters, site, (rank, rank + auxiliary_rank))
     if spec.base_dtype is not None:
-      twins = [
-        other
-        for other, own in parameters.items()
-        if other[:-1] == path[:-1] and own.shape == site.shape
-      ]
-      if len(twins) > 1 and isinstance(model, nnx.Module):
-        raise ValueError(
-          "Qwix cannot tell quantised weights of one NNX module and one shape "
-          f"apart, as {_listed('/'.join(p) for p in twins)}. Leave the module "
-          "out with LoraSpec(exclude=...), or set base_dtype=None."
-        )
       form = _quantised.Form(spec.base_dtype, site.tiles(spec.tile_size))
     adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype, form)
   if not adapters:
@@ -508,6 +552,38 @@ def adapt(
   return Adapted(spec, host, adapters, parameters, prepared)
 
 
+def _check_apart(
+  path: Path,
+  parameters: Mapping[Path, jax.ShapeDtypeStruct],
+  site: Site,
+  ranks: Sequence[int],
+) -> None:
+  """Refuses a stand-in that Qwix takes for another array of its module.
+
+  In NNX it finds weights that are no arrays by their shapes alone.
+  """
+  arrays = {"/".join(other): own.shape for other, own in parameters.items()}
+  for rank in ranks:
+    names = ("/".join(name) for name in site.names())
+    arrays |= {
+      f"{name} of rank {rank}": shape
+      for name, shape in zip(names, site.leaf_shapes(rank))
+    }
+  module = "/".join(path[:-1])
+  twins = [
+    name
+    for name, shape in arrays.items()
+    if name.rpartition("/")[0] == module and shape == site.shape
+  ]
+  if len(twins) > 1:
+    raise ValueError(
+      "Qwix cannot tell arrays of one NNX module and one shape apart where "
+      f"weights are quantised or have DoRA, as {_listed(twins)}. Change the "
+      "rank, leave the module out with LoraSpec(exclude=...), or set "
+      "base_dtype=None and dora=False."
+    )
+
+
 def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
   batch, size_in, size_out = x.site.outer_shape
   bound = max(size_in, 1) ** -0.5
@@ -515,14 +591,6 @@ def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
   return Factors(
     bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32), x.scale
   )
-
-
-def _extra(adapters: Mapping[str, Any], params: Mapping[Path, Any]):
-  """The parameters that adapters replace, in the dtypes of these."""
-  return {
-    path: leaf.astype(params[path].dtype)
-    for path, leaf in _flatten(adapters.get("extra", {})).items()
-  }
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:

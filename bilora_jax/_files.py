@@ -25,6 +25,7 @@ _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
 # How the base is stored. Adapters fit it in any form, and files written before
 # there was a choice lack these.
 _BASE_FIELDS = {"base_dtype", "tile_size"}
+_NEWER_FIELDS = {"dora"}
 
 
 def save_adapters(
@@ -175,10 +176,12 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
 
 def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
   names = {field.name for field in dataclasses.fields(LoraSpec)}
-  if set(config["spec"]) | _BASE_FIELDS != names:
+  # What is newer than a file is at its default there.
+  known = set(config["spec"]) | _BASE_FIELDS | _NEWER_FIELDS
+  if known != names:
     raise ValueError(
       f"{path} has another spec than this version knows: it differs in "
-      f"{sorted(names ^ (set(config['spec']) | _BASE_FIELDS))}."
+      f"{sorted(names ^ known)}."
     )
   return LoraSpec(**config["spec"])
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import opt_einsum.parser
 import qwix
 
-from bilora_jax import _quantised
+from bilora_jax import _quantised, _stand_in
 
 # An embedding's table is looked up, not multiplied by; a tied head does
 # multiply, by the transpose, and an adapter there would miss the look-ups.
@@ -115,7 +115,7 @@ class _Use:
   as_stored: bool
 
 
-class Provider(qwix.LoraProvider, _quantised.Products):
+class Provider(qwix.LoraProvider, _stand_in.Products):
   """Qwix's provider, with einsums as products, and none in jitted functions.
 
   Qwix 0.1.8 cannot adapt an einsum in Linen (it sets an attribute on a frozen
@@ -158,6 +158,12 @@ class Provider(qwix.LoraProvider, _quantised.Products):
     result = super().dot_general(lhs, known, *args, out_sharding=out_sharding)
     (_, contracted), (_, batch) = dimension_numbers
     self._record("dot_general", lhs, rhs, tuple(batch), tuple(contracted), True)
+    sizes = [
+      size
+      for axis, size in enumerate(rhs.shape)
+      if axis not in (*contracted, *batch)
+    ]
+    result = _stand_in.scaled(result, rhs, len(batch), sizes)
     return result.astype(plain)
 
   def einsum(self, einsum_str, *operands, **kwargs):
@@ -196,7 +202,7 @@ class Provider(qwix.LoraProvider, _quantised.Products):
     self._dtype = None
     contracted = tuple(range(len(rhs.shape) - 1))
     self._record("conv_general_dilated", lhs, rhs, (), contracted, False)
-    return result
+    return _stand_in.scaled(result, rhs, 0, rhs.shape[-1:])
 
   def _record(self, op, lhs, rhs, batch, contracted, flat):
     """Is told of each product with a weight."""

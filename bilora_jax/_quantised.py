@@ -1,7 +1,7 @@
-"""Kernels of 4 or 8 bits: made, read, sharded, and multiplied by.
+"""Kernels of 4 or 8 bits: made, read and sharded.
 
 Users meet them as `qwix.QArray`, of codes that have the kernel's shape and
-float32 scales, one for each tile of it; layers, as `QuantisedWeight`.
+float32 scales, one for each tile of it; layers, as a `StandIn`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import functools
 import math
 from typing import Any
 
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,121 +153,6 @@ def scale_axes(
   return tuple(
     None if size == 1 else name for name, size in zip(names, scale_shape)
   )
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["array"],
-  meta_fields=["dtype"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class QuantisedWeight(meta.AxisMetadata):
-  """A quantised kernel as the layers of a model have it.
-
-  It stands for a float array that a layer may cast and multiply by, and that
-  is made when it does. For Flax it is a box of the codes: by these Qwix finds
-  which parameter it is.
-
-  Attributes:
-    array: the kernel.
-    dtype: that of the array it stands for.
-  """
-
-  array: qwix.QArray
-  dtype: Any
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.array.shape
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
-
-  def astype(self, dtype: Any) -> "QuantisedWeight":
-    return dataclasses.replace(self, dtype=jnp.dtype(dtype))
-
-  def __getitem__(self, index: Any) -> "QuantisedWeight":
-    # So `nnx.Param`s are read.
-    return self if index is ... else self.__jax_array__()
-
-  def __jax_array__(self) -> Any:
-    raise ValueError(
-      f"a quantised weight, here of shape {self.shape}, can be multiplied by, "
-      "by dot_general, dot, einsum or a convolution, and nothing else. Leave "
-      "its module out with LoraSpec(exclude=...), or set base_dtype=None."
-    )
-
-  def unbox(self) -> jax.Array:
-    return self.array.qvalue
-
-  def replace_boxed(self, val: Any) -> Any:
-    return val
-
-  def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantisedWeight":
-    return self
-
-  def remove_axis(
-    self, index: int, params: dict[Any, Any]
-  ) -> "QuantisedWeight":
-    return self
-
-
-class Products(qwix.PtqProvider):
-  """Multiplies by a `QuantisedWeight` as by the float array it stands for.
-
-  Qwix 0.1.8 would drop the precision that a layer asks for, compute in the
-  scales' dtype, keep the float kernels for the backward pass, and refuse
-  convolutions.
-  """
-
-  _weight: QuantisedWeight | None = None
-
-  def known(self, rhs: Any) -> Any:
-    """What Qwix finds the parameter of `rhs` by; for the next product."""
-    if not isinstance(rhs, QuantisedWeight):
-      return rhs
-    self._weight = rhs
-    return rhs.unbox()
-
-  def dot_general(self, lhs, rhs, *args, **kwargs):
-    return self._product(super().dot_general, lhs, rhs, args, kwargs)
-
-  def conv_general_dilated(self, lhs, rhs, *args, **kwargs):
-    return self._product(super().conv_general_dilated, lhs, rhs, args, kwargs)
-
-  def nn_param(self, module, name, *args, **kwargs):
-    stored = module.get_variable("params", name)
-    if isinstance(stored, QuantisedWeight):
-      return stored
-    return super().nn_param(module, name, *args, **kwargs)
-
-  def promote_dtype(self, *args, **kwargs):
-    values = args[0] if isinstance(args[0], Sequence) else args
-    promoted = super().promote_dtype(
-      *(
-        jnp.zeros((), x.dtype) if isinstance(x, QuantisedWeight) else x
-        for x in values
-      ),
-      **kwargs,
-    )
-    return [
-      x.astype(y.dtype) if isinstance(x, QuantisedWeight) else y
-      for x, y in zip(values, promoted)
-    ]
-
-  def _product(self, multiply, lhs, rhs, args, kwargs):
-    weight, self._weight = self._weight, None
-    if weight is None:
-      return multiply(lhs, rhs, *args, **kwargs)
-
-    # The backward pass needs the kernel too: it reads the codes again.
-    @jax.checkpoint
-    def product(lhs, array):
-      kernel = dequantise(array).astype(weight.dtype)
-      return multiply(lhs, kernel, *args, **kwargs)
-
-    return product(lhs, weight.array)
 
 
 def _nf4_levels() -> jax.Array:

@@ -31,6 +31,13 @@ class LoraSpec:
     extra: a regular expression for the paths of parameters to train as they
       are, as `head/.*`: a new head, norms, biases. Adapters leave those alone.
     rslora: scale by `alpha / sqrt(rank)`, Kalajdzievski, arXiv 2312.03732.
+    dora: scale each column of the adapted weight to a magnitude of its own,
+      that is trained in `extra` as `kernel_magnitude` and starts at the
+      column's norm: `W = m * (W0 + s a b) / ||W0 + s a b||`, the norm held out
+      of the gradient, Liu et al., arXiv 2402.09353. The auxiliary, where it
+      takes part, is in the sum and in its norm. A step reads the adapted
+      kernels once more, and costs as much more as r1 + r2 tokens would. Not
+      where code sees shards of an input, as under `jax.shard_map`.
     dropout: rate at the input of the adapters; active where `apply` is given a
       `dropout` rng.
     dtype: the name of the dtype that adapters compute in, as 'bfloat16'; None
@@ -57,6 +64,7 @@ class LoraSpec:
   exclude: str | None = None
   extra: str | None = None
   rslora: bool = False
+  dora: bool = False
   dropout: float = 0.0
   dtype: str | None = None
   base_dtype: str | None = None

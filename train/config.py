@@ -39,6 +39,12 @@ METHODS: tuple[str, ...] = get_args(MethodName)
 """What `--method` takes, the default first."""
 
 
+_NO_DORA = (
+  *("full", "full_sam", "head"),
+  *("flat_lora", "rwp_full", "lora_full_sam"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Fine-tunes a pretrained model on a task, and reports what came of it."""
@@ -73,6 +79,9 @@ class Config:
   targets: str = ".*"
   """Regular expression for the paths of the modules that get adapters, by
   default every linear layer; the new head is trained as it is."""
+  dora: bool = False
+  """Also train the norms of the adapted weights' columns (methods with adapters
+  whose perturbation, if any, is of the factors)."""
   dropout: float = 0.0
   """Dropout rate at the input of the adapters."""
   rho: float = 0.05
@@ -316,10 +325,16 @@ def check(config: Config) -> None:
       "dual_lora, on a base of floats; got --method "
       f"{config.method} and --base-dtype {config.base_dtype}."
     )
-  if config.keep_auxiliary and config.method != "dual_lora":
+  if config.dora and config.method in _NO_DORA:
     raise UsageError(
-      "--keep-auxiliary is for --method dual_lora; an auxiliary that climbs "
-      f"the loss is no part of the result; got --method {config.method}."
+      "--dora is for methods with adapters that leave the whole weights as "
+      f"they are; got --method {config.method}."
+    )
+  if config.keep_auxiliary and (config.method != "dual_lora" or config.dora):
+    raise UsageError(
+      "--keep-auxiliary is for --method dual_lora without --dora; an auxiliary "
+      "that climbs the loss is no part of the result; got --method "
+      f"{config.method}{' --dora' if config.dora else ''}."
     )
   if config.auxiliary_optimizer == "power" and config.clip == "none":
     raise UsageError(

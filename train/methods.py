@@ -133,6 +133,7 @@ def _of_adapters(
       targets=config.targets,
       exclude="lm_head" if is_decoder else None,
       extra=None if is_decoder else "head/.*",
+      dora=config.dora,
       dropout=config.dropout,
       base_dtype=config.quantised,
     ),

@@ -78,6 +78,10 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
       "got --method bilora and --base-dtype nf4",
     ),
     (
+      {"method": "flat_lora", "dora": True},
+      "leave the whole weights as they are; got --method flat_lora",
+    ),
+    (
       {"method": "bilora", "keep_auxiliary": True},
       "--keep-auxiliary is for --method dual_lora",
     ),

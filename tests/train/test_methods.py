@@ -176,6 +176,7 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
     },
     {"auxiliary_optimizer": "power", "rho_ratio": 0.1, "auxiliary_rank": 2},
     {"method": "lora", "dtype": "bfloat16"},
+    {"dora": True},
   ],
   ids=str,
 )
