@@ -320,8 +320,12 @@ class Adapted:
       result[part] = traverse_util.unflatten_dict(flat)
     return result
 
-  def check(self, adapters: Mapping[str, Any]) -> None:
+  def check(self, adapters: Mapping[str, Any], *, whole: bool = True) -> None:
     """Refuses adapters that are not of this model and spec.
+
+    Args:
+      adapters: from `init`, with or without the auxiliary.
+      whole: whether `extra` must be there, if the spec has one.
 
     Raises:
       ValueError: that names every mismatch.
@@ -330,14 +334,14 @@ class Adapted:
     wrong = []
     for part, tree in adapters.items():
       found = {p: _shape(x) for p, x in _flatten(tree).items()}
-      wanted = self._wanted(part)
+      wanted = self.shapes(part)
       wrong += [
         f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
         for path in {**wanted, **found}
         if found.get(path) != wanted.get(path)
       ]
-    if self._wanted("extra") and "extra" not in adapters:
+    if whole and "extra" not in adapters and self.shapes("extra"):
       wrong.append("extra: missing")
     if wrong:
       raise ValueError(
@@ -346,7 +350,12 @@ class Adapted:
         + "."
       )
 
-  def _wanted(self, part: str) -> dict[Path, Any]:
+  def shapes(self, part: str) -> dict[Path, Any]:
+    """What a part of the adapters holds, by path.
+
+    Returns:
+      Of `extra` the shapes; of a pair `(shape of a, shape of b, scale)`.
+    """
     wanted: dict[Path, Any] = {}
     if part == "extra":
       wanted = {

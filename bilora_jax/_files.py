@@ -70,7 +70,7 @@ def save_adapters(
     {k: np.ascontiguousarray(v) for k, v in jax.device_get(arrays).items()},
     metadata={"bilora_jax": text},
   )
-  _write_all({folder / _TENSORS: blob, folder / _CONFIG: text.encode() + b"\n"})
+  write_all({folder / _TENSORS: blob, folder / _CONFIG: text.encode() + b"\n"})
 
 
 def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
@@ -135,16 +135,8 @@ def _read(
   folder = pathlib.Path(folder)
   config = _config(folder / _CONFIG)
   path = folder / _TENSORS
-  try:
-    with safetensors.safe_open(path, "np") as file:  # pyright: ignore
-      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-      header = json.loads((file.metadata() or {}).get("bilora_jax", "null"))
-  except FileNotFoundError:
-    raise ValueError(f"{path} is missing.") from None
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{path} is not a whole safetensors file: {error}."
-    ) from error
+  arrays, metadata = read_tensors(path)
+  header = json.loads(metadata.get("bilora_jax", "null"))
   if header is None:
     raise ValueError(f"{path} was not written by save_adapters.")
   if header != config:
@@ -159,12 +151,7 @@ def _read(
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise ValueError(f"{path} is missing.") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
+  config = read_json(path)
   version = config.get("version") if isinstance(config, dict) else None
   if version != _VERSION or not {"spec", "scales"} <= set(config):
     raise ValueError(
@@ -192,7 +179,41 @@ def _flatten(tree: Any) -> dict[str, Any]:
   )
 
 
-def _write_all(contents: Mapping[pathlib.Path, bytes]) -> None:
+def read_tensors(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The arrays of a safetensors file, and the strings of its header.
+
+  Raises:
+    ValueError: if it is missing or damaged.
+  """
+  try:
+    with safetensors.safe_open(path, "np") as file:  # pyright: ignore
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      return arrays, file.metadata() or {}
+  except FileNotFoundError:
+    raise ValueError(f"{path} is missing.") from None
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is not a whole safetensors file: {error}."
+    ) from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What is in a JSON file.
+
+  Raises:
+    ValueError: if it is missing or damaged.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(f"{path} is missing.") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def write_all(contents: Mapping[pathlib.Path, bytes]) -> None:
   """Replaces files by what is safely on the disk already."""
   # Not of `tempfile`, whose files nobody else may read.
   names = {path: path.with_name(f".{uuid.uuid4().hex}") for path in contents}

@@ -128,6 +128,18 @@ class LoraSpec:
     Returns:
       `(rank, auxiliary_rank, scale)`, or None.
     """
+    sizes = self.sizes(path)
+    if sizes is None:
+      return None
+    rank, alpha, auxiliary_rank = sizes
+    return rank, auxiliary_rank, self.scale(rank, alpha)
+
+  def scale(self, rank: int, alpha: float) -> float:
+    """What the product of a pair is multiplied by."""
+    return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+  def sizes(self, path: str) -> tuple[int, float, int] | None:
+    """`(rank, alpha, auxiliary_rank)` of the module at `path`, or None."""
     if self.exclude is not None and re.fullmatch(self.exclude, path):
       return None
     overrides: Mapping[str, Any] = {}
@@ -141,12 +153,7 @@ class LoraSpec:
       found = any(f"/{path}".endswith(f"/{t}") for t in self.targets)
     if not found:
       return None
-    rank, alpha, auxiliary_rank = self._sizes(overrides)
-    return (
-      rank,
-      auxiliary_rank,
-      alpha / (math.sqrt(rank) if self.rslora else rank),
-    )
+    return self._sizes(overrides)
 
   def is_extra(self, path: str) -> bool:
     """Whether the parameter at `path` is trained as it is."""

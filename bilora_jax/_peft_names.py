@@ -1,0 +1,191 @@
+"""Where the parameters of a model are in Hugging Face's, by their names."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Wider:
+  """A linear module with inputs beyond ours, which have weights of zero.
+
+  As a head that is given more than ours looks at.
+
+  Attributes:
+    module: its name.
+    own: how many inputs are ours; they come first.
+    others: how many come after them.
+  """
+
+  module: str
+  own: int
+  others: int
+
+
+Module = str | Wider
+Names = Mapping[str, Module | Sequence[Module]]
+
+# The last part of a parameter's path in Flax -> that of PyTorch's tensor.
+_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "embedding": "weight",
+  "bias": "bias",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Names, checked.
+
+  Attributes:
+    names: the modules of each path; several, if it has leading axes of them.
+    stacked: the paths that have such axes.
+  """
+
+  names: Mapping[str, tuple[Module, ...]]
+  stacked: frozenset[str]
+
+  @classmethod
+  def of(cls, names: Names, prefix: str = "") -> "Places":
+    """Checks names, and takes `prefix` off those that begin with it.
+
+    Raises:
+      ValueError: if two parameters have the same place.
+    """
+    own: dict[str, tuple[Module, ...]] = {}
+    stacked = set()
+    for path, found in names.items():
+      several = not isinstance(found, Module)
+      if several:
+        stacked.add(path)
+      modules: Sequence[Module] = found if several else (found,)
+      own[path] = tuple(_without(prefix, module) for module in modules)
+    places = cls(own, frozenset(stacked))
+    taken: dict[str, str] = {}
+    for path in own:
+      for name in places.tensor_names(path):
+        if taken.setdefault(name, path) != path:
+          raise ValueError(
+            f"names has the same place, {name}, for {taken[name]} and {path}."
+          )
+    return places
+
+  def require(self, paths: Iterable[str]) -> None:
+    """Refuses paths that have no name.
+
+    Raises:
+      ValueError: that lists them.
+    """
+    lost = [path for path in paths if path not in self.names]
+    if lost:
+      raise ValueError(
+        f"names has no module for {', '.join(lost)}; what is trained needs one."
+      )
+
+  def adaptable(self) -> dict[str, str]:
+    """The modules that could have adapters, with the paths of their weights."""
+    return {
+      module: path
+      for path, modules in self.names.items()
+      if _LEAVES.get(_leaf(path)) != "bias"
+      for module in modules
+      if isinstance(module, str)
+    }
+
+  def modules(self, path: str, batch: Sequence[int]) -> list[str]:
+    """Of an adapted weight: as many as its batch axes hold, row by row.
+
+    Raises:
+      ValueError: if there are others, or the weight is trained whole.
+    """
+    found = self._checked(path, batch)
+    wider = [module for module in found if isinstance(module, Wider)]
+    if wider:
+      raise ValueError(
+        f"names has {wider[0]} for {path}, which has an adapter; only what is "
+        "trained whole may be Wider."
+      )
+    return [_name(module) for module in found]
+
+  def tensor_names(self, path: str) -> list[str]:
+    """Of a parameter that is trained whole."""
+    end = _LEAVES.get(_leaf(path), "weight")
+    return [f"{_name(module)}.{end}" for module in self.names[path]]
+
+  def tensors(self, path: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The modules, and in PyTorch's form the values, of a whole parameter.
+
+    Raises:
+      ValueError: if a module of PyTorch would have no such parameter.
+    """
+    value = np.asarray(value, np.float32)
+    stacked = path in self.stacked
+    modules = self._checked(path, value.shape[:1] if stacked else ())
+    leaf = _leaf(path)
+    for module, one in zip(modules, value if stacked else value[None]):
+      if leaf not in _LEAVES or (leaf == "kernel" and one.ndim != 2):
+        raise ValueError(
+          f"{path}, of shape {one.shape}, is trained whole, and what can be "
+          "written so are kernels of two axes, biases, scales and embeddings."
+        )
+      if leaf == "kernel":
+        one = one.T
+        if isinstance(module, Wider):
+          one = np.pad(one, ((0, 0), (0, module.others)))
+      yield _name(module), one
+
+  def parameter(
+    self, path: str, tensors: Mapping[str, np.ndarray]
+  ) -> np.ndarray:
+    """Undoes `tensors`.
+
+    Args:
+      path: of the parameter.
+      tensors: with all of its `tensor_names`.
+
+    Raises:
+      ValueError: if inputs that are not ours have weights.
+    """
+    values = []
+    for module, name in zip(self.names[path], self.tensor_names(path)):
+      value = tensors[name]
+      if _leaf(path) == "kernel":
+        if isinstance(module, Wider):
+          value, others = np.split(value, [module.own], axis=-1)
+          if others.any():
+            raise ValueError(
+              f"{name} looks at {others.shape[-1]} inputs beyond the "
+              f"{module.own} that this model's head is given"
+            )
+        value = value.T
+      values.append(value.astype(np.float32))
+    return np.stack(values) if path in self.stacked else values[0]
+
+  def _checked(self, path: str, batch: Sequence[int]) -> tuple[Module, ...]:
+    found = self.names[path]
+    count = math.prod(batch)
+    if bool(batch) != (path in self.stacked) or len(found) != count:
+      wanted = f"a sequence of {count} modules" if batch else "one module"
+      raise ValueError(
+        f"{path} has the leading axes {tuple(batch)}, so that names has "
+        f"{wanted} for it; got {[_name(module) for module in found]}."
+      )
+    return found
+
+
+def _name(module: Module) -> str:
+  return module if isinstance(module, str) else module.module
+
+
+def _without(prefix: str, module: Module) -> Module:
+  if isinstance(module, str):
+    return module.removeprefix(prefix)
+  return dataclasses.replace(module, module=module.module.removeprefix(prefix))
+
+
+def _leaf(path: str) -> str:
+  return path.rpartition("/")[2]
