@@ -25,7 +25,25 @@ class Wider:
   others: int
 
 
-Module = str | Wider
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+  """A convolution, (out, in, height, width) in PyTorch.
+
+  Ours has a kernel (height, width, in, out), or is a product with patches whose
+  pixels come row by row, channels last.
+
+  Attributes:
+    module: its name.
+    height: of the kernel.
+    width: of the kernel.
+  """
+
+  module: str
+  height: int
+  width: int
+
+
+Module = str | Wider | Convolution
 Names = Mapping[str, Module | Sequence[Module]]
 
 # The last part of a parameter's path in Flax -> that of PyTorch's tensor.
@@ -86,17 +104,17 @@ class Places:
         f"names has no module for {', '.join(lost)}; what is trained needs one."
       )
 
-  def adaptable(self) -> dict[str, str]:
-    """The modules that could have adapters, with the paths of their weights."""
+  def adaptable(self) -> dict[str, tuple[str, Module]]:
+    """By name, what could have an adapter, and the path of its weight."""
     return {
-      module: path
+      name_of(module): (path, module)
       for path, modules in self.names.items()
       if _LEAVES.get(_leaf(path)) != "bias"
       for module in modules
-      if isinstance(module, str)
+      if not isinstance(module, Wider)
     }
 
-  def modules(self, path: str, batch: Sequence[int]) -> list[str]:
+  def modules(self, path: str, batch: Sequence[int]) -> tuple[Module, ...]:
     """Of an adapted weight: as many as its batch axes hold, row by row.
 
     Raises:
@@ -109,12 +127,12 @@ class Places:
         f"names has {wider[0]} for {path}, which has an adapter; only what is "
         "trained whole may be Wider."
       )
-    return [_name(module) for module in found]
+    return found
 
   def tensor_names(self, path: str) -> list[str]:
     """Of a parameter that is trained whole."""
     end = _LEAVES.get(_leaf(path), "weight")
-    return [f"{_name(module)}.{end}" for module in self.names[path]]
+    return [f"{name_of(module)}.{end}" for module in self.names[path]]
 
   def tensors(self, path: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The modules, and in PyTorch's form the values, of a whole parameter.
@@ -127,16 +145,17 @@ class Places:
     modules = self._checked(path, value.shape[:1] if stacked else ())
     leaf = _leaf(path)
     for module, one in zip(modules, value if stacked else value[None]):
-      if leaf not in _LEAVES or (leaf == "kernel" and one.ndim != 2):
+      linear = one.ndim == 2 and not isinstance(module, Convolution)
+      if leaf not in _LEAVES or (leaf == "kernel" and not linear):
         raise ValueError(
           f"{path}, of shape {one.shape}, is trained whole, and what can be "
-          "written so are kernels of two axes, biases, scales and embeddings."
+          "written so are linear kernels, biases, scales and embeddings."
         )
       if leaf == "kernel":
         one = one.T
         if isinstance(module, Wider):
           one = np.pad(one, ((0, 0), (0, module.others)))
-      yield _name(module), one
+      yield name_of(module), one
 
   def parameter(
     self, path: str, tensors: Mapping[str, np.ndarray]
@@ -172,12 +191,37 @@ class Places:
       wanted = f"a sequence of {count} modules" if batch else "one module"
       raise ValueError(
         f"{path} has the leading axes {tuple(batch)}, so that names has "
-        f"{wanted} for it; got {[_name(module) for module in found]}."
+        f"{wanted} for it; got {[name_of(module) for module in found]}."
       )
     return found
 
 
-def _name(module: Module) -> str:
+def to_torch(
+  module: Module, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """`lora_A` and `lora_B` of a pair, `a` (in, r) and `b` (r, out)."""
+  if not isinstance(module, Convolution):
+    return a.T, b.T
+  patches = a.T.reshape(a.shape[-1], module.height, module.width, -1)
+  return patches.transpose(0, 3, 1, 2), b.T[..., None, None]
+
+
+def from_torch(
+  module: Module, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Undoes `to_torch`; None if the shapes are of no such module."""
+  if isinstance(module, Convolution):
+    sizes = (module.height, module.width)
+    if (a.ndim, a.shape[2:], b.shape[2:]) != (4, sizes, (1, 1)):
+      return None
+    a, b = a.transpose(0, 2, 3, 1).reshape(len(a), -1), b[..., 0, 0]
+  if (a.ndim, b.ndim) != (2, 2) or len(a) != b.shape[1]:
+    return None
+  return a.T, b.T
+
+
+def name_of(module: Module) -> str:
+  """The name alone."""
   return module if isinstance(module, str) else module.module
 
 

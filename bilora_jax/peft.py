@@ -9,7 +9,8 @@ parameters to Hugging Face's modules, as from `encoder/layer_0/query/kernel` to
 scanned layers or experts has a sequence of modules, row by row. Parameters that
 are trained whole, as a head's `head/kernel` and `head/bias`, are there as well.
 Names of weights without adapters do no harm. Kernels of several axes, as those
-of `nn.DenseGeneral`, are the two-dimensional ones of `nn.Linear`, reshaped.
+of `nn.DenseGeneral`, are the two-dimensional ones of `nn.Linear`, reshaped; a
+module that is not linear in PyTorch is named as a `Convolution`.
 """
 
 from collections.abc import Mapping
@@ -25,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from bilora_jax import _files, _peft_config
+from bilora_jax import _files, _peft_config, _peft_names
 from bilora_jax._adapt import Adapted
 from bilora_jax._factors import Factors, is_factors
+from bilora_jax._peft_names import Convolution as Convolution
 from bilora_jax._peft_names import Names as Names
 from bilora_jax._peft_names import Places
 from bilora_jax._peft_names import Wider as Wider
@@ -88,9 +90,11 @@ def save(
   for path, pair in pairs.items():
     modules = places.modules(path, pair.a.shape[:-2])
     a, b = (_rows(x) for x in (pair.a, pair.b))
-    for module, one_a, one_b in zip(modules, a, b):
-      sizes[module] = pair.rank, _alpha(adapted.spec, path, pair.rank)
-      tensors[module + _A], tensors[module + _B] = one_a.T, one_b.T
+    for module, *own in zip(modules, a, b):
+      name = _peft_names.name_of(module)
+      sizes[name] = pair.rank, _alpha(adapted.spec, path, pair.rank)
+      found = _peft_names.to_torch(module, *own)
+      tensors[name + _A], tensors[name + _B] = found
   whole: dict[str, None] = {}
   for path, leaf in extra.items():
     for name, (module, value) in zip(
@@ -139,10 +143,14 @@ def load_spec(
   default = {"rank": stored.config.rank, "alpha": stored.config.alpha}
   targets: dict[str, dict[str, Any]] = {}
   faults = []
-  for path, modules in stored.adapted().items():
-    lacking = [m for m in modules if m not in stored.pairs]
-    sizes = {m: stored.config.sizes(m) for m in modules if m not in lacking}
-    if lacking or len(set(sizes.values())) > 1:
+  for path in stored.paths():
+    modules = map(_peft_names.name_of, stored.places.names[path])
+    sizes = {
+      m: stored.config.sizes(m) if m in stored.pairs else None for m in modules
+    }
+    lacking = [m for m, own in sizes.items() if own is None]
+    first = next(iter(sizes.values()))
+    if first is None or len(set(sizes.values())) > 1:
       faults.append(
         f"the layers of {path} are scanned, and so adapted alike: "
         + (
@@ -152,7 +160,7 @@ def load_spec(
         )
       )
       continue
-    own = dict(zip(default, next(iter(sizes.values()))))
+    own = dict(zip(default, first))
     targets[re.escape(path.rpartition("/")[0])] = {
       key: value for key, value in own.items() if value != default[key]
     }
@@ -237,14 +245,10 @@ class _Stored:
   pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
   extra: Mapping[str, np.ndarray]
 
-  def adapted(self) -> dict[str, list[str]]:
-    """The modules of each weight of which any has an adapter."""
-    paths = self.places.adaptable()
-    found = dict.fromkeys(paths[module] for module in self.pairs)
-    return {
-      path: [module for module, own in paths.items() if own == path]
-      for path in found
-    }
+  def paths(self) -> list[str]:
+    """The weights of which a module has an adapter."""
+    known = self.places.adaptable()
+    return list(dict.fromkeys(known[module][0] for module in self.pairs))
 
 
 def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
@@ -265,18 +269,20 @@ def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
   ]
   pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
   for module in _with_adapters(config, tensors, known):
-    found = {end: tensors.pop(module + end, None) for end in (_A, _B)}
-    lost = [module + end for end, x in found.items() if x is None]
-    faults += [f"{name} is missing" for name in lost]
-    if not lost:
-      a, b = (x.astype(np.float32).T for x in found.values() if x is not None)
-      pairs[module] = a, b
-      rank, _ = config.sizes(module)
-      if (a.ndim, b.ndim) != (2, 2) or not a.shape[1] == b.shape[0] == rank:
-        faults.append(
-          f"{module} has lora_A {a.shape[::-1]} and lora_B {b.shape[::-1]}, "
-          f"which {_peft_config.NAME} says are of rank {rank}"
-        )
+    a, b = (tensors.pop(module + end, None) for end in (_A, _B))
+    if a is None or b is None:
+      ends = [end for end, x in ((_A, a), (_B, b)) if x is None]
+      faults += [f"{module}{end} is missing" for end in ends]
+      continue
+    rank, _ = config.sizes(module)
+    pair = _peft_names.from_torch(known[module][1], a, b)
+    if pair is None or pair[0].shape[1] != rank:
+      faults.append(
+        f"{module} has lora_A of the shape {a.shape} and lora_B of {b.shape}, "
+        f"which are not of the rank {rank} that {_peft_config.NAME} gives it"
+      )
+      continue
+    pairs[module] = pair[0].astype(np.float32), pair[1].astype(np.float32)
   extra, wrong = _whole(config, places, tensors)
   faults += wrong
   faults += [f"{name} has no place in this model" for name in tensors]
@@ -308,7 +314,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 def _with_adapters(
   config: _peft_config.PeftConfig,
   tensors: Mapping[str, Any],
-  known: Mapping[str, str],
+  known: Mapping[str, Any],
 ) -> dict[str, None]:
   """The modules that have an adapter, or should."""
   return dict.fromkeys(config.targeted(known)) | dict.fromkeys(
@@ -358,7 +364,7 @@ def _differences(stored: _Stored, adapted: Adapted) -> list[str]:
   faults = []
   there = set(stored.pairs)
   for path, (a_shape, _, scale) in wanted.items():
-    for module in stored.places.modules(path, a_shape[:-2]):
+    for module in _names(stored, path, a_shape):
       if module not in stored.pairs:
         faults.append(f"{module} has no adapter, and {path} is a target")
         continue
@@ -381,7 +387,7 @@ def _pair(
   b_shape: tuple[int, ...],
   scale: float,
 ) -> Factors:
-  modules = stored.places.modules(path, a_shape[:-2])
+  modules = _names(stored, path, a_shape)
   a, b = (np.stack([stored.pairs[m][i] for m in modules]) for i in range(2))
   # The inner sizes are as they came: they may be wrong.
   return Factors(
@@ -389,6 +395,11 @@ def _pair(
     b.reshape(*b_shape[:-2], *b.shape[1:]),
     scale,
   )
+
+
+def _names(stored: _Stored, path: str, a_shape: tuple[int, ...]) -> list[str]:
+  modules = stored.places.modules(path, a_shape[:-2])
+  return [_peft_names.name_of(module) for module in modules]
 
 
 def _alpha(spec: LoraSpec, path: str, rank: int) -> float:

@@ -3,6 +3,7 @@
 import collections.abc
 from typing import Any
 
+from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,6 +66,38 @@ def bert_params(
       node = node.setdefault(key, {})
     node[path[-1]] = jnp.asarray(value)
   return params
+
+
+def bert_tensors(
+  config: bert.BertConfig, params: collections.abc.Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Undoes `bert_params`: tensors by the names that they have in a BertModel.
+
+  Args:
+    config: the sizes.
+    params: of `bert.Bert`.
+
+  Returns:
+    Arrays on the host, in the dtype of the parameters; a linear weight is
+    (out, in).
+  """
+  flat = {
+    path: np.asarray(value)
+    for path, value in traverse_util.flatten_dict(dict(params)).items()
+  }
+  return {
+    name: flat[path].T if path[-1] == "kernel" else flat[path]
+    for name, (path, _) in _plan(config).items()
+  }
+
+
+def modules(config: bert.BertConfig) -> dict[str, str]:
+  """The path of each kernel, and its module in a BertModel."""
+  return {
+    "/".join(path): name.removesuffix(".weight")
+    for name, (path, _) in _plan(config).items()
+    if path[-1] == "kernel"
+  }
 
 
 def _plan(

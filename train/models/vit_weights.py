@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from bilora_jax import peft
 from train.models import vit, weights
 
 # Hugging Face's module within a layer -> ours.
@@ -188,6 +189,50 @@ def vit_params(
       value = value.T
     flat[path] = value
   return traverse_util.unflatten_dict(flat)
+
+
+def vit_tensors(
+  config: vit.VitConfig, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Undoes `vit_params`: tensors by the names that they have in a Dinov2Model.
+
+  Args:
+    config: the sizes.
+    params: of `vit.Vit`.
+
+  Returns:
+    Arrays on the host, in the dtype of the parameters.
+  """
+  flat = {
+    path: np.asarray(value)
+    for path, value in traverse_util.flatten_dict(dict(params)).items()
+  }
+  found = {}
+  for name, (path, shape) in _plan(config).items():
+    value = flat[path]
+    if name == _POSITIONS:
+      first = flat["embeddings", "cls_position"].reshape(1, -1)
+      rest = value.reshape(-1, config.hidden_size)
+      value = np.concatenate([first, rest])[None]
+    elif name == f"{_PATCH}.weight":
+      side = config.patch_size
+      value = value.reshape(side, side, vit.CHANNELS, -1).transpose(3, 2, 0, 1)
+    elif path[-1] == "kernel":
+      value = value.T
+    found[name] = value.reshape(shape)
+  return found
+
+
+def modules(config: vit.VitConfig) -> dict[str, str | peft.Convolution]:
+  """The path of each kernel, and its module in a Dinov2Model."""
+  found = {
+    "/".join(path): name.removesuffix(".weight")
+    for name, (path, _) in _plan(config).items()
+    if path[-1] == "kernel"
+  }
+  side = config.patch_size
+  patch = peft.Convolution(_PATCH, side, side)
+  return {k: patch if name == _PATCH else name for k, name in found.items()}
 
 
 def _plan(
