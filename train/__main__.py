@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train import compile
 
     return compile.main(argv[1:])
+  if argv[:1] == ["export"]:
+    from train import export
+
+    return export.main(argv[1:])
   if argv[:1] == ["generate"]:
     from train import generate
 
@@ -84,6 +88,8 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       " and reports what came of it. The same command resumes a run.\n\n"
       "python -m train compile --help: what a step takes, before chips are"
       " rented.\npython -m train generate --help: what a decoder says.\n"
+      "python -m train export --help: adapters for PEFT, models for"
+      " transformers.\n"
       "python -m train study --help: methods, tasks and seeds.\n\n"
       f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
       " first is the default, unless --task is given).\n--from-run DIR repeats"

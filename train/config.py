@@ -70,6 +70,9 @@ class Config:
   are trained. No adapter: full [1] and full_sam [2], all parameters; head [1],
   the new head alone."""
 
+  adapter: str = ""
+  """A folder of Hugging Face PEFT's with a LoRA to start from (the methods with
+  adapters); its ranks, alphas, targets and rsLoRA are its own."""
   rank: int = 8
   """r1, the rank of the primary adapter."""
   alpha: float = 16.0
@@ -313,6 +316,8 @@ def check(config: Config) -> None:
       "--base-dtype is for frozen weights; those that --method "
       f"{config.method} trains are float32; got {config.base_dtype}."
     )
+  if config.adapter:
+    _check_adapter(config)
   for name in ("weight_fraction", "sample_fraction"):
     value = getattr(config, name)
     if not 0 < value <= 1:
@@ -361,6 +366,27 @@ def check(config: Config) -> None:
     raise UsageError(
       f"--targets is a regular expression; got {config.targets!r}: {error}."
     ) from error
+
+
+def _check_adapter(config: Config) -> None:
+  if config.method in ("full", "full_sam", "head"):
+    raise UsageError(
+      "--adapter is for the methods with adapters; got --method "
+      f"{config.method}."
+    )
+  for name in ("rank", "alpha", "targets"):
+    value, default = getattr(config, name), getattr(Config, name)
+    if value != default:
+      raise UsageError(
+        f"--adapter has ranks, alphas and targets of its own, so that "
+        f"{_option(name)} is left out; got {value}."
+      )
+  folder = pathlib.Path(config.adapter)
+  if not (folder / "adapter_config.json").is_file():
+    raise UsageError(
+      "--adapter is a folder with adapter_config.json and "
+      f"adapter_model.safetensors; got {config.adapter}, which has none."
+    )
 
 
 def preset(name: str) -> Config:

@@ -5,6 +5,7 @@ Optax transformation.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -14,7 +15,7 @@ import optax
 
 import bilora_jax
 from bilora_jax import baselines
-from train import estimators, optimizers
+from train import adapter, estimators, optimizers
 from train.config import Config
 from train.models import decoder
 from train.objectives import Objective
@@ -124,26 +125,37 @@ def _of_adapters(
   config: Config, model: nn.Module, inputs: tuple[Any, ...], is_decoder: bool
 ) -> Method:
   has_ball = config.method in _BALL
-  adapted = bilora_jax.adapt(
-    model,
-    bilora_jax.LoraSpec(
-      rank=config.rank,
-      alpha=config.alpha,
-      auxiliary_rank=config.auxiliary_rank if has_ball else 0,
-      targets=config.targets,
-      exclude="lm_head" if is_decoder else None,
-      extra=None if is_decoder else "head/.*",
-      dora=config.dora,
-      dropout=config.dropout,
-      base_dtype=config.quantised,
-    ),
-    *inputs,
+  own = dataclasses.replace(
+    _targets(config, model, is_decoder),
+    auxiliary_rank=config.auxiliary_rank if has_ball else 0,
+    extra=None if is_decoder else "head/.*",
+    dora=config.dora,
+    dropout=config.dropout,
+    base_dtype=config.quantised,
   )
+  adapted = bilora_jax.adapt(model, own, *inputs)
+  init = adapted.init
+  if config.adapter:
+    init = adapter.started(config.adapter, adapted, model)
   return Method(
-    optimizers.started(config, adapted.init) if has_ball else adapted.init,
+    optimizers.started(config, init) if has_ball else init,
     adapted.apply,
     optax.identity(),
     dict if config.keep_auxiliary else bilora_jax.primary,
     adapted=adapted,
     rho=config.rho if has_ball else None,
+  )
+
+
+def _targets(
+  config: Config, model: nn.Module, is_decoder: bool
+) -> bilora_jax.LoraSpec:
+  """Which modules have adapters, of what rank and scale."""
+  if config.adapter:
+    return adapter.spec(config.adapter, model)
+  return bilora_jax.LoraSpec(
+    rank=config.rank,
+    alpha=config.alpha,
+    targets=config.targets,
+    exclude="lm_head" if is_decoder else None,
   )

@@ -42,6 +42,7 @@ class Pretrained:
     pad_id: the token that pads.
     eos_id: the token that ends a turn or a text, if it has one.
     template: of conversations; None for an encoder.
+    hf_config: the configuration as transformers has it, in its config.json.
   """
 
   path: pathlib.Path
@@ -51,6 +52,7 @@ class Pretrained:
   pad_id: int = 0
   eos_id: int | None = None
   template: chat.Template | None = None
+  hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def is_decoder(self) -> bool:
@@ -193,7 +195,12 @@ def _open_onnx(path: pathlib.Path) -> Pretrained:
     config = vit_weights.config(stored)
   except weights.WeightsError as error:
     raise weights.WeightsError(f"{path}: {error}") from error
-  return Pretrained(path=path, config=config, tensors=stored)
+  return Pretrained(
+    path=path,
+    config=config,
+    tensors=stored,
+    hf_config=vit_weights.hf_config(config),
+  )
 
 
 def _open_gguf(path: pathlib.Path) -> Pretrained:
@@ -215,6 +222,7 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     template=chat.Template(
       model.chat_template or chat.PLAIN, text(model.bos_id), text(eos_id)
     ),
+    hf_config=model.config,
   )
 
 
@@ -235,6 +243,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
       pad_id=eos_id or 0,
       eos_id=eos_id,
       template=template,
+      hf_config=config,
     )
   if config.get("model_type") != "bert":
     raise weights.WeightsError(
@@ -248,6 +257,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
     tensors=stored,
     text_tokenizer=text_tokenizer,
     pad_id=tokenizer.pad_id(text_tokenizer),
+    hf_config=config,
   )
 
 

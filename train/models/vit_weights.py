@@ -142,6 +142,25 @@ def config(tensors: Mapping[str, Any]) -> vit.VitConfig:
   )
 
 
+def hf_config(config: vit.VitConfig) -> dict[str, Any]:
+  """The config.json of a `Dinov2Model` of these sizes."""
+  return {
+    "model_type": "dinov2",
+    "hidden_size": config.hidden_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "mlp_ratio": config.intermediate_size / config.hidden_size,
+    "hidden_act": "gelu",
+    "layer_norm_eps": config.layer_norm_eps,
+    "image_size": config.patch_size * config.grid,
+    "patch_size": config.patch_size,
+    "num_channels": vit.CHANNELS,
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+    "use_mask_token": False,
+  }
+
+
 def vit_params(
   config: vit.VitConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
