@@ -22,7 +22,7 @@ from bilora_jax import peft
 from train import config as config_lib
 from train import tasks
 from train.errors import UsageError
-from train.models import hf_names, load
+from train.models import hf_names, load, vit
 from train.tasks import images
 
 # Beside the weights, what transformers makes a tokenizer of.
@@ -90,10 +90,8 @@ def export(options: Options) -> str:
       f"--method that has any; this is a run of --method {run.method}."
     )
   out = pathlib.Path(options.out)
-  if (
-    options.merged and out.exists() and (not out.is_dir() or any(out.iterdir()))
-  ):
-    raise UsageError(f"--out is a new or empty folder for a model; got {out}.")
+  if options.merged and out.exists():
+    _check_empty(out)
   pretrained = load.open_pretrained(run.model)
   labels = _labels(run, pretrained)
   model = _model(run, pretrained, labels)
@@ -105,9 +103,8 @@ def export(options: Options) -> str:
   if options.merged:
     params = _merged(run, pretrained, model, adapted, adapters)
     tensors = hf_names.tensors(model, params)
-    _write_model(
-      out, tensors, _config(pretrained, kind, labels, tensors), pretrained
-    )
+    config = _config(pretrained, kind, labels, tensors)
+    _write_model(out, tensors, config, pretrained)
     return f"{out} is a {kind.architecture} of transformers."
   peft.save(
     out,
@@ -120,6 +117,14 @@ def export(options: Options) -> str:
     auxiliary="auxiliary" in adapters,
   )
   return f"{out} is a LoRA of PEFT, for a {kind.architecture}."
+
+
+def _check_empty(out: pathlib.Path) -> None:
+  if not out.is_dir() or any(out.iterdir()):
+    raise UsageError(
+      f"--out is a new or an empty folder for a whole model; got {out}, where "
+      "something is."
+    )
 
 
 def _labels(
@@ -143,8 +148,9 @@ def _model(
 
 
 def _inputs(pretrained: load.Pretrained) -> tuple[Any, ...]:
-  if pretrained.is_vision:
-    side = pretrained.config.patch_size * pretrained.config.grid
+  sizes = pretrained.config
+  if isinstance(sizes, vit.VitConfig):
+    side = sizes.patch_size * sizes.grid
     return (jax.ShapeDtypeStruct((1, side, side, 3), "float32"),)
   tokens = jax.ShapeDtypeStruct((1, 2), "int32")
   return (tokens,) if pretrained.is_decoder else (tokens, tokens)
@@ -159,8 +165,8 @@ def _merged(
 ) -> Mapping[str, Any]:
   if "auxiliary" in adapters:
     raise UsageError(
-      f"{run.method} keeps two adapters, of which one alone can be merged here; "
-      "write them without --merged, and merge them with PEFT."
+      f"the run kept both adapters of {run.method}, and --merged merges one; "
+      "write them without it, and merge them with PEFT."
     )
   variables = pretrained.variables(model, 0, run.param_dtype)
   if adapted.spec.base_dtype is not None:
@@ -182,7 +188,7 @@ def _config(
     # That of the layers; a head may be wider.
     "torch_dtype": next(iter(tensors.values())).dtype.name,
   }
-  for gone in ("dtype", "quantization_config", "_name_or_path"):
+  for gone in ("dtype", "quantization_config", "_name_or_path", "num_labels"):
     config.pop(gone, None)
   if labels:
     config["id2label"] = {str(i): label for i, label in enumerate(labels)}
