@@ -227,14 +227,17 @@ class Adapted:
     params = self._check(variables)
     magnitudes, new = self._extra(adapters, params)
     for path, pair in pairs.items():
-      x = self._adapters[path]
+      x, weight = self._adapters[path], params[path]
+      if x.form is None and not isinstance(weight, jax.Array):
+        # The layer would make a new array of it, that Qwix does not know.
+        weight = new[path] = jnp.asarray(weight)
       gain = None
       if path in magnitudes:
-        kernel = self._matrices(path, params[path])
+        kernel = self._matrices(path, weight)
         gain = _dora.gain(kernel, pair, magnitudes[path])
       if x.form is not None or gain is not None:
         dtype = self._parameters[path].dtype
-        new[path] = _stand_in.StandIn(params[path], dtype, gain)
+        new[path] = _stand_in.StandIn(weight, dtype, gain)
       a_name, b_name = x.site.names()
       a_shape, b_shape = x.site.leaf_shapes(pair.rank)
       new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)

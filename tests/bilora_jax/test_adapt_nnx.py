@@ -424,3 +424,15 @@ def test_variables_of_another_model_are_refused_by_name():
       ValueError, match=r"kernel: \(5, 3\), expected \(5, 4\)"
     ):
       call()
+
+
+def test_weights_of_numpy_are_adapted_too():
+  model, x = nnx.Linear(4, 3, rngs=RNGS), _normal(2, 4)
+  adapted = adapt(nnx.Sequential(model), SPEC, x)
+  state = nnx.state(nnx.Sequential(model))
+  adapters = jax.tree.map(jnp.ones_like, adapted.init(KEY, state))
+  np.testing.assert_allclose(
+    adapted.apply(jax.tree.map(np.asarray, state), adapters, x),
+    adapted.apply(state, adapters, x),
+    **CLOSE,
+  )
