@@ -1,4 +1,4 @@
-"""What needs PyTorch to be imported: for `make test-parity`, not `make test`."""
+"""What needs PyTorch is for `make test-parity`, and not for `make test`."""
 
 import importlib.util
 

@@ -24,6 +24,13 @@ _DENSES = {
   "mlp.fc1": "intermediate",
   "mlp.fc2": "output",
 }
+# The same in a checkpoint -> in the modules of transformers since 5.
+_RENAMED = {
+  "attention.attention.query": "attention.q_proj",
+  "attention.attention.key": "attention.k_proj",
+  "attention.attention.value": "attention.v_proj",
+  "attention.output.dense": "attention.o_proj",
+}
 _NORMS = {"norm1": "attention_norm", "norm2": "output_norm"}
 _SCALES = {
   "layer_scale1.lambda1": "attention_scale",
@@ -144,12 +151,14 @@ def config(tensors: Mapping[str, Any]) -> vit.VitConfig:
 
 def hf_config(config: vit.VitConfig) -> dict[str, Any]:
   """The config.json of a `Dinov2Model` of these sizes."""
+  ratio = config.intermediate_size / config.hidden_size
   return {
     "model_type": "dinov2",
     "hidden_size": config.hidden_size,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
-    "mlp_ratio": config.intermediate_size / config.hidden_size,
+    # transformers takes no float for it.
+    "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
     "hidden_act": "gelu",
     "layer_norm_eps": config.layer_norm_eps,
     "image_size": config.patch_size * config.grid,
@@ -243,15 +252,24 @@ def vit_tensors(
 
 
 def modules(config: vit.VitConfig) -> dict[str, str | peft.Convolution]:
-  """The path of each kernel, and its module in a Dinov2Model."""
-  found = {
-    "/".join(path): name.removesuffix(".weight")
-    for name, (path, _) in _plan(config).items()
-    if path[-1] == "kernel"
-  }
+  """The path of each kernel, and its module in a Dinov2Model.
+
+  Those of transformers 5, which has other names for some modules than their
+  weights have in its checkpoints.
+  """
   side = config.patch_size
-  patch = peft.Convolution(_PATCH, side, side)
-  return {k: patch if name == _PATCH else name for k, name in found.items()}
+  found: dict[str, str | peft.Convolution] = {}
+  for name, (path, _) in _plan(config).items():
+    if path[-1] == "kernel":
+      module = name.removesuffix(".weight")
+      for old, new in _RENAMED.items():
+        if module.endswith(f".{old}"):
+          module = module.removesuffix(old) + new
+      is_patch = module == _PATCH
+      found["/".join(path)] = (
+        peft.Convolution(module, side, side) if is_patch else module
+      )
+  return found
 
 
 def _plan(
