@@ -286,6 +286,8 @@ def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
   extra, wrong = _whole(config, places, tensors)
   faults += wrong
   faults += [f"{name} has no place in this model" for name in tensors]
+  if not pairs and not faults:
+    faults.append("no tensor is a lora_A or a lora_B")
   if faults:
     raise ValueError(
       f"{folder} holds no adapter of this model: {'; '.join(faults)}."

@@ -244,6 +244,17 @@ def test_without_a_trained_head_there_is_no_extra(folder, adapted):
   assert peft.load_spec(folder, NAMES).extra is None
 
 
+def test_a_folder_without_factors_is_refused(folder):
+  def drop(tensors):
+    for name in [n for n in tensors if "lora" in n]:
+      del tensors[name]
+
+  _change_tensors(folder, drop)
+  _change_config(folder, target_modules=[])
+  with pytest.raises(ValueError, match="no tensor is a lora_A"):
+    peft.load_spec(folder, NAMES)
+
+
 def test_scanned_layers_are_adapted_alike(folder):
   _change_config(folder, alpha_pattern={r"layers\.1\.up": 3})
   with pytest.raises(ValueError, match=r"layers/up/kernel are scanned.*3\.0"):
@@ -338,6 +349,12 @@ _Q = "base_model.model.net.attention.q."
       ["norm.bias is missing"],
     ),
     (lambda t: t.update({"q.lora_A": np.ones(2)}), ["begin with", "q.lora_A"]),
+    (
+      lambda t: t.update(
+        {f"{_Q}lora_B.weight": np.ones((6, 2, 1), np.float32)}
+      ),
+      ["lora_B of (6, 2, 1)", "rank 2"],
+    ),
   ],
 )
 def test_tensors_that_do_not_fit_are_refused(folder, adapted, change, parts):
