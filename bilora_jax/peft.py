@@ -73,6 +73,7 @@ def save(
       missing or does not fit, each named, or there is no auxiliary to write.
     OSError: if a file cannot be written.
   """
+  _refuse_dora(adapted.spec)
   adapted.check(adapters)
   if auxiliary and "auxiliary" not in adapters:
     raise ValueError(
@@ -205,6 +206,7 @@ def load(
       another shape, rank or scale than the model's, each named.
   """
   folder = pathlib.Path(folder)
+  _refuse_dora(adapted.spec)
   stored = _read(folder, names, prefix)
   faults = _differences(stored, adapted)
   if faults:
@@ -311,6 +313,14 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
       f"{', '.join(other)}."
     )
   return {name.removeprefix(_PREFIX): value for name, value in found.items()}
+
+
+def _refuse_dora(spec: LoraSpec) -> None:
+  if spec.dora:
+    raise ValueError(
+      "PEFT's folders are written and read here without DoRA's magnitudes; got "
+      "a spec with dora=True. `merge` has them in the model's own weights."
+    )
 
 
 def _with_adapters(

@@ -255,6 +255,14 @@ def test_a_folder_without_factors_is_refused(folder):
     peft.load_spec(folder, NAMES)
 
 
+def test_magnitudes_have_no_place_in_a_folder(folder, adapters):
+  own = adapt(_Model(), LoraSpec(**{**vars(SPEC), "dora": True}), X)
+  with pytest.raises(ValueError, match="got a spec with dora=True"):
+    peft.save(folder, own, adapters, NAMES)
+  with pytest.raises(ValueError, match="got a spec with dora=True"):
+    peft.load(folder, own, NAMES)
+
+
 def test_scanned_layers_are_adapted_alike(folder):
   _change_config(folder, alpha_pattern={r"layers\.1\.up": 3})
   with pytest.raises(ValueError, match=r"layers/up/kernel are scanned.*3\.0"):
