@@ -197,7 +197,7 @@ def load(
       the adapters were trained on a bare `BertModel`.
 
   Returns:
-    `{'primary': ..., 'extra': ...}` of NumPy arrays in float32; no `extra` if
+    A dict of `primary` and `extra`, of NumPy arrays in float32; no `extra` if
     the folder has no `modules_to_save`. `adapted.init` makes what is missing.
 
   Raises:
