@@ -103,11 +103,11 @@ def _quantising(place: Any, adapted: Any) -> Any:
 
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
   dtype = None if config.dtype == "float32" else config.dtype
-  if not pretrained.is_decoder:
+  if not (pretrained.is_decoder or pretrained.is_t5):
     assert isinstance(data, data_lib.Labelled)
     if config.scan_layers:
       raise UsageError(
-        f"--scan-layers is for decoders; {config.model} is an encoder."
+        f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
       )
     return pretrained.encoder_classifier(
       len(data.task.labels), dtype, remat=config.remat
@@ -120,6 +120,12 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
   }
   if isinstance(data, data_lib.Labelled):
     assert isinstance(data.task, tasks.Task)
+    if pretrained.is_t5:
+      assert pretrained.eos_id is not None
+      words = label_words.words(
+        pretrained.tokenizer, data.task, pretrained.eos_id
+      )
+      return pretrained.t5_classifier(words, **options)
     label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
     return pretrained.decoder_classifier(label_ids, **options)
   return pretrained.language_model(**options)

@@ -217,10 +217,16 @@ def load(config: Config, pretrained: Pretrained) -> Data:
 def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
   task = tasks.get(config.task)
   text_tokenizer = pretrained.tokenizer
-  if pretrained.is_decoder:
+  objective = objectives.CLASSIFICATION
+  if pretrained.is_decoder or pretrained.is_t5:
     encode = functools.partial(label_words.encode, text_tokenizer, task)
   else:
     encode = functools.partial(tokenizer.encode, text_tokenizer)
+  if pretrained.is_t5:
+    assert pretrained.eos_id is not None
+    objective = objectives.words(
+      label_words.words(text_tokenizer, task, pretrained.eos_id)
+    )
   examples = {}
   for split in _SPLITS:
     limit = config.train_rows if split == "train" else config.eval_rows
@@ -238,7 +244,7 @@ def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
       group_by_length=config.group_by_length,
     ),
     whole=functools.partial(pipeline.eval_batches, pad_id=pretrained.pad_id),
-    objective=objectives.CLASSIFICATION,
+    objective=objective,
     pad_id=pretrained.pad_id,
   )
 
@@ -268,7 +274,8 @@ def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
   if pretrained.template is None:
     raise ValueError(
       "Instructions are for a decoder to respond to (Llama, Qwen 2 and their "
-      f"like); got the encoder {config.model}."
+      f"like); got the encoder{'-decoder' if pretrained.is_t5 else ''} "
+      f"{config.model}."
     )
   packed = {}
   for split in _SPLITS:

@@ -18,7 +18,7 @@ import numpy as np
 
 from train.errors import UsageError
 from train.methods import Method
-from train.models import decoder_weights
+from train.models import stored
 from train.step import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor")
@@ -114,14 +114,14 @@ class Layout:
       mesh, _Spec(*(split(name, size) for name, size in zip(axes, shape)))
     )
 
-  def placer(self, axes: Any) -> decoder_weights.Place:
+  def placer(self, axes: Any) -> stored.Place:
     """Makes arrays of what is read from disk: each device's part by itself.
 
     Args:
       axes: a tree of nested dicts of their axes' names.
     """
     if self.mesh is None:
-      return decoder_weights.on_one_device
+      return stored.on_one_device
     names: dict[Any, Any] = traverse_util.flatten_dict(axes)
 
     def place(path, shape, dtype, read, /):

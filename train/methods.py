@@ -17,7 +17,7 @@ import bilora_jax
 from bilora_jax import baselines
 from train import adapter, estimators, optimizers
 from train.config import Config
-from train.models import decoder
+from train.models import decoder, t5
 from train.objectives import Objective
 
 _BALL = ("bilora", "dual_lora")
@@ -75,7 +75,8 @@ def build(
 
   Args:
     config: of the run.
-    model: an encoder with a new `head`, or a decoder, whose own is frozen.
+    model: an encoder with a new `head`, or a decoder or a T5, whose own is
+      frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
@@ -84,18 +85,18 @@ def build(
     ValueError: if the targets match no module of the model, or the method is
       not for such a model.
   """
-  is_decoder = isinstance(model, decoder.Decoder)
+  has_words = isinstance(model, decoder.Decoder | t5.T5)
   if config.method in _ALL_PARAMETERS:
     method = _of_parameters(model, lambda params: params)
   elif config.method == "head":
-    if is_decoder:
+    if has_words:
       raise ValueError(
         "--method head trains a new head alone, which encoders have; a decoder "
-        "answers by the head that it came with."
+        "or a T5 answers by the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
-    method = _of_adapters(config, model, inputs, is_decoder)
+    method = _of_adapters(config, model, inputs, has_words)
   apply = estimators.noisy(config, method.apply)
   return method._replace(
     apply=apply,
@@ -122,13 +123,13 @@ def _of_parameters(
 
 
 def _of_adapters(
-  config: Config, model: nn.Module, inputs: tuple[Any, ...], is_decoder: bool
+  config: Config, model: nn.Module, inputs: tuple[Any, ...], has_words: bool
 ) -> Method:
   has_ball = config.method in _BALL
   own = dataclasses.replace(
-    _targets(config, model, is_decoder),
+    _targets(config, model, has_words),
     auxiliary_rank=config.auxiliary_rank if has_ball else 0,
-    extra=None if is_decoder else "head/.*",
+    extra=None if has_words else "head/.*",
     dora=config.dora,
     dropout=config.dropout,
     base_dtype=config.quantised,
@@ -148,7 +149,7 @@ def _of_adapters(
 
 
 def _targets(
-  config: Config, model: nn.Module, is_decoder: bool
+  config: Config, model: nn.Module, has_words: bool
 ) -> bilora_jax.LoraSpec:
   """Which modules have adapters, of what rank and scale."""
   if config.adapter:
@@ -157,5 +158,5 @@ def _targets(
     rank=config.rank,
     alpha=config.alpha,
     targets=config.targets,
-    exclude="lm_head" if is_decoder else None,
+    exclude="lm_head" if has_words else None,
   )

@@ -1,10 +1,11 @@
 """What is learned from a batch: labels of rows, or the tokens that follow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Batch = Mapping[str, Any]
@@ -19,7 +20,8 @@ class Items(NamedTuple):
 
   Attributes:
     losses: cross-entropies in nats, float32.
-    weights: of each in the mean, float32; 0 leaves it out.
+    weights: of each in the mean, float32; 0 leaves it out. Of a row that is a
+      mean itself, of how many.
     predictions: the likeliest labels or tokens, int32.
     right: 1 where they are the right ones, float32.
   """
@@ -102,6 +104,47 @@ def prepared(images: Any, side: int) -> jax.Array:
   # The filter goes beyond black and white at edges.
   pixels = jnp.clip(pixels, 0, 1)[..., None]
   return (pixels - jnp.asarray(_MEAN)) / jnp.asarray(_DEVIATION)
+
+
+def words(tokens: Sequence[Sequence[int]]) -> Objective:
+  """One label a row, (B,), whose word a T5 is to say.
+
+  What is learned is what T5 learns: the tokens of the right label's word, given
+  those before it, over the whole vocabulary. The loss of a batch is the mean
+  over these tokens, and padding is none of them. The answer is the likeliest of
+  the labels' words, by the sum of the log-probabilities of a word's tokens. As
+  the one that ends it is among them, this is the probability of saying the word
+  and nothing else, and words of any lengths compare.
+
+  Args:
+    tokens: of each label's word, with the one that ends it. Logits are
+      (B, M, V), of the M tokens of all words, end to end.
+  """
+  targets_M = np.concatenate([np.asarray(word, np.int32) for word in tokens])
+  lengths_C = np.asarray([len(word) for word in tokens])
+  whose_MxC = np.repeat(np.eye(len(tokens), dtype=np.float32), lengths_C, 0)
+
+  def lengths(batch):
+    return jnp.asarray(lengths_C, jnp.float32)[batch["labels"]]
+
+  def items(logits, batch):
+    labels = batch["labels"]
+    # One by one: a product may round to bfloat16 on an accelerator.
+    losses_BxM = optax.softmax_cross_entropy_with_integer_labels(
+      logits.astype(jnp.float32),
+      jnp.broadcast_to(targets_M, logits.shape[:-1]),
+    )
+    losses_BxC = (losses_BxM[..., None] * whose_MxC).sum(1)
+    right_B = jnp.take_along_axis(losses_BxC, labels[:, None], 1)[:, 0]
+    predictions = jnp.argmin(losses_BxC, -1)
+    return Items(
+      losses=right_B / lengths(batch),
+      weights=lengths(batch),
+      predictions=predictions,
+      right=(predictions == labels).astype(jnp.float32),
+    )
+
+  return CLASSIFICATION._replace(items=items, weights=lengths)
 
 
 NEXT_TOKEN = Objective(

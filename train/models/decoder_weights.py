@@ -1,51 +1,20 @@
 """Hugging Face's Llama and Qwen 2 tensors as the parameters of `Decoder`."""
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 import re
-from typing import Any, Protocol
+from typing import Any
 
 from flax import traverse_util
-import jax
 from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
+from train.models import stored, weights
 from train.models import tensors as tensors_
-from train.models import weights
 from train.models.decoder_config import DecoderConfig
-
-Path = tuple[str, ...]
-Index = tuple[slice, ...]
-Read = Callable[[Index], np.ndarray]
 
 # A buffer, not a weight; old checkpoints saved it.
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-class Place(Protocol):
-  """Makes one parameter of what is read of it."""
-
-  def __call__(
-    self, path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
-  ) -> Any:
-    """Makes the parameter.
-
-    Args:
-      path: in the tree, as `('layers_0', 'mlp', 'up_proj', 'kernel')`.
-      shape: of the parameter.
-      dtype: of the parameter.
-      read: reads the part that an index stands for, a slice for each axis, as
-        `jax.make_array_from_callback` asks for.
-    """
-    ...
-
-
-def on_one_device(
-  path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
-) -> jax.Array:
-  """The whole parameter, on the default device."""
-  return jnp.asarray(read((slice(None),) * len(shape)))
 
 
 def params(
@@ -54,7 +23,7 @@ def params(
   *,
   scan: bool = False,
   dtype: typing.DTypeLike = jnp.float32,
-  place: Place = on_one_device,
+  place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
   """Parameters of `Decoder` from a Hugging Face checkpoint, one at a time.
 
@@ -76,20 +45,21 @@ def params(
       says, or unknown to it; all are named together, and nothing was read.
   """
   plan = _plan(config, scan)
-  faults = _faults(plan, tensors, config.tied)
+  # Some checkpoints hold the head that is tied as well.
+  faults = stored.faults(
+    plan,
+    tensors,
+    lambda name: bool(
+      (config.tied and name == "lm_head.weight") or _BUFFER.fullmatch(name)
+    ),
+  )
   if faults:
     raise weights.WeightsError(
       "The tensors do not fit the decoder's configuration: "
       + "; ".join(faults)
       + "."
     )
-  dtype = np.dtype(dtype)
-  return traverse_util.unflatten_dict(
-    {
-      path: place(path, source.shape, dtype, _reader(source, tensors, dtype))
-      for path, source in plan.items()
-    }
-  )
+  return stored.read(plan, tensors, dtype, place)
 
 
 def tensors(
@@ -127,69 +97,9 @@ def modules(
   return found
 
 
-def placed(
-  tree: Mapping[str, Any], dtype: typing.DTypeLike, place: Place
-) -> dict[str, Any]:
-  """Nested dicts of arrays that the host has, each as `place` makes it."""
-  dtype = np.dtype(dtype)
-
-  def one(path: Path, array: Any) -> Any:
-    def read(index: Index) -> np.ndarray:
-      return np.asarray(array)[index].astype(dtype)
-
-    return place(path, array.shape, dtype, read)
-
-  flat = traverse_util.flatten_dict(tree)
-  return traverse_util.unflatten_dict(
-    {path: one(path, array) for path, array in flat.items()}
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  """Where a parameter is in the checkpoint.
-
-  Attributes:
-    names: of its tensor; of one for each layer, if `stacked`.
-    tensor_shape: of each.
-    transposed: whether the parameter is the transpose.
-    stacked: whether the parameter has a leading axis of layers.
-  """
-
-  names: tuple[str, ...]
-  tensor_shape: tuple[int, ...]
-  transposed: bool
-  stacked: bool
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of the parameter."""
-    shape = self.tensor_shape[:: -1 if self.transposed else 1]
-    return (len(self.names), *shape) if self.stacked else shape
-
-
-def _reader(
-  source: _Source, tensors: Mapping[str, tensors_.Tensor], dtype: np.dtype
-) -> Read:
-  def one(name: str, index: Index) -> np.ndarray:
-    part = tensors[name][index[:: -1 if source.transposed else 1]]
-    part = part.T if source.transposed else part
-    return part.astype(dtype, copy=False)
-
-  def read(index: Index) -> np.ndarray:
-    if not source.stacked:
-      return one(source.names[0], index)
-    # Filled in place: the parts and their stack would be twice the memory.
-    shape = [len(range(*s.indices(n))) for s, n in zip(index, source.shape)]
-    out = np.empty(shape, dtype)
-    for layer, name in zip(out, source.names[index[0]]):
-      layer[...] = one(name, index[1:])
-    return out
-
-  return read
-
-
-def _plan(config: DecoderConfig, scan: bool) -> dict[Path, _Source]:
+def _plan(
+  config: DecoderConfig, scan: bool
+) -> dict[stored.Path, stored.Source]:
   """Path in the parameter tree -> where its values are."""
   width = config.hidden_size
   heads = config.num_heads * config.head_dim
@@ -205,7 +115,7 @@ def _plan(config: DecoderConfig, scan: bool) -> dict[Path, _Source]:
     ("mlp", "down_proj"): (width, inner),
   }
   # Within a layer: path, the end of the tensor's name, and its shape.
-  parts: list[tuple[Path, str, tuple[int, ...]]] = []
+  parts: list[tuple[stored.Path, str, tuple[int, ...]]] = []
   for path, shape in denses.items():
     parts.append(((*path, "kernel"), "weight", shape))
     if config.qkv_bias and path[-1] in ("q_proj", "k_proj", "v_proj"):
@@ -217,9 +127,9 @@ def _plan(config: DecoderConfig, scan: bool) -> dict[Path, _Source]:
   table = (config.vocab_size, width)
 
   def whole(name: str, shape: tuple[int, ...], transposed: bool = False):
-    return _Source((f"{name}.weight",), shape, transposed, False)
+    return stored.Source((f"{name}.weight",), shape, transposed, False)
 
-  plan: dict[Path, _Source] = {
+  plan: dict[stored.Path, stored.Source] = {
     ("embed_tokens", "embedding"): whole("model.embed_tokens", table),
     ("norm", "scale"): whole("model.norm", (width,)),
   }
@@ -230,37 +140,11 @@ def _plan(config: DecoderConfig, scan: bool) -> dict[Path, _Source]:
     names = [f"model.layers.{i}.{'.'.join(path[:-1])}.{end}" for i in layers]
     transposed = path[-1] == "kernel"
     if scan:
-      plan["layers", *path] = _Source(tuple(names), shape, transposed, True)
+      plan["layers", *path] = stored.Source(
+        tuple(names), shape, transposed, True
+      )
       continue
     for i in layers:
-      source = _Source((names[i],), shape, transposed, False)
+      source = stored.Source((names[i],), shape, transposed, False)
       plan[f"layers_{i}", *path] = source
   return plan
-
-
-def _faults(
-  plan: Mapping[Path, _Source],
-  tensors: Mapping[str, tensors_.Tensor],
-  tied: bool,
-) -> list[str]:
-  shapes = {
-    name: source.tensor_shape
-    for source in plan.values()
-    for name in source.names
-  }
-  faults = [f"{name} is missing" for name in shapes if name not in tensors]
-  faults += [
-    f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
-    for name, shape in shapes.items()
-    if name in tensors and tuple(tensors[name].shape) != shape
-  ]
-  # A layer too many beside a configuration of fewer would be dropped in
-  # silence. Some checkpoints hold the head that is tied as well.
-  faults += [
-    f"{name} has no place in it"
-    for name in tensors
-    if name not in shapes
-    and not (tied and name == "lm_head.weight")
-    and not _BUFFER.fullmatch(name)
-  ]
-  return faults

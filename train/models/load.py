@@ -20,6 +20,12 @@ from train.models import (
   gguf_file,
   gguf_tokenizer,
   label_words,
+  spiece,
+  stored,
+  t5,
+  t5_config,
+  t5_label_words,
+  t5_weights,
   tensors,
   tokenizer,
   vit,
@@ -36,17 +42,22 @@ class Pretrained:
   Attributes:
     path: its folder, or its GGUF or ONNX file.
     config: the sizes; a `BertConfig` is an encoder, a `DecoderConfig` a
-      decoder, a `VitConfig` an encoder of images.
+      decoder, a `T5Config` both, a `VitConfig` an encoder of images.
     tensors: weights by Hugging Face's names, read when they are indexed.
     text_tokenizer: without truncation and padding; None for images.
     pad_id: the token that pads.
     eos_id: the token that ends a turn or a text, if it has one.
-    template: of conversations; None for an encoder.
+    template: of conversations; None but for a decoder.
     hf_config: the configuration as transformers has it, in its config.json.
   """
 
   path: pathlib.Path
-  config: bert.BertConfig | decoder_config.DecoderConfig | vit.VitConfig
+  config: (
+    bert.BertConfig
+    | decoder_config.DecoderConfig
+    | t5_config.T5Config
+    | vit.VitConfig
+  )
   tensors: Mapping[str, tensors.Tensor]
   text_tokenizer: tokenizers.Tokenizer | None = None
   pad_id: int = 0
@@ -57,6 +68,10 @@ class Pretrained:
   @property
   def is_decoder(self) -> bool:
     return isinstance(self.config, decoder_config.DecoderConfig)
+
+  @property
+  def is_t5(self) -> bool:
+    return isinstance(self.config, t5_config.T5Config)
 
   @property
   def is_vision(self) -> bool:
@@ -71,8 +86,8 @@ class Pretrained:
     """
     if self.text_tokenizer is None:
       raise ValueError(
-        f"The model {self.path} reads images; texts are for a BERT, a Llama or "
-        "a Qwen 2."
+        f"The model {self.path} reads images; texts are for a BERT, a T5, a "
+        "Llama or a Qwen 2."
       )
     return self.text_tokenizer
 
@@ -103,6 +118,20 @@ class Pretrained:
       self.config, label_ids=tuple(label_ids), **options
     )
 
+  def t5_classifier(
+    self, words: Sequence[Sequence[int]], **options: Any
+  ) -> t5_label_words.T5LabelWords:
+    """A T5 whose answer is one of these words, in tokens; options of `T5`."""
+    assert isinstance(self.config, t5_config.T5Config)
+    return t5_label_words.T5LabelWords(
+      self.config, words=tuple(map(tuple, words)), **options
+    )
+
+  def t5(self, **options: Any) -> t5.T5:
+    """An encoder and a decoder; options of `T5`."""
+    assert isinstance(self.config, t5_config.T5Config)
+    return t5.T5(self.config, **options)
+
   def language_model(self, **options: Any) -> decoder.Decoder:
     """A decoder; options of `Decoder`."""
     assert isinstance(self.config, decoder_config.DecoderConfig)
@@ -113,7 +142,7 @@ class Pretrained:
     model: nn.Module,
     key: int | jax.Array,
     dtype: typing.DTypeLike = jnp.float32,
-    place: decoder_weights.Place = decoder_weights.on_one_device,
+    place: stored.Place = stored.on_one_device,
   ) -> dict[str, Any]:
     """The variables of a model that was made here, one at a time.
 
@@ -135,12 +164,21 @@ class Pretrained:
         place=place,
       )
       return {"params": params}
-    stored = tensors.read_all(self.tensors)
+    if isinstance(model, t5.T5):
+      params = t5_weights.params(
+        model.config,
+        self.tensors,
+        scan=model.scan,
+        dtype=dtype,
+        place=place,
+      )
+      return {"params": params}
+    arrays = tensors.read_all(self.tensors)
     if isinstance(model, vit.VitClassifier):
-      encoder = vit_weights.vit_params(model.config, stored)
+      encoder = vit_weights.vit_params(model.config, arrays)
     else:
       assert isinstance(model, bert.BertClassifier)
-      encoder = bert_weights.bert_params(model.config, stored)
+      encoder = bert_weights.bert_params(model.config, arrays)
     if isinstance(key, int):
       key = jax.random.key(key)
     shape = (model.config.hidden_size, model.num_classes)
@@ -149,15 +187,17 @@ class Pretrained:
       "bias": jnp.zeros(model.num_classes),
     }
     whole = {"encoder": encoder, "head": head}
-    return {"params": decoder_weights.placed(whole, dtype, place)}
+    return {"params": stored.placed(whole, dtype, place)}
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a model's variables, encoder or decoder.
+  """Names of the axes of a model's variables, of any kind.
 
   Returns:
     A tree like `variables` of `jax.sharding.PartitionSpec`.
   """
+  if "shared" in variables["params"]:
+    return t5.logical_axes(variables)
   encoder = variables["params"].get("encoder")
   if encoder is None:
     return decoder.logical_axes(variables)
@@ -190,15 +230,15 @@ def open_pretrained(name: str) -> Pretrained:
 
 
 def _open_onnx(path: pathlib.Path) -> Pretrained:
-  stored = vit_weights.read(path)
+  arrays = vit_weights.read(path)
   try:
-    config = vit_weights.config(stored)
+    config = vit_weights.config(arrays)
   except weights.WeightsError as error:
     raise weights.WeightsError(f"{path}: {error}") from error
   return Pretrained(
     path=path,
     config=config,
-    tensors=stored,
+    tensors=arrays,
     hf_config=vit_weights.hf_config(config),
   )
 
@@ -228,8 +268,12 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
 
 def _open_folder(folder: pathlib.Path) -> Pretrained:
   config = weights.read_config(folder)
-  text_tokenizer = tokenizer.load_tokenizer(folder)
-  stored = tensors.open_safetensors(folder)
+  has_own = (folder / tokenizer.FILE).is_file()
+  if has_own or not (folder / spiece.FILE).is_file():
+    text_tokenizer = tokenizer.load_tokenizer(folder)
+  else:
+    text_tokenizer = spiece.load_tokenizer(folder)
+  found = tensors.open_safetensors(folder)
   where = folder / "config.json"
   if config.get("model_type") in decoder_config.MODEL_TYPES:
     template = chat.load_template(folder)
@@ -237,7 +281,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
     return Pretrained(
       path=folder,
       config=_config(decoder_config.DecoderConfig, config, where),
-      tensors=stored,
+      tensors=found,
       text_tokenizer=text_tokenizer,
       # What stands at padding is never seen nor learned.
       pad_id=eos_id or 0,
@@ -245,16 +289,27 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
       template=template,
       hf_config=config,
     )
+  if config.get("model_type") == t5_config.MODEL_TYPE:
+    sizes = _config(t5_config.T5Config, config, where)
+    return Pretrained(
+      path=folder,
+      config=t5_weights.with_own_head(sizes, found),
+      tensors=found,
+      text_tokenizer=text_tokenizer,
+      pad_id=sizes.pad_id,
+      eos_id=sizes.eos_id,
+      hf_config=config,
+    )
   if config.get("model_type") != "bert":
     raise weights.WeightsError(
-      f"{where}: model_type must be bert, "
+      f"{where}: model_type must be bert, {t5_config.MODEL_TYPE}, "
       f"{' or '.join(decoder_config.MODEL_TYPES)}, got "
       f"{config.get('model_type')!r}."
     )
   return Pretrained(
     path=folder,
     config=_config(bert.BertConfig, config, where),
-    tensors=stored,
+    tensors=found,
     text_tokenizer=text_tokenizer,
     pad_id=tokenizer.pad_id(text_tokenizer),
     hf_config=config,

@@ -7,6 +7,7 @@ import tokenizers
 
 from train.models import weights
 
+FILE = "tokenizer.json"
 _PAD_TOKENS = ("[PAD]", "<pad>")
 
 
@@ -19,9 +20,9 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   Raises:
     WeightsError: tokenizer.json is missing or cannot be read.
   """
-  path = pathlib.Path(folder) / "tokenizer.json"
+  path = pathlib.Path(folder) / FILE
   if not path.is_file():
-    raise weights.WeightsError(f"{path.parent} has no tokenizer.json.")
+    raise weights.WeightsError(f"{path.parent} has no {FILE}.")
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises no narrower type

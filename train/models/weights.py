@@ -15,7 +15,7 @@ _ALIASES = {
 }
 _FILES = (".gguf", ".onnx")
 # Top-level names only, so that a repository's ONNX copies stay behind.
-_HUB_PATTERNS = ("*.json", "*.txt", "model*.safetensors")
+_HUB_PATTERNS = ("*.json", "*.txt", "spiece.model", "model*.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHOICES = (
   "a local folder, a .gguf or .onnx file, 'minilm', 'smollm2' or 'vit' (after "

@@ -1,4 +1,4 @@
-"""Classification by a decoder: a prompt, and a word for each label."""
+"""Classification in words: a prompt, and a word for each label."""
 
 from collections.abc import Sequence
 import itertools
@@ -14,7 +14,7 @@ _RESULT = "\nresult:"
 
 
 class Prompt(NamedTuple):
-  """How a task is put to a decoder.
+  """How a task is put to a decoder or a T5.
 
   Attributes:
     instruction: what is asked of the texts that follow.
@@ -50,7 +50,7 @@ _PROMPTS = {
 
 
 def prompt(task: Task) -> Prompt:
-  """Returns how a task is put to a decoder, with its words.
+  """Returns how a task is put to a decoder or a T5, with its words.
 
   Raises:
     ValueError: if there is no prompt for the task.
@@ -73,11 +73,14 @@ def encode(
   """Returns the token ids of each text's prompt, unpadded.
 
   A prompt is the task's instruction, the text or the texts, and `result:`, each
-  on a line of its own; the model's next token is its answer (`label_ids`). With
-  its first two arguments bound, this is what `pipeline.tokenize` takes.
+  on a line of its own (where the tokenizer has lines, as T5's has not). A
+  decoder's next token is its answer (`label_ids`), a T5's are a word
+  (`words`). With its first two arguments bound, this is what
+  `pipeline.tokenize` takes.
 
   Args:
-    tokenizer: adds what it begins a text with, and nothing at the end.
+    tokenizer: adds what it begins a text with, and at the end nothing, or for a
+      T5 what ends a text.
     task: of the texts.
     texts: texts, or pairs of texts.
     max_length: tokens a prompt may take. A text loses its end, of a pair the
@@ -131,6 +134,38 @@ def label_ids(tokenizer: tokenizers.Tokenizer, task: Task) -> list[int]:
       )
     by_token[first] = word
   return list(by_token)
+
+
+def words(
+  tokenizer: tokenizers.Tokenizer, task: Task, eos_id: int
+) -> list[tuple[int, ...]]:
+  """Returns the tokens of each label's word, as a text of its own, and the end.
+
+  Args:
+    tokenizer: of a T5.
+    task: whose words they are.
+    eos_id: the token that ends a text.
+
+  Raises:
+    ValueError: if two words have the same tokens, or one has none, or there is
+      no prompt for the task.
+  """
+  by_tokens: dict[tuple[int, ...], str] = {}
+  for word in prompt(task).words or ():
+    ids = tokenizer.encode(word, add_special_tokens=False).ids
+    if not ids:
+      raise ValueError(
+        f"The label {word!r} of {task.name} has no tokens in this vocabulary."
+      )
+    tokens = (*ids, eos_id)
+    if tokens in by_tokens:
+      raise ValueError(
+        f"The labels {by_tokens[tokens]!r} and {word!r} of {task.name} have the"
+        f" same tokens, {tokenizer.encode(word).tokens}; they cannot be told"
+        " apart."
+      )
+    by_tokens[tokens] = word
+  return list(by_tokens)
 
 
 def _lines(text: Text) -> list[str]:

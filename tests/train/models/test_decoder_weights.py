@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as st_numpy
 
-from train.models import decoder, decoder_weights, tensors, weights
+from train.models import decoder, decoder_weights, stored, tensors, weights
 
 NAME = "qwen2"  # untied, with biases: it has every kind of parameter
 RULES = (("embed", "x"), ("vocab", "x"), ("heads", "y"), ("mlp", "y"))
@@ -151,7 +151,7 @@ def test_a_dtype_is_that_of_every_parameter():
 
 def test_arrays_of_the_host_are_placed_alike():
   tree = jax.tree.map(np.asarray, _whole(False))
-  got = decoder_weights.placed(tree, jnp.bfloat16, _placing(False))
+  got = stored.placed(tree, jnp.bfloat16, _placing(False))
   want = _params(dtype=jnp.bfloat16, place=_placing(False))
 
   def same(x, y):

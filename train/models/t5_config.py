@@ -1,0 +1,164 @@
+"""Sizes of T5's encoder-decoders, from a config.json."""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+FeedForward = Literal["relu", "gated-gelu"]
+"""T5's own feed-forward, and that of T5 v1.1, with GELU's tanh form."""
+
+# Field of T5Config -> key of Hugging Face's config.json.
+_HF_KEYS = {
+  "vocab_size": "vocab_size",
+  "hidden_size": "d_model",
+  "num_layers": "num_layers",
+  "num_heads": "num_heads",
+  "head_dim": "d_kv",
+  "intermediate_size": "d_ff",
+}
+_INTEGERS = {
+  **_HF_KEYS,
+  "num_decoder_layers": "num_decoder_layers",
+  "num_buckets": "relative_attention_num_buckets",
+  "max_distance": "relative_attention_max_distance",
+}
+
+MODEL_TYPE = "t5"
+"""What `T5Config.from_hf` reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes of a T5 (Raffel et al., JMLR 2020), of its first release or of v1.1.
+
+  Attributes:
+    vocab_size: rows of the embedding, which may exceed the tokenizer's.
+    hidden_size: D, the width.
+    num_layers: of the encoder.
+    num_decoder_layers: of the decoder.
+    num_heads: H, of each attention.
+    head_dim: K, the width of a head; H * K need not be D.
+    intermediate_size: width within the feed-forward.
+    feed_forward: 'relu', or v1.1's 'gated-gelu'.
+    tied: whether the head is the transposed embedding, as in the first release.
+    scaled: whether what the head is given is scaled by D^-0.5, likewise.
+    num_buckets: of distances between tokens, each with a bias for each head.
+    max_distance: from which on all distances share a bucket.
+    rms_norm_eps: added to the mean square.
+    pad_id: the token that pads, and that the decoder starts from.
+    eos_id: the token that ends a text.
+
+  Raises:
+    ValueError: a size is not a positive integer, the buckets do not fit the
+      distances, or the feed-forward is not one of those implemented.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  num_layers: int
+  num_decoder_layers: int
+  num_heads: int
+  head_dim: int
+  intermediate_size: int
+  feed_forward: FeedForward = "relu"
+  tied: bool = True
+  scaled: bool = True
+  num_buckets: int = 32
+  max_distance: int = 128
+  rms_norm_eps: float = 1e-6
+  pad_id: int = 0
+  eos_id: int = 1
+
+  def __post_init__(self):
+    for field, key in _INTEGERS.items():
+      value = getattr(self, field)
+      if not _is_integer(value) or value < 1:
+        raise ValueError(f"{key} must be a positive integer, got {value!r}.")
+    eps = self.rms_norm_eps
+    if not isinstance(eps, int | float) or not 0 < eps < math.inf:
+      raise ValueError(
+        f"layer_norm_epsilon must be a positive number, got {eps!r}."
+      )
+    # The encoder's buckets are halved by direction, and halved again into
+    # single distances and ranges of them.
+    if self.num_buckets < 4 or self.num_buckets % 4:
+      raise ValueError(
+        "relative_attention_num_buckets must be a multiple of 4, got "
+        f"{self.num_buckets}."
+      )
+    if self.max_distance <= self.num_buckets // 2:
+      raise ValueError(
+        "relative_attention_max_distance must exceed half of the "
+        f"{self.num_buckets} buckets, got {self.max_distance}."
+      )
+    for field in ("pad_id", "eos_id"):
+      value = getattr(self, field)
+      if not _is_integer(value) or not 0 <= value < self.vocab_size:
+        raise ValueError(
+          f"{field} must be an integer in [0, {self.vocab_size}), got "
+          f"{value!r}."
+        )
+    if self.feed_forward not in get_args(FeedForward):
+      raise ValueError(
+        "feed_forward_proj must be one of "
+        f"{', '.join(get_args(FeedForward))}, got {self.feed_forward!r}."
+      )
+
+  @classmethod
+  def from_hf(cls, config: Mapping[str, Any]) -> "T5Config":
+    """The configuration that a Hugging Face config.json describes.
+
+    Args:
+      config: the decoded JSON object of a T5; what it leaves out is as in the
+        first release.
+
+    Raises:
+      ValueError: a key is missing or has a value that this model does not
+        implement.
+    """
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+      raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {kind!r}.")
+    missing = [key for key in _HF_KEYS.values() if key not in config]
+    if missing:
+      raise ValueError(f"The T5 configuration lacks {', '.join(missing)}.")
+    if config.get("is_encoder_decoder", True) is not True:
+      raise ValueError(
+        "is_encoder_decoder must be true: this T5 has both, got "
+        f"{config['is_encoder_decoder']!r}."
+      )
+    start, pad = (
+      _given(config, key, 0)
+      for key in ("decoder_start_token_id", "pad_token_id")
+    )
+    if start != pad:
+      raise ValueError(
+        "decoder_start_token_id must be pad_token_id, as every T5 has it, got "
+        f"{start!r} and {pad!r}."
+      )
+    tied = bool(_given(config, "tie_word_embeddings", True))
+    return cls(
+      **{field: config[key] for field, key in _HF_KEYS.items()},
+      num_decoder_layers=_given(
+        config, "num_decoder_layers", config["num_layers"]
+      ),
+      feed_forward=_given(config, "feed_forward_proj", "relu"),
+      tied=tied,
+      # transformers 5 writes this key, and that every head is tied.
+      scaled=bool(_given(config, "scale_decoder_outputs", tied)),
+      num_buckets=_given(config, "relative_attention_num_buckets", 32),
+      max_distance=_given(config, "relative_attention_max_distance", 128),
+      rms_norm_eps=_given(config, "layer_norm_epsilon", 1e-6),
+      pad_id=pad,
+      eos_id=_given(config, "eos_token_id", 1),
+    )
+
+
+def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+  value = config.get(key)
+  return default if value is None else value
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
