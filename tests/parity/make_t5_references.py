@@ -70,7 +70,12 @@ def model(seed: int, **changes: Any) -> torch.nn.Module:
       elif "bias" in name:  # of positions
         value.copy_(torch.randn_like(value))
       else:
-        scale = 0.5 if name == "shared.weight" else 1.3 * value.shape[1] ** -0.5
+        scale = (
+          0.25 if name == "shared.weight" else 1.4 * value.shape[1] ** -0.5
+        )
+        if name.endswith(".q.weight"):
+          # Attention is not scaled: T5's own first weights of queries are.
+          scale *= config.d_kv**-0.5
         value.copy_(scale * torch.randn_like(value))
   return made
 
