@@ -9,7 +9,7 @@ import sys
 import tyro
 
 from train import config as config_lib
-from train import processes
+from train import presets, processes
 from train.errors import LostError, RunError, UsageError
 
 
@@ -70,9 +70,9 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
   named = any(arg.split("=")[0] == "--task" for arg in rest)
   default = config_lib.Config()
   if not named:
-    default = next(iter(config_lib.PRESETS.values()))
+    default = next(iter(presets.PRESETS.values()))
   if known.preset:
-    default = config_lib.preset(known.preset)
+    default = presets.get(known.preset)
   elif known.from_run:
     default = config_lib.from_run(known.from_run)
     old = known.from_run.absolute()
@@ -91,8 +91,8 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
       "python -m train export --help: adapters for PEFT, models for"
       " transformers.\n"
       "python -m train study --help: methods, tasks and seeds.\n\n"
-      f"--preset NAME starts from one of: {', '.join(config_lib.PRESETS)} (the"
-      " first is the default, unless --task is given).\n--from-run DIR repeats"
+      f"--preset NAME starts from one of: {presets.listed()} (the first is the"
+      " default, unless --task is given).\n--from-run DIR repeats"
       " a run with its own configuration, in DIR-repeat unless --run-dir is"
       " given.\nOptions after them change what they set.\n\n"
       "On several machines, each starts the same command with --coordinator"

