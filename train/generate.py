@@ -1,11 +1,11 @@
 """`python -m train generate`: what a decoder says, with a run's adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,9 +13,10 @@ import tyro
 
 import bilora_jax
 from train import config as config_lib
+from train import evaluate
 from train.errors import UsageError
-from train.models import decoder, generate, load
-from train.tasks import chat
+from train.models import decoder, generate, load, t5, t5_generate
+from train.tasks import gsm8k
 from train.tasks.instructions import Message
 
 
@@ -23,11 +24,22 @@ from train.tasks.instructions import Message
 class Options:
   """Prints what a decoder says to each prompt, alone or with a run's adapters.
 
-  A prompt is put as the user's message to the model's chat template.
+  A prompt is put as the user's message to the model's chat template. A T5 is
+  given it as it is, and answers with its likeliest tokens.
   """
 
-  prompt: tuple[str, ...]
-  """One or several prompts, answered together."""
+  prompt: tuple[str, ...] = ()
+  """One or several prompts."""
+  questions: str = ""
+  """In place of prompts: a .jsonl or .jsonl.gz file of GSM8K's form, an object
+  with question and answer a line."""
+  score: Literal["none", "gsm8k"] = "none"
+  """Count the answers to --questions that end in the right number: behind ####,
+  or else the last one."""
+  limit: int = 0
+  """Questions to ask, the first of the file; 0: all."""
+  batch_size: int = 16
+  """Prompts that are answered together."""
   model: str = ""
   """Weights, as in a run; empty: those of --run."""
   run: str = ""
@@ -35,7 +47,7 @@ class Options:
   plain: bool = False
   """Continue the prompts as they are, without a template."""
   max_new_tokens: int = 128
-  """Tokens to add at most."""
+  """Tokens to add at most; an answer that is cut has no end to be scored."""
   temperature: float = 0.0
   """Of the draws; 0 takes the likeliest token."""
   top_k: int = 0
@@ -50,70 +62,154 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, or 2 for bad usage."""
   options = tyro.cli(Options, args=argv, prog="python -m train generate")
   try:
-    answers = _answers(options)
-  except ValueError as error:
+    _check(options)
+    questions = gsm8k.load(options.questions) if options.questions else []
+    questions = questions[: options.limit or None]
+    prompts = options.prompt or [question.text for question in questions]
+    answers = []
+    for prompt, answer in zip(prompts, _answers(options, prompts)):
+      print(f"> {prompt}\n{answer}\n", flush=True)
+      answers.append(answer)
+  except (ValueError, RuntimeError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  for prompt, answer in zip(options.prompt, answers):
-    print(f"> {prompt}\n{answer}\n")
+  if options.score == "gsm8k":
+    right = sum(map(gsm8k.is_right, answers, questions))
+    print(_scored(right, len(questions)))
   return 0
 
 
-def _answers(options: Options) -> list[str]:
+def _check(options: Options) -> None:
   if not options.model and not options.run:
     raise UsageError("--model or --run names the weights; got neither.")
+  if bool(options.prompt) is bool(options.questions):
+    raise UsageError(
+      "--prompt or --questions says what to answer; got "
+      f"{'both' if options.prompt else 'neither'}."
+    )
+  if options.score != "none" and not options.questions:
+    raise UsageError(
+      f"--score {options.score} needs --questions, with the answers."
+    )
+  for name, least in (("limit", 0), ("batch_size", 1)):
+    if getattr(options, name) < least:
+      raise UsageError(
+        f"--{name.replace('_', '-')} is at least {least}; got "
+        f"{getattr(options, name)}."
+      )
+
+
+def _scored(right: int, count: int) -> str:
+  low, high = evaluate.Evaluation({}, 0.0, right, count).interval() or (0, 1)
+  return (
+    f"{right} of {count} right: {100 * right / count:.1f}% (95%: "
+    f"{100 * low:.1f} to {100 * high:.1f})"
+  )
+
+
+def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
+  """Yields what is said to each prompt."""
   run = config_lib.Config()
   if options.run:
     run = config_lib.from_run(pathlib.Path(options.run))
   name = options.model or run.model
   pretrained = load.open_pretrained(name)
-  if pretrained.template is None:
+  if pretrained.template is None and not pretrained.is_t5:
     raise UsageError(f"an encoder does not generate; got {name}.")
   tokenizer = pretrained.tokenizer
-  tokens, mask = _padded(
-    [
-      tokenizer.encode(
-        _text(options, pretrained.template, prompt),
-        add_special_tokens=options.plain,
-      ).ids
-      for prompt in options.prompt
-    ],
-    pretrained.pad_id,
-  )
+  rows = [
+    tokenizer.encode(
+      _text(options, pretrained, prompt),
+      add_special_tokens=options.plain or pretrained.is_t5,
+    ).ids
+    for prompt in prompts
+  ]
   # A run's adapters are stacked where its layers were.
-  model = pretrained.language_model(scan=run.scan_layers)
-  found = generate.generate(
-    model,
-    _apply(options, pretrained, model),
-    tokens,
-    mask,
-    options.max_new_tokens,
-    temperature=options.temperature,
-    top_k=options.top_k,
-    top_p=options.top_p,
-    key=jax.random.key(options.seed),
-    eos_id=pretrained.eos_id,
-  )
-  return [tokenizer.decode(row) for row in np.asarray(found).tolist()]
-
-
-def _text(options: Options, template: chat.Template, prompt: str) -> str:
-  if options.plain:
-    return prompt
-  return template.render((Message("user", prompt),), add_generation_prompt=True)
-
-
-def _padded(rows: list[list[int]], pad_id: int) -> tuple[Any, Any]:
+  if pretrained.is_t5:
+    say = _t5(options, pretrained, pretrained.t5(scan=run.scan_layers))
+  else:
+    model = pretrained.language_model(scan=run.scan_layers)
+    say = _decoder(options, pretrained, model)
+  # One width, and one program, for all.
   width = max(map(len, rows))
+  for start in range(0, len(rows), options.batch_size):
+    some = rows[start : start + options.batch_size]
+    # So that the last batch is of the others' shape.
+    copies = [some[0]] * (min(options.batch_size, len(rows)) - len(some))
+    tokens, mask = _padded([*some, *copies], width, pretrained.pad_id)
+    found = np.asarray(say(tokens, mask, start)).tolist()
+    for row in found[: len(some)]:
+      yield tokenizer.decode(row)
+
+
+def _text(options: Options, pretrained: load.Pretrained, prompt: str) -> str:
+  if options.plain or pretrained.template is None:
+    return prompt
+  return pretrained.template.render(
+    (Message("user", prompt),), add_generation_prompt=True
+  )
+
+
+def _padded(rows: list[list[int]], width: int, pad_id: int) -> tuple[Any, Any]:
   return (
     np.array([row + [pad_id] * (width - len(row)) for row in rows], np.int32),
     np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
   )
 
 
-def _apply(
+def _decoder(
   options: Options, pretrained: load.Pretrained, model: decoder.Decoder
+) -> Callable[..., Any]:
+  """From prompts, and where they start among all, to new tokens."""
+  inputs = (jax.ShapeDtypeStruct((1, 2), "int32"),)
+  apply = _apply(options, pretrained, model, inputs, "decode")
+
+  def say(tokens, mask, start):
+    return generate.generate(
+      model,
+      apply,
+      tokens,
+      mask,
+      options.max_new_tokens,
+      temperature=options.temperature,
+      top_k=options.top_k,
+      top_p=options.top_p,
+      key=jax.random.fold_in(jax.random.key(options.seed), start),
+      eos_id=pretrained.eos_id,
+    )
+
+  return say
+
+
+def _t5(
+  options: Options, pretrained: load.Pretrained, model: t5.T5
+) -> Callable[..., Any]:
+  """As `_decoder`, of a T5."""
+  if options.temperature:
+    raise UsageError(
+      "a T5 answers with its likeliest tokens, at --temperature 0; got "
+      f"{options.temperature}."
+    )
+  inputs = (jax.ShapeDtypeStruct((1, 2), "int32"),) * 3
+  apply = _apply(options, pretrained, model, inputs, "encode", "decode")
+
+  def say(tokens, mask, start):
+    del start
+    return t5_generate.greedy(
+      model, apply, tokens, mask, options.max_new_tokens
+    )
+
+  return say
+
+
+def _apply(
+  options: Options,
+  pretrained: load.Pretrained,
+  model: Any,
+  inputs: tuple[Any, ...],
+  *methods: str,
 ) -> functools.partial:
+  """Calls the model with its variables, and with the run's adapters."""
   variables = pretrained.variables(model, 0)
   if not options.run:
     return functools.partial(model.apply, variables)
@@ -121,8 +217,8 @@ def _apply(
   adapted = bilora_jax.adapt(
     model,
     bilora_jax.load_spec(folder),
-    jax.ShapeDtypeStruct((1, 2), "int32"),
-    methods=("__call__", "decode"),
+    *inputs,
+    methods=("__call__", *methods),
   )
   if adapted.spec.base_dtype is not None:
     variables = adapted.quantize(variables, donate=True)

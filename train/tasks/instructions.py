@@ -17,13 +17,16 @@ TFDS = "tfds:"
 # (what is asked, further text of the question or None, what is answered).
 _FORMS = (
   ("prompt", None, "response"),
+  ("query", None, "response"),
+  ("query", None, "answer"),
+  ("question", None, "answer"),
   ("instruction", "input", "output"),
   ("instruction", "context", "response"),
 )
 _ALLOWED = (
-  "a row is an object with the key messages, or prompt and response, or"
-  " instruction, output and perhaps input, or instruction, response and"
-  " perhaps context"
+  "a row is an object with the key messages, or prompt and response, or query"
+  " and response or answer, or question and answer, or instruction, output and"
+  " perhaps input, or instruction, response and perhaps context"
 )
 _ALLOWED_ROLES = (
   "allowed are one system message or none, then user and assistant in turns,"
@@ -65,6 +68,8 @@ def load(
   A row is one of
     {"messages": [{"role": ..., "content": ...}, ...]},
     {"prompt": ..., "response": ...},
+    {"query": ..., "response": ...} (MetaMathQA; or `answer`, Code-Feedback),
+    {"question": ..., "answer": ...} (GSM8K),
     {"instruction": ..., "input": ..., "output": ...} (Alpaca),
     {"instruction": ..., "context": ..., "response": ...} (Dolly),
   where `input` and `context` may be missing or empty, and other keys are left
@@ -96,13 +101,8 @@ def load(
   if limit is not None and limit <= 0:
     raise ValueError(f"limit must be at least 1; got {limit}.")
   name = os.fspath(source)
-  if name.startswith(TFDS):
-    rows = _stored(name.removeprefix(TFDS), data_dir)
-  else:
-    rows = _lines(pathlib.Path(name).expanduser())
   found = []
-  for i, (where, row) in enumerate(rows):
-    conversation = _conversation(row, where)
+  for i, (_, conversation) in enumerate(read(source, data_dir)):
     if _split(conversation, held_out) == split:
       found.append((i, conversation))
   if len(found) < (limit or 1):
@@ -114,6 +114,20 @@ def load(
   if limit is not None:
     found.sort(key=lambda item: hashing.digest(f"{seed} {item[0]}"))
   return [conversation for _, conversation in found[:limit]]
+
+
+def read(
+  source: str | os.PathLike[str],
+  data_dir: str | os.PathLike[str] | None = None,
+) -> Iterator[tuple[str, Conversation]]:
+  """Yields where each row is, in words, and its conversation; see `load`."""
+  name = os.fspath(source)
+  if name.startswith(TFDS):
+    rows = _stored(name.removeprefix(TFDS), data_dir)
+  else:
+    rows = _lines(pathlib.Path(name).expanduser())
+  for where, row in rows:
+    yield where, _conversation(row, where)
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
