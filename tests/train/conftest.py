@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pathlib
+import string
 import subprocess
 import sys
 from typing import Any
@@ -206,6 +207,69 @@ def _llama_shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
       "mlp.down_proj": (16, 32),
     }.items():
       shapes[f"{layer}.{name}.weight"] = shape
+  return shapes
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A T5's folder, v1.1, of one layer a stack, that reads letters and words."""
+  folder = tmp_path_factory.mktemp("t5")
+  # As SentencePiece has them. Labels have one token or several.
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+  pieces += [(letter, -9.0) for letter in "\u2581" + string.printable[:94]]
+  words = "acceptable neutral entailment False classify text the of is"
+  pieces += [(f"\u2581{word}", -5.0) for word in words.split()]
+  tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, 2, False))
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+  tokenizer.decoder = decoders.Metaspace()
+  tokenizer.add_special_tokens([piece for piece, _ in pieces[:3]])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    "$A </s>", "$A </s> $B </s>", [("</s>", 1)]
+  )
+  tokenizer.save(str(folder / "tokenizer.json"))
+  config = {
+    "model_type": "t5",
+    "vocab_size": 112,  # more than the tokenizer's, as T5's own
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+  }
+  (folder / "config.json").write_text(json.dumps(config))
+  draws = np.random.default_rng(0)
+  found = {
+    name: (
+      np.ones(shape, np.float32)
+      if "norm" in name
+      else draws.normal(0, 0.3, shape).astype(np.float32)
+    )
+    for name, shape in _t5_shapes(config["vocab_size"]).items()
+  }
+  safetensors.numpy.save_file(found, folder / "model.safetensors")
+  return folder
+
+
+def _t5_shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
+  table = (vocabulary, 16)
+  shapes = {"shared.weight": table, "lm_head.weight": table}
+  for stack, parts in (
+    ("encoder", ("SelfAttention", "DenseReluDense")),
+    ("decoder", ("SelfAttention", "EncDecAttention", "DenseReluDense")),
+  ):
+    shapes[f"{stack}.final_layer_norm.weight"] = (16,)
+    for i, part in enumerate(parts):
+      layer = f"{stack}.block.0.layer.{i}"
+      shapes[f"{layer}.layer_norm.weight"] = (16,)
+      names = dict.fromkeys("qkv", (12, 16)) | {"o": (16, 12)}
+      if part == "DenseReluDense":
+        names = {"wi_0": (24, 16), "wi_1": (24, 16), "wo": (16, 24)}
+      for name, shape in names.items():
+        shapes[f"{layer}.{part}.{name}.weight"] = shape
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    shapes[f"{stack}.{bias}"] = (32, 2)
   return shapes
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +114,22 @@ def test_answers_in_one_row_are_those_of_each_alone(variables):
     np.tile(targets, (2, 1)),
   ).reshape(2, 3, 4, -1)
   np.testing.assert_allclose(got, want[:, real > 0], rtol=0, atol=1e-5)
+
+
+def test_a_source_is_read_once_whatever_the_number_of_words(variables):
+  model = t5_label_words.T5LabelWords(TINY, words=((3, 1), (4, 1), (5, 6, 1)))
+  rows = []
+
+  def note(call, args, kwargs, context):
+    stack, _, layer = "/".join(context.module.path).partition("/")
+    if layer == "layers_0" and context.method_name == "__call__":
+      rows.append((stack, len(args[0])))
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(model.apply, variables, TOKENS, MASK)
+  # Two sources of 6 tokens, and for each all 7 tokens of the words.
+  assert rows == [("encoder", 12), ("decoder", 14)]
 
 
 def test_features_are_the_mean_of_what_is_read(variables):

@@ -5,110 +5,25 @@ import io
 from typing import Any
 import urllib.request
 
+import glue_files
 import pytest
 
 from train import tasks
 from train.tasks import hashing, pipeline, prepare
 
-ROWS = 40
-
-
-def _tsv(header: str, *rows: str) -> str:
-  lines = [header, *rows] if header else list(rows)
-  return "".join(line.replace("|", "\t") + "\n" for line in lines)
-
-
-def _numbered(template: str) -> list[str]:
-  return [template.format(i=i, bit=i % 2) for i in range(ROWS)]
-
-
-_COLA = {
-  "CoLA/train.tsv": _tsv("", *_numbered("gj04|{bit}||Train {i}.")),
-  "CoLA/dev.tsv": _tsv("", "gj04|1||Dev one.", "gj04|0|*|Dev them is."),
-  "CoLA/test.tsv": _tsv("index|sentence", "0|Test one."),
-}
-_SST2 = {
-  "SST-2/train.tsv": _tsv("sentence|label", *_numbered("film {i} |{bit}")),
-  "SST-2/dev.tsv": _tsv("sentence|label", "dev film |1", "dev bore |0"),
-  "SST-2/test.tsv": _tsv("index|sentence", "0|test film"),
-}
-_QNLI_LABELS = ("entailment", "not_entailment")
-_QNLI = {
-  "QNLI/train.tsv": _tsv(
-    "index|question|sentence|label",
-    *(f"{i}|Why {i}?|As {i}.|{_QNLI_LABELS[i % 2]}" for i in range(ROWS)),
-  ),
-  "QNLI/dev.tsv": _tsv(
-    "index|question|sentence|label", "0|Who?|Me.|not_entailment"
-  ),
-  "QNLI/test.tsv": _tsv("index|question|sentence", "0|What?|That."),
-}
-_RTE = {
-  "RTE/train.tsv": _tsv(
-    "index|sentence1|sentence2|label",
-    *(f"{i}|Rain {i}.|Wet {i}.|{_QNLI_LABELS[i % 2]}" for i in range(ROWS)),
-  ),
-  "RTE/dev.tsv": _tsv("index|sentence1|sentence2|label", "0|A.|B.|entailment"),
-  "RTE/test.tsv": _tsv("index|sentence1|sentence2", "0|C.|D."),
-}
-_MNLI_HEADER = (
-  "index|promptID|pairID|genre|sentence1_binary_parse|sentence2_binary_parse"
-  "|sentence1_parse|sentence2_parse|sentence1|sentence2"
-)
-_MNLI_LABELS = ("entailment", "neutral", "contradiction")
-_MNLI = {
-  "MNLI/train.tsv": _tsv(
-    _MNLI_HEADER + "|label1|gold_label",
-    *(
-      f"{i}|1|1n|fiction|(a)|(b)|(A)|(B)|Premise {i}.|Hypothesis {i}."
-      f"|{_MNLI_LABELS[i % 3]}|{_MNLI_LABELS[i % 3]}"
-      for i in range(ROWS)
-    ),
-  ),
-  **{
-    f"MNLI/dev_{kind}.tsv": _tsv(
-      _MNLI_HEADER + "|label1|label2|label3|label4|label5|gold_label",
-      f"0|1|1n|slate|(a)|(b)|(A)|(B)|It is {kind}.|It is.|"
-      + "neutral|" * 5
-      + "neutral",
-    )
-    for kind in ("matched", "mismatched")
-  },
-  **{
-    f"MNLI/test_{kind}.tsv": _tsv(
-      _MNLI_HEADER, "0|1|1n|slate|(a)|(b)|(A)|(B)|T.|H."
-    )
-    for kind in ("matched", "mismatched")
-  },
-}
-_MRPC_HEADER = "Quality|#1 ID|#2 ID|#1 String|#2 String"
-_MRPC = {
-  "data_mrpc_dev_ids.tsv": _tsv("", "100|200", "101|201"),
-  # The true file begins with a byte order mark.
-  "msr_paraphrase_train.txt": "\ufeff"
-  + _tsv(
-    _MRPC_HEADER,
-    *(
-      f'{i % 2}|{100 + i}|{200 + i}|He said "{i}".|"{i}", he said.'
-      for i in range(ROWS)
-    ),
-  ),
-  "msr_paraphrase_test.txt": "\ufeff" + _tsv(_MRPC_HEADER, "1|1|2|E.|F."),
-}
-
 # name: files, all texts of `test`, one row of train or validation
 CASES = {
-  "glue/cola": (_COLA, ("Dev one.", "Dev them is."), ("Train 7.", 1)),
-  "glue/sst2": (_SST2, ("dev film ", "dev bore "), ("film 7 ", 1)),
-  "glue/qnli": (_QNLI, (("Who?", "Me."),), (("Why 7?", "As 7."), 1)),
-  "glue/rte": (_RTE, (("A.", "B."),), (("Rain 7.", "Wet 7."), 1)),
+  "glue/cola": (glue_files.COLA, ("Dev one.", "Dev them is."), ("Train 7.", 1)),
+  "glue/sst2": (glue_files.SST2, ("dev film ", "dev bore "), ("film 7 ", 1)),
+  "glue/qnli": (glue_files.QNLI, (("Who?", "Me."),), (("Why 7?", "As 7."), 1)),
+  "glue/rte": (glue_files.RTE, (("A.", "B."),), (("Rain 7.", "Wet 7."), 1)),
   "glue/mnli": (
-    _MNLI,
+    glue_files.MNLI,
     (("It is matched.", "It is."),),
     (("Premise 7.", "Hypothesis 7."), 1),
   ),
   "glue/mrpc": (
-    _MRPC,
+    glue_files.MRPC,
     (('He said "0".', '"0", he said.'), ('He said "1".', '"1", he said.')),
     (('He said "7".', '"7", he said.'), 1),
   ),
@@ -138,19 +53,19 @@ def test_texts_and_labels_are_those_of_the_files(name, put):
 
 
 def test_mnli_has_both_of_its_labelled_validation_splits(put):
-  data_dir = put("glue/mnli", _MNLI)
+  data_dir = put("glue/mnli", glue_files.MNLI)
   rows = pipeline.load(tasks.get("glue/mnli"), "test_mismatched", data_dir)
   assert rows == [(("It is mismatched.", "It is."), 1)]
 
 
 def test_validation_is_a_part_of_train_fixed_by_the_text(put):
-  data_dir = put("glue/cola", _COLA)
+  data_dir = put("glue/cola", glue_files.COLA)
   task = tasks.get("glue/cola")
   train, validation = (
     {row.text for row in pipeline.load(task, split, data_dir)}
     for split in ("train", "validation")
   )
-  expected = {f"Train {i}." for i in range(ROWS)}
+  expected = {f"Train {i}." for i in range(glue_files.ROWS)}
   assert train | validation == expected
   assert not train & validation
   assert validation == {
@@ -161,7 +76,7 @@ def test_validation_is_a_part_of_train_fixed_by_the_text(put):
 
 
 def test_a_limit_counts_rows_that_are_not_held_out(put):
-  data_dir = put("glue/cola", _COLA)
+  data_dir = put("glue/cola", glue_files.COLA)
   task = tasks.get("glue/cola")
   validation = pipeline.load(task, "validation", data_dir)
   train = pipeline.load(task, "train", data_dir, limit=30)
@@ -192,7 +107,7 @@ def test_a_failed_download_says_what_was_tried_and_what_to_do(tmp_path):
 
 
 def test_a_download_is_kept_and_prepared(put, monkeypatch):
-  data_dir = put("glue/cola", _COLA)
+  data_dir = put("glue/cola", glue_files.COLA)
   original = data_dir / "originals" / "CoLA.zip"
   content = original.read_bytes()
   original.unlink()
@@ -216,7 +131,7 @@ def test_a_download_cut_off_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_a_file_with_another_checksum_is_refused(tmp_path, put, monkeypatch):
-  put("glue/cola", _COLA)
+  put("glue/cola", glue_files.COLA)
   monkeypatch.undo()  # TFDS knows the true file's checksum again
   with pytest.raises(RuntimeError, match=r"cola cannot be .*wrong checksum"):
     pipeline.load(tasks.get("glue/cola"), "train", tmp_path)

@@ -5,7 +5,8 @@ import functools
 import byte_level
 import numpy as np
 import pytest
-from tokenizers import processors
+import tokenizers
+from tokenizers import models, processors
 
 from train import tasks
 from train.tasks import label_words, pipeline
@@ -134,10 +135,32 @@ def test_labels_that_begin_with_one_token_are_named():
     label_words.label_ids(letters, tasks.get("snippets"))
 
 
+def test_words_of_a_t5_are_all_their_tokens_and_the_end():
+  task = tasks.get("glue/qnli")
+  found = label_words.words(TOKENIZER, task, 7)
+  assert [byte_level.decode(TOKENIZER, ids[:-1]) for ids in found] == [
+    *task.labels
+  ]
+  assert {ids[-1] for ids in found} == {7}
+  assert len({len(ids) for ids in found}) == 2
+
+
+def test_words_of_a_t5_that_are_the_same_are_named():
+  unknown = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
+  with pytest.raises(
+    ValueError, match="'negative' and 'positive' of snippets have the same tok"
+  ):
+    label_words.words(unknown, tasks.get("snippets"), 0)
+  nothing = tokenizers.Tokenizer(models.BPE())
+  with pytest.raises(ValueError, match="'negative' of snippets has no tokens"):
+    label_words.words(nothing, tasks.get("snippets"), 0)
+
+
 def test_a_task_without_a_prompt_is_refused():
   for call in (
     lambda: label_words.prompt(OWN),
     lambda: label_words.label_ids(TOKENIZER, OWN),
+    lambda: label_words.words(TOKENIZER, OWN, 0),
     lambda: label_words.encode(TOKENIZER, OWN, ["a"], 100),
   ):
     with pytest.raises(ValueError, match="no prompt for the task 'own'; there"):
