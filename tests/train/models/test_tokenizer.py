@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from train.models import tokenizer, weights
+from train.models import spiece, tokenizer, weights
 
 REFERENCE = pathlib.Path(__file__).with_name("minilm_reference.npz")
 needs_minilm = pytest.mark.skipif(
@@ -119,3 +120,17 @@ def test_vocabulary_without_padding_is_named():
   bare = tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a"))
   with pytest.raises(weights.WeightsError, match=r"no padding token"):
     tokenizer.pad_id(bare)
+
+
+def test_a_spiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
+  (tmp_path / spiece.FILE).write_bytes(b"")
+  # As if it were not installed, whether or not it is.
+  monkeypatch.setitem(sys.modules, "sentencepiece", None)
+  monkeypatch.setitem(
+    sys.modules, "sentencepiece.sentencepiece_model_pb2", None
+  )
+  with pytest.raises(
+    weights.WeightsError,
+    match=r"pip install sentencepiece protobuf .*or put a tokenizer\.json",
+  ):
+    spiece.load_tokenizer(tmp_path)
