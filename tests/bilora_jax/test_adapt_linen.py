@@ -960,3 +960,15 @@ def test_a_quantised_base_is_refused_by_name():
     match=r"base_dtype=None, .* kernel: WithAux, expected floats",
   ):
     adapted.init(jax.random.key(1), variables)
+
+
+def test_weights_of_numpy_are_adapted_too():
+  x = _normal(2, 4)
+  adapted = adapt(Dense2(), SPEC, x)
+  variables = Dense2().init(KEY, x)
+  adapters = jax.tree.map(jnp.ones_like, adapted.init(KEY, variables))
+  np.testing.assert_allclose(
+    adapted.apply(jax.tree.map(np.asarray, variables), adapters, x),
+    adapted.apply(variables, adapters, x),
+    **CLOSE,
+  )
