@@ -150,8 +150,8 @@ def merge(method: methods.Method, variables: Any, evaluated: Any) -> Any:
   if "auxiliary" not in evaluated:
     return merged
   # It is kept, and no merge of the library's takes it.
-  flat = traverse_util.flatten_dict(merged["params"])
-  pairs = traverse_util.flatten_dict(
+  flat: dict[Any, Any] = traverse_util.flatten_dict(merged["params"])
+  pairs: dict[Any, Any] = traverse_util.flatten_dict(
     evaluated["auxiliary"], is_leaf=lambda _, x: isinstance(x, Factors)
   )
   for path, pair in pairs.items():

@@ -268,7 +268,7 @@ def _taking_over(cell: Cell, name: str, cells: Sequence[Cell]) -> Cell:
     )
   source = of[label, task]
   for point in source.grid:
-    _config(f"{where}, {point}", dataclasses.asdict(cell.config) | point)
+    _config(f"{where}, {point}", {**dataclasses.asdict(cell.config), **point})
   return dataclasses.replace(cell, point_of=source)
 
 
