@@ -130,8 +130,8 @@ def _check_empty(out: pathlib.Path) -> None:
 def _labels(
   run: config_lib.Config, pretrained: load.Pretrained
 ) -> tuple[str, ...]:
-  """Of an encoder's head; a decoder has none."""
-  if pretrained.is_decoder:
+  """Of an encoder's head; a decoder and a T5 have none."""
+  if pretrained.is_decoder or pretrained.is_t5:
     return ()
   return (images if pretrained.is_vision else tasks).get(run.task).labels
 
@@ -144,6 +144,8 @@ def _model(
     return pretrained.language_model(
       scan=run.scan_layers, param_dtype=run.param_dtype
     )
+  if pretrained.is_t5:
+    return pretrained.t5(scan=run.scan_layers, param_dtype=run.param_dtype)
   return pretrained.encoder_classifier(len(labels))
 
 
@@ -152,8 +154,9 @@ def _inputs(pretrained: load.Pretrained) -> tuple[Any, ...]:
   if isinstance(sizes, vit.VitConfig):
     side = sizes.patch_size * sizes.grid
     return (jax.ShapeDtypeStruct((1, side, side, 3), "float32"),)
-  tokens = jax.ShapeDtypeStruct((1, 2), "int32")
-  return (tokens,) if pretrained.is_decoder else (tokens, tokens)
+  # A decoder's tokens; an encoder's mask too; and a T5's targets.
+  count = 1 if pretrained.is_decoder else 3 if pretrained.is_t5 else 2
+  return (jax.ShapeDtypeStruct((1, 2), "int32"),) * count
 
 
 def _merged(
@@ -188,6 +191,9 @@ def _config(
     # That of the layers; a head may be wider.
     "torch_dtype": next(iter(tensors.values())).dtype.name,
   }
+  if pretrained.is_t5:
+    # Newer files of transformers say so of every T5.
+    config["tie_word_embeddings"] = hf_names.is_tied(tensors)
   for gone in ("dtype", "quantization_config", "_name_or_path", "num_labels"):
     config.pop(gone, None)
   if labels:

@@ -44,12 +44,27 @@ _DECODER = _SIZES | {
   "bos_token_id": None,
   "eos_token_id": None,
 }
+_T5 = {
+  "vocab_size": 31,
+  "d_model": 16,
+  "d_kv": 6,
+  "d_ff": 24,
+  "num_layers": 2,
+  "num_decoder_layers": 1,
+  "num_heads": 2,
+  # Of its own it starts with logits of some tens.
+  "initializer_factor": 0.5,
+}
 _VIT = vit.VitConfig(4, 3, 128, 2, 2, 256)
 _CONFIGS = {
   "bert": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
   "qwen2": lambda: transformers.Qwen2Config(
     **_DECODER, tie_word_embeddings=True
+  ),
+  "t5": lambda: transformers.T5Config(**_T5, feed_forward_proj="relu"),
+  "t5 v1.1": lambda: transformers.T5Config(
+    **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
   ),
   "vit": lambda: transformers.Dinov2Config(
     **vit_weights.hf_config(_VIT), num_labels=2, initializer_range=0.25
@@ -59,6 +74,8 @@ _KINDS = {
   "bert": transformers.AutoModelForTokenClassification,
   "llama": transformers.AutoModelForCausalLM,
   "qwen2": transformers.AutoModelForCausalLM,
+  "t5": transformers.AutoModelForSeq2SeqLM,
+  "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
 _RUNS = {
@@ -67,6 +84,8 @@ _RUNS = {
   "qwen2": config_lib.Config(
     task="instructions", data="x", method="lora", scan_layers=True
   ),
+  "t5": config_lib.Config(method="lora", scan_layers=True),
+  "t5 v1.1": config_lib.Config(method="lora"),
 }
 
 
@@ -75,13 +94,14 @@ class _Case(types.SimpleNamespace):
 
   Attributes:
     folder: of transformers.
-    batch: PyTorch's input.
+    batch: PyTorch's inputs.
     inputs: ours.
   """
 
   def torch_logits(self, model):
+    batch = {key: torch.tensor(x) for key, x in self.batch.items()}
     with torch.no_grad():
-      found = model.eval()(torch.tensor(self.batch)).logits[0].numpy()
+      found = model.eval()(**batch).logits[0].numpy()
     # What a BERT's head is given here is the mean.
     return found.mean(0) if self.name == "bert" else found
 
@@ -113,7 +133,8 @@ def case(request, tmp_path_factory):
   _moved(model, "bias", "norm", "Norm", "lambda", "cls_token")
   model.save_pretrained(folder)
   found = _Case(name=name, folder=folder)
-  {"bert": _bert, "vit": _vit}.get(name, _decoder)(found, model)
+  kinds = {"bert": _bert, "vit": _vit, "t5": _t5, "t5 v1.1": _t5}
+  kinds.get(name, _decoder)(found, model)
   return found
 
 
@@ -135,15 +156,28 @@ def _decoder(case, _):
 
 def _decoder_inputs(case):
   _save_tokenizer(case.folder)
-  case.batch = np.random.default_rng(0).integers(0, 31, (1, 9))
-  case.inputs = (jnp.asarray(case.batch),)
+  tokens = np.random.default_rng(0).integers(0, 31, (1, 9))
+  case.batch = {"input_ids": tokens}
+  case.inputs = (jnp.asarray(tokens),)
+
+
+def _t5(case, _):
+  _decoder_inputs(case)
+  targets = np.random.default_rng(1).integers(0, 31, (1, 5))
+  shifted = np.concatenate([np.zeros((1, 1), int), targets[:, :-1]], 1)
+  case.batch["decoder_input_ids"] = shifted
+  case.inputs += (jnp.ones_like(case.inputs[0]), jnp.asarray(targets))
+  pretrained = load.open_pretrained(str(case.folder))
+  case.model = pretrained.t5(scan=case.name == "t5")
+  case.variables = pretrained.variables(case.model, 0)
 
 
 def _vit(case, model):
   side = _VIT.patch_size * _VIT.grid
   draws = np.random.default_rng(0).normal(size=(1, 3, side, side))
-  case.batch = draws.astype(np.float32)
-  case.inputs = (jnp.asarray(case.batch.transpose(0, 2, 3, 1)),)
+  pixels = draws.astype(np.float32)
+  case.batch = {"pixel_values": pixels}
+  case.inputs = (jnp.asarray(pixels.transpose(0, 2, 3, 1)),)
   # Not of the model: its names are others than a checkpoint's.
   stored = safetensors.numpy.load_file(case.folder / "model.safetensors")
   own = {
@@ -190,14 +224,14 @@ def _random_adapters(case):
 
 
 def _spec(case, **fields):
-  is_decoder = case.name in ("llama", "qwen2")
+  is_decoder = case.name not in ("bert", "vit")
   return bilora_jax.LoraSpec(
     rank=3,
     alpha=5.0,
     auxiliary_rank=2,
     targets={
-      ".*(query|q_proj)": {"rank": 2},
-      ".*(output|down_proj)": {"alpha": 2.0},
+      ".*(query|q_proj|/q)": {"rank": 2},
+      ".*(output|down_proj|/wo)": {"alpha": 2.0},
       ".*": {},
     },
     exclude="lm_head" if is_decoder else None,
@@ -238,6 +272,8 @@ _TARGETS = {
   "bert": ["query", "value", "dense"],
   "llama": ["q_proj", "v_proj", "down_proj"],
   "qwen2": ["q_proj", "v_proj", "down_proj"],
+  "t5": ["q", "v", "wo"],
+  "t5 v1.1": ["q", "v", "wo"],
   "vit": ["q_proj", "o_proj", "fc1", "projection"],
 }
 
@@ -280,7 +316,9 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   kind = hf_names.kind(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
-  assert len(case.adapted.targets) == (2 if case.name == "qwen2" else 4)
+  # Scanned layers are one; a T5 has three attentions in a layer of each.
+  wanted = {"qwen2": 2, "t5": 6, "t5 v1.1": 8}
+  assert len(case.adapted.targets) == wanted.get(case.name, 4)
   assert set(found) == {"primary"}
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-from flax import traverse_util
 from jax import typing
 import jax.numpy as jnp
 import numpy as np
@@ -65,36 +64,15 @@ def params(
 def tensors(
   config: DecoderConfig, params: Mapping[str, Any], *, scan: bool = False
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the tensors of a Hugging Face checkpoint.
-
-  Args:
-    config: the sizes.
-    params: of `Decoder`.
-    scan: whether its layers are stacked along a first axis.
-
-  Returns:
-    Arrays on the host, in the dtype of the parameters; a linear weight is
-    (out, in).
-  """
-  flat = traverse_util.flatten_dict(dict(params))
-  found = {}
-  for path, source in _plan(config, scan).items():
-    array = np.asarray(flat[path])
-    for name, one in zip(source.names, array if source.stacked else [array]):
-      found[name] = one.T if source.transposed else one
-  return found
+  """Undoes `params`: the tensors of a Hugging Face checkpoint."""
+  return stored.tensors(_plan(config, scan), params)
 
 
 def modules(
   config: DecoderConfig, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
   """The path of each kernel, and its module; of stacked layers, all modules."""
-  found = {}
-  for path, source in _plan(config, scan).items():
-    if path[-1] == "kernel":
-      names = tuple(name.removesuffix(".weight") for name in source.names)
-      found["/".join(path)] = names if source.stacked else names[0]
-  return found
+  return stored.modules(_plan(config, scan))
 
 
 def _plan(

@@ -24,6 +24,8 @@ from train.models import (
   bert_weights,
   decoder,
   decoder_weights,
+  t5,
+  t5_weights,
   vit,
   vit_weights,
 )
@@ -58,6 +60,13 @@ def kind(model: nn.Module) -> Kind:
       dict(decoder_weights.modules(model.config, model.scan)),
       "model.",
       "CAUSAL_LM",
+    )
+  if isinstance(model, t5.T5):
+    return Kind(
+      "T5ForConditionalGeneration",
+      dict(t5_weights.modules(model.config, model.scan)),
+      "",
+      "SEQ_2_SEQ_LM",
     )
   if isinstance(model, bert.BertClassifier):
     _check_pooling(model, "mean")
@@ -94,6 +103,8 @@ def tensors(
   """
   if isinstance(model, decoder.Decoder):
     return decoder_weights.tensors(model.config, params, scan=model.scan)
+  if isinstance(model, t5.T5):
+    return t5_weights.tensors(model.config, params, scan=model.scan)
   if isinstance(model, bert.BertClassifier):
     found = bert_weights.bert_tensors(model.config, params["encoder"])
   else:
@@ -108,6 +119,11 @@ def tensors(
   found["classifier.weight"] = weight
   found["classifier.bias"] = np.asarray(params["head"]["bias"])
   return found
+
+
+def is_tied(found: Mapping[str, Any]) -> bool:
+  """Whether the head of a model with these tensors is its embedding's table."""
+  return "lm_head.weight" not in found
 
 
 def _check_pooling(model: Any, pooling: str) -> None:

@@ -161,3 +161,34 @@ def _reader(
     return out
 
   return read
+
+
+def tensors(
+  plan: Mapping[Path, Source], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Undoes `read`: the tensors of a checkpoint, by their names.
+
+  Args:
+    plan: path in the parameter tree -> where its values are.
+    params: nested as the plan's paths are.
+
+  Returns:
+    Arrays on the host, in the dtype of the parameters.
+  """
+  flat: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
+  found = {}
+  for path, source in plan.items():
+    array = np.asarray(flat[path])
+    for name, one in zip(source.names, array if source.stacked else [array]):
+      found[name] = one.T if source.transposed else one
+  return found
+
+
+def modules(plan: Mapping[Path, Source]) -> dict[str, str | tuple[str, ...]]:
+  """The path of each kernel, and its module; of stacked layers, all modules."""
+  found = {}
+  for path, source in plan.items():
+    if path[-1] == "kernel":
+      names = tuple(name.removesuffix(".weight") for name in source.names)
+      found["/".join(path)] = names if source.stacked else names[0]
+  return found

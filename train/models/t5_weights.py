@@ -6,6 +6,7 @@ from typing import Any
 
 from jax import typing
 import jax.numpy as jnp
+import numpy as np
 
 from train.models import stored, weights
 from train.models import tensors as tensors_
@@ -72,6 +73,20 @@ def params(
       + "."
     )
   return stored.read(plan, tensors, dtype, place)
+
+
+def tensors(
+  config: T5Config, params: Mapping[str, Any], *, scan: bool = False
+) -> dict[str, np.ndarray]:
+  """Undoes `params`: the tensors of a Hugging Face checkpoint."""
+  return stored.tensors(_plan(config, scan, _TABLES[0]), params)
+
+
+def modules(
+  config: T5Config, scan: bool = False
+) -> dict[str, str | tuple[str, ...]]:
+  """The path of each kernel, and its module; of stacked layers, all modules."""
+  return stored.modules(_plan(config, scan, _TABLES[0]))
 
 
 def _plan(
