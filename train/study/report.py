@@ -88,6 +88,7 @@ def _task(
     for key, table in sharp.items():
       if table:
         lines += ["", f"{tables.DIRECTIONS[key]}:".capitalize(), "", *table]
+        lines += _paired(study, found, *key)
   for recovery in study.recovery:
     shares = tables.shares(study, found, recovery)
     if shares:
@@ -101,6 +102,16 @@ def _task(
   lines += ["", "### Tuning", "", *tables.tuning(found)]
   lines += ["", tables.tuning_note(study), *picture("tuning")]
   return lines
+
+
+def _paired(
+  study: Study, found: dict[str, Result], space: str, direction: str
+) -> list[str]:
+  table = tables.sharpness_differences(study, found, space, direction)
+  if not table:
+    return []
+  said = f"Less that of {study.reference}, paired by the seed, with p in "
+  return ["", f"{said}brackets (exact sign-flip test):", "", *table]
 
 
 def _pictures(

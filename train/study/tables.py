@@ -171,6 +171,49 @@ def sharpness(
   return _table(heads, results, cells)
 
 
+def sharpness_differences(
+  study: Study, results: Mapping[str, Result], space: str, direction: str
+) -> list[str]:
+  """The rise of each method less the reference's, paired by the seed.
+
+  Returns:
+    No line if it was not to be measured, or there is no pair yet.
+  """
+  options, reference = study.sharpness, results.get(study.reference)
+  if options is None or reference is None or space not in options.spaces:
+    return []
+
+  def differences(result: Result) -> list[list[float]]:
+    return [
+      estimates.differences(
+        rises(result, space, direction, place),
+        rises(reference, space, direction, place),
+      )
+      for place in range(len(options.radii))
+    ]
+
+  def cells(label: str, result: Result) -> list[str]:
+    found = differences(result)
+    return [
+      str(len(found[0])),
+      *(
+        f"{_estimate(estimates.mean(x), 1.0, None, signed=True)} "
+        f"({_p(estimates.sign_flip(x))})"
+        if x
+        else ""
+        for x in found
+      ),
+    ]
+
+  heads = ["method", "n", *(f"radius {radius:g}" for radius in options.radii)]
+  others = {
+    label: result
+    for label, result in results.items()
+    if label != study.reference and any(differences(result))
+  }
+  return _table(heads, others, cells) if others else []
+
+
 def rises(
   result: Result, space: str, direction: str, place: int
 ) -> dict[int, float]:
@@ -309,7 +352,9 @@ def _estimate(
   value = found.mean * factor
   half = None if found.half is None else found.half * factor
   if digits is None:
-    digits = _digits(value if not half else min(abs(value), half))
+    # Equal differences have a width of rounding.
+    wide = half is not None and half > 1e-9 * abs(value)
+    digits = _digits(min(abs(value), half or 0.0) if wide else value)
   shown = f"{value:{'+' if signed else ''}.{digits}f}"
   return shown if half is None else f"{shown} ± {half:.{digits}f}"
 
