@@ -102,20 +102,28 @@ def select(study: Study, only: str) -> list[Cell]:
   """
   if not only:
     return list(study.cells)
-  chosen = []
-  for name in only.split(","):
-    label, _, task = name.strip().partition("/")
-    found = [
-      cell
-      for cell in study.cells
-      if label in ("", cell.label) and task in ("", cell.task)
-    ]
-    if not found:
+  chosen: list[Cell] = []
+  rest = only.split(",")
+  while rest:
+    # A label may hold commas itself: the longest name that there is counts.
+    for count in range(len(rest), 0, -1):
+      name = ",".join(rest[:count]).strip()
+      label, _, task = name.partition("/")
+      found = [
+        cell
+        for cell in study.cells
+        if label in ("", cell.label) and task in ("", cell.task)
+      ]
+      if name and found:
+        break
+    else:
       raise UsageError(
         "--only names some of "
-        f"{', '.join(cell.name for cell in study.cells)}; got {name.strip()!r}."
+        f"{', '.join(cell.name for cell in study.cells)}; got "
+        f"{rest[0].strip()!r}."
       )
     chosen += [cell for cell in found if cell not in chosen]
+    del rest[:count]
   return chosen
 
 

@@ -121,3 +121,18 @@ def test_a_cell_has_the_fields_of_the_method_over_the_task_s(tables, tmp_path):
   assert names == list(cells)
   with pytest.raises(UsageError, match="--only names some of LoRA/short"):
     main.select(found, "SAM/short")
+
+
+def test_only_knows_labels_with_commas(tables, tmp_path):
+  wide = LORA | {"name": "LoRA, wide", "rank": 5}
+  plain = {"recovery": None, "landscape": None}
+  found = spec.parse(tables(tmp_path, method=[LORA, wide, SAM], **plain))
+  for only, wanted in {
+    "LoRA, wide": ["LoRA, wide"],
+    "SAM,LoRA, wide/snippets": ["SAM", "LoRA, wide"],
+    "LoRA,SAM": ["LoRA", "SAM"],
+  }.items():
+    assert [x.label for x in main.select(found, only)] == wanted
+  for wrong in ("LoRA,", "LoRA, wider", "wide"):
+    with pytest.raises(UsageError, match="--only names some of LoRA/snippets"):
+      main.select(found, wrong)
