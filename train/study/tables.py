@@ -232,20 +232,27 @@ def shares(
   if not set(ends) <= set(results):
     return []
 
-  def cells(label: str, result: Result) -> list[str]:
+  def found(result: Result) -> list[estimates.Share | None]:
     methods = (results[ends[0]], result, results[ends[1]], results[ends[2]])
-    found = [
+    return [
       estimates.recovered(
         *(rises(x, "full", "one_step", place) for x in methods)
       )
       for place in range(len(options.radii))
     ]
-    count = next((share.seeds for share in found if share), 0)
-    return [str(count or ""), *map(_share, found)]
+
+  def cells(label: str, result: Result) -> list[str]:
+    of_radii = found(result)
+    count = next((share.seeds for share in of_radii if share), 0)
+    return [str(count), *map(_share, of_radii)]
 
   heads = ["method", "n", *(f"radius {radius:g}" for radius in options.radii)]
-  others = {k: result for k, result in results.items() if k not in ends}
-  return _table(heads, others, cells)
+  others = {
+    label: result
+    for label, result in results.items()
+    if label not in ends and any(found(result))
+  }
+  return _table(heads, others, cells) if others else []
 
 
 def shares_note(recovery: Recovery) -> str:
