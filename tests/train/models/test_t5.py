@@ -19,14 +19,6 @@ MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 TARGETS = np.array([[2, 7, 1, 8], [3, 1, 4, 1]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """A program that is run once is not worth optimising."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def _apply(model, *args, method=None):
   """One compiled program for all calls of one kind."""

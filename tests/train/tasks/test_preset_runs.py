@@ -25,14 +25,6 @@ _SMALL = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """A program that is run twice is not worth optimising."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _steps(config, count=2):
   """The losses of the first steps, and the prepared run with its new state."""
   ready = assemble.prepare(config)
