@@ -19,20 +19,27 @@ def steps(options: Landscape) -> np.ndarray:
   return np.linspace(-options.radius, options.radius, options.points)
 
 
-def key(run: plan.Run) -> str:
-  """What decides a landscape: the run, and what is drawn."""
-  assert run.landscape is not None
-  measured = dataclasses.asdict(run.landscape)
+def key(recorded: str, options: Landscape) -> str:
+  """What decides a landscape: the run, and what is drawn.
+
+  Args:
+    recorded: the key in the row of the run. Today's own may be another: it
+      changes with each new field of the configuration.
+    options: of the landscape.
+  """
+  measured = dataclasses.asdict(options)
   # Who else is drawn does not matter.
   del measured["methods"]
-  return f"{run.key} {json.dumps(measured, sort_keys=True)}"
+  return f"{recorded} {json.dumps(measured, sort_keys=True)}"
 
 
-def row(run: plan.Run, found: Mapping[str, Any]) -> dict[str, Any]:
+def row(
+  run: plan.Run, recorded: str, found: Mapping[str, Any]
+) -> dict[str, Any]:
   """The row of a landscape, for `landscapes.jsonl`; bare if a run broke off."""
   assert run.landscape is not None
   return {
-    "key": key(run),
+    "key": key(recorded, run.landscape),
     "label": run.cell.label,
     "task": run.cell.task,
     "seed": run.config.seed,
@@ -46,9 +53,11 @@ def keys(study: Study) -> set[str]:
   return {row["key"] for row in record.read(study.folder / FILE)}
 
 
-def due(run: plan.Run, there: Collection[str]) -> bool:
+def due(run: plan.Run, recorded: str, there: Collection[str]) -> bool:
   """Whether a run is to be drawn, and is not among those there."""
-  return run.landscape is not None and key(run) not in there
+  return run.landscape is not None and (
+    key(recorded, run.landscape) not in there
+  )
 
 
 def collect(
@@ -64,8 +73,11 @@ def collect(
       if result.point is None:
         continue
       for run in plan.finals(study, result.cell, result.point):
-        if run.landscape is not None and key(run) in known:
-          drawn[task][label] = known[key(run)]
+        own = result.finals.get(run.config.seed)
+        if run.landscape is None or own is None:
+          continue
+        if (name := key(own["key"], run.landscape)) in known:
+          drawn[task][label] = known[name]
   return drawn
 
 

@@ -44,10 +44,14 @@ def work(
           continue
         row = _run(study, run, kept)
         landscape = row.pop("landscape", {})
-        if run.landscape is not None:
-          record.append(study.folder / drawn.FILE, drawn.row(run, landscape))
         # One that is there was made again for its landscape alone.
-        if run.key not in _rows(study):
+        there = _rows(study).get(run.key)
+        if run.landscape is not None:
+          recorded = row["key"] if there is None else there["key"]
+          record.append(
+            study.folder / drawn.FILE, drawn.row(run, recorded, landscape)
+          )
+        if there is None:
           record.append(study.folder / record.RUNS, row)
         print(_line(run, row), flush=True)
         break
@@ -66,7 +70,7 @@ def load(study: Study) -> dict[str, dict[str, Any]]:
   for cell in study.cells:
     for run in plan.known_runs(study, cell, done):
       row = done.get(run.key)
-      if row and not row["failed"] and drawn.due(run, there):
+      if row and not row["failed"] and drawn.due(run, row["key"], there):
         del done[run.key]
   return done
 

@@ -50,7 +50,9 @@ def _replayed(rows, landscapes=()):
     asked.append(task)
     row = dict(known[task.key])
     if task.landscape is not None:
-      row["landscape"] = {"line": lines[drawn.key(task)]["line"]}
+      row["landscape"] = {
+        "line": lines[drawn.key(task.key, task.landscape)]["line"]
+      }
     return row
 
   return run, asked
@@ -88,6 +90,26 @@ def test_a_landscape_asked_for_later_changes_no_row(
   assert [(run.cell.label, run.config.seed) for run in asked] == [("LoRA", 0)]
   assert record.read(tmp_path / record.RUNS) == rows
   assert record.read(tmp_path / drawn.FILE) == landscapes
+
+
+def test_rows_and_landscapes_outlive_new_fields_of_the_configuration(
+  done, study, tmp_path, monkeypatch
+):
+  first, _ = done
+  monkeypatch.setattr(training, "run", None)  # it would fail if it were called
+  # Under the keys of a time when there was no field `dora`.
+  for name in (record.RUNS, drawn.FILE):
+    text = ""
+    for row in record.read(first.folder / name):
+      row["key"] = f"old{row['key']}"
+      row.get("config", {}).pop("dora", None)
+      text += json.dumps(row) + "\n"
+    (tmp_path / name).write_text(text)
+  own = study(tmp_path)
+  runs.work(own, own.cells)
+  text = report.write(own).read_text()
+  assert "6 of 6 runs are finished." in text
+  assert "snippets-landscape.svg" in text
 
 
 def test_the_middle_of_a_landscape_is_the_loss_that_was_measured(done):
