@@ -72,7 +72,7 @@ $(PARITY_VENV)/.parity: pyproject.toml
 	$(PARITY_VENV)/bin/python -m pip --disable-pip-version-check install \
 	  --quiet torch==2.13.0
 	$(PARITY_VENV)/bin/python -m pip --disable-pip-version-check install \
-	  --quiet --editable '.[train,test,parity]'
+	  --quiet --editable '.[train,test,sentencepiece,parity]'
 	touch $@
 
 # Apart too: it pins what the rest does not.
