@@ -26,6 +26,14 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 collect_ignore_glob = ["*/make_minilm_reference.py"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption(
+    "--every-preset",
+    action="store_true",
+    help="run each of the paper's presets, and not one of each model",
+  )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Files with slow tests first, so that no process is left with one alone."""
   slow = {item.path for item in items if item.get_closest_marker("slow")}

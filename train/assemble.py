@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+import bilora_jax
 from train import config as config_lib
 from train import data as data_lib
-from train import journal, lowering, memory, methods, processes, tasks
+from train import journal, lowering, memory, methods, processes, starts, tasks
 from train import mesh as mesh_lib
 from train.config import Config
 from train.errors import UsageError
@@ -24,9 +25,10 @@ class Prepared:
   """All that a run needs before its first step.
 
   Attributes:
-    variables: of the model, laid out.
+    variables: of the model, laid out; without what the primary starts at.
     shapes: of the variables, before they are quantised.
     axes: a tree like `shapes` of the names of their axes.
+    start: the adapters at the start, if they were taken out of the variables.
   """
 
   config: Config
@@ -38,10 +40,30 @@ class Prepared:
   axes: Any
   layout: mesh_lib.Layout
   method: methods.Method
+  start: Any = None
 
   @property
   def steps(self) -> int:
     return self.config.epochs * self.data.steps_per_epoch
+
+  def pretrained(self) -> Any:
+    """The variables as they came."""
+    if self.start is None:
+      return self.variables
+    assert self.method.adapted is not None
+    return self.method.adapted.merge(self.variables, self.start)
+
+  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
+    """What is kept of a run: adapters for the variables as they came."""
+    assert self.method.adapted is not None
+    batch = next(self.data.train_batches())
+    return starts.on_original(
+      self.method.adapted,
+      self.model,
+      self.data.objective.inputs(batch),
+      evaluated,
+      self.start,
+    )
 
 
 def prepare(config: Config) -> Prepared:
@@ -73,6 +95,14 @@ def prepare(config: Config) -> Prepared:
     variables = pretrained.variables(
       model, config.seed, config.param_dtype, place
     )
+    started = starts.of(
+      config,
+      model,
+      variables,
+      method,
+      data.objective,
+      lambda: next(data.train_batches()),
+    )
   except (ValueError, RuntimeError) as error:
     with contextlib.suppress(OSError):
       folder.rmdir()  # if it was made for this run, and is empty
@@ -84,11 +114,12 @@ def prepare(config: Config) -> Prepared:
     folder=folder,
     data=data,
     model=model,
-    variables=variables,
+    variables=started.variables,
     shapes=shapes,
     axes=axes,
     layout=layout,
-    method=method,
+    method=started.method,
+    start=started.start,
   )
 
 

@@ -38,10 +38,8 @@ METHODS: tuple[str, ...] = get_args(MethodName)
 """What `--method` takes, the default first."""
 
 
-_NO_DORA = (
-  *("full", "full_sam", "head"),
-  *("flat_lora", "rwp_full", "lora_full_sam"),
-)
+_NO_ADAPTER = ("full", "full_sam", "head")
+_NO_DORA = (*_NO_ADAPTER, "flat_lora", "rwp_full", "lora_full_sam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +70,15 @@ class Config:
   adapter: str = ""
   """A folder of Hugging Face PEFT's with a LoRA to start from (the methods with
   adapters); its ranks, alphas, targets and rsLoRA are its own."""
+  start: Literal[
+    "uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"
+  ] = "uniform"
+  """Where the primary starts: LoRA's own draw, two others, at the weights'
+  principal parts (pissa), at their first columns' (olora), or along the first
+  batch's gradient (lora_ga). The last three take that part out of the base, in
+  which the run trains; what it keeps is for the base as it came, of twice the
+  rank (the methods with adapters; the last three on one device, and a base of
+  floats)."""
   rank: int = 8
   """r1, the rank of the primary adapter."""
   alpha: float = 16.0
@@ -290,6 +297,8 @@ def check(config: Config) -> None:
     )
   if config.adapter:
     _check_adapter(config)
+  if config.start != "uniform":
+    _check_start(config)
   for name in ("weight_fraction", "sample_fraction"):
     value = getattr(config, name)
     if not 0 < value <= 1:
@@ -340,8 +349,32 @@ def check(config: Config) -> None:
     ) from error
 
 
+def _check_start(config: Config) -> None:
+  if config.method in _NO_ADAPTER or config.adapter:
+    got = "--adapter" if config.adapter else f"--method {config.method}"
+    raise UsageError(
+      "--start is of new adapters, and for the methods with adapters; got "
+      f"--start {config.start} with {got}."
+    )
+  if config.start in ("gaussian", "orthogonal"):
+    return
+  wrong = {
+    "--mesh": config.mesh,
+    "--base-dtype": config.quantised,
+    "--dora": config.dora,
+    "--keep-auxiliary": config.keep_auxiliary,
+  }
+  given = [name for name, value in wrong.items() if value]
+  if given:
+    raise UsageError(
+      f"--start {config.start} takes a part out of a base of floats, on one "
+      "device, for a primary that is alone in what is kept; got it with "
+      f"{' and '.join(given)}."
+    )
+
+
 def _check_adapter(config: Config) -> None:
-  if config.method in ("full", "full_sam", "head"):
+  if config.method in _NO_ADAPTER:
     raise UsageError(
       "--adapter is for the methods with adapters; got --method "
       f"{config.method}."

@@ -209,7 +209,7 @@ def _finish(
     whole = layout.gather(evaluated)
     if processes.is_first():
       bilora_jax.save_adapters(
-        prepared.folder / "adapters", prepared.method.adapted, whole
+        prepared.folder / "adapters", *prepared.saved(whole)
       )
   baseline = None
   labelled = isinstance(data, data_lib.Labelled)
@@ -221,9 +221,10 @@ def _finish(
         out_shardings=layout.replicated,
       )
     )
+    pretrained = prepared.pretrained()
     baseline = data.baseline(
       lambda batch: features(
-        prepared.variables, *data.objective.inputs(layout.all_rows(batch))
+        pretrained, *data.objective.inputs(layout.all_rows(batch))
       )
     )
   windows = [

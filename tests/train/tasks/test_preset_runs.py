@@ -11,9 +11,11 @@ import numpy as np
 from outcomes import rows as metrics
 import pytest
 from safetensors import numpy as st_numpy
+import super_glue_files
 
 from train import __main__ as program
 from train import assemble, presets, step
+from train.config import INSTRUCTIONS
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,8 @@ def _steps(config, count=2):
     losses.append(float(found.loss))
     assert found.nonfinite == 0
   assert len(losses) == count
+  assert np.isfinite(losses).all()
+  assert losses[1] != losses[0]
   return losses, ready, state
 
 
@@ -66,38 +70,15 @@ def test_cola_is_learned_and_scored_by_a_t5(put, tiny_t5, tmp_path, capsys):
   assert capsys.readouterr().out.count("> ") == 2
 
 
-def _cb(put):
-  """CommitmentBank, of three classes; its files' folder."""
-  labels = ("entailment", "contradiction", "neutral")
-
-  def lines(count):
-    return "".join(
-      json.dumps(
-        {
-          "premise": f"It was {i}. Was it?",
-          "hypothesis": f"it was {i}",
-          "label": labels[i % 3],
-          "idx": i,
-        }
-      )
-      + "\n"
-      for i in range(count)
-    )
-
-  files = {"CB/train.jsonl": lines(40), "CB/val.jsonl": lines(5)}
-  return put("super_glue/cb", {**files, "CB/test.jsonl": ""})
-
-
 def test_a_t5_tells_three_classes_with_lora_sam(put, tiny_t5, tmp_path):
   config = dataclasses.replace(
     presets.get("t5-base-super-glue-cb-lora-sam"),
     **_SMALL,
     model=str(tiny_t5),
-    data_dir=str(_cb(put)),
+    data_dir=str(put("super_glue/cb", _glue("super_glue/cb"))),
     run_dir=str(tmp_path / "run"),
   )
-  losses, ready, state = _steps(config)
-  assert losses[1] != losses[0]
+  _, ready, state = _steps(config)
   evaluated = ready.method.evaluated(state.trained)
   eval_step = step.make_eval_step(ready.method, ready.data.objective)
   found = ready.data.evaluate(
@@ -118,22 +99,6 @@ def test_a_t5_tells_three_classes_with_lora_sam(put, tiny_t5, tmp_path):
   )
   assert wider["tokens"].shape[1] == width + 9
   np.testing.assert_allclose(narrow.losses, wide.losses, rtol=1e-5)
-
-
-def _jsonl(folder, form):
-  path = folder / "rows.jsonl"
-  rows = [form(i, f"{i} and {i}") for i in range(60)]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return str(path)
-
-
-def _metamath(i, text):
-  answer = f"{2 * i}\n#### {2 * i}"
-  return {"query": f"What is {text}?", "response": answer, "type": "GSM_SV"}
-
-
-def _alpaca(i, text):
-  return {"instruction": "Add.", "input": text, "output": str(2 * i)}
 
 
 def _changed(folder, copy, changes, biases=False):
@@ -168,30 +133,71 @@ _LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize(
-  ("name", "form", "changes", "biases"),
-  [
-    ("llama2-7b-metamathqa", _metamath, {}, False),
-    ("llama3.1-8b-alpaca-lora", _alpaca, _LLAMA3, False),
-    ("qwen2.5-14b-alpaca", _alpaca, {"model_type": "qwen2"}, True),
-  ],
-)
-def test_decoders_learn_from_instructions(
-  name, form, changes, biases, tiny_decoder, tmp_path
+def _instructions(data, path):
+  """Rows in the form of the published ones."""
+  rows = []
+  for i in range(60):
+    asked, answer = f"What is {i} and {i}?", str(2 * i)
+    rows.append(
+      {
+        "metamathqa.jsonl": {"query": asked, "response": f"#### {answer}"},
+        "code-feedback.jsonl": {"query": asked, "answer": answer},
+        "wizardlm.jsonl": {"instruction": asked, "output": answer},
+        "alpaca-cleaned.jsonl": {
+          "instruction": "Add.",
+          "input": f"{i} and {i}",
+          "output": answer,
+        },
+      }[data]
+    )
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def _glue(name):
+  """A task's files."""
+  if name in super_glue_files.ROWS:
+    rows = super_glue_files.numbered(name, 45)
+    return super_glue_files.files(name, rows[:40], rows[40:])
+  return getattr(glue_files, name.removeprefix("glue/").upper())
+
+
+def pytest_generate_tests(metafunc):
+  """All of the paper's presets if asked for, else one of each decoder."""
+  if "preset" in metafunc.fixturenames:
+    names = [name for name in presets.PRESETS if "snippets" not in name]
+    if not metafunc.config.getoption("--every-preset"):
+      names = [
+        "llama2-7b-metamathqa",
+        "llama3.1-8b-alpaca-lora",
+        "qwen2.5-14b-alpaca",
+      ]
+    metafunc.parametrize("preset", names)
+
+
+def test_a_preset_learns_for_two_steps(
+  preset, put, tiny_t5, tiny_decoder, tmp_path
 ):
-  config = dataclasses.replace(
-    presets.get(name),
-    **_SMALL,
-    accumulate=2 if form is _metamath else 1,
-    max_length=64,
-    train_rows=48,
-    model=str(_changed(tiny_decoder, tmp_path / "model", changes, biases)),
-    data=_jsonl(tmp_path, form),
-    run_dir=str(tmp_path / "run"),
-  )
-  losses, _, _ = _steps(config)
-  assert np.isfinite(losses).all()
-  assert losses[1] != losses[0]
+  config = presets.get(preset)
+  small = {**_SMALL, "run_dir": str(tmp_path / "run")}
+  if config.task == INSTRUCTIONS:
+    changes, biases = {}, False
+    if "llama3.1" in preset:
+      changes = _LLAMA3
+    if "qwen2.5" in preset:
+      changes, biases = {"model_type": "qwen2"}, True
+    model = _changed(tiny_decoder, tmp_path / "model", changes, biases)
+    small |= {
+      "model": str(model),
+      "data": str(_instructions(config.data, tmp_path / "rows.jsonl")),
+      "accumulate": 2,
+      "max_length": 64,
+      "train_rows": 48,
+    }
+  else:
+    data_dir = put(config.task, _glue(config.task))
+    small |= {"model": str(tiny_t5), "data_dir": str(data_dir)}
+  _steps(dataclasses.replace(config, **small))
 
 
 def test_questions_are_asked_and_scored(tiny_decoder, tmp_path, capsys):

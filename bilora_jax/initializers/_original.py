@@ -1,0 +1,126 @@
+"""What was trained from a start with a base of its own, for the first base."""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from bilora_jax import _partition
+from bilora_jax._factors import Factors, is_factors
+from bilora_jax._spec import LoraSpec
+
+
+def on_original(
+  spec: LoraSpec, adapters: Mapping[str, Any], start: Any
+) -> tuple[LoraSpec, dict[str, Any]]:
+  r"""Adapters of twice the rank, for the weights before `pissa` and its like.
+
+  With the factors at the start, a0 and b0, that were taken out of the base,
+
+  .. math::
+    (W_0 - s a_0 b_0) + s a b
+    = W_0 + s \begin{pmatrix} a & a_0 \end{pmatrix}
+      \begin{pmatrix} b \\ -b_0 \end{pmatrix}
+
+  so that what was trained can be saved, merged or handed to PEFT beside the
+  published weights, as PEFT converts its own such starts.
+
+  Args:
+    spec: of the adapters.
+    adapters: what was trained; the auxiliary and extra stay as they are.
+    start: the primary that `pissa`, `olora` or `lora_ga` returned.
+
+  Returns:
+    The spec of rank 2 r1, for `adapt`, and its adapters.
+
+  Raises:
+    ValueError: if `start` is not like the primary, or the spec's weights have
+      magnitudes (`dora`), which belong to the one base.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from bilora_jax import LoraSpec, adapt
+    >>> from bilora_jax.initializers import on_original, pissa
+    >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+    >>> adapted = adapt(model, LoraSpec(rank=1), x)
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> base, adapters = pissa(
+    ...   adapted, variables, adapted.init(jax.random.key(1), variables)
+    ... )
+    >>> start = adapters['primary']
+    >>> adapters['primary'] = jax.tree.map(lambda w: w + 1, start)  # trained
+    >>> spec, wider = on_original(adapted.spec, adapters, start)
+    >>> y = adapt(model, spec, x).apply(variables, wider, x)
+    >>> bool(jnp.allclose(y, adapted.apply(base, adapters, x), atol=1e-5))
+    True
+
+  References:
+    Hugging Face PEFT, `src/peft/tuners/lora/model.py`,
+    `subtract_mutated_init`.
+  """
+  _partition.check_parts(adapters)
+  if spec.dora:
+    raise ValueError(
+      "dora's magnitudes scale the base that was trained on, so that these "
+      "adapters have no form for another; got a spec with dora=True."
+    )
+  shapes, wanted = (
+    jax.tree.map(jnp.shape, tree) for tree in (start, adapters["primary"])
+  )
+  if shapes != wanted:
+    raise ValueError(
+      "start is the primary at the start of what was trained, with the same "
+      f"pairs and shapes: {wanted}; got {shapes}."
+    )
+
+  def joined(pair: Factors, first: Factors) -> Factors:
+    return Factors(
+      jnp.concatenate([pair.a, first.a], axis=-1),
+      jnp.concatenate([pair.b, -first.b], axis=-2),
+      pair.scale,
+    )
+
+  pairs = jax.tree.map(joined, adapters["primary"], start, is_leaf=is_factors)
+  own = _doubled(spec)
+  parts = {**adapters, "primary": pairs}
+  for part in {"primary", "auxiliary"} & set(parts):
+    parts[part] = _scaled(own, parts[part])
+  return own, parts
+
+
+def _scaled(spec: LoraSpec, part: Mapping[str, Any]) -> Any:
+  """The pairs with the spec's own scales, that differ in their last bit."""
+  pairs: dict[Any, Any] = traverse_util.flatten_dict(
+    part, is_leaf=lambda _, x: is_factors(x)
+  )
+  for path, pair in pairs.items():
+    match = spec.match("/".join(path[:-1]))
+    if match is not None:
+      pairs[path] = Factors(pair.a, pair.b, match[2])
+  return traverse_util.unflatten_dict(pairs)
+
+
+def _doubled(spec: LoraSpec) -> LoraSpec:
+  """Of twice the rank, and the same scale."""
+  more = math.sqrt(2) if spec.rslora else 2.0
+
+  def sizes(rank: int, alpha: float) -> dict[str, Any]:
+    return {"rank": 2 * rank, "alpha": more * alpha}
+
+  targets = spec.targets
+  if isinstance(targets, Mapping):
+    targets = {
+      pattern: {
+        **own,
+        **sizes(own.get("rank", spec.rank), own.get("alpha", spec.alpha)),
+      }
+      for pattern, own in targets.items()
+    }
+  return dataclasses.replace(
+    spec, targets=targets, **sizes(spec.rank, spec.alpha)
+  )
