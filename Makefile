@@ -1,6 +1,6 @@
 # Each target sets up what it needs; nothing but Python (3.11 or later) and pip.
 #   make run              fine-tunes MiniLM with Bi-LoRA; ARGS="--seed 1" and so on
-#   make test             passes the tests
+#   make test             passes the tests; ARGS=--every-preset runs all presets
 #   make test-parity      compares with PyTorch, PEFT and transformers
 #   make test-tunix       trains in Tunix's trainer, beside our own loop
 #   make lint             ruff and pyright
