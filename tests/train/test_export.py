@@ -9,6 +9,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcomes
 import pytest
 import safetensors.numpy
 
@@ -238,6 +239,30 @@ def test_a_run_starts_from_an_adapter(ended, exported, prepared):
   got = bilora_jax.primary(start)
   assert jax.tree.structure(got) == jax.tree.structure(ended.kept)
   jax.tree.map(np.testing.assert_array_equal, got, ended.kept)
+
+
+def test_a_run_goes_on_from_another_s_adapters(finished, run, tmp_path):
+  adapter = tmp_path / "adapter"
+  options = ["--run", str(finished), "--out", str(adapter)]
+  assert program.main(["export", *options]) == 0
+  folder = tmp_path / "more"
+  more = ("--adapter", str(adapter), "--rank", "8", "--epochs", "1")
+  assert run(folder, *more, "--eval-first", "--no-baseline") == 0
+  first, *rest = (
+    row["validation_loss"]
+    for row in outcomes.rows(folder)
+    if "validation_loss" in row
+  )
+  best = json.loads((finished / "results.json").read_text())["best_step"]
+  (before,) = (
+    row["validation_loss"]
+    for row in outcomes.rows(finished)
+    if "validation_loss" in row and row["step"] == best
+  )
+  assert first == pytest.approx(before, abs=1e-6)
+  assert rest[-1] != first
+  shapes = {name: x.shape for name, x in outcomes.adapters(folder).items()}
+  assert shapes == {n: x.shape for n, x in outcomes.adapters(finished).items()}
 
 
 def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):

@@ -19,7 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 OPTIONS = ("--checkpoint-every", "3", "--eval-every", "4")
 _TIMEOUT_SECONDS = 120
 
@@ -98,11 +98,9 @@ for name in ("rename", "replace"):
 @pytest.mark.parametrize(
   ("where", "count"),
   [
-    ("checkpoints/last/", 0),
     ("checkpoints/last/", 4),
     ("checkpoints/best/", 0),
     (".results.json", 0),
-    (".report", 0),
   ],
 )
 def test_a_run_killed_as_it_renames_ends_in_the_same_bits(
