@@ -2,7 +2,8 @@
 #   make run              fine-tunes MiniLM with Bi-LoRA; ARGS="--seed 1" and so on
 #   make test             passes the tests; ARGS=--every-preset runs all presets
 #   make test-parity      compares with PyTorch, PEFT and transformers
-#   make test-tunix       trains in Tunix's trainer, beside our own loop
+#   make test-tunix       trains in Tunix's trainer, beside our own loop, and runs
+#                         the notebook that does
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
 #   make docs             the pages in docs/, as HTML in build/docs
@@ -33,6 +34,7 @@ test-parity: $(PARITY_VENV)/.parity
 # Its warnings, and those of what it imports, are not ours.
 test-tunix: $(TUNIX_VENV)/.tunix
 	$(TUNIX_VENV)/bin/python -m pytest -W default tests/parity/test_tunix.py \
+	  'tests/test_notebooks.py::test_notebook_runs_and_its_asserts_hold[trainers]' \
 	  $(ARGS)
 
 lint: $(VENV)/.test

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, on the CPU."""
 
+import importlib.util
 import pathlib
 
 import nbclient
@@ -25,3 +26,11 @@ def test_notebook_runs_and_its_asserts_hold(path, tmp_path, monkeypatch):
   ).execute()
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert code and all(cell.execution_count for cell in code)
+  if path.stem == "trainers":
+    # Its last part runs where Tunix is, as under `make test-tunix`.
+    there = importlib.util.find_spec("tunix") is not None
+    assert ("trained by Tunix" in _printed(code[-1])) is there
+
+
+def _printed(cell) -> str:
+  return "".join(output.get("text", "") for output in cell.outputs)
