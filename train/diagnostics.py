@@ -15,8 +15,9 @@ class Diagnosis(NamedTuple):
   """Scalars; cosines and overlaps are over all adapted weights together.
 
   Attributes:
-    cosine_present: of the auxiliary's weights with the gradient that the next
-      step takes, at the weights with the auxiliary: is its direction stale?
+    cosine_present: of the auxiliary's weights with the gradient of the step
+      that meets them, at the weights with the auxiliary: is its direction
+      stale?
     cosine_sam: with the gradient at the weights without it, which SAM's own
       perturbation has the direction of.
     overlap_gradient: of the auxiliary's subspaces with as many of that

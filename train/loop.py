@@ -102,6 +102,10 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       while at < prepared.steps:
         profile.before(at)
         batch = next(batches)
+        if diagnose is not None and (at + 1) % config.diagnose_every == 0:
+          # Of the auxiliary as this step meets it, on rows it has not seen.
+          journal.log(at + 1, **diagnose(state.trained, batch))
+          window.spoil()
         state, metrics = train_step(
           prepared.variables, state, layout.rows(batch)
         )
@@ -121,9 +125,6 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         if logs:
           rows, times = window.close(at)
           journal.log(at, **_means(method, rows), **times)
-        if diagnose is not None and at % config.diagnose_every == 0:
-          journal.log(at, **diagnose(state.trained, batch))
-          window.spoil()
         if last or at % _eval_every(prepared) == 0:
           found = _validate(prepared, predict, journal, state, at)
           score = data.score(found)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from bilora_jax import Factors
-from train import diagnostics
+from train import diagnostics, step
 from train.objectives import CLASSIFICATION
 
 
@@ -93,3 +93,34 @@ def test_a_run_logs_them_every_so_many_steps(run, tmp_path):
   # With itself, for want of an earlier one.
   assert logged[10]["turnover"] == pytest.approx(0, abs=1e-5)
   assert logged[20]["turnover"] > 0
+
+
+def test_they_are_of_the_auxiliary_that_a_step_meets_on_the_step_s_own_rows(
+  run, tmp_path, monkeypatch
+):
+  events = []
+
+  def recorded(make, name):
+    def make_recorded(*arguments):
+      made = make(*arguments)
+
+      def call(*inputs):
+        events.append((name, np.asarray(inputs[-1]["tokens"]).tobytes()))
+        return made(*inputs)
+
+      return call
+
+    return make_recorded
+
+  for module, function in (
+    (diagnostics, "make"),
+    (step, "make_train_step"),
+  ):
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, recorded(original, function))
+  options = ("--diagnose-every", "10", "--no-baseline")
+  assert run(tmp_path / "run", *options) == 0
+  names = [name for name, _ in events]
+  # Before the tenth step, and not after it.
+  assert names[:11] == ["make_train_step"] * 9 + ["make", "make_train_step"]
+  assert events[9][1] == events[10][1] != events[8][1]

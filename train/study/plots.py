@@ -209,6 +209,10 @@ def diagnostics(study: Study, results: Results) -> Figure | None:
     "cosine_present": "cosine with the gradient at the perturbed weights",
     "cosine_sam": "cosine with the gradient at the weights alone",
     "overlap_gradient": "overlap with the gradient's top directions",
+    # Of older rows: on the batch that the auxiliary had just climbed on.
+    "cosine_present_seen": "cosine with the gradient of the batch just seen",
+    "cosine_sam_seen": "the same, at the weights alone",
+    "overlap_gradient_seen": "overlap with that gradient's top directions",
     "overlap_primary": "overlap with the primary",
     "turnover": "turnover since the last",
   }

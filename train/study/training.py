@@ -180,6 +180,18 @@ def _train(prepared: Prepared, compiled: Programs) -> Trained:
   window: list[step.Metrics] = []
   times, tokens, before = [], 0, None
   for at, batch in enumerate(data.train_batches(), 1):
+    if compiled.diagnose is not None and at % config.diagnose_every == 0:
+      # Of the auxiliary as this step meets it, on rows that it has not seen.
+      own = state.trained["auxiliary"]
+      diagnosis = compiled.diagnose(
+        prepared.variables,
+        state.trained,
+        own if before is None else before,
+        batch,
+      )
+      _add(curves, at, jax.tree.map(float, diagnosis._asdict()))
+      # A copy, since the next step donates it.
+      before = jax.tree.map(jnp.copy, own)
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(
       compiled.step(numbers, prepared.variables, state, batch)
@@ -193,17 +205,6 @@ def _train(prepared: Prepared, compiled: Programs) -> Trained:
     if last or at % width == 0:
       _add(curves, at, _means(window))
       window = []
-    if compiled.diagnose is not None and at % config.diagnose_every == 0:
-      own = state.trained["auxiliary"]
-      diagnosis = compiled.diagnose(
-        prepared.variables,
-        state.trained,
-        own if before is None else before,
-        batch,
-      )
-      _add(curves, at, jax.tree.map(float, diagnosis._asdict()))
-      # A copy, since the next step donates it.
-      before = jax.tree.map(jnp.copy, own)
     if last or at % every == 0:
       now = method.evaluated(state.trained)
       found, _ = _evaluated(prepared, compiled, now, "validation")
