@@ -79,7 +79,8 @@ def _gradient(
 
   def loss(params: Any) -> jax.Array:
     own = {**variables, "params": params}
-    items = objective.items(model.apply(own, *objective.inputs(batch)), batch)
+    logits: Any = model.apply(own, *objective.inputs(batch))
+    items = objective.items(logits, batch)
     total = jnp.maximum(jnp.sum(items.weights), 1.0)
     return jnp.sum(items.losses * items.weights) / total
 
