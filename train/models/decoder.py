@@ -13,7 +13,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import remat
+from train.models import float32, remat
 from train.models.decoder_config import DecoderConfig, RopeScaling
 
 ATTENTION = ("auto", "matmul", "fused")
@@ -108,13 +108,13 @@ class Decoder(nn.Module):
       self.layers = [
         layer(c, fused=fused, **dtypes) for _ in range(c.num_layers)
       ]
-    self.norm = _norm(c, self.param_dtype)
+    self.norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
     if not c.tied:
       self.lm_head = nn.Dense(
         c.vocab_size,
         use_bias=False,
         kernel_init=nn.initializers.normal(0.02),
-        dot_general=_float32_product,
+        dot_general=float32.product,
         **dtypes,
       )
 
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     x_NxD = x.reshape(-1, x.shape[-1])
     if self.config.tied:
       table_VxD = self.embed_tokens.embedding.astype(x.dtype)
-      logits_NxV = _float32_product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
+      logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
     else:
       logits_NxV = self.lm_head(x_NxD)
     logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
@@ -293,17 +293,17 @@ class _Layer(nn.Module):
     c, dtypes = self.config, (self.dtype, self.param_dtype)
 
     def normed(name):
-      norm = _norm(c, self.param_dtype, name)
+      norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
       return norm(x_NxD).astype(x_NxD.dtype)
 
     y_NxD, cache = _Attention(c, self.fused, *dtypes, name="self_attn")(
       normed("input_layernorm"), rope, mask, cache, start
     )
-    x_NxD = _residual(x_NxD, y_NxD)
+    x_NxD = float32.residual(x_NxD, y_NxD)
     y_NxD = _FeedForward(c, *dtypes, name="mlp")(
       normed("post_attention_layernorm")
     )
-    return _residual(x_NxD, y_NxD), cache
+    return float32.residual(x_NxD, y_NxD), cache
 
 
 class _Attention(nn.Module):
@@ -367,32 +367,6 @@ def _dense(
     param_dtype=parent.param_dtype,
     kernel_init=nn.initializers.normal(0.02),
     name=name,
-  )
-
-
-def _norm(
-  config: DecoderConfig, param_dtype: Any, name: str | None = None
-) -> nn.RMSNorm:
-  return nn.RMSNorm(
-    epsilon=config.rms_norm_eps,
-    dtype=jnp.float32,
-    param_dtype=param_dtype,
-    name=name,
-  )
-
-
-def _residual(x: jax.Array, y: jax.Array) -> jax.Array:
-  return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
-
-
-def _float32_product(lhs, rhs, dimension_numbers, precision=None, **kwargs):
-  # Looked up at each call, since Qwix puts its own function there.
-  return jax.lax.dot_general(
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
   )
 
 

@@ -8,7 +8,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import stored, weights
+from train.models import stored
 from train.models import tensors as tensors_
 from train.models.decoder_config import DecoderConfig
 
@@ -44,20 +44,13 @@ def params(
       says, or unknown to it; all are named together, and nothing was read.
   """
   plan = _plan(config, scan)
-  # Some checkpoints hold the head that is tied as well.
-  faults = stored.faults(
-    plan,
-    tensors,
-    lambda name: bool(
-      (config.tied and name == "lm_head.weight") or _BUFFER.fullmatch(name)
-    ),
-  )
-  if faults:
-    raise weights.WeightsError(
-      "The tensors do not fit the decoder's configuration: "
-      + "; ".join(faults)
-      + "."
-    )
+
+  def ignored(name: str) -> bool:
+    # Some checkpoints hold the head that is tied as well.
+    duplicate = config.tied and name == "lm_head.weight"
+    return duplicate or _BUFFER.fullmatch(name) is not None
+
+  stored.check(plan, tensors, ignored, "decoder")
   return stored.read(plan, tensors, dtype, place)
 
 

@@ -155,22 +155,10 @@ class Pretrained:
     Raises:
       WeightsError: the weights do not fit the configuration.
     """
-    if isinstance(model, decoder.Decoder):
-      params = decoder_weights.params(
-        model.config,
-        self.tensors,
-        scan=model.scan,
-        dtype=dtype,
-        place=place,
-      )
-      return {"params": params}
-    if isinstance(model, t5.T5):
-      params = t5_weights.params(
-        model.config,
-        self.tensors,
-        scan=model.scan,
-        dtype=dtype,
-        place=place,
+    if isinstance(model, decoder.Decoder | t5.T5):
+      kind: Any = t5_weights if isinstance(model, t5.T5) else decoder_weights
+      params = kind.params(
+        model.config, self.tensors, scan=model.scan, dtype=dtype, place=place
       )
       return {"params": params}
     arrays = tensors.read_all(self.tensors)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.models import tensors as tensors_
+from train.models import weights
 
 Path = tuple[str, ...]
 Index = tuple[slice, ...]
@@ -96,7 +97,7 @@ def read(
 
   Args:
     plan: path in the tree of parameters -> where its values are.
-    tensors: by name; all that the plan names, of its shapes (`faults`).
+    tensors: by name; all that the plan names, of its shapes (`check`).
     dtype: of the parameters.
     place: makes a parameter.
   """
@@ -109,17 +110,23 @@ def read(
   )
 
 
-def faults(
+def check(
   plan: Mapping[Path, Source],
   tensors: Mapping[str, tensors_.Tensor],
   ignored: Callable[[str], bool],
-) -> list[str]:
-  """What keeps a checkpoint from being read by a plan, a clause each.
+  model: str,
+) -> None:
+  """Refuses a checkpoint that a plan cannot read, before anything is read.
 
   Args:
     plan: path in the tree of parameters -> where its values are.
     tensors: by name.
     ignored: of a name that the plan lacks, whether it may be there.
+    model: what to call it in the message.
+
+  Raises:
+    WeightsError: tensors are missing, of another shape than the plan says, or
+      unknown to it; all are named together.
   """
   shapes = {
     name: source.tensor_shape
@@ -139,7 +146,10 @@ def faults(
     for name in tensors
     if name not in shapes and not ignored(name)
   ]
-  return found
+  if found:
+    raise weights.WeightsError(
+      f"The tensors do not fit the {model}'s configuration: {'; '.join(found)}."
+    )
 
 
 def _reader(

@@ -13,7 +13,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import remat
+from train.models import float32, remat
 from train.models.t5_config import T5Config
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
@@ -83,7 +83,7 @@ class T5(nn.Module):
         c.vocab_size,
         use_bias=False,
         kernel_init=nn.initializers.normal(c.hidden_size**-0.5),
-        dot_general=_float32_product,
+        dot_general=float32.product,
         **dtypes,
       )
 
@@ -214,7 +214,7 @@ class T5(nn.Module):
       x_NxD *= jnp.asarray(self.config.hidden_size**-0.5, x.dtype)
     if self.config.tied:
       table_VxD = self.shared.embedding.astype(x.dtype)
-      logits_NxV = _float32_product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
+      logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
     else:
       logits_NxV = self.lm_head(x_NxD)
     logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
@@ -331,7 +331,7 @@ class _Stack(nn.Module):
       self.layers: Any = layer(*options)
     else:
       self.layers = [layer(*options) for _ in range(count)]
-    self.final_layer_norm = _norm(c, self.param_dtype)
+    self.final_layer_norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
 
   def __call__(
     self,
@@ -406,7 +406,9 @@ class _Layer(nn.Module):
     own, across = cache if cache is not None else (None, None)
 
     def normed(name):
-      norm = _norm(c, self.param_dtype, f"{name}_layer_norm")
+      norm = float32.rms_norm(
+        c.rms_norm_eps, self.param_dtype, f"{name}_layer_norm"
+      )
       return norm(x_NxD).astype(x_NxD.dtype)
 
     name = "self_attention"
@@ -414,17 +416,17 @@ class _Layer(nn.Module):
     y_NxD, own = _Attention(c, *dtypes, name=name)(
       y_NxD, y_NxD, bias, mask, own, start
     )
-    x_NxD = _residual(x_NxD, y_NxD)
+    x_NxD = float32.residual(x_NxD, y_NxD)
     if self.is_decoder:
       name = "cross_attention"
       y_NxD, across = _Attention(c, *dtypes, name=name)(
         normed(name), source, None, source_mask, across, None
       )
-      x_NxD = _residual(x_NxD, y_NxD)
+      x_NxD = float32.residual(x_NxD, y_NxD)
     name = "feed_forward"
     y_NxD = _FeedForward(c, *dtypes, name=name)(normed(name))
     cache = None if cache is None else (own, across)
-    return _residual(x_NxD, y_NxD), cache
+    return float32.residual(x_NxD, y_NxD), cache
 
 
 class _Attention(nn.Module):
@@ -498,32 +500,6 @@ def _dense(
     param_dtype=parent.param_dtype,
     kernel_init=nn.initializers.lecun_normal(),
     name=name,
-  )
-
-
-def _norm(
-  config: T5Config, param_dtype: Any, name: str | None = None
-) -> nn.RMSNorm:
-  return nn.RMSNorm(
-    epsilon=config.rms_norm_eps,
-    dtype=jnp.float32,
-    param_dtype=param_dtype,
-    name=name,
-  )
-
-
-def _residual(x: jax.Array, y: jax.Array) -> jax.Array:
-  return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
-
-
-def _float32_product(lhs, rhs, dimension_numbers, precision=None, **kwargs):
-  # Looked up at each call, since Qwix puts its own function there.
-  return jax.lax.dot_general(
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
   )
 
 

@@ -8,7 +8,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import stored, weights
+from train.models import stored
 from train.models import tensors as tensors_
 from train.models.t5_config import T5Config
 
@@ -65,13 +65,7 @@ def params(
   table = next((name for name in _TABLES if name in tensors), _TABLES[0])
   plan = _plan(config, scan, table)
   duplicates = (*_TABLES, *([_HEAD] if config.tied else []), _UNUSED)
-  faults = stored.faults(plan, tensors, lambda name: name in duplicates)
-  if faults:
-    raise weights.WeightsError(
-      "The tensors do not fit the T5's configuration: "
-      + "; ".join(faults)
-      + "."
-    )
+  stored.check(plan, tensors, lambda name: name in duplicates, "T5")
   return stored.read(plan, tensors, dtype, place)
 
 
