@@ -22,10 +22,8 @@ from bilora_jax._spec import LoraSpec
 
 _VERSION = 1
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
-# How the base is stored. Adapters fit it in any form, and files written before
-# there was a choice lack these.
+# How the base is stored. Adapters fit it in any form.
 _BASE_FIELDS = {"base_dtype", "tile_size"}
-_NEWER_FIELDS = {"dora"}
 
 
 def save_adapters(
@@ -162,14 +160,16 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
-  names = {field.name for field in dataclasses.fields(LoraSpec)}
-  # What is newer than a file is at its default there.
-  known = set(config["spec"]) | _BASE_FIELDS | _NEWER_FIELDS
-  if known != names:
+  unknown = config["spec"].keys() - {
+    field.name for field in dataclasses.fields(LoraSpec)
+  }
+  if unknown:
     raise ValueError(
       f"{path} has another spec than this version knows: it differs in "
-      f"{sorted(names ^ known)}."
+      f"{sorted(unknown)}."
     )
+  # A file has all fields of its time: what it lacks is newer, and at its
+  # default, which is what there was before.
   return LoraSpec(**config["spec"])
 
 

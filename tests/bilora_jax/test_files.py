@@ -252,6 +252,43 @@ def rewrite(folder):
   return write
 
 
+@pytest.fixture
+def respecify(folder, rewrite):
+  """Writes the folder anew, with another spec in both files."""
+
+  def write(change):
+    path = folder / NAMES[0]
+    config = json.loads(path.read_text())
+    change(config["spec"])
+    path.write_text(json.dumps(config))
+    return rewrite(lambda arrays: None)
+
+  return write
+
+
+def test_what_is_newer_than_a_file_is_at_its_default(
+  respecify, adapted, adapters
+):
+  def older(spec):
+    for name in ("dora", "base_dtype", "tile_size"):
+      del spec[name]
+
+  folder = respecify(older)
+  assert load_spec(folder) == SPEC
+  _assert_same_bits(load_adapters(folder, adapted), adapters)
+
+
+def test_a_spec_of_a_later_version_is_refused_and_what_is_new_named(
+  respecify, adapted
+):
+  folder = respecify(lambda spec: spec.update(zora=True, aura=1))
+  for call in (load_spec, lambda f: load_adapters(f, adapted)):
+    message = _error(call, folder)
+    assert message.endswith(
+      "this version knows: it differs in ['aura', 'zora']."
+    )
+
+
 def test_a_missing_tensor_is_named(rewrite, adapted):
   name = "auxiliary/layers_0/kernel/b"
   folder = rewrite(lambda arrays: arrays.pop(name))
