@@ -218,8 +218,10 @@ def _save_tokenizer(folder):
 def _random_adapters(case):
   shapes = jax.eval_shape(case.adapted.init, jax.random.key(0), case.variables)
   rng = np.random.default_rng(2)
+  # Half as large again, PyTorch's float32 logits of the ViT are 6e-6 from its
+  # float64 ones, and ours 3e-6: more than the tolerance apart on some CPUs.
   return jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes
+    lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes
   )
 
 
