@@ -321,6 +321,9 @@ def _curves(
       width = half if label in banded else np.zeros_like(half)
       _band(axes, steps, middle, width, colours.get(label))
     axes.set(title=_wrapped(title), xlabel="step")
+    if title == titles.get("c_over_rho"):
+      # From about 1 to what an ascent at an infinite rate has.
+      axes.set_yscale("log")
   _legend(canvas, colours, list(every))
   return canvas
 
