@@ -56,6 +56,8 @@ class Prepared:
   def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
     """What is kept of a run: adapters for the variables as they came."""
     assert self.method.adapted is not None
+    if self.start is None:
+      return self.method.adapted, evaluated
     batch = next(self.data.train_batches())
     return starts.on_original(
       self.method.adapted,

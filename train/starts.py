@@ -55,7 +55,13 @@ def of(
     return Started(variables, method, None)
   if config.start in ("gaussian", "orthogonal"):
     draw = getattr(initializers, config.start)
-    drawn = lambda key, base: draw(key, init(key, base))  # noqa: E731
+
+    def drawn(key, variables):
+      # The auxiliary's start is an option of its own.
+      own = init(key, variables)
+      new = draw(jax.random.fold_in(key, 1), {"primary": own["primary"]})
+      return {**own, **new}
+
     return Started(variables, method._replace(init=drawn), None)
   more = ()
   if config.start == "lora_ga":
@@ -101,10 +107,8 @@ def on_original(
     model: the one without.
     inputs: example inputs of the model.
     evaluated: what was trained, without an auxiliary.
-    start: of `Started`; None leaves all as it is.
+    start: of `Started`.
   """
-  if start is None:
-    return adapted, evaluated
   spec, wider = initializers.on_original(
     adapted.spec, evaluated, start["primary"]
   )

@@ -69,13 +69,17 @@ def on_original(
       "dora's magnitudes scale the base that was trained on, so that these "
       "adapters have no form for another; got a spec with dora=True."
     )
-  shapes, wanted = (
-    jax.tree.map(jnp.shape, tree) for tree in (start, adapters["primary"])
-  )
-  if shapes != wanted:
+  wanted, found = map(_shapes, (adapters["primary"], start))
+  wrong = [
+    f"{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+    f"{wanted.get(path, 'nothing')}"
+    for path in {**wanted, **found}
+    if found.get(path) != wanted.get(path)
+  ]
+  if wrong:
     raise ValueError(
       "start is the primary at the start of what was trained, with the same "
-      f"pairs and shapes: {wanted}; got {shapes}."
+      f"pairs and shapes: {'; '.join(wrong)}."
     )
 
   def joined(pair: Factors, first: Factors) -> Factors:
@@ -91,6 +95,14 @@ def on_original(
   for part in {"primary", "auxiliary"} & set(parts):
     parts[part] = _scaled(own, parts[part])
   return own, parts
+
+
+def _shapes(part: Mapping[str, Any]) -> dict[Any, Any]:
+  """Of each pair, by its path."""
+  pairs: dict[Any, Any] = traverse_util.flatten_dict(
+    part, is_leaf=lambda _, x: is_factors(x)
+  )
+  return {path: (pair.a.shape, pair.b.shape) for path, pair in pairs.items()}
 
 
 def _scaled(spec: LoraSpec, part: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from tokenizers import (
 )
 
 from train import __main__ as program
-from train import assemble, step, tasks
+from train import assemble, journal, step, tasks
 from train import config as config_lib
 from train.objectives import CLASSIFICATION
 from train.tasks import hashing, movie_reviews, pipeline, prepare
@@ -314,6 +314,23 @@ def run(options: list[str]) -> Run:
     return program.main([*options, "--run-dir", str(folder), *more])
 
   return run_here
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+  """Has a signal come during the step of that number."""
+
+  def install(number, at):
+    advance = journal.Journal.advance
+
+    def advance_and_signal(self, now):
+      advance(self, now)
+      if now == at:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(journal.Journal, "advance", advance_and_signal)
+
+  return install
 
 
 @pytest.fixture(scope="session")

@@ -26,23 +26,6 @@ from train import journal as journal_lib
 STEPS = 24
 
 
-@pytest.fixture
-def signal_at(monkeypatch):
-  """Has a signal come during the step of that number."""
-
-  def install(number, at):
-    advance = journal_lib.Journal.advance
-
-    def advance_and_signal(self, now):
-      advance(self, now)
-      if now == at:
-        os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(journal_lib.Journal, "advance", advance_and_signal)
-
-  return install
-
-
 # Step 5 is saved anyway, 8 is evaluated and may be the best, 7 is neither.
 @pytest.mark.parametrize("at", [5, 7, 8])
 def test_an_interrupted_run_resumes_to_the_same_bits(

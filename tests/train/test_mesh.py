@@ -1,7 +1,6 @@
 """Runs on meshes end where the run on one device ends."""
 
 import json
-import os
 import signal
 import socket
 
@@ -10,7 +9,6 @@ import numpy as np
 from outcomes import adapters, assert_no_step_twice, checkpoint, rows
 import pytest
 
-from train import journal as journal_lib
 from train import loop, processes, step
 from train import mesh as mesh_lib
 from train.errors import UsageError
@@ -83,16 +81,9 @@ def test_other_methods_run_on_a_mesh(run, tmp_path, method, mesh):
   ("first", "second"), [(CUBE, "fsdp=8"), ("", "data=2,tensor=4")]
 )
 def test_a_run_resumes_on_another_mesh(
-  run, finished, tmp_path, capsys, monkeypatch, first, second
+  run, finished, tmp_path, capsys, monkeypatch, signal_at, first, second
 ):
-  advance = journal_lib.Journal.advance
-
-  def advance_and_signal(self, now):
-    advance(self, now)
-    if now == 7:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  monkeypatch.setattr(journal_lib.Journal, "advance", advance_and_signal)
+  signal_at(signal.SIGTERM, 7)
   assert run(tmp_path / "run", "--mesh", first) == 0
   monkeypatch.undo()
   assert run(tmp_path / "run", "--mesh", second) == 0

@@ -1,6 +1,5 @@
 """`--start`: runs whose primary starts elsewhere than at LoRA's own draw."""
 
-import os
 import signal
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 
 import bilora_jax
 from train import checkpoints, step
-from train import journal as journal_lib
 
 TAKEN_OUT = ("pissa", "olora", "lora_ga")
 
@@ -41,21 +39,24 @@ def test_a_run_starts_at_the_model_as_it_came(prepared, batch, start):
   assert not np.allclose(ours.a, theirs.a)
 
 
+def test_the_auxiliary_starts_where_it_is_told_to(prepared):
+  fields = {"auxiliary_start": "scattered"}
+  own, others = (
+    step.init(x.method, jax.random.key(0), x.variables).trained["auxiliary"]
+    for x in (prepared(**fields), prepared(**fields, start="gaussian"))
+  )
+  jax.tree.map(np.testing.assert_array_equal, own, others)
+  assert any(np.any(x) for x in jax.tree.leaves(own))
+
+
 def test_an_interrupted_run_resumes_and_keeps_adapters_for_the_original(
-  prepared, run, tmp_path, batch, monkeypatch, capsys
+  prepared, run, tmp_path, batch, monkeypatch, capsys, signal_at
 ):
   """And what it tested is what its adapters do beside the weights as read."""
   options = ("--start", "lora_ga", "--no-baseline")
   assert run(tmp_path / "whole", *options) == 0
 
-  advance = journal_lib.Journal.advance
-
-  def advance_and_signal(self, now):
-    advance(self, now)
-    if now == 7:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  monkeypatch.setattr(journal_lib.Journal, "advance", advance_and_signal)
+  signal_at(signal.SIGTERM, 7)
   assert run(tmp_path / "run", *options) == 0
   monkeypatch.undo()
   assert run(tmp_path / "run", *options) == 0

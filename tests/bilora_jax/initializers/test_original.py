@@ -61,8 +61,12 @@ def test_what_is_no_start_of_it_is_refused():
   start = adapters["primary"]
   one = {"layers_0": start["layers_0"]}
   narrow = jax.tree.map(lambda w: jnp.ones((1, 1)), start)
-  for wrong in (one, narrow):
-    with pytest.raises(ValueError, match="with the same pairs and shapes"):
+  for wrong, fault in (
+    (one, "layers_1/kernel: missing, expected"),
+    (narrow, r"layers_0/kernel: \(\(1, 1\), \(1, 1\)\), expected"),
+  ):
+    message = f"with the same pairs and shapes: {fault}"
+    with pytest.raises(ValueError, match=message):
       initializers.on_original(adapted.spec, adapters, wrong)
   dora = dataclasses.replace(adapted.spec, dora=True)
   with pytest.raises(ValueError, match="got a spec with dora=True"):
