@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilora_jax import _linalg
 from bilora_jax._adapt import Adapted
 from bilora_jax.initializers import _base
 
@@ -62,7 +63,7 @@ def pissa(
   """
 
   def start(matrix, rank):
-    u, sigma, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, sigma, vt = _linalg.svd(matrix)
     root = jnp.sqrt(sigma[:rank])
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
@@ -99,7 +100,7 @@ def olora(
   """
 
   def start(matrix, rank):
-    q, r = jnp.linalg.qr(matrix.T)
+    q, r = _linalg.qr(matrix.T)
     return r[:rank].T, q[:, :rank].T
 
   return _of_weights("olora", adapted, variables, adapters, start, False)

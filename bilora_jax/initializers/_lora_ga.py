@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from flax import traverse_util
-import jax.numpy as jnp
 
+from bilora_jax import _linalg
 from bilora_jax._adapt import Adapted
 from bilora_jax.initializers import _base
 
@@ -94,7 +94,7 @@ def lora_ga(
 
   def start(gradient, rank):
     size_out = gradient.shape[1]
-    u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+    u, _, vt = _linalg.svd(gradient)
     size = size_out**0.25 / math.sqrt(gamma)
     # The paper's weights are the transposed: its V is this u.
     return size * u[:, :rank], size * vt[rank : 2 * rank]

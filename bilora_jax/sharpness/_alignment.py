@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilora_jax import _linalg
 from bilora_jax._factors import is_factors
 
 # A TPU's matmuls are of bfloat16, a recent GPU's of 10 bits, unless asked.
@@ -198,7 +199,7 @@ def _spaces(weight: Any) -> _Spaces:
 
 
 def _dense_spaces(weight: jax.Array) -> _Spaces:
-  u, sigma, vt = jnp.linalg.svd(weight, full_matrices=False)
+  u, sigma, vt = _linalg.svd(weight)
   return _cut(u, sigma, _transposed(vt))
 
 
@@ -211,7 +212,7 @@ def _top_spaces(weight: jax.Array, rank: int) -> _Spaces:
   scaled = weight / jnp.where(largest > 0, largest, 1)
   gram = jnp.matmul(scaled, _transposed(scaled), precision=_HIGHEST)
   # In ascending order of the eigenvalues.
-  _, vectors = jnp.linalg.eigh(gram)
+  _, vectors = _linalg.eigh(gram)
   top = vectors[..., -rank:]
   # The roots of a Gram matrix's eigenvalues are no singular values where these
   # are small; the projection's own are.
@@ -222,9 +223,9 @@ def _top_spaces(weight: jax.Array, rank: int) -> _Spaces:
 
 def _thin_spaces(a: jax.Array, b: jax.Array) -> _Spaces:
   """The spaces of a product, from a decomposition of one of r x r."""
-  left, right = jnp.linalg.qr(a), jnp.linalg.qr(_transposed(b))
+  left, right = _linalg.qr(a), _linalg.qr(_transposed(b))
   core = jnp.matmul(left[1], _transposed(right[1]), precision=_HIGHEST)
-  u, sigma, vt = jnp.linalg.svd(core, full_matrices=False)
+  u, sigma, vt = _linalg.svd(core)
   return _cut(
     jnp.matmul(left[0], u, precision=_HIGHEST),
     sigma,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilora_jax import _linalg
 from bilora_jax.sharpness import _space
 
 
@@ -88,7 +89,7 @@ def _truncated(g: jax.Array, rank: int) -> jax.Array:
   """The best approximation of a rank, of each matrix; zero for a vector."""
   if g.ndim < 2:
     return jnp.zeros_like(g)
-  u, sigma, vt = jnp.linalg.svd(g, full_matrices=False)
+  u, sigma, vt = _linalg.svd(g)
   return jnp.matmul(
     u[..., :rank] * sigma[..., None, :rank],
     vt[..., :rank, :],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _transform
+from bilora_jax import _linalg, _transform
 from bilora_jax._factors import Factors, is_factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
@@ -208,7 +208,7 @@ def _orthonormal(pair: Factors, of_b: bool) -> Factors:
 
 def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """A QR decomposition, padded by zeros to `(*, n, r)` and `(*, r, r)`."""
-  q, r = jnp.linalg.qr(x)
+  q, r = _linalg.qr(x)
   missing = x.shape[-1] - q.shape[-1]  # above 0 if the rank is above n
   pad = [(0, 0)] * (x.ndim - 2)
   return (

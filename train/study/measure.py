@@ -245,25 +245,27 @@ def truncated(key: jax.Array, matrix: jax.Array, rank: int) -> jax.Array:
     Halko, Martinsson and Tropp, `Finding structure with randomness
     <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.4 and 5.1.
   """
-  matrix = matrix.astype(jnp.float32)
-  *batch, size_in, size_out = matrix.shape
+  size_in, size_out = matrix.shape[-2:]
   width = min(rank + _MORE, size_in, size_out)
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  start = jax.random.normal(key, (*batch, size_out, width))
-  transposed = jnp.swapaxes(matrix, -2, -1)
 
-  def iterate(_, basis):
-    other = jnp.linalg.qr(product(transposed, basis))[0]
-    return jnp.linalg.qr(product(matrix, other))[0]
+  def of_one(arguments):
+    start, matrix = arguments
 
-  basis = jax.lax.fori_loop(
-    0, _ITERATIONS, iterate, jnp.linalg.qr(product(matrix, start))[0]
-  )
-  u, sigma, vt = jnp.linalg.svd(
-    product(jnp.swapaxes(basis, -2, -1), matrix), full_matrices=False
-  )
-  kept = product(u[..., :rank] * sigma[..., None, :rank], vt[..., :rank, :])
-  return product(basis, kept)
+    def iterate(_, basis):
+      other = jnp.linalg.qr(product(matrix.T, basis))[0]
+      return jnp.linalg.qr(product(matrix, other))[0]
+
+    basis = jax.lax.fori_loop(
+      0, _ITERATIONS, iterate, jnp.linalg.qr(product(matrix, start))[0]
+    )
+    u, sigma, vt = jnp.linalg.svd(product(basis.T, matrix), full_matrices=False)
+    return product(basis, product(u[:, :rank] * sigma[:rank], vt[:rank]))
+
+  # In turn: batches can hang on jaxlib's CPU, see `bilora_jax._linalg`.
+  matrices = matrix.astype(jnp.float32).reshape(-1, size_in, size_out)
+  starts = jax.random.normal(key, (len(matrices), size_out, width))
+  return jax.lax.map(of_one, (starts, matrices)).reshape(matrix.shape)
 
 
 def _random(key: jax.Array, params: Any) -> Any:
