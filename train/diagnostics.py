@@ -53,7 +53,7 @@ def make(
     trained, variables = dense.unpacked(params, variables)
     logits = method.apply(variables, trained, *objective.inputs(batch))
     items = objective.items(logits, batch)
-    return (items.losses * items.weights).sum() / items.weights.sum()
+    return items.mean(items.losses)
 
   def gradient(trained, variables, batch):
     params = dense.differentiated(trained, variables)

@@ -31,6 +31,11 @@ class Items(NamedTuple):
   predictions: jax.Array
   right: jax.Array
 
+  def mean(self, values: jax.Array) -> jax.Array:
+    """Of the items' values, by weight; 0 if nothing is to be learned."""
+    total = jnp.maximum(jnp.sum(self.weights), 1)
+    return jnp.sum(values * self.weights) / total
+
 
 class Objective(NamedTuple):
   """How a batch goes into a model, and what comes out is judged.

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
-import jax.numpy as jnp
 
 import bilora_jax
 from bilora_jax import initializers
+from train import estimators
 from train.config import Config
 from train.methods import Method
 from train.objectives import Batch, Objective
@@ -65,7 +66,7 @@ def of(
     return Started(variables, method._replace(init=drawn), None)
   more = ()
   if config.start == "lora_ga":
-    more = (_gradient(model, variables, objective, batch()),)
+    more = (_gradient(model, adapted, variables, objective, batch()),)
   # Of the primary alone, whatever the key.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, config.start)(
@@ -79,18 +80,24 @@ def of(
 
 
 def _gradient(
-  model: nn.Module, variables: Any, objective: Objective, batch: Batch
+  model: nn.Module,
+  adapted: bilora_jax.Adapted,
+  variables: Any,
+  objective: Objective,
+  batch: Batch,
 ) -> Any:
-  """Of the loss of a batch, by all parameters."""
+  """Of the loss of a batch, by the weights that have adapters."""
 
-  def loss(params: Any) -> jax.Array:
-    own = {**variables, "params": params}
+  def loss(kernels: Any, variables: Any) -> jax.Array:
+    params = traverse_util.flatten_dict(variables["params"])
+    params |= traverse_util.flatten_dict(kernels)
+    own = {**variables, "params": traverse_util.unflatten_dict(params)}
     logits: Any = model.apply(own, *objective.inputs(batch))
     items = objective.items(logits, batch)
-    total = jnp.maximum(jnp.sum(items.weights), 1.0)
-    return jnp.sum(items.losses * items.weights) / total
+    return items.mean(items.losses)
 
-  return jax.jit(jax.grad(loss))(variables["params"])
+  kernels = estimators.kernels(adapted)(variables)
+  return jax.jit(jax.grad(loss))(kernels, variables)
 
 
 def on_original(

@@ -185,10 +185,8 @@ def over(
 
   def loss(params, batch):
     items = objective.items(apply(params, *objective.inputs(batch)), batch)
-    total = jnp.maximum(jnp.sum(items.weights), 1)
-    mean = jnp.sum(items.losses * items.weights) / total
-    right = jnp.sum(items.right * items.weights) / total
-    return mean, jnp.stack([mean, right])
+    mean = items.mean(items.losses)
+    return mean, jnp.stack([mean, items.mean(items.right)])
 
   def summed(one: Callable[[Any], Any]):
     one = jax.jit(one)  # traced once, for its shapes and for the scan
