@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax import traverse_util
 import jax
 
 import bilora_jax
@@ -66,7 +65,8 @@ def of(
     return Started(variables, method._replace(init=drawn), None)
   more = ()
   if config.start == "lora_ga":
-    more = (_gradient(model, adapted, variables, objective, batch()),)
+    dense = method._replace(weights=estimators.kernels(adapted))
+    more = (_gradient(model, dense, variables, objective, batch()),)
   # Of the primary alone, whatever the key.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, config.start)(
@@ -81,23 +81,21 @@ def of(
 
 def _gradient(
   model: nn.Module,
-  adapted: bilora_jax.Adapted,
+  dense: Method,
   variables: Any,
   objective: Objective,
   batch: Batch,
 ) -> Any:
-  """Of the loss of a batch, by the weights that have adapters."""
+  """Of the loss of a batch, by the method's `weights`, without adapters."""
 
-  def loss(kernels: Any, variables: Any) -> jax.Array:
-    params = traverse_util.flatten_dict(variables["params"])
-    params |= traverse_util.flatten_dict(kernels)
-    own = {**variables, "params": traverse_util.unflatten_dict(params)}
+  def loss(params: Any, variables: Any) -> jax.Array:
+    _, own = dense.unpacked(params, variables)
     logits: Any = model.apply(own, *objective.inputs(batch))
     items = objective.items(logits, batch)
     return items.mean(items.losses)
 
-  kernels = estimators.kernels(adapted)(variables)
-  return jax.jit(jax.grad(loss))(kernels, variables)
+  params = dense.differentiated({}, variables)
+  return jax.jit(jax.grad(loss))(params, variables)["weights"]
 
 
 def on_original(
