@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import rounds, worker, workloads
-from train.models import decoder_config, weights
+from train.models.decoder import config as decoder_config
+from train.models.io import weights
 
 _OURS, _THEIRS = "JAX, this program", "PyTorch, PEFT"
 # How far the losses of the first step may be apart, in nats: of float32, and

@@ -10,8 +10,11 @@ import numpy as np
 
 from benchmarks import variants, worker, workloads
 from bilora_jax import count_parameters
-from train import step
-from train.models import decoder, decoder_config, decoder_weights, tensors
+from train.models.decoder import config as decoder_config
+from train.models.decoder import model as decoder
+from train.models.decoder import weights as decoder_weights
+from train.models.io import tensors
+from train.run import step
 
 
 def main() -> None:

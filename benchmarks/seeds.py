@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import rounds, variants, workloads
-from train import step
+from train.run import step
 
 _SINGLY, _AT_ONCE = "one after the other", "at once, by vmap"
 

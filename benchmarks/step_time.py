@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import rounds, variants, workloads
-from train import step
 from train.models import remat
+from train.run import step
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
 _PEAK_FLOPS = {"NVIDIA H200": 989e12}

@@ -8,9 +8,10 @@ from flax import traverse_util
 
 from benchmarks.workloads import Workload
 from bilora_jax import Factors
-from train import config as config_lib
-from train import estimators, methods
-from train.config import METHODS
+from train.methods import estimators
+from train.methods import method as methods
+from train.run import config as config_lib
+from train.run.config import METHODS
 
 BASE = "LoRA r=8"
 _SEPARATE = "Bi-LoRA 8+8, separate branches"

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import decoder, decoder_config, load
-from train.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
+from train.data.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
+from train.models import load
+from train.models.decoder import config as decoder_config
+from train.models.decoder import model as decoder
 
 # A decoder of about a billion parameters, of the sizes of Llama 3.2 1B.
 _ONE_BILLION = decoder_config.DecoderConfig(

@@ -21,8 +21,9 @@ from benchmarks import (
   worker,
   workloads,
 )
-from train.models import decoder, decoder_config
-from train.objectives import CLASSIFICATION
+from train.data.objectives import CLASSIFICATION
+from train.models.decoder import config as decoder_config
+from train.models.decoder import model as decoder
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _DECODER = decoder.Decoder(

@@ -11,9 +11,9 @@ import pytest
 import tyro
 
 from train import __main__ as program
-from train import compile as compile_lib
-from train import config as config_lib
-from train import generate
+from train.finished import generate
+from train.planning import compile as compile_lib
+from train.run import config as config_lib
 from train.study import main as study
 
 _ROOT = pathlib.Path(__file__).parent.parent

@@ -8,9 +8,10 @@ import sys
 
 import tyro
 
-from train import config as config_lib
-from train import presets, processes
-from train.errors import LostError, RunError, UsageError
+from . import presets
+from .devices import processes
+from .errors import LostError, RunError, UsageError
+from .run import config as config_lib
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,24 +19,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   # Imported late, so that --help and a typo answer at once.
   if argv[:1] == ["compile"]:
-    from train import compile
+    from .planning import compile
 
     return compile.main(argv[1:])
   if argv[:1] == ["export"]:
-    from train import export
+    from .finished import export
 
     return export.main(argv[1:])
   if argv[:1] == ["generate"]:
-    from train import generate
+    from .finished import generate
 
     return generate.main(argv[1:])
   if argv[:1] == ["study"]:
-    from train.study import main as study
+    from .study import main as study
 
     return study.main(argv[1:])
   try:
     config = parse(argv)
-    from train import loop
+    from .run import loop
 
     place, _ = _start().parse_known_args(argv)
     processes.join(place.coordinator, place.num_processes, place.process_id)

@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 
-from train.config import INSTRUCTIONS, Config
-from train.errors import UsageError
+from .errors import UsageError
+from .run.config import INSTRUCTIONS, Config
 
 _SNIPPETS = Config(train_rows=2000, group_by_length=10)
 _SMOLLM2 = Config(

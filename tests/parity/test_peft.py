@@ -21,9 +21,11 @@ import transformers
 import bilora_jax
 from bilora_jax import peft
 from train import __main__ as program
-from train import adapter
-from train import config as config_lib
-from train.models import hf_names, load, vit, vit_weights
+from train.methods import adapter
+from train.models import hf_names, load
+from train.models.vit import model as vit
+from train.models.vit import weights as vit_weights
+from train.run import config as config_lib
 
 # Of float32, and logits of about 1.
 TOLERANCE = 1e-5

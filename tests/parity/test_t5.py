@@ -10,17 +10,13 @@ import pytest
 import sentencepiece
 import torch
 
-from train import objectives
-from train.models import (
-  spiece,
-  t5,
-  t5_config,
-  t5_generate,
-  t5_label_words,
-  t5_weights,
-  tensors,
-)
-from train.tasks import movie_reviews
+from train.data import movie_reviews, objectives
+from train.models.io import spiece, tensors
+from train.models.t5 import config as t5_config
+from train.models.t5 import generate as t5_generate
+from train.models.t5 import label_words as t5_label_words
+from train.models.t5 import model as t5
+from train.models.t5 import weights as t5_weights
 
 # Of each: width, width of a head, heads, inner width, layers of the encoder and
 # of the decoder, buckets, and the distance from which on all share one.

@@ -26,10 +26,11 @@ from tokenizers import (
 )
 
 from train import __main__ as program
-from train import assemble, journal, step, tasks
-from train import config as config_lib
-from train.objectives import CLASSIFICATION
-from train.tasks import hashing, movie_reviews, pipeline, prepare
+from train.data import hashing, movie_reviews, pipeline, prepare
+from train.data import registry as tasks
+from train.data.objectives import CLASSIFICATION
+from train.run import assemble, journal, step
+from train.run import config as config_lib
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 # One layer: most of the time goes to compilation, by the layer.

@@ -14,9 +14,9 @@ from outcomes import assert_same_outcome, files
 import pytest
 
 from train import __main__ as program
-from train import config as config_lib
 from train import presets
-from train.tasks import movie_reviews
+from train.data import movie_reviews
+from train.run import config as config_lib
 
 
 def _documented() -> dict[str, str]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from train import config as config_lib
-from train.config import Config
 from train.errors import UsageError
+from train.run import config as config_lib
+from train.run.config import Config
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import pytest
 
-from train import config as config_lib
 from train import presets
 from train.errors import UsageError
+from train.run import config as config_lib
 
 # PAPER, appendix R: preset, learning rate, batch, micro batch, epochs, longest
 # example, rho of Bi-LoRA and of LoRA-SAM.

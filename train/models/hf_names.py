@@ -19,16 +19,15 @@ from flax import linen as nn
 import numpy as np
 
 from bilora_jax import peft
-from train.models import (
-  bert,
-  bert_weights,
-  decoder,
-  decoder_weights,
-  t5,
-  t5_weights,
-  vit,
-  vit_weights,
-)
+
+from .bert import model as bert
+from .bert import weights as bert_weights
+from .decoder import model as decoder
+from .decoder import weights as decoder_weights
+from .t5 import model as t5
+from .t5 import weights as t5_weights
+from .vit import model as vit
+from .vit import weights as vit_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,28 +11,28 @@ from jax import typing
 import jax.numpy as jnp
 import tokenizers
 
-from train.models import (
-  bert,
-  bert_weights,
-  decoder,
-  decoder_config,
-  decoder_weights,
+from ..data import chat
+from .bert import model as bert
+from .bert import weights as bert_weights
+from .decoder import config as decoder_config
+from .decoder import label_words
+from .decoder import model as decoder
+from .decoder import weights as decoder_weights
+from .io import (
   gguf_file,
   gguf_tokenizer,
-  label_words,
   spiece,
   stored,
-  t5,
-  t5_config,
-  t5_label_words,
-  t5_weights,
   tensors,
   tokenizer,
-  vit,
-  vit_weights,
   weights,
 )
-from train.tasks import chat
+from .t5 import config as t5_config
+from .t5 import label_words as t5_label_words
+from .t5 import model as t5
+from .t5 import weights as t5_weights
+from .vit import model as vit
+from .vit import weights as vit_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from train.study import plan, record
-from train.study.results import Results
-from train.study.spec import Landscape, Study
+from . import plan, record
+from .results import Results
+from .spec import Landscape, Study
 
 FILE = "landscapes.jsonl"
 

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from bilora_jax import sharpness
-from train import methods
-from train.objectives import Objective
-from train.study import drawn, measure
-from train.study.spec import Landscape
+
+from ..data.objectives import Objective
+from ..methods import method as methods
+from . import drawn, measure
+from .spec import Landscape
 
 # Kernels are (in, out), under scan with the layers in front.
 _INPUT_AXES = -2

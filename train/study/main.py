@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from train.errors import UsageError
-from train.study import plan, spec, workers
-from train.study.spec import Cell, Study
+from ..errors import UsageError
+from . import plan, spec, workers
+from .spec import Cell, Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _main(options: Options, place: argparse.Namespace) -> int:
   # What there is of a study is told, however its workers ended.
   if code != 2 and place.worker < 0:
     # Imported late, as the runner is: a wrong file is told of at once.
-    from train.study import report
+    from . import report
 
     print(f"report: {report.write(study)}")
   return code
@@ -88,7 +88,7 @@ def _run(
   if place.worker < 0 and options.workers > 1:
     return workers.start(options.study, options.only, options.workers)
   workers.bind([int(core) for core in place.cores.split(",") if core])
-  from train.study import runs
+  from . import runs
 
   runs.work(study, cells, max(place.worker, 0), options.workers)
   return 0
@@ -128,8 +128,8 @@ def select(study: Study, only: str) -> list[Cell]:
 
 
 def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
-  from train import estimators
-  from train.study import runs, training
+  from ..methods import estimators
+  from . import runs, training
 
   done = runs.load(study)
   total = 0.0

@@ -19,11 +19,12 @@ import optax
 
 import bilora_jax
 from bilora_jax import Factors, sharpness
-from train import data as data_lib
-from train import methods
-from train.objectives import Objective
-from train.study.spec import Sharpness
-from train.tasks.pipeline import Batch
+
+from ..data import load as data_lib
+from ..data.objectives import Objective
+from ..data.pipeline import Batch
+from ..methods import method as methods
+from .spec import Sharpness
 
 # Directions more than are wanted, and products with the matrix and back.
 _MORE, _ITERATIONS = 8, 6

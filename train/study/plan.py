@@ -8,8 +8,8 @@ import math
 import statistics
 from typing import Any, Literal, NamedTuple
 
-from train.config import Config
-from train.study.spec import Cell, Landscape, Sharpness, Study
+from ..run.config import Config
+from .spec import Cell, Landscape, Sharpness, Study
 
 Stage = Literal["tune", "final"]
 Rows = Mapping[str, Mapping[str, Any]]

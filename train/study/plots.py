@@ -14,10 +14,10 @@ from matplotlib import figure
 from matplotlib import lines as mpl_lines
 import numpy as np
 
-from train import journal
-from train.study import estimates, tables
-from train.study.results import Result
-from train.study.spec import Study
+from ..run import journal
+from . import estimates, tables
+from .results import Result
+from .spec import Study
 
 Results = Mapping[str, Result]
 Figure = figure.Figure

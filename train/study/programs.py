@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from train import diagnostics, methods, step
-from train.assemble import Prepared
-from train.config import Config
-from train.study import landscapes, measure, plan
+from ..methods import method as methods
+from ..run import diagnostics, step
+from ..run.assemble import Prepared
+from ..run.config import Config
+from . import landscapes, measure, plan
 
 _KEPT = 2
 # What no trained model differs in: how it came to its weights.

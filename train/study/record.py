@@ -8,7 +8,7 @@ import os
 import pathlib
 from typing import Any
 
-from train.errors import UsageError
+from ..errors import UsageError
 
 RUNS = "runs.jsonl"
 

@@ -4,10 +4,10 @@ import pathlib
 import re
 from typing import Any
 
-from train import journal
-from train.study import drawn, plan, plots, record, results, tables
-from train.study.results import Result, Results
-from train.study.spec import Study
+from ..run import journal
+from . import drawn, plan, plots, record, results, tables
+from .results import Result, Results
+from .spec import Study
 
 REPORT = "report.md"
 PLOTS = "plots"

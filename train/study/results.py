@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from train.study import plan
-from train.study.spec import Cell, Study
+from . import plan
+from .spec import Cell, Study
 
 Row = Mapping[str, Any]
 

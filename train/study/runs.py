@@ -5,9 +5,9 @@ import os
 import time
 from typing import Any
 
-from train.errors import UsageError
-from train.study import drawn, plan, record, training
-from train.study.spec import Cell, Study
+from ..errors import UsageError
+from . import drawn, plan, record, training
+from .spec import Cell, Study
 
 _POLL_SECONDS = 2.0
 

@@ -9,9 +9,9 @@ import pathlib
 import tomllib
 from typing import Any, Literal, get_args, get_origin
 
-from train import config as config_lib
-from train.config import Config
-from train.errors import UsageError
+from ..errors import UsageError
+from ..run import config as config_lib
+from ..run.config import Config
 
 _OF_METHODS = ("name", "seeds", "tune", "tasks", "point_of")
 _SET_BY_THE_STUDY = {

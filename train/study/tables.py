@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from train.study import estimates
-from train.study.estimates import Estimate
-from train.study.results import Result
-from train.study.spec import Recovery, Study
+from . import estimates
+from .estimates import Estimate
+from .results import Result
+from .spec import Recovery, Study
 
 DIRECTIONS = {
   ("full", "one_step"): "one step along the gradient, merged weights",

@@ -1,4 +1,4 @@
-"""A run of a study: the steps of `train.loop` without what a study ignores.
+"""A run of a study: the steps of `run.loop` without what a study ignores.
 
 No checkpoints, TensorBoard or report of its own: the best weights stay in
 memory, a run that is killed starts anew, and all that is kept is a row.
@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import assemble, estimators, evaluate, loop, step
-from train import data as data_lib
-from train.assemble import Prepared
-from train.config import Config
-from train.errors import RunError, UsageError
-from train.models import load as models
-from train.study import measure, plan, programs
-from train.study.programs import Kept, Programs
+from ..data import load as data_lib
+from ..data import scores as evaluate
+from ..errors import RunError, UsageError
+from ..methods import estimators
+from ..models import load as models
+from ..run import assemble, loop, step
+from ..run.assemble import Prepared
+from ..run.config import Config
+from . import measure, plan, programs
+from .programs import Kept, Programs
 
 _POINTS = 48
 _BROKEN = 10

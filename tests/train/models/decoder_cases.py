@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import decoder, decoder_config, tensors
+from train.models.decoder import config as decoder_config
+from train.models.decoder import model as decoder
+from train.models.io import tensors
 
 DATA = pathlib.Path(__file__).with_name("data")
 NAMES = ("llama_tied", "llama3_scaled", "qwen2")

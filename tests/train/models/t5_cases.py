@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.models import t5, t5_config, tensors
+from train.models.io import tensors
+from train.models.t5 import config as t5_config
+from train.models.t5 import model as t5
 
 NAMES = ("t5_v1_0", "t5_v1_1")
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.models import bert, load
+from train.models import load
+from train.models.bert import model as bert
 
 REFERENCE = pathlib.Path(__file__).with_name("minilm_reference.npz")
 needs_minilm = pytest.mark.skipif(

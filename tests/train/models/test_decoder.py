@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import bilora_jax
-from train.models import decoder, decoder_weights
+from train.models.decoder import model as decoder
+from train.models.decoder import weights as decoder_weights
 
 TINY = decoder_cases.TINY
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.models import decoder
-from train.models.decoder_config import PRESETS, DecoderConfig, RopeScaling
+from train.models.decoder import model as decoder
+from train.models.decoder.config import PRESETS, DecoderConfig, RopeScaling
 
 LLAMA = {
   "model_type": "llama",

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as st_numpy
 
-from train.models import decoder, decoder_weights, stored, tensors, weights
+from train.models.decoder import model as decoder
+from train.models.decoder import weights as decoder_weights
+from train.models.io import stored, tensors, weights
 
 NAME = "qwen2"  # untied, with biases: it has every kind of parameter
 RULES = (("embed", "x"), ("vocab", "x"), ("heads", "y"), ("mlp", "y"))

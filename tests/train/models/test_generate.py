@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import bilora_jax
-from train.models import decoder, decoder_weights, generate
+from train.models.decoder import generate
+from train.models.decoder import model as decoder
+from train.models.decoder import weights as decoder_weights
 
 TINY = decoder_cases.TINY
 COUNT = 8

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from train.models import decoder_config, gguf_file, weights
+from train.models.decoder import config as decoder_config
+from train.models.io import gguf_file, weights
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 10
 TYPES = gguf.GGMLQuantizationType

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import smollm2_reference
 
-from train.models import (
-  decoder,
-  decoder_config,
-  decoder_weights,
-  generate,
-  gguf_file,
-  gguf_tokenizer,
-)
+from train.models.decoder import config as decoder_config
+from train.models.decoder import generate
+from train.models.decoder import model as decoder
+from train.models.decoder import weights as decoder_weights
+from train.models.io import gguf_file, gguf_tokenizer
 
 pytestmark = pytest.mark.skipif(
   smollm2_reference.find() is None,

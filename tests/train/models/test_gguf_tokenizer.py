@@ -14,7 +14,7 @@ import smollm2_reference
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from train.models import gguf_file, gguf_tokenizer, weights
+from train.models.io import gguf_file, gguf_tokenizer, weights
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NORMAL, IS_CONTROL, IS_USERS, IS_UNUSED = 1, 3, 4, 5

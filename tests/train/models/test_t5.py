@@ -11,7 +11,10 @@ import pytest
 import t5_cases
 
 import bilora_jax
-from train.models import t5, t5_generate, t5_label_words, t5_weights
+from train.models.t5 import generate as t5_generate
+from train.models.t5 import label_words as t5_label_words
+from train.models.t5 import model as t5
+from train.models.t5 import weights as t5_weights
 
 TINY = t5_cases.TINY
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])

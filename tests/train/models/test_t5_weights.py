@@ -10,7 +10,10 @@ import pytest
 from safetensors import numpy as st_numpy
 import t5_cases
 
-from train.models import t5, t5_config, t5_weights, weights
+from train.models.io import weights
+from train.models.t5 import config as t5_config
+from train.models.t5 import model as t5
+from train.models.t5 import weights as t5_weights
 
 BASE = {
   "model_type": "t5",

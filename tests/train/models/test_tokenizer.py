@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from train.models import spiece, tokenizer, weights
+from train.models.io import spiece, tokenizer, weights
 
 REFERENCE = pathlib.Path(__file__).with_name("minilm_reference.npz")
 needs_minilm = pytest.mark.skipif(

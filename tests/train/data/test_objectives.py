@@ -1,0 +1,54 @@
+"""Objectives: a T5's words, of unequal lengths."""
+
+import numpy as np
+
+from train.data import objectives
+
+# Three labels of 1, 3 and 2 tokens, over a vocabulary of 6; 1 ends a word.
+WORDS = ((1,), (4, 2, 1), (5, 1))
+LABELS = np.array([1, 0, 2, 1], np.int32)
+
+
+def _log_probs(logits):
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def _by_hand(logits):
+  """The log-probability of each label's word, (B, 3)."""
+  tokens = np.concatenate(WORDS)
+  found = np.take_along_axis(_log_probs(logits), tokens[None, :, None], 2)
+  return np.stack(
+    [part.sum((1, 2)) for part in np.split(found, (1, 4), axis=1)], 1
+  )
+
+
+def test_words_are_compared_by_their_whole_probability():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(4, 6, 6)).astype(np.float32)
+  items = objectives.words(WORDS).items(logits, {"labels": LABELS})
+  scores = _by_hand(logits)
+  np.testing.assert_array_equal(items.predictions, scores.argmax(1))
+  np.testing.assert_array_equal(items.right, scores.argmax(1) == LABELS)
+  # The loss of a batch is the mean over the right words' tokens.
+  right = scores[np.arange(4), LABELS]
+  np.testing.assert_allclose(
+    (items.losses * items.weights).sum() / items.weights.sum(),
+    -right.sum() / (3 + 1 + 2 + 3),
+    rtol=1e-5,
+  )
+  np.testing.assert_array_equal(items.weights, [3, 1, 2, 3])
+  np.testing.assert_array_equal(
+    objectives.words(WORDS).weights({"labels": LABELS}), items.weights
+  )
+
+
+def test_a_long_word_that_is_sure_beats_a_short_one_that_is_not():
+  logits = np.zeros((1, 6, 6), np.float32)
+  # Each token of the long word has almost all of the probability.
+  for place, token in zip((1, 2, 3), WORDS[1]):
+    logits[0, place, token] = 9.0
+  items = objectives.words(WORDS).items(logits, {"labels": LABELS[:1]})
+  assert items.predictions.tolist() == [1]
+  # And of words of nothing but chance, the shortest is the likeliest.
+  items = objectives.words(WORDS).items(0 * logits, {"labels": LABELS[:1]})
+  assert items.predictions.tolist() == [0]

@@ -1,0 +1,247 @@
+"""Checkpoints: what they hold, refuse, and keep through a failure."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from outcomes import checkpoint, files
+import pytest
+
+from train.errors import RunError, UsageError
+from train.run import checkpoints as checkpoints_lib
+from train.run.step import TrainState
+
+LOOP = {"iterator": {"next_index": 7}, "best": {"metric": 0.5, "step": 4}}
+
+
+def _state(value: float, width: int = 3) -> TrainState:
+  trained = {
+    "primary": {"a": jnp.full((2, width), value)},
+    "extra": {"bias": jnp.full(width, value)},
+  }
+  return TrainState(
+    jnp.int32(value),
+    trained,
+    (jnp.float32(value), {"mu": trained}),
+    (),
+    jnp.zeros(2, jnp.uint32),
+  )
+
+
+@pytest.fixture
+def open_at():
+  """Opens checkpoints, and closes them at the end."""
+  opened = []
+
+  def start(folder):
+    opened.append(checkpoints_lib.Checkpoints(folder))
+    return opened[-1]
+
+  yield start
+  for checkpoints in opened:
+    checkpoints.close()
+
+
+def _same(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+    np.testing.assert_array_equal(x, y)
+    assert x.dtype == y.dtype
+
+
+def test_the_last_checkpoint_comes_back_whole(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  for step in (1, 2, 3):
+    checkpoints.save_last(step, _state(step), LOOP | {"at": step})
+  checkpoints.wait()
+  resumed = open_at(tmp_path).resume(_state(0))
+  assert resumed is not None
+  _same(resumed.state, _state(3))
+  assert resumed.loop == LOOP | {"at": 3}
+
+
+def test_the_last_two_and_the_best_two_are_kept(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  for step in (1, 2, 3):
+    checkpoints.save_best(step, _state(step).trained)
+    checkpoints.save_last(step, _state(step), LOOP)
+  checkpoints.wait()
+  kept = {
+    kind: sorted(int(path.name) for path in (tmp_path / kind).iterdir())
+    for kind in ("last", "best")
+  }
+  assert kept == {"last": [2, 3], "best": [2, 3]}
+  _same(checkpoints.best(2, _state(0).trained), _state(2).trained)
+
+
+def test_a_best_that_comes_again_after_a_kill_is_there(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_best(4, _state(4).trained)
+  checkpoints.wait()
+  again = open_at(tmp_path)
+  again.save_best(4, _state(5).trained)
+  again.wait()
+  _same(again.best(4, _state(0).trained), _state(5).trained)
+
+
+def test_an_earlier_best_after_a_kill_replaces_the_later_one(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_best(2, _state(2).trained)
+  checkpoints.save_best(6, _state(6).trained)
+  checkpoints.wait()
+  again = open_at(tmp_path)  # of a machine that does not repeat its bits
+  again.save_best(4, _state(4).trained)
+  again.wait()
+  _same(again.best(4, _state(0).trained), _state(4).trained)
+  _same(again.best(2, _state(0).trained), _state(2).trained)
+
+
+def test_an_empty_folder_has_none(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  assert checkpoints.resume(_state(0)) is None
+  with pytest.raises(UsageError, match="lacks the one of step 3"):
+    checkpoints.best(3, _state(0).trained)
+
+
+def test_a_save_reads_nothing_that_the_next_step_overwrites(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  overwrite = jax.jit(
+    lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0
+  )
+  state = _state(5)
+  checkpoints.save_last(5, state, LOOP)
+  jax.block_until_ready(overwrite(state))
+  checkpoints.wait()
+  resumed = checkpoints.resume(_state(0))
+  assert resumed is not None
+  _same(resumed.state, _state(5))
+
+
+def test_the_best_is_on_disk_before_the_last_that_names_it(
+  open_at, tmp_path, monkeypatch
+):
+  checkpoints = open_at(tmp_path)
+  save, there = checkpoints._last.save, []
+
+  def look(*args, **kwargs):
+    there.append((tmp_path / "best" / "4").is_dir())
+    return save(*args, **kwargs)
+
+  monkeypatch.setattr(checkpoints._last, "save", look)
+  checkpoints.save_best(4, _state(4).trained)
+  checkpoints.save_last(4, _state(4), LOOP)
+  assert there == [True]
+
+
+@pytest.mark.parametrize(
+  "like",
+  [
+    _state(0, width=4),
+    _state(0)._replace(trained={"primary": _state(0).trained["primary"]}),
+    _state(0)._replace(opt_state=()),
+  ],
+  ids=["shape", "tree", "optimizer"],
+)
+def test_a_checkpoint_of_another_spec_is_refused(open_at, tmp_path, like):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_last(1, _state(1), LOOP)
+  checkpoints.save_best(1, _state(1).trained)
+  checkpoints.wait()
+  before = files(tmp_path)
+  with pytest.raises(UsageError, match="does not fit this run") as error:
+    checkpoints.resume(like)
+  assert str(tmp_path / "last" / "1") in str(error.value)
+  assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "loop"])
+def test_a_damaged_checkpoint_is_refused(open_at, tmp_path, damage):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_last(1, _state(1), LOOP)
+  checkpoints.wait()
+  saved = tmp_path / "last" / "1"
+  if damage == "loop":
+    (saved / "loop" / "metadata").write_text('{"iterator": ')
+  for path in (saved / "state").rglob("d/*"):
+    if damage == "cut":
+      path.write_bytes(path.read_bytes()[:20])
+    if damage == "lost":
+      path.unlink()
+  with pytest.raises(UsageError, match="is damaged") as error:
+    open_at(tmp_path).resume(_state(0))
+  assert str(saved) in str(error.value)
+
+
+def test_what_a_kill_left_half_written_is_not_resumed(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_last(1, _state(1), LOOP)
+  checkpoints.wait()
+  last = tmp_path / "last"
+  half = shutil.copytree(last / "1", last / "2.orbax-checkpoint-tmp")
+  (half / "commit_success.txt").unlink(missing_ok=True)
+  resumed = open_at(tmp_path).resume(_state(0))
+  assert resumed is not None
+  _same(resumed.state, _state(1))
+  assert [path.name for path in last.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_too_little_space_is_a_sentence_and_harms_nothing(
+  open_at, tmp_path, monkeypatch, kind
+):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_last(1, _state(1), LOOP)
+  checkpoints.save_best(1, _state(1).trained)
+  checkpoints.wait()
+  before = files(tmp_path)
+  with monkeypatch.context() as patch:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    patch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"the same command resumes.* 0\.0 MiB"):
+      if kind == "last":
+        checkpoints.save_last(2, _state(2), LOOP)
+      else:
+        checkpoints.save_best(2, _state(2).trained)
+  checkpoints.wait()
+  assert files(tmp_path) == before
+  # There is space again.
+  checkpoints.save_last(2, _state(2), LOOP)
+  checkpoints.wait()
+  resumed = checkpoints.resume(_state(0))
+  assert resumed is not None
+  _same(resumed.state, _state(2))
+
+
+def test_a_failure_in_the_background_is_told_by_wait_and_not_by_close(
+  open_at, tmp_path, monkeypatch
+):
+  checkpoints = open_at(tmp_path)
+  checkpoints.save_last(1, _state(1), LOOP)
+  checkpoints.wait()
+
+  def full(step):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(checkpoints._last, "_finalize_checkpoint", full)
+  checkpoints.save_last(2, _state(2), LOOP)
+  with pytest.raises(RunError, match="No space left on device"):
+    checkpoints.wait()
+  checkpoints.close()
+
+  other = open_at(tmp_path / "other")
+  monkeypatch.setattr(other._last, "_finalize_checkpoint", full)
+  other.save_last(1, _state(1), LOOP)
+  other.close()
+
+
+def test_checkpoints_never_hold_the_base(finished, tiny_model):
+  for item in ("state", "evaluated"):
+    found = checkpoint(finished, item)
+    shapes = {x.shape for x in found.values()}
+    # Of the head, (16, 2) and (2,); of the factors, one side is the rank, 4.
+    # The base's are (16,), (32,), and (m, n) of both greater than 4.
+    assert shapes <= {(), (2,), (16, 2), (16, 4), (4, 16), (32, 4), (4, 32)}
+  assert not any("auxiliary" in name for name in found)
+  size = sum(x.nbytes for x in found.values())
+  assert size < (tiny_model / "model.safetensors").stat().st_size / 4

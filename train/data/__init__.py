@@ -1,0 +1,1 @@
+"""Data: sources, tasks, batches, what is learned and how it is scored."""

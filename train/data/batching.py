@@ -1,0 +1,169 @@
+"""Batches as functions of the step: whose rows, in what order, how long."""
+
+from collections.abc import Callable, Sequence
+import functools
+
+import grain
+import numpy as np
+
+from . import order
+
+Batch = dict[str, np.ndarray]
+
+# The rows are in memory and a batch takes less time than handing it between
+# threads; Grain advises no threads in that case.
+_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+def train(
+  fill: Callable[[np.ndarray, int], Batch],
+  lengths: np.ndarray,
+  batch_size: int,
+  seed: int,
+  epochs: int | None,
+  process_index: int,
+  process_count: int,
+  buckets: Sequence[int],
+  group_by_length: int,
+) -> grain.DatasetIterator[Batch]:
+  """Returns an iterator over training batches, shuffled anew in each epoch.
+
+  A batch is a function of the arguments and the step, so that the iterator's
+  state is the number of steps taken: `get_state()` is `{"next_index": step}`,
+  `set_state` resumes there, and Grain's Orbax handler saves it as JSON.
+
+  Args:
+    fill: (rows of this process, length) -> their batch.
+    lengths: [rows], the number of tokens of each row.
+    batch_size: rows of the global batch. Rows that fill no batch are left out
+      of their epoch.
+    seed: any integer.
+    epochs: how many; without end if None.
+    process_index: which equal part of each global batch is wanted.
+    process_count: how many parts there are.
+    buckets: the lengths allowed, increasing. A batch has the smallest that
+      holds the longest row of the global batch, the same in all processes.
+    group_by_length: if n > 1, rows are sorted by length within each n batches'
+      worth of shuffled rows before they are cut into batches, and the batches
+      are shuffled: less padding for less random batches.
+
+  Raises:
+    ValueError: if the arguments do not fit each other or the rows.
+  """
+  _check(lengths, batch_size, process_index, process_count, buckets)
+  if epochs is not None:
+    require_positive(epochs=epochs)
+  if group_by_length < 0:
+    raise ValueError(
+      f"group_by_length must be 0 or a number of batches; got"
+      f" {group_by_length}."
+    )
+  if len(lengths) < batch_size:
+    raise ValueError(
+      f"There are {len(lengths)} rows to train on, fewer than one batch of"
+      f" {batch_size}."
+    )
+  part = _part(batch_size, process_index, process_count)
+  steps = len(lengths) // batch_size
+
+  @functools.lru_cache(maxsize=1)
+  def epoch_batches(epoch: int) -> np.ndarray:
+    return order.batches(lengths, batch_size, group_by_length, seed, epoch)
+
+  def batch(step: int, _: int) -> Batch:
+    epoch, step_in_epoch = divmod(step, steps)
+    rows = epoch_batches(epoch)[step_in_epoch]
+    return fill(rows[part], _bucket(lengths[rows], buckets))
+
+  batches = grain.MapDataset.range(steps).repeat(epochs).map_with_index(batch)
+  return iter(batches.to_iter_dataset(_NO_THREADS))
+
+
+def evaluate(
+  fill: Callable[[np.ndarray, int, np.ndarray], Batch],
+  lengths: np.ndarray,
+  batch_size: int,
+  process_index: int,
+  process_count: int,
+  buckets: Sequence[int],
+) -> grain.DatasetIterator[Batch]:
+  """Returns an iterator that gives every row once, the longest rows first.
+
+  Sorted rows need the least padding. The last batch is filled up with copies of
+  its first row.
+
+  Args:
+    fill: (rows of this process, length, index) -> their batch; the index is
+      that of the row, or -1 for a copy.
+    lengths: [rows], the number of tokens of each row, at least one.
+    batch_size: rows of the global batch.
+    process_index: which equal part of each global batch is wanted.
+    process_count: how many parts there are.
+    buckets: the lengths allowed, increasing (see `train`).
+
+  Raises:
+    ValueError: if the arguments do not fit each other or the rows.
+  """
+  _check(lengths, batch_size, process_index, process_count, buckets)
+  by_length = np.argsort(-lengths, kind="stable")
+  part = _part(batch_size, process_index, process_count)
+
+  def batch(start: int) -> Batch:
+    rows = by_length[start : start + batch_size]
+    copies = batch_size - len(rows)
+    index = np.pad(rows, (0, copies), constant_values=-1)
+    rows = np.pad(rows, (0, copies), constant_values=rows[0])
+    return fill(rows[part], _bucket(lengths[rows], buckets), index[part])
+
+  starts = grain.MapDataset.range(0, len(lengths), batch_size)
+  return iter(starts.map(batch).to_iter_dataset(_NO_THREADS))
+
+
+def require_positive(**values: int) -> None:
+  """Refuses a value below 1, by its name."""
+  for name, value in values.items():
+    if value <= 0:
+      raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def _bucket(lengths: np.ndarray, buckets: Sequence[int]) -> int:
+  return next(bucket for bucket in buckets if bucket >= lengths.max())
+
+
+def _part(batch_size: int, process_index: int, process_count: int) -> slice:
+  rows = batch_size // process_count
+  return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _check(
+  lengths: np.ndarray,
+  batch_size: int,
+  process_index: int,
+  process_count: int,
+  buckets: Sequence[int],
+) -> None:
+  require_positive(batch_size=batch_size, process_count=process_count)
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index must be from 0 to {process_count - 1}, as process_count"
+      f" is {process_count}; got {process_index}."
+    )
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size}, which {process_count} processes cannot"
+      " share equally; it must be a multiple of process_count."
+    )
+  increasing = list(buckets) == sorted(set(buckets))
+  if not buckets or not increasing or buckets[0] <= 0:
+    raise ValueError(
+      f"buckets must be positive lengths in increasing order; got {buckets}."
+    )
+  if not len(lengths):
+    raise ValueError("There are no rows to batch; at least one is needed.")
+  longest = int(lengths.max())
+  if longest > buckets[-1]:
+    raise ValueError(
+      f"Row {int(lengths.argmax())} has {longest} tokens, more than the largest"
+      f" bucket, {buckets[-1]}; tokenize with a smaller max_length or give a"
+      " larger bucket."
+    )

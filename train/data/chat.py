@@ -1,0 +1,327 @@
+"""Conversations to tokens: chat templates, and a loss on the responses."""
+
+from collections.abc import Iterable
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+from typing import Any, Literal
+
+import jinja2
+from jinja2 import ext, nodes, parser, sandbox
+import numpy as np
+import tokenizers
+
+from .instructions import Conversation
+
+OnLong = Literal["cut", "skip", "error"]
+
+PLAIN = (
+  "{{ bos_token }}"
+  "{% for message in messages %}"
+  "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+  "{% elif message.role == 'user' %}"
+  "{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}"
+  "{% else %}"
+  "{{ message.content + (eos_token or '\n\n') }}"
+  "{% endif %}"
+  "{% endfor %}"
+)
+"""For a base model, which has no template of its own."""
+
+# Some templates write the day into the prompt. Here it is always the same, so
+# that a run which is resumed tomorrow, or started again, reads the same tokens.
+_TODAY = datetime.datetime(2024, 7, 26)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A chat template, as `tokenizer_config.json` and GGUF files carry them.
+
+  Attributes:
+    source: in Jinja, of the variables `messages`, `add_generation_prompt`,
+      `bos_token` and `eos_token`. The day it is told is always 26 July 2024.
+    bos: the text of the token that begins a text, as `bos_token`.
+    eos: the text of the token that ends a text, as `eos_token`.
+
+  Raises:
+    ValueError: if `source` is not a template.
+  """
+
+  source: str = PLAIN
+  bos: str = ""
+  eos: str = ""
+
+  def __post_init__(self) -> None:
+    try:
+      _compile(self.source)
+    except jinja2.TemplateError as error:
+      raise ValueError(
+        f"The chat template is not one that Jinja can read: {error}."
+      ) from error
+
+  def render(
+    self, conversation: Conversation, add_generation_prompt: bool = False
+  ) -> str:
+    """Returns the text of a conversation, or of its beginning.
+
+    Args:
+      conversation: at least one message.
+      add_generation_prompt: whether the assistant's header follows.
+
+    Raises:
+      ValueError: if the template refuses the conversation.
+    """
+    try:
+      return _compile(self.source).render(
+        messages=[message._asdict() for message in conversation],
+        add_generation_prompt=add_generation_prompt,
+        bos_token=self.bos,
+        eos_token=self.eos,
+        tools=None,
+        documents=None,
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      roles = ", ".join(message.role for message in conversation)
+      raise ValueError(
+        f"The chat template does not take a conversation of {roles}: {error}."
+      ) from error
+
+
+def load_template(folder: str | pathlib.Path) -> Template:
+  """Returns the template of a model folder, or the plain one if it has none.
+
+  Args:
+    folder: with `tokenizer_config.json`, or none; the template is its
+      `chat_template`, or the file `chat_template.jinja`.
+
+  Raises:
+    ValueError: if a file is not as it must be.
+  """
+  path = pathlib.Path(folder) / "tokenizer_config.json"
+  try:
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON in UTF-8: {error}.") from error
+  source = config.get("chat_template")
+  if isinstance(source, list):  # several templates, by name
+    named = {item["name"]: item["template"] for item in source}
+    if "default" not in named:
+      raise ValueError(
+        f"{path} has chat templates named {', '.join(named)}; one of them must"
+        " be named default."
+      )
+    source = named["default"]
+  own_file = path.with_name("chat_template.jinja")
+  if own_file.is_file():
+    source = own_file.read_text("utf-8")
+  bos, eos = (_token_text(config.get(f"{end}_token")) for end in ("bos", "eos"))
+  return Template(PLAIN if source is None else source, bos, eos)
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+  return token["content"] if isinstance(token, dict) else token or ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequences:
+  """Tokenized conversations, end to end.
+
+  Attributes:
+    tokens: [total] int32, token ids of all sequences.
+    loss: [total] bool, whether a token is one to be learned.
+    offsets: [sequences + 1] int64; sequence i is
+      `tokens[offsets[i]:offsets[i + 1]]`.
+    skipped: how many conversations were too long and left out.
+  """
+
+  tokens: np.ndarray
+  loss: np.ndarray
+  offsets: np.ndarray
+  skipped: int = 0
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[sequences] int64, the number of tokens of each."""
+    return np.diff(self.offsets)
+
+
+def tokenize(
+  conversations: Iterable[Conversation],
+  tokenizer: tokenizers.Tokenizer,
+  template: Template,
+  max_length: int,
+  *,
+  eos: int | None = None,
+  on_long: OnLong = "cut",
+) -> Sequences:
+  """Tokenizes all conversations once; `encode` says how.
+
+  Raises:
+    ValueError: as `encode` does, or if no conversation is left.
+  """
+  tokens, loss, lengths, skipped = [], [], [], 0
+  for conversation in conversations:
+    encoded = encode(
+      tokenizer, template, conversation, max_length, eos=eos, on_long=on_long
+    )
+    if encoded is None:
+      skipped += 1
+      continue
+    ids, mask = encoded
+    tokens.append(np.asarray(ids, np.int32))
+    loss.append(np.asarray(mask, bool))
+    lengths.append(len(ids))
+  if not lengths:
+    raise ValueError(
+      f"There are no conversations to learn from: {skipped} were left out, as"
+      f" they have more than {max_length} tokens; at least one is needed."
+    )
+  return Sequences(
+    tokens=np.concatenate(tokens),
+    loss=np.concatenate(loss),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    skipped=skipped,
+  )
+
+
+def encode(
+  tokenizer: tokenizers.Tokenizer,
+  template: Template,
+  conversation: Conversation,
+  max_length: int,
+  *,
+  eos: int | None = None,
+  on_long: OnLong = "cut",
+) -> tuple[list[int], list[bool]] | None:
+  """Returns a conversation's token ids, and which of them are to be learned.
+
+  These are the tokens of the assistant's turns, each with the token that ends
+  it. The text before a turn, which ends with the assistant's header, is
+  tokenized by itself, as it will be when the model is asked to go on from
+  there: no token is partly prompt and partly response.
+
+  Args:
+    tokenizer: its special tokens are found in the template's text; it adds
+      none.
+    template: its text of a conversation must begin with that of each beginning
+      of the conversation.
+    conversation: with at least one assistant message.
+    max_length: the most tokens allowed.
+    eos: the id of the token at which generation will stop. What a template
+      writes behind it in a turn is not learned; if the last turn does not have
+      it, it is appended.
+    on_long: what becomes of a conversation of more than `max_length` tokens.
+      `cut`: its end is cut off; it is left out if all its responses are.
+      `skip`: it is left out. `error`: it is refused.
+
+  Returns:
+    (ids, loss), two lists of one length; None if it is left out.
+
+  Raises:
+    ValueError: if the conversation is too long and `on_long` is `error`, or the
+      template is not one that only appends, or writes no response.
+  """
+  if max_length <= 0:
+    raise ValueError(f"max_length must be at least 1; got {max_length}.")
+  text, ids, loss = "", [], []
+  for i, message in enumerate(conversation):
+    if message.role != "assistant":
+      continue
+    prompt = template.render(conversation[:i], add_generation_prompt=True)
+    asked = continuation(tokenizer, text, _appended(text, prompt))
+    text = template.render(conversation[: i + 1])
+    if text == prompt:
+      raise ValueError(
+        f"The chat template writes nothing for the response"
+        f" {message.content[:100]!r}, so it cannot be learned."
+      )
+    answered = continuation(tokenizer, prompt, _appended(prompt, text))
+    if eos is not None and i == len(conversation) - 1 and eos not in answered:
+      answered.append(eos)
+    ids += asked + answered
+    loss += [False] * len(asked) + _until_last(eos, answered)
+  loss[:1] = [False]  # nothing precedes it that it could be predicted from
+  if len(ids) > max_length and on_long == "error":
+    raise ValueError(
+      f"A conversation has {len(ids)} tokens, but max_length is {max_length};"
+      " give a larger max_length, or let such be cut or skipped. It begins"
+      f" {text[:100]!r}."
+    )
+  if len(ids) > max_length and on_long == "skip":
+    return None
+  ids, loss = ids[:max_length], loss[:max_length]
+  return (ids, loss) if any(loss) else None
+
+
+def continuation(
+  tokenizer: tokenizers.Tokenizer, text: str, more: str
+) -> list[int]:
+  """Returns the token ids of `more` where it follows the tokens of `text`.
+
+  Some tokenizers begin every text with a space of their own, so `more` is not
+  tokenized by itself unless a token of `text + more` reaches across the
+  boundary.
+  """
+  before = _ids(tokenizer, text)
+  whole = _ids(tokenizer, text + more)
+  if whole[: len(before)] == before:
+    return whole[len(before) :]
+  return _ids(tokenizer, more)
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+  return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _appended(before: str, text: str) -> str:
+  if not text.startswith(before):
+    raise ValueError(
+      "The chat template changes what it wrote before as a conversation goes"
+      " on, so that its responses cannot be told from its prompts; it must"
+      f" only append. It wrote ...{before[-100:]!r}, which is not how"
+      f" {text[: len(before)][-100:]!r} begins."
+    )
+  return text[len(before) :]
+
+
+def _until_last(eos: int | None, ids: list[int]) -> list[bool]:
+  end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
+  return [i < end for i in range(len(ids))]
+
+
+class _Generation(ext.Extension):
+  """Reads `{% generation %}`, which marks responses, and leaves it out."""
+
+  tags = {"generation"}  # noqa: RUF012, as the base class has it
+
+  def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _compile(source: str) -> jinja2.Template:
+  # The names, options and extensions that published templates are written for.
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[ext.loopcontrols, _Generation],
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals["raise_exception"] = _raise
+  environment.globals["strftime_now"] = _TODAY.strftime
+  return environment.from_string(source)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+  # Jinja's own escapes what HTML would misread.
+  return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise(message: str) -> None:
+  raise jinja2.TemplateError(message)

@@ -1,0 +1,215 @@
+"""Tokenized conversations to batches of next tokens, several in a row."""
+
+import bisect
+from collections.abc import Sequence
+import dataclasses
+
+import grain
+import numpy as np
+
+from . import batching, pipeline
+from .batching import Batch
+from .chat import Sequences
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+  """Sequences, and which of them share a row.
+
+  Attributes:
+    sequences: the tokens.
+    members: [sequences] int64, the sequences in order of their rows.
+    offsets: [rows + 1] int64; row i is
+      `members[offsets[i]:offsets[i + 1]]`.
+    buckets: the lengths that a batch may have, increasing.
+  """
+
+  sequences: Sequences
+  members: np.ndarray
+  offsets: np.ndarray
+  buckets: tuple[int, ...]
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[rows] int64, the number of tokens of each row."""
+    ends = np.cumsum(self.sequences.lengths[self.members])
+    return np.diff(np.concatenate([[0], ends])[self.offsets])
+
+
+def pack(sequences: Sequences, max_length: int) -> Packed:
+  """Puts sequences together in rows of `max_length` tokens.
+
+  The longest come first, each into the row that it fills best. So the rows are
+  the same in every epoch, and their number is known before training.
+
+  Args:
+    sequences: each of at most `max_length` tokens.
+    max_length: the length of a row.
+
+  Raises:
+    ValueError: if a sequence is longer than a row.
+  """
+  lengths = sequences.lengths.tolist()
+  if lengths and max(lengths) > max_length:
+    raise ValueError(
+      f"Sequence {int(np.argmax(lengths))} has {max(lengths)} tokens, more than"
+      f" the {max_length} of a row; tokenize with a smaller max_length."
+    )
+  rows: list[list[int]] = []
+  free: list[tuple[int, int]] = []  # (room, row), increasing
+  for i in np.argsort(-sequences.lengths, kind="stable").tolist():
+    found = bisect.bisect_left(free, (lengths[i], 0))
+    if found < len(free):
+      room, row = free.pop(found)
+    else:
+      room, row = max_length, len(rows)
+      rows.append([])
+    rows[row].append(i)
+    if room > lengths[i]:
+      bisect.insort(free, (room - lengths[i], row))
+  return Packed(
+    sequences=sequences,
+    members=np.asarray([i for row in rows for i in row], np.int64),
+    offsets=np.cumsum([0, *map(len, rows)]),
+    buckets=(max_length,),
+  )
+
+
+def unpacked(
+  sequences: Sequences, buckets: Sequence[int] = pipeline.BUCKETS
+) -> Packed:
+  """Gives each sequence a row of its own, padded to a bucket.
+
+  Args:
+    sequences: the tokens.
+    buckets: the lengths allowed, increasing. A batch has the smallest that
+      holds the longest row of the global batch.
+  """
+  rows = np.arange(len(sequences))
+  return Packed(sequences, rows, np.append(rows, len(rows)), tuple(buckets))
+
+
+def train_batches(
+  packed: Packed,
+  batch_size: int,
+  seed: int,
+  epochs: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  pad_id: int = 0,
+  group_by_length: int = 0,
+) -> grain.DatasetIterator[Batch]:
+  """Returns an iterator over training batches, shuffled anew in each epoch.
+
+  Its order, its state and its parts are those of `pipeline.train_batches`.
+
+  Args:
+    packed: the training rows; an epoch has `len(packed) // batch_size` steps.
+    batch_size: rows of the global batch. Rows that fill no batch are left out
+      of their epoch.
+    seed: any integer.
+    epochs: how many; without end if None.
+    process_index: which equal part of each global batch is wanted.
+    process_count: how many parts there are.
+    pad_id: the token id beyond a row's end.
+    group_by_length: see `pipeline.train_batches`.
+
+  Returns:
+    an iterator of dicts, with B = batch_size / process_count and L a bucket:
+      tokens: [B, L] int32.
+      segment_ids: [B, L] int32, from 1 in each row; 0 on padding.
+      positions: [B, L] int32, from 0 in each segment; 0 on padding.
+      targets: [B, L] int32, the next token of the segment; 0 if there is none.
+      weights: [B, L] float32, 1 where the target is one to be learned.
+
+  Raises:
+    ValueError: if the arguments do not fit each other or the rows.
+  """
+
+  def fill(rows: np.ndarray, width: int) -> Batch:
+    return _fill(packed, rows, width, pad_id)
+
+  return batching.train(
+    fill,
+    packed.lengths,
+    batch_size,
+    seed,
+    epochs,
+    process_index,
+    process_count,
+    packed.buckets,
+    group_by_length,
+  )
+
+
+def eval_batches(
+  packed: Packed,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  pad_id: int = 0,
+) -> grain.DatasetIterator[Batch]:
+  """Returns an iterator that gives every row once, the longest rows first.
+
+  The last batch is filled up with copies of its first row, of weight 0.
+
+  Args:
+    packed: the rows, at least one.
+    batch_size: rows of the global batch.
+    process_index: which equal part of each global batch is wanted.
+    process_count: how many parts there are.
+    pad_id: the token id beyond a row's end.
+
+  Returns:
+    an iterator of dicts as `train_batches` gives them.
+
+  Raises:
+    ValueError: if the arguments do not fit each other or the rows.
+  """
+
+  def fill(rows: np.ndarray, width: int, index: np.ndarray) -> Batch:
+    batch = _fill(packed, rows, width, pad_id)
+    batch["weights"] *= (index >= 0)[:, None]
+    return batch
+
+  return batching.evaluate(
+    fill,
+    packed.lengths,
+    batch_size,
+    process_index,
+    process_count,
+    packed.buckets,
+  )
+
+
+def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:
+  """Writes rows out, segment after segment."""
+  shape = len(rows), width
+  tokens = np.full(shape, pad_id, np.int32)
+  segment_ids, positions, targets = np.zeros((3, *shape), np.int32)
+  weights = np.zeros(shape, np.float32)
+  sequences = packed.sequences
+  for i, row in enumerate(rows):
+    start = 0
+    members = packed.members[packed.offsets[row] : packed.offsets[row + 1]]
+    for segment, member in enumerate(members, 1):
+      source = slice(*sequences.offsets[member : member + 2])
+      ids, loss = sequences.tokens[source], sequences.loss[source]
+      stop = start + len(ids)
+      tokens[i, start:stop] = ids
+      segment_ids[i, start:stop] = segment
+      positions[i, start:stop] = np.arange(len(ids))
+      # The last token of a segment has none to predict.
+      targets[i, start : stop - 1] = ids[1:]
+      weights[i, start : stop - 1] = loss[1:]
+      start = stop
+  return {
+    "tokens": tokens,
+    "segment_ids": segment_ids,
+    "positions": positions,
+    "targets": targets,
+    "weights": weights,
+  }

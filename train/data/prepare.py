@@ -1,0 +1,156 @@
+"""Prepares a task's dataset once, with TFDS, and opens its stored splits.
+
+TFDS prepares and reads without TensorFlow in the ArrayRecord format, but it
+unzips with TensorFlow, and tries for minutes to download where there is no
+network. So the original files are fetched and unzipped here, and TFDS finds
+them where it looks for files got by hand. It checks their SHA-256.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import http.client
+import importlib
+import io
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+import urllib.request
+import zipfile
+
+import tensorflow_datasets as tfds
+
+from .task import Task
+
+_TIMEOUT_SECONDS = 30
+
+
+def default_data_dir() -> pathlib.Path:
+  """Returns the folder of prepared datasets if none is given."""
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(cache) / "bilora_jax" / "tfds"
+
+
+def open_stored(
+  task: Task, stored: str, data_dir: str | os.PathLike[str] | None = None
+) -> Sequence[dict[str, Any]]:
+  """Returns the rows of a stored split, preparing the dataset if it is not yet.
+
+  Any number of processes may call this at once: each prepares in a folder of
+  its own, and the first to rename it into place wins.
+
+  Args:
+    task: the task.
+    stored: the TFDS name of a split, such as `validation_matched`.
+    data_dir: the folder of prepared datasets; its `originals` folder is where
+      original files are looked for, and where they are downloaded to.
+
+  Returns:
+    the rows, read at random access from ArrayRecord files.
+
+  Raises:
+    RuntimeError: if an original file can neither be found nor downloaded, or
+      the dataset cannot be prepared from it.
+  """
+  folder = pathlib.Path(data_dir or default_data_dir()).expanduser().absolute()
+  builder = _builder(task, folder)
+  if not builder.data_path.exists():
+    _prepare(task, folder, builder)
+    builder = _builder(task, folder)
+  # TFDS's logging decorator hides the signature from pyright.
+  return builder.as_data_source(stored)  # pyright: ignore[reportCallIssue]
+
+
+def _builder(task: Task, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+  module, name = task.builder.split(":")
+  builder = getattr(importlib.import_module(module), name)
+  config = {} if task.config is None else {"config": task.config}
+  return builder(data_dir=folder, file_format="array_record", **config)
+
+
+def _prepare(
+  task: Task, folder: pathlib.Path, final: tfds.core.DatasetBuilder
+) -> None:
+  originals = folder / "originals"
+  try:
+    originals.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=".preparing-", dir=folder))
+  except OSError as error:
+    raise RuntimeError(
+      f"The data folder {folder} cannot be written to: {error}. Give another"
+      " one with --data-dir."
+    ) from error
+  try:
+    for file, url in task.originals:
+      _fetch(task, url, originals / file)
+      _unzip(originals / file, work / "extracted" / f"ZIP.{file}")
+    _generate(task, work, originals)
+    source = work / pathlib.Path(final.data_dir).relative_to(folder)
+    target = pathlib.Path(final.data_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      source.rename(target)
+    except OSError:
+      if not target.exists():  # else another process was first
+        raise
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _generate(task: Task, work: pathlib.Path, originals: pathlib.Path) -> None:
+  config = tfds.download.DownloadConfig(
+    manual_dir=originals,
+    extract_dir=work / "extracted",
+    try_download_gcs=False,
+  )
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints
+      _builder(task, work).download_and_prepare(
+        download_dir=work / "downloads", download_config=config
+      )
+  except Exception as error:
+    files = ", ".join(str(originals / file) for file, _ in task.originals)
+    source = files or "the file that comes with this repository"
+    hint = "\nA file that is deleted is downloaded again." if files else ""
+    raise RuntimeError(
+      f"{task.name} cannot be prepared from {source}: {error}{hint}"
+    ) from error
+
+
+def _fetch(task: Task, url: str, path: pathlib.Path) -> None:
+  if path.exists():
+    return
+  partial = None
+  try:
+    with (
+      urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
+      tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file,
+    ):
+      partial = pathlib.Path(file.name)
+      shutil.copyfileobj(response, file)
+    partial.replace(path)
+  except (OSError, http.client.HTTPException) as error:
+    if partial is not None:
+      partial.unlink(missing_ok=True)
+    raise RuntimeError(
+      f"{task.name} needs {path.name}, and downloading {url} failed: {error}."
+      f" Get the file by other means and put it at {path}, or name a folder"
+      " that has it in `originals` with --data-dir."
+    ) from error
+
+
+def _unzip(path: pathlib.Path, folder: pathlib.Path) -> None:
+  if path.suffix != ".zip":
+    return
+  try:
+    with zipfile.ZipFile(path) as archive:
+      archive.extractall(folder)
+  except zipfile.BadZipFile as error:
+    raise RuntimeError(
+      f"{path} is not a zip file: {error}. Delete it to have it downloaded"
+      " again, or put the right one there."
+    ) from error

@@ -1,0 +1,1 @@
+"""Meshes and processes: where the arrays of a run are."""

@@ -1,0 +1,335 @@
+"""Meshes: how the arrays of a run are laid out over its devices.
+
+The base, the adapters and the optimizer's state are sharded by the names of
+their axes (`RULES`), a batch by its rows. A dimension that the size of its mesh
+axis does not divide is left whole on every device, and so is the rank. A factor
+of an adapter is split over the mesh axes of both sides of its kernel.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import numpy as np
+
+from ..errors import UsageError
+from ..methods.method import Method
+from ..models.io import stored
+from ..run.step import Batch, TrainState
+
+AXES = ("data", "fsdp", "tensor")
+RULES = (
+  ("batch", ("data", "fsdp")),
+  ("embed", "fsdp"),
+  ("vocab", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+)
+"""Name of an axis of an array -> the mesh axes it is split over."""
+
+# A factor has one side of its kernel: split as that alone, it would be whole
+# along the mesh axis of the other, and so would the optimizer's moments.
+_FACTOR_RULES = tuple(
+  (name, {"fsdp": ("fsdp", "tensor"), "tensor": ("tensor", "fsdp")}[axis])
+  for name, axis in RULES[1:]
+)
+
+_Spec = jax.sharding.PartitionSpec
+_Rules = Sequence[tuple[str, Any]]
+
+
+def parse(text: str) -> dict[str, int]:
+  """The sizes of all axes, as `data=2,tensor=4` gives them; 1 if it does not.
+
+  Raises:
+    UsageError: if an axis is unknown or comes twice, or a size is no positive
+      number.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = (x.strip() for x in part.partition("="))
+    problem = None
+    if name not in AXES:
+      problem = f"there is no axis {name!r}"
+    elif name in sizes:
+      problem = f"{name} comes twice"
+    elif not (size.isascii() and size.isdigit()) or int(size) < 1:
+      problem = f"the size of {name} is a positive number, not {size!r}"
+    if problem:
+      raise UsageError(
+        f"--mesh is data=N,fsdp=N,tensor=N or some of these; got {text!r}: "
+        f"{problem}."
+      )
+    sizes[name] = int(size)
+  return {name: sizes.get(name, 1) for name in AXES}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """Where the arrays of a run are: on a mesh, or on one device if None."""
+
+  mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def replicated(self) -> jax.sharding.NamedSharding | None:
+    """The whole array on each device; None without a mesh."""
+    return self.sharding(_Spec(), ())
+
+  def sharding(
+    self, axes: _Spec, shape: tuple[int, ...]
+  ) -> jax.sharding.NamedSharding | None:
+    """That of an array whose axes have these names; None without a mesh."""
+    return self._sharding(axes, shape, RULES)
+
+  def shardings(self, axes: Any, tree: Any) -> Any:
+    """As `sharding`, for a tree of arrays and one of their axes' names."""
+    return self._shardings(axes, tree, RULES)
+
+  def _shardings(self, axes: Any, tree: Any, *rules: _Rules) -> Any:
+    return jax.tree.map(
+      lambda names, x: self._sharding(names, x.shape, *rules),
+      axes,
+      tree,
+      is_leaf=lambda x: isinstance(x, _Spec),
+    )
+
+  def _sharding(
+    self, axes: _Spec, shape: tuple[int, ...], *rules: _Rules
+  ) -> jax.sharding.NamedSharding | None:
+    """By the first of the rules that divides each size."""
+    mesh = self.mesh
+    if mesh is None:
+      return None
+
+    def split(name, size):
+      fitting = (dict(rule).get(name) for rule in rules)
+      return next((x for x in fitting if x and _divides(mesh, x, size)), None)
+
+    return jax.sharding.NamedSharding(
+      mesh, _Spec(*(split(name, size) for name, size in zip(axes, shape)))
+    )
+
+  def placer(self, axes: Any) -> stored.Place:
+    """Makes arrays of what is read from disk: each device's part by itself.
+
+    Args:
+      axes: a tree of nested dicts of their axes' names.
+    """
+    if self.mesh is None:
+      return stored.on_one_device
+    names: dict[Any, Any] = traverse_util.flatten_dict(axes)
+
+    def place(path, shape, dtype, read, /):
+      del dtype
+      sharding = self.sharding(names[path], shape)
+      assert sharding is not None  # there is a mesh
+      return jax.make_array_from_callback(shape, sharding, read)
+
+    return place
+
+  def state_shardings(
+    self, method: Method, axes: Any, variables: Any, state: TrainState
+  ) -> TrainState | None:
+    """Shardings of a training state; None without a mesh.
+
+    Adapters follow their kernels, whose two sides each factor is split over,
+    and the optimizer's arrays the adapters that they belong to.
+
+    Args:
+      method: of the run.
+      axes: a tree like `variables` of their axes' names.
+      variables: of the model; shapes are enough.
+      state: what to describe; shapes are enough.
+    """
+    if self.mesh is None:
+      return None
+    if method.adapted is None:
+      trained = self.shardings(axes["params"], state.trained)
+    else:
+      boxed = jax.tree.map(
+        lambda names, x: nn.Partitioned(x, tuple(names)),
+        axes,
+        variables,
+        is_leaf=lambda x: isinstance(x, _Spec),
+      )
+      names = method.adapted.partition_specs(boxed, state.trained)
+      trained = {
+        part: self.shardings(names[part], tree)
+        if part == "extra"
+        else self._shardings(names[part], tree, _FACTOR_RULES, RULES)
+        for part, tree in state.trained.items()
+      }
+    replicated: Any = self.replicated
+    return TrainState(
+      step=replicated,
+      trained=trained,
+      opt_state=self._following(state.opt_state, state.trained, trained),
+      estimator=self._following(state.estimator, state.trained, trained),
+      key=replicated,
+    )
+
+  def _following(self, tree: Any, trained: Any, shardings: Any) -> Any:
+    # Each of an optimizer's trees is like what it optimizes or a part of it,
+    # so that the end of a path says what the array belongs to.
+    paths = jax.tree_util.tree_leaves_with_path(trained)
+    known = {
+      path: (x.shape, sharding)
+      for (path, x), sharding in zip(paths, jax.tree.leaves(shardings))
+    }
+
+    def follow(path, x):
+      for start in range(len(path)):
+        shape, sharding = known.get(path[start:], (None, None))
+        if shape == x.shape:
+          return sharding
+      return self.replicated
+
+    return jax.tree_util.tree_map_with_path(follow, tree)
+
+  def part(self) -> tuple[int, int]:
+    """Which equal part of a batch's rows is this process's, of how many."""
+    if self.mesh is None:
+      return 0, 1
+    found = _part(self.mesh, jax.process_index())
+    assert found is not None  # `make` has seen to it
+    return found
+
+  def rows(self, batch: Batch) -> Batch:
+    """Places a batch, of which each process has its own part."""
+    if self.mesh is None:
+      return batch
+    _, parts = self.part()
+
+    def place(x):
+      shape = (parts * x.shape[0], *x.shape[1:])
+      sharding = self.sharding(_Spec("batch"), shape)
+      return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return {name: place(x) for name, x in batch.items()}
+
+  def all_rows(self, batch: Mapping[str, np.ndarray]) -> Batch:
+    """Places a batch, of which every process has all rows."""
+    index, parts = self.part()
+
+    def own(x):
+      size = len(x) // parts
+      return x[index * size : (index + 1) * size]
+
+    return self.rows({name: own(x) for name, x in batch.items()})
+
+  def gather(self, tree: Any) -> Any:
+    """All of each array, on the host of every process."""
+    if self.mesh is not None:
+      tree = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+    return jax.device_get(tree)
+
+  def within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the model's own constraints on activations."""
+    mesh = self.mesh
+    if mesh is None:
+      return function
+
+    def call(*args):
+      with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        return function(*args)
+
+    return call
+
+
+def make(
+  text: str, batch_size: int, devices: Sequence[Any] | None = None
+) -> Layout:
+  """The layout that `--mesh` asks for, over all devices of all processes.
+
+  Args:
+    text: as `parse` takes it; empty for one device.
+    batch_size: rows of a batch, which are split over `data` and `fsdp`.
+    devices: by default, those that there are.
+
+  Raises:
+    UsageError: as `parse`; if the mesh has not as many devices as there are,
+      or cannot share a batch equally.
+  """
+  devices = jax.devices() if devices is None else devices
+  count, processes = len(devices), len(_processes(devices))
+  if not text:
+    if processes > 1:
+      raise UsageError(
+        f"{processes} processes with {count} devices need a --mesh, for "
+        f"example data={count}."
+      )
+    return Layout()
+  sizes = parse(text)
+  if math.prod(sizes.values()) != count:
+    raise UsageError(
+      f"--mesh {text} asks for {math.prod(sizes.values())} devices; there are "
+      f"{count}, of the kind {devices[0].device_kind}, in {processes} "
+      "process(es)."
+    )
+  rows = sizes["data"] * sizes["fsdp"]
+  if batch_size % rows:
+    raise UsageError(
+      f"--batch-size is a multiple of data times fsdp, {rows} in --mesh {text};"
+      f" got {batch_size}."
+    )
+  # Its own default are Explicit axes, for which models are written otherwise.
+  mesh = jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    (jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+  if not _shares(mesh):
+    # It may spread a process's devices, to bring near what is near in the
+    # machine; the rows of a process have to be neighbours.
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+    mesh = jax.sharding.Mesh(
+      np.array(ordered).reshape(tuple(sizes.values())), AXES
+    )
+  if not _shares(mesh):
+    raise UsageError(
+      f"--mesh {text} does not share the rows of a batch equally among "
+      f"{processes} processes of {count // processes} devices; tensor is to "
+      "divide that number, or be a multiple of it."
+    )
+  return Layout(mesh)
+
+
+def _processes(devices: Iterable[Any]) -> set[int]:
+  return {device.process_index for device in devices}
+
+
+def _shares(mesh: jax.sharding.Mesh) -> bool:
+  return all(_part(mesh, i) for i in _processes(mesh.devices.flat))
+
+
+def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:
+  """The part of a batch that a process's devices hold, of how many parts.
+
+  None, if it is not one of equal parts.
+  """
+  batch, tensor = (
+    mesh.devices.size // mesh.shape["tensor"],
+    mesh.shape["tensor"],
+  )
+  own = sorted(
+    {
+      i // tensor
+      for i, device in enumerate(mesh.devices.flat)
+      if device.process_index == process
+    }
+  )
+  first, size = own[0], len(own)
+  if own != list(range(first, first + size)) or batch % size or first % size:
+    return None
+  return first // size, batch // size
+
+
+def _divides(mesh: jax.sharding.Mesh, axes: Any, size: int) -> bool:
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return size % math.prod(mesh.shape[name] for name in names) == 0

@@ -1,0 +1,1 @@
+"""Methods of fine-tuning: what is trained, by which gradient and update."""

@@ -1,0 +1,121 @@
+"""Where the primary starts, other than at LoRA's own draw: `--start`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+
+import bilora_jax
+from bilora_jax import initializers
+
+from ..data.objectives import Batch, Objective
+from ..run.config import Config
+from . import estimators
+from .method import Method
+
+
+class Started(NamedTuple):
+  """A method whose primary starts where part of the base was.
+
+  Attributes:
+    variables: of the model, without what the primary starts at.
+    method: its `init` gives that primary.
+    start: the adapters at the start, without an auxiliary; None if the primary
+      takes nothing out of the base.
+  """
+
+  variables: Any
+  method: Method
+  start: Any
+
+
+def of(
+  config: Config,
+  model: nn.Module,
+  variables: Any,
+  method: Method,
+  objective: Objective,
+  batch: Callable[[], Batch],
+) -> Started:
+  """Starts a method as the configuration says.
+
+  Args:
+    config: of the run.
+    model: the method's.
+    variables: of the model, as they were read.
+    method: with LoRA's own start.
+    objective: what is learned from a batch.
+    batch: the first one, for the gradient that `lora_ga` starts along.
+
+  Raises:
+    ValueError: if a rank is above what a weight has.
+  """
+  init, adapted = method.init, method.adapted
+  if config.start == "uniform" or adapted is None:
+    return Started(variables, method, None)
+  if config.start in ("gaussian", "orthogonal"):
+    draw = getattr(initializers, config.start)
+
+    def drawn(key, variables):
+      # The auxiliary's start is an option of its own.
+      own = init(key, variables)
+      new = draw(jax.random.fold_in(key, 1), {"primary": own["primary"]})
+      return {**own, **new}
+
+    return Started(variables, method._replace(init=drawn), None)
+  more = ()
+  if config.start == "lora_ga":
+    dense = method._replace(weights=estimators.kernels(adapted))
+    more = (_gradient(model, dense, variables, objective, batch()),)
+  # Of the primary alone, whatever the key.
+  new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
+  base, start = getattr(initializers, config.start)(
+    adapted, variables, new, *more
+  )
+
+  def started(key, variables):
+    return {**init(key, variables), "primary": start["primary"]}
+
+  return Started(base, method._replace(init=started), start)
+
+
+def _gradient(
+  model: nn.Module,
+  dense: Method,
+  variables: Any,
+  objective: Objective,
+  batch: Batch,
+) -> Any:
+  """Of the loss of a batch, by the method's `weights`, without adapters."""
+
+  def loss(params: Any, variables: Any) -> jax.Array:
+    _, own = dense.unpacked(params, variables)
+    logits: Any = model.apply(own, *objective.inputs(batch))
+    items = objective.items(logits, batch)
+    return items.mean(items.losses)
+
+  params = dense.differentiated({}, variables)
+  return jax.jit(jax.grad(loss))(params, variables)["weights"]
+
+
+def on_original(
+  adapted: bilora_jax.Adapted,
+  model: nn.Module,
+  inputs: tuple[Any, ...],
+  evaluated: Any,
+  start: Any,
+) -> tuple[bilora_jax.Adapted, Any]:
+  """What was trained, as adapters of the published weights.
+
+  Args:
+    adapted: the model with adapters.
+    model: the one without.
+    inputs: example inputs of the model.
+    evaluated: what was trained, without an auxiliary.
+    start: of `Started`.
+  """
+  spec, wider = initializers.on_original(
+    adapted.spec, evaluated, start["primary"]
+  )
+  return bilora_jax.adapt(model, spec, *inputs), wider

@@ -1,0 +1,204 @@
+"""Generation: tokens that follow a prompt, with a cache of keys and values."""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from . import model as decoder
+
+
+def generate(
+  model: decoder.Decoder,
+  apply: Callable[..., Any],
+  tokens: typing.ArrayLike,
+  mask: typing.ArrayLike,
+  max_new_tokens: int,
+  *,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  key: jax.Array | None = None,
+  eos_id: int | None = None,
+) -> jax.Array:
+  """Continues each prompt of a batch.
+
+  One program reads the prompts and then decodes token by token, until every
+  row has ended or is full. It is compiled once for its shapes and options.
+
+  Args:
+    model: what is run; gives the sizes of the cache.
+    apply: calls it, with `method='decode'`: `functools.partial(model.apply,
+      variables)`, or `functools.partial(adapted.apply, variables, adapters)`
+      where `adapt` was given `methods=('__call__', 'decode')`. Arrays that it
+      has in a partial are passed to the program, others become part of it.
+    tokens: prompts, int (B, L), padded on either side.
+    mask: 1 or True at a real token, 0 or False at padding, (B, L).
+    max_new_tokens: tokens to add, T.
+    temperature: of the softmax that is drawn from; 0 takes the likeliest.
+    top_k: draw from the likeliest k tokens; 0 from all.
+    top_p: draw from the likeliest tokens whose probabilities reach p (Holtzman
+      et al., arXiv 1904.09751), within the top k.
+    key: JAX random key to draw with.
+    eos_id: the token that ends a row; what follows it is `eos_id` too.
+
+  Returns:
+    The new tokens, int32 (B, T).
+
+  Raises:
+    ValueError: a shape or an option is out of bounds, a prompt is empty, or a
+      row would exceed the model's positions.
+  """
+  tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
+  _check(model, tokens, mask, max_new_tokens)
+  sampling = _Sampling(float(temperature), top_k, float(top_p))
+  _check_sampling(sampling, model.config.vocab_size, key)
+  if not isinstance(apply, functools.partial):
+    apply = functools.partial(apply)
+  # A pytree, whose leaves are the variables.
+  call = jax.tree_util.Partial(apply.func, *apply.args, **apply.keywords)
+  if key is None:
+    key = jax.random.key(0)  # nothing is drawn with it
+  return _generate(
+    call, tokens, mask, key, model, max_new_tokens, sampling, eos_id
+  )
+
+
+class _Sampling(NamedTuple):
+  temperature: float
+  top_k: int
+  top_p: float
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _generate(
+  call: Callable[..., Any],
+  tokens: jax.Array,
+  mask: jax.Array,
+  key: jax.Array,
+  model: decoder.Decoder,
+  count: int,
+  sampling: _Sampling,
+  eos_id: int | None,
+) -> jax.Array:
+  batch, length = tokens.shape
+  # The last token is returned without being run.
+  slots = jnp.arange(length + count - 1)
+  real_BxS = jnp.pad(mask, ((0, 0), (0, count - 1)), constant_values=True)
+
+  def run(tokens, positions, columns, cache, last):
+    # What is real and not later; padding sees itself, so that its softmax is
+    # over something.
+    seen_BxLxS = real_BxS[:, None] & (slots <= columns[:, None])
+    return call(
+      tokens,
+      positions,
+      seen_BxLxS | (slots == columns[:, None]),
+      cache,
+      columns[0],
+      last,
+      method="decode",
+    )
+
+  def pick(logits, number):
+    return _pick(logits, jax.random.fold_in(key, number), sampling)
+
+  logits_BxV, cache = run(
+    tokens,
+    jnp.maximum(jnp.cumsum(mask, 1) - 1, 0),
+    slots[:length],
+    decoder.empty_cache(model, batch, slots.size),
+    length - 1 - jnp.argmax(mask[:, ::-1], 1),
+  )
+  lengths_B = mask.sum(1)
+  new_B = pick(logits_BxV, 0)
+  end = -1 if eos_id is None else eos_id  # there is no token -1
+  out_BxT = jnp.full((batch, count), end).at[:, 0].set(new_B)
+
+  def more(carry):
+    number, new_B, _, _ = carry
+    return (number < count) & (new_B != end).any()
+
+  def step(carry):
+    number, new_B, out_BxT, cache = carry
+    logits_BxV, cache = run(
+      new_B[:, None],
+      (lengths_B + number - 1)[:, None],
+      (length + number - 1)[None],
+      cache,
+      jnp.zeros(batch, jnp.int32),
+    )
+    # A row that has ended repeats its end.
+    new_B = jnp.where(new_B == end, end, pick(logits_BxV, number))
+    out_BxT = out_BxT.at[:, number].set(new_B)
+    return number + 1, new_B, out_BxT, cache
+
+  start = (jnp.int32(1), new_B, out_BxT, cache)
+  return jax.lax.while_loop(more, step, start)[2]
+
+
+def _pick(
+  logits_BxV: jax.Array, key: jax.Array, sampling: _Sampling
+) -> jax.Array:
+  """A token for each row, int32 (B,)."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
+  logits_BxV /= sampling.temperature
+  if sampling.top_k == 0 and sampling.top_p == 1:
+    return jax.random.categorical(key, logits_BxV).astype(jnp.int32)
+  logits_BxK, tokens_BxK = jax.lax.top_k(
+    logits_BxV, sampling.top_k or logits_BxV.shape[-1]
+  )
+  probs_BxK = jax.nn.softmax(logits_BxK)
+  # The likeliest is always kept: nothing comes before it.
+  before_BxK = jnp.cumsum(probs_BxK, -1) - probs_BxK
+  logits_BxK = jnp.where(before_BxK < sampling.top_p, logits_BxK, -jnp.inf)
+  choice_B = jax.random.categorical(key, logits_BxK)
+  return jnp.take_along_axis(tokens_BxK, choice_B[:, None], 1)[:, 0]
+
+
+def _check(
+  model: decoder.Decoder, tokens: np.ndarray, mask: np.ndarray, count: int
+) -> None:
+  if tokens.ndim != 2 or not tokens.size:
+    raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
+  if mask.shape != tokens.shape:
+    raise ValueError(
+      f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}."
+    )
+  if count < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, got {count}.")
+  lengths = mask.sum(1)
+  if not lengths.all():
+    raise ValueError(
+      "Every prompt must have a token, such as the one that begins a text; "
+      f"row {int(np.argmin(lengths))} is all padding."
+    )
+  longest, limit = int(lengths.max()), model.config.max_positions
+  if longest + count > limit:
+    raise ValueError(
+      f"A prompt and max_new_tokens must fit into the {limit} positions that "
+      f"this decoder was made for, got {longest} + {count}."
+    )
+
+
+def _check_sampling(
+  sampling: _Sampling, vocab_size: int, key: jax.Array | None
+) -> None:
+  temperature, top_k, top_p = sampling
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f"temperature must be at least 0, got {temperature}.")
+  if not 0 <= top_k <= vocab_size:
+    raise ValueError(
+      f"top_k must be from 0, for all, to the vocabulary's {vocab_size}, got "
+      f"{top_k}."
+    )
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
+  if temperature and key is None:
+    raise ValueError("A key must be given to draw at a temperature above 0.")

@@ -1,0 +1,51 @@
+"""A decoder as a classifier: its answer is one of a few words."""
+
+import jax
+import jax.numpy as jnp
+
+from . import model as decoder
+
+
+class LabelWords(decoder.Decoder):
+  """A decoder that is asked for the token after a prompt, of a few tokens.
+
+  Its parameters are those of `Decoder`.
+
+  Attributes:
+    label_ids: the token that begins each label's word.
+  """
+
+  label_ids: tuple[int, ...] = ()
+
+  def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits of the labels' words, float32 (B, labels).
+
+    Args:
+      tokens: prompts, int (B, L), padded at the end.
+      mask: 1 at a real token, 0 at padding, (B, L).
+      token_types: not looked at; an encoder's.
+    """
+    del token_types
+    logits_BxV = self.head(self._last(tokens, mask))
+    return logits_BxV[:, jnp.asarray(self.label_ids)]
+
+  def features(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """The hidden state that the answer is made of, float32 (B, D)."""
+    del token_types
+    return self._last(tokens, mask).astype(jnp.float32)
+
+  def _last(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    mask = mask.astype(jnp.int32)
+    x_BxLxD = self.hidden(tokens, segment_ids=mask)
+    last_B = jnp.maximum(mask.sum(1) - 1, 0)
+    return jnp.take_along_axis(x_BxLxD, last_B[:, None, None], 1)[:, 0]

@@ -1,0 +1,467 @@
+"""Decoders of Llama's kind in Flax Linen: Llama 2 and 3, Qwen 2, SmolLM2.
+
+Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
+G = H/J, K head width, S cache slots or keys, V vocabulary.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import spmd
+import jax
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from .. import float32, remat
+from .config import DecoderConfig, RopeScaling
+
+ATTENTION = ("auto", "matmul", "fused")
+
+# Module -> names of its kernel's or embedding's axes. The vocabulary and the
+# width are split over one mesh axis, so that an array names one of the two.
+_AXES = {
+  "q_proj": ("embed", "heads"),
+  "k_proj": ("embed", "kv_heads"),
+  "v_proj": ("embed", "kv_heads"),
+  "o_proj": ("heads", "embed"),
+  "gate_proj": ("embed", "mlp"),
+  "up_proj": ("embed", "mlp"),
+  "down_proj": ("mlp", "embed"),
+  "embed_tokens": ("vocab", None),
+  "lm_head": (None, "vocab"),
+}
+_SCANNED = "layers"
+
+# Finite, as a query with every key masked has a finite softmax then.
+_MASKED = -1e9
+
+Cache = Any
+"""Keys and values of past tokens; see `empty_cache`."""
+
+
+class Decoder(nn.Module):
+  """A causal language model, pre-norm, without dropout.
+
+  Touvron et al., arXiv 2302.13971; grouped queries, Ainslie et al., arXiv
+  2305.13245; rotary positions in the half-split form, as Hugging Face stores
+  the weights (Su et al., arXiv 2104.09864). Modules have Hugging Face's names.
+
+  Attributes:
+    config: the sizes.
+    dtype: dtype of the matmuls and of the residual stream; None is float32.
+      Norms, rotary angles, softmax, residual sums and logits are float32.
+    param_dtype: dtype of the parameters that `init` makes.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
+    scan: one `layers` with a leading layer axis, compiled once, in place of
+      `layers_0`, `layers_1` and so on.
+    attention: 'matmul', batched products with heads in front, for whose
+      backward pass XLA on CPU has fast code; 'fused',
+      `jax.nn.dot_product_attention`; 'auto', the first on CPU and the second
+      elsewhere, going by the backend of the process that traces.
+  """
+
+  config: DecoderConfig
+  dtype: typing.DTypeLike | None = None
+  param_dtype: typing.DTypeLike = jnp.float32
+  remat: str = "none"
+  scan: bool = False
+  attention: str = "auto"
+
+  def setup(self):
+    if self.attention not in ATTENTION:
+      raise ValueError(
+        f"attention must be one of {', '.join(ATTENTION)}, got "
+        f"{self.attention!r}."
+      )
+    c = self.config
+    dtypes = {
+      "dtype": self.dtype or jnp.float32,
+      "param_dtype": self.param_dtype,
+    }
+    self.embed_tokens = nn.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      embedding_init=nn.initializers.normal(0.02),
+      **dtypes,
+    )
+    layer: Any = remat.layer(_Layer, self.remat, self.scan)
+    fused = self.attention == "fused" or (
+      self.attention == "auto" and jax.default_backend() != "cpu"
+    )
+    if self.scan:
+      layer = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        # Adapters draw their dropout in the layer.
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(  # pyright: ignore[reportArgumentType]
+          nn.broadcast,
+          nn.broadcast,
+          0,
+          nn.broadcast,
+        ),
+        length=c.num_layers,
+      )
+      self.layers: Any = layer(c, fused=fused, **dtypes)
+    else:
+      self.layers = [
+        layer(c, fused=fused, **dtypes) for _ in range(c.num_layers)
+      ]
+    self.norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
+    if not c.tied:
+      self.lm_head = nn.Dense(
+        c.vocab_size,
+        use_bias=False,
+        kernel_init=nn.initializers.normal(0.02),
+        dot_general=float32.product,
+        **dtypes,
+      )
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits of the token after each.
+
+    Args:
+      tokens: token ids, int (B, L).
+      positions: places for the rotary angles, int (B, L). None counts within
+        the row, or within each segment.
+      segment_ids: int (B, L); a token sees those before it that have its id,
+        and 0 is padding. None: a row is one segment.
+
+    Returns:
+      float32 (B, L, V). What stands at padding is finite and means nothing.
+
+    Raises:
+      ValueError: a shape is wrong, or L exceeds the positions.
+    """
+    return self.head(self.hidden(tokens, positions, segment_ids))
+
+  def hidden(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
+
+    The arguments and errors are those of `__call__`.
+    """
+    _check_shapes(self.config, tokens, positions, segment_ids)
+    mask_BxLxL = None
+    if segment_ids is not None:
+      same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
+      mask_BxLxL = same_BxLxL & _causal(tokens.shape[1])
+    if positions is None:
+      if mask_BxLxL is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+      else:
+        positions = mask_BxLxL.sum(-1) - 1
+    x_NxD, _ = self._run(tokens, positions, mask_BxLxL)
+    return x_NxD.reshape(*tokens.shape, -1)
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """Logits of normed hidden states (..., D), float32 (..., V)."""
+    x_NxD = x.reshape(-1, x.shape[-1])
+    if self.config.tied:
+      table_VxD = self.embed_tokens.embedding.astype(x.dtype)
+      logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
+    else:
+      logits_NxV = self.lm_head(x_NxD)
+    logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
+    return logits_NxV.reshape(*x.shape[:-1], -1)
+
+  def decode(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache,
+    start: jax.Array,
+    last: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Runs some columns of a batch after those that are in the cache.
+
+    Args:
+      tokens: token ids, int (B, L).
+      positions: places for the rotary angles, int (B, L).
+      mask: which of the cache's slots a token sees, its own among them, bool
+        (B, L, S).
+      cache: from `empty_cache`, or returned by the last call.
+      start: the slot of the first column, int scalar; the others follow.
+      last: of each row, the column whose logits are asked for, int (B,).
+
+    Returns:
+      The logits, float32 (B, V), and the cache with these columns in it.
+    """
+    x_NxD, cache = self._run(tokens, positions, mask, cache, start)
+    x_BxLxD = x_NxD.reshape(*tokens.shape, -1)
+    x_BxD = jnp.take_along_axis(x_BxLxD, last[:, None, None], 1)[:, 0]
+    return self.head(x_BxD), cache
+
+  def _run(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array | None,
+    cache: Cache = None,
+    start: jax.Array | None = None,
+  ) -> tuple[jax.Array, Cache]:
+    c = self.config
+    # Activations stay 2-D between layers: see train/models/bert/model.py.
+    x_NxD = self.embed_tokens(tokens.reshape(-1))
+    rope = _rope(c, positions)
+    if self.scan:
+      x_NxD, cache = self.layers(x_NxD, rope, mask, cache, start)
+    else:
+      caches = cache or (None,) * c.num_layers
+      new = []
+      for layer, old in zip(self.layers, caches):
+        x_NxD, one = layer(x_NxD, rope, mask, old, start)
+        new.append(one)
+      cache = tuple(new)
+    return self.norm(x_NxD).astype(x_NxD.dtype), cache
+
+
+def empty_cache(model: Decoder, batch: int, length: int) -> Cache:
+  """Room for the keys and values of `length` columns.
+
+  Returns:
+    A pair of zeros (B, S, J, K) in the compute dtype for each layer; under
+    `scan` one pair, (num_layers, B, S, J, K).
+  """
+  c = model.config
+  shape = (batch, length, c.num_kv_heads, c.head_dim)
+  dtype = model.dtype or jnp.float32
+
+  def pair(*shape):
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+  if model.scan:
+    return pair(c.num_layers, *shape)
+  return tuple(pair(*shape) for _ in range(c.num_layers))
+
+
+def logical_axes(variables: Any) -> Any:
+  """Names of the axes of a decoder's parameters.
+
+  They are embed, heads, kv_heads, mlp, vocab or none. Vectors of width D have
+  none: it costs more to gather than to keep them; nor has the axis of scanned
+  layers.
+
+  Args:
+    variables: of `Decoder`, or its parameters; shapes are enough.
+
+  Returns:
+    A tree like `variables` of `jax.sharding.PartitionSpec`.
+  """
+
+  def of(path, x):
+    keys = [entry.key for entry in path]
+    names = _AXES.get(keys[-2], (None,))
+    if keys[-1] == "bias":
+      names = names[-1:]
+    scanned = (None,) * (_SCANNED in keys)
+    return jax.sharding.PartitionSpec(*scanned, *names)
+
+  return jax.tree_util.tree_map_with_path(of, variables)
+
+
+class _Layer(nn.Module):
+  """Attention and feed-forward, each after a norm and with a residual."""
+
+  config: DecoderConfig
+  fused: bool
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    x_NxD: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None,
+    cache: tuple[jax.Array, jax.Array] | None,
+    start: jax.Array | None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    # On a mesh: weights are brought to the rows, not rows to the weights.
+    x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
+    c, dtypes = self.config, (self.dtype, self.param_dtype)
+
+    def normed(name):
+      norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
+      return norm(x_NxD).astype(x_NxD.dtype)
+
+    y_NxD, cache = _Attention(c, self.fused, *dtypes, name="self_attn")(
+      normed("input_layernorm"), rope, mask, cache, start
+    )
+    x_NxD = float32.residual(x_NxD, y_NxD)
+    y_NxD = _FeedForward(c, *dtypes, name="mlp")(
+      normed("post_attention_layernorm")
+    )
+    return float32.residual(x_NxD, y_NxD), cache
+
+
+class _Attention(nn.Module):
+  """Causal attention of grouped queries, with rotary positions."""
+
+  config: DecoderConfig
+  fused: bool
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x_NxD, rope, mask, cache, start):
+    c = self.config
+    batch, length = rope[0].shape[:2]
+
+    def heads(count, name):
+      y = _dense(self, count * c.head_dim, name, c.qkv_bias)(x_NxD)
+      return y.reshape(batch, length, count, c.head_dim)
+
+    q_BxLxHxK = _rotated(heads(c.num_heads, "q_proj"), rope)
+    k_BxSxJxK = _rotated(heads(c.num_kv_heads, "k_proj"), rope)
+    v_BxSxJxK = heads(c.num_kv_heads, "v_proj")
+    if cache is not None:
+      put = jax.lax.dynamic_update_slice_in_dim
+      k_BxSxJxK = put(cache[0], k_BxSxJxK, start, 1)
+      v_BxSxJxK = put(cache[1], v_BxSxJxK, start, 1)
+      cache = k_BxSxJxK, v_BxSxJxK
+    attend = _fused_attention if self.fused else _matmul_attention
+    y_BxLxHxK = attend(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask)
+    y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
+    return _dense(self, c.hidden_size, "o_proj")(y_NxHK), cache
+
+
+class _FeedForward(nn.Module):
+  """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+  config: DecoderConfig
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x_NxD: jax.Array) -> jax.Array:
+    width = self.config.intermediate_size
+    gate_NxF = _dense(self, width, "gate_proj")(x_NxD)
+    up_NxF = _dense(self, width, "up_proj")(x_NxD)
+    return _dense(self, self.config.hidden_size, "down_proj")(
+      jax.nn.silu(gate_NxF) * up_NxF
+    )
+
+
+def _dense(
+  parent: _Attention | _FeedForward,
+  features: int,
+  name: str,
+  use_bias: bool = False,
+) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    dtype=parent.dtype,
+    param_dtype=parent.param_dtype,
+    kernel_init=nn.initializers.normal(0.02),
+    name=name,
+  )
+
+
+def _causal(length: int) -> jax.Array:
+  return jnp.tri(length, dtype=bool)
+
+
+def _rope(
+  config: DecoderConfig, positions_BxL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the angles at each position, float32 (B, L, K/2)."""
+  exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+  frequencies = np.float64(config.rope_theta) ** -exponents
+  if config.rope_scaling is not None:
+    frequencies = _scaled(frequencies, config.rope_scaling)
+  angles = positions_BxL[..., None].astype(jnp.float32) * jnp.asarray(
+    frequencies, jnp.float32
+  )
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+  # Periods in the original context; the share that keeps its frequency grows
+  # from 0 to 1 between the two factors.
+  periods = scaling.original_max_position_embeddings * frequencies
+  periods /= 2 * np.pi
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
+  return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _rotated(
+  x_BxLxHxK: jax.Array, rope: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+  cos, sin = (angles[:, :, None] for angles in rope)
+  first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
+
+
+def _fused_attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
+  return jax.nn.dot_product_attention(
+    q_BxLxHxK,
+    k_BxSxJxK,
+    v_BxSxJxK,
+    mask=None if mask_BxLxS is None else mask_BxLxS[:, None],
+    is_causal=mask_BxLxS is None,
+  )
+
+
+def _matmul_attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
+  batch, length, heads, size = q_BxLxHxK.shape
+  slots, groups = k_BxSxJxK.shape[1:3]
+  # The queries that share a key are rows of one product.
+  q_BxJxGLxK = (
+    q_BxLxHxK.reshape(batch, length, groups, -1, size)
+    .transpose(0, 2, 3, 1, 4)
+    .reshape(batch, groups, -1, size)
+  )
+  scores_BxJxGxLxS = jnp.matmul(
+    q_BxJxGLxK,
+    k_BxSxJxK.transpose(0, 2, 3, 1),
+    preferred_element_type=jnp.float32,
+  ).reshape(batch, groups, -1, length, slots)
+  if mask_BxLxS is None:
+    mask_BxLxS = _causal(length)[None]
+  scores_BxJxGxLxS = jnp.where(
+    mask_BxLxS[:, None, None], scores_BxJxGxLxS * size**-0.5, _MASKED
+  )
+  probs_BxJxGxLxS = jax.nn.softmax(scores_BxJxGxLxS).astype(v_BxSxJxK.dtype)
+  y_BxJxGLxK = jnp.matmul(
+    probs_BxJxGxLxS.reshape(batch, groups, -1, slots),
+    v_BxSxJxK.transpose(0, 2, 1, 3),
+  )
+  y_BxLxJxGxK = y_BxJxGLxK.reshape(batch, groups, -1, length, size).transpose(
+    0, 3, 1, 2, 4
+  )
+  return y_BxLxJxGxK.reshape(batch, length, heads, size)
+
+
+def _check_shapes(
+  config: DecoderConfig,
+  tokens: jax.Array,
+  positions: jax.Array | None,
+  segment_ids: jax.Array | None,
+) -> None:
+  if tokens.ndim != 2:
+    raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
+  for name, x in (("positions", positions), ("segment_ids", segment_ids)):
+    if x is not None and x.shape != tokens.shape:
+      raise ValueError(
+        f"{name} must have the shape of tokens, {tokens.shape}, got {x.shape}."
+      )
+  if tokens.shape[1] > config.max_positions:
+    raise ValueError(
+      f"tokens must be at most {config.max_positions} long, the positions "
+      f"this decoder was made for, got {tokens.shape[1]}."
+    )

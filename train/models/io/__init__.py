@@ -1,0 +1,1 @@
+"""Files of pretrained models: weights, tokenizers, templates."""

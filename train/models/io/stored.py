@@ -1,0 +1,204 @@
+"""Parameters out of a checkpoint: read in parts, and placed one at a time."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, Protocol
+
+from flax import traverse_util
+import jax
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from . import tensors as tensors_
+from . import weights
+
+Path = tuple[str, ...]
+Index = tuple[slice, ...]
+Read = Callable[[Index], np.ndarray]
+
+
+class Place(Protocol):
+  """Makes one parameter of what is read of it."""
+
+  def __call__(
+    self, path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
+  ) -> Any:
+    """Makes the parameter.
+
+    Args:
+      path: in the tree, as `('layers_0', 'mlp', 'up_proj', 'kernel')`.
+      shape: of the parameter.
+      dtype: of the parameter.
+      read: reads the part that an index stands for, a slice for each axis, as
+        `jax.make_array_from_callback` asks for.
+    """
+    ...
+
+
+def on_one_device(
+  path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
+) -> jax.Array:
+  """The whole parameter, on the default device."""
+  return jnp.asarray(read((slice(None),) * len(shape)))
+
+
+def placed(
+  tree: Mapping[str, Any], dtype: typing.DTypeLike, place: Place
+) -> dict[str, Any]:
+  """Nested dicts of arrays that the host has, each as `place` makes it."""
+  dtype = np.dtype(dtype)
+
+  def one(path: Path, array: Any) -> Any:
+    def read(index: Index) -> np.ndarray:
+      return np.asarray(array)[index].astype(dtype)
+
+    return place(path, array.shape, dtype, read)
+
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict(
+    {path: one(path, array) for path, array in flat.items()}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a parameter is in the checkpoint.
+
+  Attributes:
+    names: of its tensor; of one for each layer, if `stacked`.
+    tensor_shape: of each.
+    transposed: whether the parameter is the transpose.
+    stacked: whether the parameter has a leading axis of layers.
+  """
+
+  names: tuple[str, ...]
+  tensor_shape: tuple[int, ...]
+  transposed: bool
+  stacked: bool
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the parameter."""
+    shape = self.tensor_shape[:: -1 if self.transposed else 1]
+    return (len(self.names), *shape) if self.stacked else shape
+
+
+def read(
+  plan: Mapping[Path, Source],
+  tensors: Mapping[str, tensors_.Tensor],
+  dtype: typing.DTypeLike,
+  place: Place,
+) -> dict[str, Any]:
+  """The parameters of a plan, nested, each as `place` makes it.
+
+  A tensor is read when its parameter is placed and in the parts that `place`
+  asks for, so that the host never holds more than one part of one parameter.
+
+  Args:
+    plan: path in the tree of parameters -> where its values are.
+    tensors: by name; all that the plan names, of its shapes (`check`).
+    dtype: of the parameters.
+    place: makes a parameter.
+  """
+  dtype = np.dtype(dtype)
+  return traverse_util.unflatten_dict(
+    {
+      path: place(path, source.shape, dtype, _reader(source, tensors, dtype))
+      for path, source in plan.items()
+    }
+  )
+
+
+def check(
+  plan: Mapping[Path, Source],
+  tensors: Mapping[str, tensors_.Tensor],
+  ignored: Callable[[str], bool],
+  model: str,
+) -> None:
+  """Refuses a checkpoint that a plan cannot read, before anything is read.
+
+  Args:
+    plan: path in the tree of parameters -> where its values are.
+    tensors: by name.
+    ignored: of a name that the plan lacks, whether it may be there.
+    model: what to call it in the message.
+
+  Raises:
+    WeightsError: tensors are missing, of another shape than the plan says, or
+      unknown to it; all are named together.
+  """
+  shapes = {
+    name: source.tensor_shape
+    for source in plan.values()
+    for name in source.names
+  }
+  found = [f"{name} is missing" for name in shapes if name not in tensors]
+  found += [
+    f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+    for name, shape in shapes.items()
+    if name in tensors and tuple(tensors[name].shape) != shape
+  ]
+  # A layer too many beside a configuration of fewer would be dropped in
+  # silence.
+  found += [
+    f"{name} has no place in it"
+    for name in tensors
+    if name not in shapes and not ignored(name)
+  ]
+  if found:
+    raise weights.WeightsError(
+      f"The tensors do not fit the {model}'s configuration: {'; '.join(found)}."
+    )
+
+
+def _reader(
+  source: Source, tensors: Mapping[str, tensors_.Tensor], dtype: np.dtype
+) -> Read:
+  def one(name: str, index: Index) -> np.ndarray:
+    part = tensors[name][index[:: -1 if source.transposed else 1]]
+    part = part.T if source.transposed else part
+    return part.astype(dtype, copy=False)
+
+  def read(index: Index) -> np.ndarray:
+    if not source.stacked:
+      return one(source.names[0], index)
+    # Filled in place: the parts and their stack would be twice the memory.
+    shape = [len(range(*s.indices(n))) for s, n in zip(index, source.shape)]
+    out = np.empty(shape, dtype)
+    for layer, name in zip(out, source.names[index[0]]):
+      layer[...] = one(name, index[1:])
+    return out
+
+  return read
+
+
+def tensors(
+  plan: Mapping[Path, Source], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Undoes `read`: the tensors of a checkpoint, by their names.
+
+  Args:
+    plan: path in the parameter tree -> where its values are.
+    params: nested as the plan's paths are.
+
+  Returns:
+    Arrays on the host, in the dtype of the parameters.
+  """
+  flat: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
+  found = {}
+  for path, source in plan.items():
+    array = np.asarray(flat[path])
+    for name, one in zip(source.names, array if source.stacked else [array]):
+      found[name] = one.T if source.transposed else one
+  return found
+
+
+def modules(plan: Mapping[Path, Source]) -> dict[str, str | tuple[str, ...]]:
+  """The path of each kernel, and its module; of stacked layers, all modules."""
+  found = {}
+  for path, source in plan.items():
+    if path[-1] == "kernel":
+      names = tuple(name.removesuffix(".weight") for name in source.names)
+      found["/".join(path)] = names if source.stacked else names[0]
+  return found

@@ -1,0 +1,121 @@
+"""A checkpoint's tensors by name, of which nothing is read until indexed."""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+
+from . import weights
+
+
+class Tensor(Protocol):
+  """An array in a file."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
+
+  def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:
+    """Reads a part: a slice of step 1 for each axis."""
+    ...
+
+
+def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
+  """The tensors of a model folder, by the name they were saved under.
+
+  Looks at the headers of model.safetensors, or else of the shards that
+  model.safetensors.index.json lists; values are read from the file when they
+  are indexed, in the dtype on disk (bfloat16 is ml_dtypes'). Nothing is
+  unpickled: a folder with only pytorch_model.bin is refused.
+
+  Raises:
+    WeightsError: no such file, or one that is empty, cut short or garbled; a
+      missing shard; a tensor that the index lists and its shard lacks.
+  """
+  folder = pathlib.Path(folder)
+  single = folder / "model.safetensors"
+  index = folder / "model.safetensors.index.json"
+  if single.is_file():
+    return _open_file(single)
+  if index.is_file():
+    return _open_shards(index)
+  pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+  if pickled:
+    raise weights.WeightsError(
+      f"{folder} holds only {pickled[0]}, a pickle, which can run code when it "
+      "is read; convert it to model.safetensors first."
+    )
+  raise weights.WeightsError(
+    f"{folder} has neither model.safetensors nor model.safetensors.index.json."
+  )
+
+
+def read_all(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+  """Every tensor, whole."""
+  return {
+    name: tensor[(slice(None),) * len(tensor.shape)]
+    for name, tensor in tensors.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor of a safetensors file, which the library keeps open."""
+
+  part: Any  # of safetensors: reads what it is indexed with
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.part.get_shape())
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self[(slice(0, 0),) * len(self.shape)].dtype
+
+  def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:
+    return self.part[index]
+
+
+def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+  if not path.stat().st_size:
+    raise weights.WeightsError(f"{path} is empty (0 bytes); copy it again.")
+  try:
+    file = safetensors.safe_open(path, framework="np")
+    return {name: _Stored(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+  except (safetensors.SafetensorError, OSError) as error:
+    raise weights.WeightsError(
+      f"{path} is not a whole safetensors file ({error}); it may have been cut "
+      f"short at its {path.stat().st_size} bytes, or be another kind of file."
+    ) from error
+
+
+def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
+  shards = weights.read_json(index).get("weight_map")
+  if not isinstance(shards, dict) or not all(
+    isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+    for shard in shards.values()
+  ):
+    raise weights.WeightsError(
+      f"{index} must have a weight_map from tensor names to file names in the "
+      "same folder."
+    )
+  tensors: dict[str, Tensor] = {}
+  for shard in sorted(set(shards.values())):
+    path = index.parent / shard
+    if not path.is_file():
+      raise weights.WeightsError(
+        f"{index.parent} lacks the shard {shard} that {index.name} lists."
+      )
+    tensors |= _open_file(path)
+  missing = sorted(shards.keys() - tensors.keys())
+  if missing:
+    raise weights.WeightsError(
+      f"{index} lists tensors that its shards do not hold: "
+      f"{', '.join(missing)}."
+    )
+  return tensors

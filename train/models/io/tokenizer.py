@@ -1,0 +1,95 @@
+"""Loading a tokenizer.json, and token ids of texts and of pairs of texts."""
+
+import collections.abc
+import pathlib
+
+import tokenizers
+
+from . import weights
+
+FILE = "tokenizer.json"
+_PAD_TOKENS = ("[PAD]", "<pad>")
+
+
+def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a model folder, truncation and padding switched off.
+
+  Files are often published with both on (MiniLM's pads every text to 128);
+  here `encode` truncates and the batcher pads.
+
+  Raises:
+    WeightsError: tokenizer.json is missing or cannot be read.
+  """
+  path = pathlib.Path(folder) / FILE
+  if not path.is_file():
+    raise weights.WeightsError(f"{path.parent} has no {FILE}.")
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises no narrower type
+    raise weights.WeightsError(
+      f"{path} is not a tokenizer that `tokenizers` can read ({error})."
+    ) from error
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def encode(
+  tokenizer: tokenizers.Tokenizer,
+  texts: collections.abc.Sequence[str | tuple[str, str]],
+  max_length: int,
+) -> list[tuple[list[int], list[int]]]:
+  """Token ids and segment ids of each text, unpadded.
+
+  Args:
+    tokenizer: as `load_tokenizer` gives it; it is left as it was.
+    texts: texts, or pairs of texts.
+    max_length: tokens a text may take, special tokens included. A pair is cut
+      from its longer text first.
+
+  Returns:
+    (ids, type_ids) of each text, two lists of one length in
+    [special tokens, max_length].
+
+  Raises:
+    ValueError: max_length leaves no room beside the special tokens, or a text
+      is neither a string nor a pair of strings.
+  """
+  for i, text in enumerate(texts):
+    if not _is_text(text):
+      raise ValueError(f"Text {i} must be a string or a pair, got {text!r}.")
+  pairs = any(isinstance(text, tuple) for text in texts)
+  special = tokenizer.num_special_tokens_to_add(pairs)
+  # The library does not truncate at all when only special tokens would fit.
+  if max_length <= special:
+    raise ValueError(
+      f"max_length must exceed the {special} special tokens of a "
+      f"{'pair' if pairs else 'text'}, got {max_length}."
+    )
+  tokenizer.enable_truncation(max_length, strategy="longest_first")
+  try:
+    encoded = tokenizer.encode_batch(list(texts))
+  finally:
+    tokenizer.no_truncation()
+  return [(item.ids, item.type_ids) for item in encoded]
+
+
+def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+  """The id of the padding token, '[PAD]' or '<pad>'.
+
+  Raises:
+    WeightsError: the vocabulary has neither.
+  """
+  for token in _PAD_TOKENS:
+    found = tokenizer.token_to_id(token)
+    if found is not None:
+      return found
+  raise weights.WeightsError(
+    f"The tokenizer has no padding token; looked for {', '.join(_PAD_TOKENS)}."
+  )
+
+
+def _is_text(text: object) -> bool:
+  if isinstance(text, tuple):
+    return len(text) == 2 and all(isinstance(part, str) for part in text)
+  return isinstance(text, str)

@@ -1,0 +1,78 @@
+"""A T5 as a classifier: its answer is one of a few words."""
+
+from collections.abc import Sequence
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import model as t5
+
+
+class T5LabelWords(t5.T5):
+  """A T5 that is asked how likely each of a few answers is.
+
+  The encoder reads a source once. The decoder then reads all answers in one
+  row, end to end without padding: each is a segment of its own, with positions
+  of its own, so that none sees another. Its parameters are those of `T5`.
+
+  Attributes:
+    words: the tokens of each label's word, with the one that ends it.
+  """
+
+  words: tuple[tuple[int, ...], ...] = ()
+
+  def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits of each token of each word, given those before it in the word.
+
+    Args:
+      tokens: sources, int (B, S), padded at the end.
+      mask: 1 at a real token, 0 at padding, (B, S).
+      token_types: not looked at; an encoder's.
+
+    Returns:
+      float32 (B, M, V), of the M tokens of all words, end to end; what
+      `objectives.words` takes.
+    """
+    del token_types
+    inputs, positions, segments = _row(self.words, self.config.pad_id)
+    source_BxSxD = self.encode(tokens, mask)
+    x_BxMxD = self.hidden(
+      jnp.broadcast_to(inputs, (len(tokens), len(inputs))),
+      source_BxSxD,
+      mask,
+      positions,
+      segments,
+    )
+    return self.head(x_BxMxD)
+
+  def features(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """The encoder's hidden states, mean of real tokens, float32 (B, D)."""
+    del token_types
+    x_BxSxD = self.encode(tokens, mask).astype(jnp.float32)
+    mask_BxSx1 = mask.astype(jnp.float32)[..., None]
+    return (x_BxSxD * mask_BxSx1).sum(1) / jnp.maximum(mask_BxSx1.sum(1), 1.0)
+
+
+def _row(
+  words: Sequence[Sequence[int]], start: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """What the decoder is given, its positions, and whose word each is, (M,)."""
+  lengths = [len(word) for word in words]
+  inputs = [(start, *word[:-1]) for word in words]
+  return (
+    np.fromiter(itertools.chain(*inputs), np.int32),
+    np.concatenate([np.arange(length) for length in lengths]),
+    np.repeat(np.arange(len(words)), lengths),
+  )

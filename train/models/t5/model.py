@@ -1,0 +1,510 @@
+"""T5 in Flax Linen: encoder and decoder, of the first release and of v1.1.
+
+Shapes: B batch, S length of a source, L of a target, N = B·S or B·L tokens,
+D width, H heads, K head width, C cache slots or keys, V vocabulary.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import spmd
+import jax
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from .. import float32, remat
+from .config import T5Config
+
+# Module -> names of its kernel's or embedding's axes. The vocabulary and the
+# width are split over one mesh axis, so that an array names one of the two.
+_AXES = {
+  "q": ("embed", "heads"),
+  "k": ("embed", "heads"),
+  "v": ("embed", "heads"),
+  "o": ("heads", "embed"),
+  "wi": ("embed", "mlp"),
+  "wi_0": ("embed", "mlp"),
+  "wi_1": ("embed", "mlp"),
+  "wo": ("mlp", "embed"),
+  "shared": ("vocab", None),
+  "lm_head": (None, "vocab"),
+}
+_SCANNED = "layers"
+
+# Finite, as a query with every key masked has a finite softmax then.
+_MASKED = -1e9
+
+Cache = Any
+"""Keys and values of past tokens and of the source; see `T5.decode`."""
+
+
+class T5(nn.Module):
+  """An encoder and a decoder, pre-norm, without dropout.
+
+  Raffel et al., JMLR 2020; v1.1 has the gated feed-forward of Shazeer,
+  arXiv 2002.05202, and a head of its own. Attention is not scaled: the
+  initial weights are. In each stack all layers share the biases of relative
+  positions.
+
+  Attributes:
+    config: the sizes.
+    dtype: dtype of the matmuls and of the residual stream; None is float32.
+      Norms, biases, softmax, residual sums and logits are float32.
+    param_dtype: dtype of the parameters that `init` makes.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
+    scan: in each stack, one `layers` with a leading layer axis, compiled once,
+      in place of `layers_0`, `layers_1` and so on.
+  """
+
+  config: T5Config
+  dtype: typing.DTypeLike | None = None
+  param_dtype: typing.DTypeLike = jnp.float32
+  remat: str = "none"
+  scan: bool = False
+
+  def setup(self):
+    c = self.config
+    dtypes = {
+      "dtype": self.dtype or jnp.float32,
+      "param_dtype": self.param_dtype,
+    }
+    self.shared = nn.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      embedding_init=nn.initializers.normal(1.0),
+      **dtypes,
+    )
+    options = {"remat": self.remat, "scan": self.scan, **dtypes}
+    self.encoder = _Stack(c, False, **options)
+    self.decoder = _Stack(c, True, **options)
+    if not c.tied:
+      self.lm_head = nn.Dense(
+        c.vocab_size,
+        use_bias=False,
+        kernel_init=nn.initializers.normal(c.hidden_size**-0.5),
+        dot_general=float32.product,
+        **dtypes,
+      )
+
+  def __call__(
+    self, tokens: jax.Array, mask: jax.Array, targets: jax.Array
+  ) -> jax.Array:
+    """Logits of each target token, given the source and those before it.
+
+    Args:
+      tokens: of the source, int (B, S).
+      mask: 1 or True at a real token, 0 or False at padding, (B, S).
+      targets: int (B, L); the decoder is given them one place to the right,
+        behind `config.pad_id`. Padding at their end changes nothing before it.
+
+    Returns:
+      float32 (B, L, V).
+
+    Raises:
+      ValueError: a shape is wrong.
+    """
+    source_BxSxD = self.encode(tokens, mask)
+    start = jnp.full_like(targets[:, :1], self.config.pad_id)
+    inputs = jnp.concatenate([start, targets[:, :-1]], 1)
+    return self.head(self.hidden(inputs, source_BxSxD, mask))
+
+  def encode(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Normed hidden states of the encoder, (B, S, D) in the compute dtype.
+
+    What stands at padding is finite and means nothing. The arguments are
+    those of `__call__`.
+    """
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
+    if mask.shape != tokens.shape:
+      raise ValueError(
+        f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}."
+      )
+    places = jnp.arange(tokens.shape[1])
+    x_NxD, _ = self.encoder(
+      self.shared(tokens.reshape(-1)),
+      (places, places),
+      _rows(mask, tokens.shape[1]),
+    )
+    return x_NxD.reshape(*tokens.shape, -1)
+
+  def hidden(
+    self,
+    inputs: jax.Array,
+    source: jax.Array,
+    mask: jax.Array,
+    positions: typing.ArrayLike | None = None,
+    segments: typing.ArrayLike | None = None,
+  ) -> jax.Array:
+    """Normed hidden states of the decoder, (B, L, D) in the compute dtype.
+
+    Args:
+      inputs: tokens, int (B, L), the first of a text being `config.pad_id`.
+      source: from `encode`, (B, S, D).
+      mask: of the source, (B, S).
+      positions: places of the inputs, int (L,), alike in all rows. None counts.
+      segments: int (L,); an input sees those of its segment that do not come
+        later. None: they are one.
+
+    Raises:
+      ValueError: a shape is wrong.
+    """
+    if inputs.ndim != 2 or len(inputs) != len(source):
+      raise ValueError(
+        f"inputs must be (batch, length) of {len(source)} rows, as the source "
+        f"is, got {inputs.shape}."
+      )
+    length = inputs.shape[1]
+    places = jnp.arange(length) if positions is None else jnp.asarray(positions)
+    seen_LxL = jnp.tri(length, dtype=bool)
+    if segments is not None:
+      segments_L = jnp.asarray(segments)
+      seen_LxL &= segments_L[:, None] == segments_L
+    x_NxD, _ = self.decoder(
+      self.shared(inputs.reshape(-1)),
+      (places, places),
+      seen_LxL[None],
+      source.reshape(-1, source.shape[-1]),
+      _rows(mask, length),
+    )
+    return x_NxD.reshape(*inputs.shape, -1)
+
+  def decode(
+    self,
+    inputs: jax.Array,
+    mask: jax.Array,
+    cache: Cache,
+    start: typing.ArrayLike,
+    source: jax.Array | None = None,
+  ) -> tuple[jax.Array, Cache]:
+    """Runs some columns of the decoder after those that are in the cache.
+
+    Args:
+      inputs: tokens, int (B, L).
+      mask: of the source, (B, S).
+      cache: from `empty_cache`, or returned by the last call.
+      start: the slot of the first column, int scalar; the others follow.
+      source: from `encode`, (B, S, D), in the first call, which leaves its keys
+        and values in the cache; None later.
+
+    Returns:
+      The logits of the last column, float32 (B, V), and the cache with these
+      columns in it.
+    """
+    length = inputs.shape[1]
+    own = cache[0][0] if self.scan else cache[0][0][0]
+    slots_C = jnp.arange(own.shape[-3])
+    places_L = jnp.asarray(start) + jnp.arange(length)
+    x_NxD, cache = self.decoder(
+      self.shared(inputs.reshape(-1)),
+      (places_L, slots_C),
+      (slots_C <= places_L[:, None])[None],
+      None if source is None else source.reshape(-1, source.shape[-1]),
+      _rows(mask, length),
+      cache,
+      start,
+    )
+    return self.head(x_NxD.reshape(*inputs.shape, -1)[:, -1]), cache
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """Logits of the decoder's hidden states (..., D), float32 (..., V)."""
+    x_NxD = x.reshape(-1, x.shape[-1])
+    if self.config.scaled:
+      x_NxD *= jnp.asarray(self.config.hidden_size**-0.5, x.dtype)
+    if self.config.tied:
+      table_VxD = self.shared.embedding.astype(x.dtype)
+      logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
+    else:
+      logits_NxV = self.lm_head(x_NxD)
+    logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
+    return logits_NxV.reshape(*x.shape[:-1], -1)
+
+
+def empty_cache(model: T5, batch: int, length: int) -> Cache:
+  """Room for the decoder's keys and values of `length` columns.
+
+  Returns:
+    For each layer a pair: a pair of zeros (B, C, H, K) in the compute dtype for
+    what is decoded, and None where that of the source will be; under `scan` one
+    such pair, with all layers in front.
+  """
+  c = model.config
+  shape = (batch, length, c.num_heads, c.head_dim)
+  dtype = model.dtype or jnp.float32
+
+  def pair(*shape):
+    return (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), None
+
+  if model.scan:
+    return pair(c.num_decoder_layers, *shape)
+  return tuple(pair(*shape) for _ in range(c.num_decoder_layers))
+
+
+def logical_axes(variables: Any) -> Any:
+  """Names of the axes of a T5's parameters: embed, heads, mlp, vocab or none.
+
+  Norms and the biases of positions have none: it costs more to gather than to
+  keep them; nor has the axis of scanned layers.
+
+  Args:
+    variables: of `T5`, or its parameters; shapes are enough.
+
+  Returns:
+    A tree like `variables` of `jax.sharding.PartitionSpec`.
+  """
+
+  def of(path, x):
+    keys = [entry.key for entry in path]
+    scanned = (None,) * (_SCANNED in keys)
+    names = _AXES.get(keys[-2], (None,) * (x.ndim - len(scanned)))
+    return jax.sharding.PartitionSpec(*scanned, *names)
+
+  return jax.tree_util.tree_map_with_path(of, variables)
+
+
+def buckets(config: T5Config, both_ways: bool) -> np.ndarray:
+  """The bucket of each distance of a key behind its query.
+
+  Half of the buckets hold one distance each, the others ranges of equal size on
+  a logarithmic scale, up to `max_distance`. Where keys may also be ahead, those
+  have as many buckets again, behind the ones that this returns.
+
+  Args:
+    config: the sizes.
+    both_ways: whether keys may be ahead, as in the encoder.
+
+  Returns:
+    int32 (max_distance + 1,); the last is for all that are farther away, too.
+  """
+  count = config.num_buckets // (2 if both_ways else 1)
+  single = count // 2
+  distance = np.arange(config.max_distance + 1)
+  # Distances at which a range begins are powers: their logarithms are compared
+  # in float32, as the pretrained models were trained with.
+  ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(single)
+  share = np.log(ratio) / np.float32(np.log(config.max_distance / single))
+  ranges = single + (share * np.float32(count - single)).astype(np.int32)
+  return np.where(
+    distance < single, distance, np.minimum(ranges, count - 1)
+  ).astype(np.int32)
+
+
+class _Stack(nn.Module):
+  """The layers of the encoder or of the decoder, and a norm."""
+
+  config: T5Config
+  is_decoder: bool
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+  remat: str
+  scan: bool
+
+  def setup(self):
+    c = self.config
+    self.relative_attention_bias = nn.Embed(
+      c.num_buckets,
+      c.num_heads,
+      embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
+      dtype=jnp.float32,
+      param_dtype=self.param_dtype,
+    )
+    count = c.num_decoder_layers if self.is_decoder else c.num_layers
+    layer: Any = remat.layer(_Layer, self.remat, self.scan)
+    options = (c, self.is_decoder, self.dtype, self.param_dtype)
+    if self.scan:
+      layer = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        # Adapters draw their dropout in the layer.
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(  # pyright: ignore[reportArgumentType]
+          nn.broadcast,
+          nn.broadcast,
+          nn.broadcast,
+          nn.broadcast,
+          0,
+          nn.broadcast,
+        ),
+        length=count,
+      )
+      self.layers: Any = layer(*options)
+    else:
+      self.layers = [layer(*options) for _ in range(count)]
+    self.final_layer_norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
+
+  def __call__(
+    self,
+    x_NxD: jax.Array,
+    places: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    source: jax.Array | None = None,
+    source_mask: jax.Array | None = None,
+    cache: Cache = None,
+    start: typing.ArrayLike | None = None,
+  ) -> tuple[jax.Array, Cache]:
+    """Normed hidden states, and the cache.
+
+    Args:
+      x_NxD: embedded tokens.
+      places: of the queries, (L,), and of the keys, (C,).
+      mask: which keys a query sees, bool (B or 1, L, C).
+      source: (B·S, D), of a decoder; None if the cache has it.
+      source_mask: which of it a query sees, bool (B, L, S).
+      cache: of a decoder, or None.
+      start: the slot of the first query in the cache.
+    """
+    # Activations stay 2-D between layers: see train/models/bert/model.py.
+    shared = (self._bias(*places), mask, source, source_mask)
+    if self.scan:
+      x_NxD, cache = self.layers(x_NxD, *shared, cache, start)
+    else:
+      new = []
+      for layer, old in zip(self.layers, cache or (None,) * len(self.layers)):
+        x_NxD, one = layer(x_NxD, *shared, old, start)
+        new.append(one)
+      cache = tuple(new)
+    return self.final_layer_norm(x_NxD).astype(x_NxD.dtype), cache
+
+  def _bias(self, queries_L: jax.Array, keys_C: jax.Array) -> jax.Array:
+    """What is added to the scores, float32 (1, H, L, C)."""
+    c, both_ways = self.config, not self.is_decoder
+    behind_LxC = queries_L[:, None] - keys_C
+    distance_LxC = jnp.abs(behind_LxC)
+    if not both_ways:
+      distance_LxC = jnp.maximum(behind_LxC, 0)
+    table = jnp.asarray(buckets(c, both_ways))
+    bucket_LxC = table[jnp.minimum(distance_LxC, c.max_distance)]
+    if both_ways:
+      bucket_LxC += c.num_buckets // 2 * (behind_LxC < 0)
+    bias_LxCxH = self.relative_attention_bias(bucket_LxC)
+    return bias_LxCxH.transpose(2, 0, 1)[None]
+
+
+class _Layer(nn.Module):
+  """Attention to itself, to the source, and feed-forward, with residuals."""
+
+  config: T5Config
+  is_decoder: bool
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    x_NxD: jax.Array,
+    bias: jax.Array,
+    mask: jax.Array,
+    source: jax.Array | None,
+    source_mask: jax.Array | None,
+    cache: Cache,
+    start: typing.ArrayLike | None,
+  ) -> tuple[jax.Array, Cache]:
+    # On a mesh: weights are brought to the rows, not rows to the weights.
+    x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
+    c, dtypes = self.config, (self.dtype, self.param_dtype)
+    own, across = cache if cache is not None else (None, None)
+
+    def normed(name):
+      norm = float32.rms_norm(
+        c.rms_norm_eps, self.param_dtype, f"{name}_layer_norm"
+      )
+      return norm(x_NxD).astype(x_NxD.dtype)
+
+    name = "self_attention"
+    y_NxD = normed(name)
+    y_NxD, own = _Attention(c, *dtypes, name=name)(
+      y_NxD, y_NxD, bias, mask, own, start
+    )
+    x_NxD = float32.residual(x_NxD, y_NxD)
+    if self.is_decoder:
+      name = "cross_attention"
+      y_NxD, across = _Attention(c, *dtypes, name=name)(
+        normed(name), source, None, source_mask, across, None
+      )
+      x_NxD = float32.residual(x_NxD, y_NxD)
+    name = "feed_forward"
+    y_NxD = _FeedForward(c, *dtypes, name=name)(normed(name))
+    cache = None if cache is None else (own, across)
+    return float32.residual(x_NxD, y_NxD), cache
+
+
+class _Attention(nn.Module):
+  """Attention without a scale."""
+
+  config: T5Config
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x_NxD, source_MxD, bias, mask_BxLxC, kept, start):
+    """`kept` are keys and values, to be put into or, without source, used."""
+    c = self.config
+    length, count = mask_BxLxC.shape[1:]
+
+    def heads(x, name, length):
+      y = _dense(self, c.num_heads * c.head_dim, name)(x)
+      return y.reshape(-1, length, c.num_heads, c.head_dim)
+
+    q_BxLxHxK = heads(x_NxD, "q", length)
+    if source_MxD is None:
+      pair = kept
+    else:
+      # With a cache of their own, as many keys are new as queries.
+      new = count if kept is None else length
+      pair = heads(source_MxD, "k", new), heads(source_MxD, "v", new)
+      if kept is not None:
+        put = jax.lax.dynamic_update_slice_in_dim
+        pair = tuple(put(x, y, start, 1) for x, y in zip(kept, pair))
+    k_BxCxHxK, v_BxCxHxK = pair
+    scores_BxHxLxC = jnp.matmul(
+      q_BxLxHxK.transpose(0, 2, 1, 3),
+      k_BxCxHxK.transpose(0, 2, 3, 1),
+      preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+      scores_BxHxLxC += bias
+    scores_BxHxLxC = jnp.where(mask_BxLxC[:, None], scores_BxHxLxC, _MASKED)
+    probs_BxHxLxC = jax.nn.softmax(scores_BxHxLxC).astype(v_BxCxHxK.dtype)
+    y_BxHxLxK = jnp.matmul(probs_BxHxLxC, v_BxCxHxK.transpose(0, 2, 1, 3))
+    y_NxHK = y_BxHxLxK.transpose(0, 2, 1, 3).reshape(len(x_NxD), -1)
+    return _dense(self, c.hidden_size, "o")(y_NxHK), pair
+
+
+class _FeedForward(nn.Module):
+  """ReLU, or GELU with a gate."""
+
+  config: T5Config
+  dtype: typing.DTypeLike
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x_NxD: jax.Array) -> jax.Array:
+    width = self.config.intermediate_size
+    if self.config.feed_forward == "relu":
+      y_NxF = jax.nn.relu(_dense(self, width, "wi")(x_NxD))
+    else:
+      gate_NxF = _dense(self, width, "wi_0")(x_NxD)
+      y_NxF = _dense(self, width, "wi_1")(x_NxD)
+      y_NxF *= jax.nn.gelu(gate_NxF, approximate=True)
+    return _dense(self, self.config.hidden_size, "wo")(y_NxF)
+
+
+def _dense(
+  parent: _Attention | _FeedForward, features: int, name: str
+) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=parent.dtype,
+    param_dtype=parent.param_dtype,
+    kernel_init=nn.initializers.lecun_normal(),
+    name=name,
+  )
+
+
+def _rows(mask_BxS: jax.Array, length: int) -> jax.Array:
+  """The real tokens of a source, for each query: bool (B, L, S)."""
+  batch, count = mask_BxS.shape
+  seen_Bx1xS = mask_BxS.astype(bool)[:, None]
+  return jnp.broadcast_to(seen_Bx1xS, (batch, length, count))

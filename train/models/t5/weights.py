@@ -1,0 +1,150 @@
+"""Hugging Face's T5 tensors as the parameters of `T5`."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from ..io import stored
+from ..io import tensors as tensors_
+from .config import T5Config
+
+_HEAD = "lm_head.weight"
+# One table, saved under one name or several.
+_TABLES = (
+  "shared.weight",
+  "encoder.embed_tokens.weight",
+  "decoder.embed_tokens.weight",
+)
+# The first checkpoints have it; no T5 has used it.
+_UNUSED = (
+  "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+)
+
+
+def with_own_head(
+  config: T5Config, tensors: Mapping[str, tensors_.Tensor]
+) -> T5Config:
+  """The configuration of a checkpoint, untied if its head is its own.
+
+  transformers 5 writes into every config.json that the head is tied; whether it
+  is scaled tells v1.1 from the first release, whose head may be saved twice.
+  """
+  if config.tied and not config.scaled and _HEAD in tensors:
+    return dataclasses.replace(config, tied=False)
+  return config
+
+
+def params(
+  config: T5Config,
+  tensors: Mapping[str, tensors_.Tensor],
+  *,
+  scan: bool = False,
+  dtype: typing.DTypeLike = jnp.float32,
+  place: stored.Place = stored.on_one_device,
+) -> dict[str, Any]:
+  """Parameters of `T5` from a Hugging Face checkpoint, one at a time.
+
+  Args:
+    config: the sizes.
+    tensors: tensors by name; a linear weight is (out, in).
+    scan: stack the layers along a first axis, as `T5(scan=True)` does.
+    dtype: of the parameters.
+    place: makes a parameter; by default an array on one device.
+
+  Returns:
+    The tree of what `place` made; a Dense kernel is (in, out).
+
+  Raises:
+    WeightsError: tensors are missing, of another shape than the configuration
+      says, or unknown to it; all are named together, and nothing was read.
+  """
+  table = next((name for name in _TABLES if name in tensors), _TABLES[0])
+  plan = _plan(config, scan, table)
+  duplicates = (*_TABLES, *([_HEAD] if config.tied else []), _UNUSED)
+  stored.check(plan, tensors, lambda name: name in duplicates, "T5")
+  return stored.read(plan, tensors, dtype, place)
+
+
+def tensors(
+  config: T5Config, params: Mapping[str, Any], *, scan: bool = False
+) -> dict[str, np.ndarray]:
+  """Undoes `params`: the tensors of a Hugging Face checkpoint."""
+  return stored.tensors(_plan(config, scan, _TABLES[0]), params)
+
+
+def modules(
+  config: T5Config, scan: bool = False
+) -> dict[str, str | tuple[str, ...]]:
+  """The path of each kernel, and its module; of stacked layers, all modules."""
+  return stored.modules(_plan(config, scan, _TABLES[0]))
+
+
+def _plan(
+  config: T5Config, scan: bool, table: str
+) -> dict[stored.Path, stored.Source]:
+  """Path in the parameter tree -> where its values are."""
+  shape = (config.vocab_size, config.hidden_size)
+  plan: dict[stored.Path, stored.Source] = {
+    ("shared", "embedding"): stored.Source((table,), shape, False, False)
+  }
+  if not config.tied:
+    plan["lm_head", "kernel"] = stored.Source((_HEAD,), shape, True, False)
+  for stack, count in (
+    ("encoder", config.num_layers),
+    ("decoder", config.num_decoder_layers),
+  ):
+    plan |= _stack(config, scan, stack, count)
+  return plan
+
+
+def _stack(
+  config: T5Config, scan: bool, stack: str, count: int
+) -> dict[stored.Path, stored.Source]:
+  width, inner = config.hidden_size, config.intermediate_size
+  heads = config.num_heads * config.head_dim
+  # Within a layer: our module, Hugging Face's, and its linear weights.
+  attention = {"q": (heads, width), "k": (heads, width), "v": (heads, width)}
+  attention["o"] = (width, heads)
+  up = ("wi",) if config.feed_forward == "relu" else ("wi_0", "wi_1")
+  parts = [
+    ("self_attention", "SelfAttention", attention),
+    ("cross_attention", "EncDecAttention", attention),
+    (
+      "feed_forward",
+      "DenseReluDense",
+      {**dict.fromkeys(up, (inner, width)), "wo": (width, inner)},
+    ),
+  ]
+  if stack == "encoder":
+    del parts[1]
+  # Path -> the end of the tensor's name, and its shape.
+  leaves: dict[stored.Path, tuple[str, tuple[int, ...]]] = {}
+  for i, (ours, theirs, denses) in enumerate(parts):
+    norm = f"layer.{i}.layer_norm.weight"
+    leaves[f"{ours}_layer_norm", "scale"] = norm, (width,)
+    for name, shape in denses.items():
+      end = f"layer.{i}.{theirs}.{name}.weight"
+      leaves[ours, name, "kernel"] = end, shape
+  bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  plan: dict[stored.Path, stored.Source] = {
+    (stack, "final_layer_norm", "scale"): stored.Source(
+      (f"{stack}.final_layer_norm.weight",), (width,), False, False
+    ),
+    (stack, "relative_attention_bias", "embedding"): stored.Source(
+      (bias,), (config.num_buckets, config.num_heads), False, False
+    ),
+  }
+  for path, (end, shape) in leaves.items():
+    names = tuple(f"{stack}.block.{i}.{end}" for i in range(count))
+    turned = path[-1] == "kernel"
+    if scan:
+      plan[stack, "layers", *path] = stored.Source(names, shape, turned, True)
+      continue
+    for i, name in enumerate(names):
+      source = stored.Source((name,), shape, turned, False)
+      plan[stack, f"layers_{i}", *path] = source
+  return plan

@@ -1,0 +1,294 @@
+"""`python -m train compile`: what a step takes, before chips are rented."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from ..data import objectives
+from ..devices import mesh as mesh_lib
+from ..errors import UsageError
+from ..methods import method as methods
+from ..models.decoder import config as decoder_config
+from ..models.decoder import model as decoder
+from ..models.io import weights
+from ..run import config as config_lib
+from ..run import lowering
+from ..run.config import Config
+from . import figures, topology
+
+_METHODS = get_args(
+  next(x.type for x in dataclasses.fields(Config) if x.name == "method")
+)
+# As "Used 20.15G of 15.75G hbm"; or, of temporary arrays alone, "(32.00G)
+# exceeds available HBM (15.75G)".
+_EXHAUSTED = re.compile(
+  r"Used ([\d.]+ ?[KMG]) of|\(([\d.]+ ?[KMG])\) exceeds available"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Compiles the training step of a language model, and tells what it takes.
+
+  Nothing is run, and no weights are needed. With --topology nor are the
+  devices: the compiler for TPUs (`pip install 'jax[tpu]'`) works without one.
+  """
+
+  model: str = "llama3.1-8b"
+  """A size by name (llama3.1-8b, qwen2.5-14b, ...), or a folder with a
+  config.json of a Llama or a Qwen 2."""
+  topology: str = ""
+  """TPUs to compile for, as v5e:4x4; empty: the devices that are here."""
+  mesh: str = ""
+  """Devices along data, fsdp and tensor, as fsdp=16."""
+  method: str = "lora,bilora"
+  """What is trained, as in a run; several with commas, to be compared with the
+  first."""
+
+  batch_size: int = 128
+  """Rows in a step, over all devices."""
+  max_length: int = 256
+  """Tokens in a row."""
+  accumulate: int = 1
+  """Parts that a batch is run in, one after another."""
+  rank: int = 8
+  """r1, the rank of the primary adapter."""
+  auxiliary_rank: int = 8
+  """r2, the rank of the auxiliary adapter (bilora)."""
+  targets: str = ".*_proj"
+  """Regular expression for the paths of the modules that get adapters."""
+  dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  """What the model computes in."""
+  base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "bfloat16"
+  """What the frozen weights are stored in, as in a run."""
+  remat: Literal["none", "dots", "full"] = "full"
+  """What a layer's backward pass computes again: nothing, all but the products
+  with weights, or all."""
+  scan_layers: bool = True
+  """Compile one layer for all."""
+
+  json: str = ""
+  """A file for the figures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command.
+
+  Returns:
+    0; 1 if a step does not fit its devices; 2 for bad usage.
+  """
+  options = tyro.cli(Options, args=argv, prog="python -m train compile")
+  try:
+    return _compare(options)
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _compare(options: Options) -> int:
+  configs = [_config(options, name) for name in options.method.split(",")]
+  sizes, layout = _sizes(options), _layout(options)
+  _check_writable(options.json)
+  used = jax.devices()[:1] if layout.mesh is None else layout.mesh.devices.flat
+  memory = topology.memory(used[0])
+  found: list[figures.Figures] = []
+  too_large = {}
+  for config in configs:
+    print(f"compiling {config.method} ...", file=sys.stderr)
+    try:
+      found.append(_figures(options, config, sizes, layout, len(used)))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      too_large[config.method] = _needed(str(error))
+  if memory is not None:
+    too_large |= {
+      x.method: figures.gib(x.peak) for x in found if x.peak > memory
+    }
+  print(
+    f"{options.model} on {len(used)} x {used[0].device_kind}, "
+    f"{options.batch_size} rows of {options.max_length} tokens; for each device"
+  )
+  if found:
+    print(figures.table(found))
+  for method, needed in too_large.items():
+    print(
+      f"{method} does not fit: it needs {needed}, and a program may use "
+      f"{figures.gib(memory) if memory else 'less'} of a device. More devices "
+      "along fsdp, --remat full, a greater --accumulate and a smaller "
+      "--batch-size need less."
+    )
+  if memory is None:
+    print(f"The memory of a {used[0].device_kind} is not known here.")
+  elif not too_large:
+    print(f"Fits: a program may use {figures.gib(memory)} of a device.")
+  if options.json:
+    _write(options, found, too_large, memory)
+  return 1 if too_large else 0
+
+
+def _layout(options: Options) -> mesh_lib.Layout:
+  devices = None
+  if options.topology:
+    devices = topology.devices(options.topology)
+    if not options.mesh:
+      raise UsageError(
+        f"--topology {options.topology} needs a --mesh of its devices, for "
+        f"example fsdp={len(devices)}."
+      )
+  return mesh_lib.make(
+    options.mesh, options.batch_size // options.accumulate, devices
+  )
+
+
+def _check_writable(path: str) -> None:
+  if not path:
+    return
+  try:
+    pathlib.Path(path).touch()
+  except OSError as error:
+    raise UsageError(
+      f"--json {path} cannot be written: {error.strerror}."
+    ) from error
+
+
+def _config(options: Options, method: str) -> Config:
+  if method not in _METHODS:
+    raise UsageError(
+      f"--method is one or several of {', '.join(_METHODS)}; got {method!r}."
+    )
+  fields = {field.name for field in dataclasses.fields(Config)}
+  own: dict[str, Any] = dataclasses.asdict(options) | {"method": method}
+  config = Config(**{k: v for k, v in own.items() if k in fields})
+  config_lib.check(config)
+  return config
+
+
+def _sizes(options: Options) -> decoder_config.DecoderConfig:
+  presets, name = decoder_config.PRESETS, options.model
+  folder = pathlib.Path(name)
+  if name in presets:
+    sizes = presets[name]
+  elif folder.is_dir():
+    try:
+      sizes = decoder_config.DecoderConfig.from_hf(weights.read_config(folder))
+    except ValueError as error:
+      raise UsageError(f"--model {name}: {error}") from error
+  else:
+    raise UsageError(
+      f"--model is one of {', '.join(presets)}, or a folder with a "
+      f"config.json; got {name!r}."
+    )
+  if options.max_length > sizes.max_positions:
+    raise UsageError(
+      f"--max-length is at most {sizes.max_positions}, the positions that "
+      f"{name} was made for; got {options.max_length}."
+    )
+  return sizes
+
+
+def _figures(
+  options: Options,
+  config: Config,
+  sizes: decoder_config.DecoderConfig,
+  layout: mesh_lib.Layout,
+  devices: int,
+) -> figures.Figures:
+  return figures.of(
+    config.method,
+    _lowered(options, config, sizes, layout).compile(),
+    _flops(options, config, sizes) / devices,
+  )
+
+
+def _lowered(
+  options: Options,
+  config: Config,
+  sizes: decoder_config.DecoderConfig,
+  layout: mesh_lib.Layout,
+) -> jax.stages.Lowered:
+  mesh = layout.mesh
+  platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+  model = decoder.Decoder(
+    sizes,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    remat=options.remat,
+    scan=options.scan_layers,
+    # Not this process's backend, by which the model would go itself.
+    attention="matmul" if platform == "cpu" else "fused",
+  )
+  objective = objectives.NEXT_TOKEN
+  batch = lowering.next_token_batch(options.batch_size, options.max_length)
+  inputs = objective.inputs(batch)
+  try:
+    method = methods.build(config, model, inputs, 1000, objective)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  variables, state = lowering.abstract(
+    config, method, layout, shapes, decoder.logical_axes(shapes)
+  )
+  return lowering.lower(
+    layout, method, objective, variables, state, batch, options.accumulate
+  )
+
+
+def _flops(
+  options: Options, config: Config, sizes: decoder_config.DecoderConfig
+) -> float:
+  """The operations of a step, before it is shared out.
+
+  Of a loop XLA counts one turn: the layers are written out, and the batch is
+  run at once. They are all alike, so that two tell of all.
+  """
+  plain = dataclasses.replace(options, scan_layers=False, accumulate=1)
+
+  def of(layers):
+    lowered = _lowered(
+      plain,
+      config,
+      dataclasses.replace(sizes, num_layers=layers),
+      mesh_lib.Layout(),
+    )
+    cost = lowered.cost_analysis()
+    assert cost is not None
+    return cost["flops"]
+
+  one = of(1)
+  return one + (sizes.num_layers - 1) * (of(2) - one)
+
+
+def _needed(message: str) -> str:
+  """What a program would have used, from XLA's own words."""
+  found = _EXHAUSTED.search(message)
+  if found is None:
+    return "more than there is"
+  size = found[1] or found[2]
+  return f"{size[:-1].strip()} {size[-1]}iB"
+
+
+def _write(
+  options: Options,
+  found: Sequence[figures.Figures],
+  too_large: Mapping[str, str],
+  memory: int | None,
+) -> None:
+  text = json.dumps(
+    {
+      "options": dataclasses.asdict(options),
+      "usable_bytes": memory,
+      "does_not_fit": dict(too_large),
+      "figures": [dataclasses.asdict(x) for x in found],
+    },
+    indent=2,
+  )
+  pathlib.Path(options.json).write_text(text + "\n")

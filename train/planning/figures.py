@@ -1,0 +1,120 @@
+"""What a compiled step takes on each device, and a table of it."""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+
+from . import hlo, topology, traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """What a step of one method takes, on each device.
+
+  Attributes:
+    arguments: bytes of what is there before: weights, state and batch.
+    temporary: bytes of what is made and thrown away.
+    output: bytes of what is new after it, not put in the state's place.
+    code: bytes of the program.
+    peak: bytes in use at once, as the compiler plans it; temporary arrays may
+      take more, if they leave gaps.
+    flops: of the step by its equations, over the devices.
+    bytes_accessed: read and written, loops in full; see `traffic`.
+    bytes_accessed_once: XLA's own count, that takes a loop's body once.
+    bytes_sent: by kind of collective.
+    loops_known: whether all loops with collectives are of known length.
+  """
+
+  method: str
+  arguments: int
+  temporary: int
+  output: int
+  code: int
+  peak: int
+  flops: float
+  bytes_accessed: float
+  bytes_accessed_once: float
+  bytes_sent: dict[str, int]
+  loops_known: bool
+
+
+def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
+  """The figures of a compiled step.
+
+  Args:
+    method: its name.
+    compiled: for one of the devices, that all run it.
+    flops: see `Figures`.
+  """
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  cost = compiled.cost_analysis()
+  assert memory is not None and text is not None and cost is not None
+  collectives = hlo.collectives(text)
+  return Figures(
+    method=method,
+    arguments=memory.argument_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    code=memory.generated_code_size_in_bytes,
+    peak=memory.peak_memory_in_bytes,
+    flops=flops,
+    bytes_accessed=traffic.accessed(text),
+    bytes_accessed_once=cost["bytes accessed"],
+    bytes_sent=hlo.bytes_by_kind(collectives),
+    loops_known=all(x.times is not None for x in collectives),
+  )
+
+
+def table(found: Sequence[Figures]) -> str:
+  """The figures side by side, and beside each its ratio to the first."""
+
+  def row(name, values, write):
+    first = values[0]
+    cells = [write(first).rjust(13)]
+    cells += [
+      write(value).rjust(13)
+      + (f"{value / first:.3f}".rjust(8) if first else " " * 8)
+      for value in values[1:]
+    ]
+    return name.ljust(28) + "".join(cells)
+
+  names = [x.method for x in found]
+  lines = [
+    " " * 28
+    + names[0].rjust(13)
+    + "".join(name.rjust(13) + "ratio".rjust(8) for name in names[1:])
+  ]
+  lines += [
+    row(name, [getattr(x, name) for x in found], gib)
+    for name in ("arguments", "temporary", "output", "code", "peak")
+  ]
+  lines.append(
+    row("floating-point operations", [x.flops for x in found], "{:.4g}".format)
+  )
+  lines.append(
+    row("bytes read and written", [x.bytes_accessed for x in found], gib)
+  )
+  lines.append(
+    row(
+      "  a loop's body once (XLA)", [x.bytes_accessed_once for x in found], gib
+    )
+  )
+  lines.append(
+    row("bytes sent", [sum(x.bytes_sent.values()) for x in found], gib)
+  )
+  lines += [
+    row(f"  {kind}", [x.bytes_sent[kind] for x in found], gib)
+    for kind in hlo.KINDS
+  ]
+  if not all(x.loops_known for x in found):
+    lines.append(
+      "At least so much is sent: XLA does not tell how long a loop is, that "
+      "counts once."
+    )
+  return "\n".join(lines)
+
+
+def gib(size: float) -> str:
+  """Bytes in GiB, to be read."""
+  return f"{size / topology.GIB:.3f} GiB"

@@ -1,0 +1,202 @@
+"""What a run needs before its first step: checks, data, weights, method."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+import bilora_jax
+
+from ..data import label_words
+from ..data import load as data_lib
+from ..data import registry as tasks
+from ..devices import mesh as mesh_lib
+from ..devices import processes
+from ..errors import UsageError
+from ..methods import method as methods
+from ..methods import starts
+from ..models import load as models
+from ..models.load import Pretrained
+from . import config as config_lib
+from . import journal, lowering, memory
+from .config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """All that a run needs before its first step.
+
+  Attributes:
+    variables: of the model, laid out; without what the primary starts at.
+    shapes: of the variables, before they are quantised.
+    axes: a tree like `shapes` of the names of their axes.
+    start: the adapters at the start, if they were taken out of the variables.
+  """
+
+  config: Config
+  folder: pathlib.Path
+  data: data_lib.Data
+  model: Any
+  variables: Any
+  shapes: Any
+  axes: Any
+  layout: mesh_lib.Layout
+  method: methods.Method
+  start: Any = None
+
+  @property
+  def steps(self) -> int:
+    return self.config.epochs * self.data.steps_per_epoch
+
+  def pretrained(self) -> Any:
+    """The variables as they came."""
+    if self.start is None:
+      return self.variables
+    assert self.method.adapted is not None
+    return self.method.adapted.merge(self.variables, self.start)
+
+  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
+    """What is kept of a run: adapters for the variables as they came."""
+    assert self.method.adapted is not None
+    if self.start is None:
+      return self.method.adapted, evaluated
+    batch = next(self.data.train_batches())
+    return starts.on_original(
+      self.method.adapted,
+      self.model,
+      self.data.objective.inputs(batch),
+      evaluated,
+      self.start,
+    )
+
+
+def prepare(config: Config) -> Prepared:
+  """Checks a configuration, and loads data, weights and method.
+
+  Raises:
+    UsageError: if any of them is not to be had, or the run's folder holds
+      another run.
+  """
+  config_lib.check(config)
+  if config.compilation_cache:
+    _use_compilation_cache()
+  layout = mesh_lib.make(config.mesh, config.batch_size // config.accumulate)
+  folder = config.folder()
+  _claim(folder, config)
+  try:
+    pretrained = models.open_pretrained(config.model)
+    data = data_lib.load(config, pretrained)
+    model = _model(config, pretrained, data)
+    inputs = data.objective.inputs(next(data.train_batches()))
+    steps = config.epochs * data.steps_per_epoch
+    method = methods.build(config, model, inputs, steps, data.objective)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    axes = models.logical_axes(shapes)
+    memory.check(*lowering.abstract(config, method, layout, shapes, axes))
+    place = layout.placer(axes["params"])
+    if config.quantised:
+      place = _quantising(place, method.adapted)
+    variables = pretrained.variables(
+      model, config.seed, config.param_dtype, place
+    )
+    started = starts.of(
+      config,
+      model,
+      variables,
+      method,
+      data.objective,
+      lambda: next(data.train_batches()),
+    )
+  except (ValueError, RuntimeError) as error:
+    with contextlib.suppress(OSError):
+      folder.rmdir()  # if it was made for this run, and is empty
+    raise UsageError(str(error)) from error
+  if processes.is_first():
+    journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+  return Prepared(
+    config=config,
+    folder=folder,
+    data=data,
+    model=model,
+    variables=started.variables,
+    shapes=shapes,
+    axes=axes,
+    layout=layout,
+    method=started.method,
+    start=started.start,
+  )
+
+
+def _quantising(place: Any, adapted: Any) -> Any:
+  """Places a parameter, and quantises it before the next one is read."""
+
+  def quantised(path, *arguments):
+    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
+
+  return quantised
+
+
+def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
+  dtype = None if config.dtype == "float32" else config.dtype
+  if not (pretrained.is_decoder or pretrained.is_t5):
+    assert isinstance(data, data_lib.Labelled)
+    if config.scan_layers:
+      raise UsageError(
+        f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
+      )
+    return pretrained.encoder_classifier(
+      len(data.task.labels), dtype, remat=config.remat
+    )
+  options = {
+    "dtype": dtype,
+    "param_dtype": config.param_dtype,
+    "remat": config.remat,
+    "scan": config.scan_layers,
+  }
+  if isinstance(data, data_lib.Labelled):
+    assert isinstance(data.task, tasks.Task)
+    if pretrained.is_t5:
+      assert pretrained.eos_id is not None
+      words = label_words.words(
+        pretrained.tokenizer, data.task, pretrained.eos_id
+      )
+      return pretrained.t5_classifier(words, **options)
+    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
+    return pretrained.decoder_classifier(label_ids, **options)
+  return pretrained.language_model(**options)
+
+
+def _claim(folder: pathlib.Path, config: Config) -> None:
+  """Makes the folder of the run, or refuses one that holds another run."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UsageError(
+      f"the run's folder {folder} cannot be written: {error.strerror}."
+    ) from error
+  if not (folder / "config.json").exists():
+    return
+  changed = config_lib.differences(config_lib.from_run(folder), config)
+  if changed:
+    listed = "; ".join(
+      f"{name} is {old!r} there and {new!r} here"
+      for name, (old, new) in changed.items()
+    )
+    raise UsageError(
+      f"{folder} holds a run of another configuration: {listed}. Give the "
+      "same options to resume it, or another --run-dir."
+    )
+
+
+def _use_compilation_cache() -> None:
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(cache) / "bilora_jax/jax")
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,108 @@
+"""A training step made of shapes alone: nothing is read, made or run."""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..data.objectives import Objective
+from ..devices import mesh as mesh_lib
+from ..methods.method import Method
+from . import step
+from .config import Config
+
+
+def next_token_batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a batch for `objectives.NEXT_TOKEN`, each (rows, length)."""
+  dtypes = {
+    "tokens": jnp.int32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+  }
+  return {
+    name: jax.ShapeDtypeStruct((rows, length), dtype)
+    for name, dtype in dtypes.items()
+  }
+
+
+def abstract(
+  config: Config,
+  method: Method,
+  layout: mesh_lib.Layout,
+  variables: Any,
+  axes: Any,
+) -> tuple[Any, step.TrainState]:
+  """A run's variables and its first state, as shapes that are laid out.
+
+  Args:
+    config: says what the frozen weights are stored in.
+    method: what to train and how.
+    layout: whose devices need not be there.
+    variables: of the model; shapes, as they are before they are quantised.
+    axes: a tree like `variables` of the names of their axes.
+  """
+  base_axes = axes
+  base = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), variables
+  )
+  if config.quantised:
+    assert method.adapted is not None
+    base = jax.eval_shape(method.adapted.quantize, base)
+    base_axes = method.adapted.quantized_axes(axes)
+  state = jax.eval_shape(
+    functools.partial(step.init, method), jax.random.key(0), base
+  )
+  if layout.mesh is None:
+    return base, state
+  return (
+    _laid_out(base, layout.shardings(base_axes, base)),
+    _laid_out(state, layout.state_shardings(method, axes, variables, state)),
+  )
+
+
+def lower(
+  layout: mesh_lib.Layout,
+  method: Method,
+  objective: Objective,
+  variables: Any,
+  state: step.TrainState,
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+  accumulate: int = 1,
+) -> jax.stages.Lowered:
+  """The step of `step.make_train_step`, ready to be compiled.
+
+  Args:
+    layout: whose devices need not be there.
+    method: what to train and how.
+    objective: what is learned from a batch.
+    variables: from `abstract`.
+    state: from `abstract`.
+    batch: shapes, those of all processes together.
+    accumulate: as in `make_train_step`.
+  """
+  shardings = None
+  if layout.mesh is not None:
+    rows = jax.sharding.PartitionSpec("batch")
+    shardings = jax.tree.map(lambda x: x.sharding, state), layout.replicated
+    batch = {
+      name: _laid_out(x, layout.sharding(rows, x.shape))
+      for name, x in batch.items()
+    }
+  train_step: Any = step.make_train_step(
+    method, objective, shardings, accumulate
+  )
+  return layout.within(train_step.lower)(variables, state, batch)
+
+
+def _laid_out(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    tree,
+    shardings,
+  )

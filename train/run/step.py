@@ -1,0 +1,210 @@
+"""The training step and the evaluation step, each one jitted function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..data.objectives import Batch, Items, Objective
+from ..methods.method import Method
+
+_NEVER = 2**30  # optax.apply_if_finite: a bad update is never let through
+
+
+class TrainState(NamedTuple):
+  """What a checkpoint holds, and all that a step changes.
+
+  Attributes:
+    step: optimizer steps so far, int32 scalar.
+    trained: adapters, or all parameters.
+    opt_state: of `optimizer(method)`.
+    estimator: what the gradient's estimator keeps, as SAM's kin of old ones.
+    key: of the run's dropout and noise, uint32; every step folds its number
+      into it. It is no constant of the step: one compilation for all seeds.
+  """
+
+  step: jax.Array
+  trained: Any
+  opt_state: Any
+  estimator: Any
+  key: jax.Array
+
+
+class Metrics(NamedTuple):
+  """Scalars of one step, on the device.
+
+  Attributes:
+    loss: mean cross-entropy in nats, at the weights that the step met.
+    accuracy: share of right predictions among them.
+    nonfinite: how many steps in a row were skipped.
+    tokens: real tokens in the batch.
+    c_over_rho: norm of the auxiliary before the clip, over rho; NaN without.
+    clip_factor: what the clip multiplied each factor by; 1 without.
+  """
+
+  loss: jax.Array
+  accuracy: jax.Array
+  nonfinite: jax.Array
+  tokens: jax.Array
+  c_over_rho: jax.Array
+  clip_factor: jax.Array
+
+
+def optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
+  """The method's transformation, that skips steps that are not finite."""
+  return optax.with_extra_args_support(
+    optax.apply_if_finite(method.tx, max_consecutive_errors=_NEVER)
+  )
+
+
+def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
+  """The state before the first step; the key is of all that is drawn in it."""
+  own, later = jax.random.split(key)
+  # A copy, since the step donates it: the base must not go with it.
+  trained = jax.tree.map(jnp.copy, method.init(own, variables))
+  return TrainState(
+    step=jnp.zeros([], jnp.int32),
+    trained=trained,
+    opt_state=optimizer(method).init(trained),
+    estimator=method.estimator.init(method.differentiated(trained, variables)),
+    key=jax.random.key_data(later),
+  )
+
+
+def make_train_step(
+  method: Method,
+  objective: Objective,
+  shardings: Any = None,
+  accumulate: int = 1,
+) -> Callable[[Any, TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `(variables, state, batch)` to the next state and the metrics.
+
+  Args:
+    method: what to train and how.
+    objective: what is learned from a batch.
+    shardings: of the next state and the metrics, on a mesh.
+    accumulate: parts that a batch is run in, one after another; their
+      gradients add up to that of the batch.
+  """
+  tx = optimizer(method)
+
+  def loss_fn(params, variables, batch, total, key):
+    trained, variables = method.unpacked(params, variables)
+    logits = method.apply(
+      variables, trained, *objective.inputs(batch), rngs={"dropout": key}
+    )
+    items = objective.items(logits, batch)
+    return (
+      jnp.sum(items.losses * items.weights) / total,
+      jnp.sum(items.right * items.weights) / total,
+    )
+
+  value_and_grad = _accumulated(
+    jax.value_and_grad(loss_fn, has_aux=True), accumulate
+  )
+
+  def train_step(variables, state, batch):
+    # A batch may have no token to learn from.
+    total = jnp.maximum(jnp.sum(objective.weights(batch)), 1.0)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    dropout_key, noise_key = jax.random.split(key)
+    ((loss, accuracy), grads), estimator = method.estimator.estimate(
+      value_and_grad,
+      state.estimator,
+      noise_key,
+      method.differentiated(state.trained, variables),
+      variables,
+      batch,
+      total,
+      dropout_key,
+    )
+    grads, _ = method.unpacked(grads, variables)
+    # A loss that is not finite may still have a finite gradient.
+    grads = jax.tree.map(
+      lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    nonfinite = optax.tree.get(opt_state, "notfinite_count")
+    # What is kept of a step that was skipped would spoil all that follow.
+    estimator = jax.tree.map(
+      lambda new, old: jnp.where(nonfinite == 0, new, old),
+      estimator,
+      state.estimator,
+    )
+    one = jnp.float32(1.0)
+    norm = optax.tree.get(opt_state, "auxiliary_norm", jnp.nan)
+    metrics = Metrics(
+      loss=loss,
+      accuracy=accuracy,
+      nonfinite=nonfinite,
+      tokens=objective.tokens(batch),
+      c_over_rho=_over(norm, method.rho),
+      clip_factor=optax.tree.get(opt_state, "clip_factor", one),
+    )
+    return TrainState(
+      state.step + 1, trained, opt_state, estimator, state.key
+    ), metrics
+
+  return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
+
+
+def _over(norm: jax.Array, rho: Any) -> jax.Array:
+  """The quotient; NaN without a ball, or with one of no size."""
+  if rho is None:
+    return jnp.float32(jnp.nan)
+  return jnp.where(rho > 0, norm / rho, jnp.nan)
+
+
+def _accumulated(
+  value_and_grad: Callable[..., Any], parts: int
+) -> Callable[..., Any]:
+  """Runs a batch in parts, of which values and gradients are added up.
+
+  Every part takes every `parts`-th row, so that on a mesh each device keeps
+  the rows that it has.
+  """
+  if parts == 1:
+    return value_and_grad
+
+  def of_parts(trained, variables, batch, total, key):
+    split = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def of_part(number, part):
+      return value_and_grad(
+        trained, variables, part, total, jax.random.fold_in(key, number)
+      )
+
+    def add(sums, numbered):
+      return jax.tree.map(jnp.add, sums, of_part(*numbered)), None
+
+    numbered = jnp.arange(parts), split
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], numbered)),
+    )
+    return jax.lax.scan(add, zeros, numbered)[0]
+
+  return of_parts
+
+
+def make_eval_step(
+  method: Method, objective: Objective, sharding: Any = None
+) -> Callable[[Any, Any, Batch], Items]:
+  """Returns `(variables, evaluated, batch)` to the batch's items.
+
+  Args:
+    method: what was trained.
+    objective: what was learned.
+    sharding: of the items, on a mesh.
+  """
+
+  def eval_step(variables, evaluated, batch):
+    logits = method.apply(variables, evaluated, *objective.inputs(batch))
+    return objective.items(logits, batch)
+
+  return jax.jit(eval_step, out_shardings=sharding)
