@@ -5,9 +5,10 @@ import gzip
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 import zlib
 
+from ..models.io.template import Conversation, Message
 from . import hashing
 
 SPLITS = ("train", "validation", "test")
@@ -41,17 +42,6 @@ _JSON_NAMES = {
   list: "a list",
   dict: "an object",
 }
-
-
-class Message(NamedTuple):
-  """What one side says: `role` is `system`, `user` or `assistant`."""
-
-  role: str
-  content: str
-
-
-Conversation = tuple[Message, ...]
-"""A system message or none, then user and assistant in turns."""
 
 
 def load(

@@ -15,11 +15,11 @@ import bilora_jax
 
 from ..data import gsm8k
 from ..data import scores as evaluate
-from ..data.instructions import Message
 from ..errors import UsageError
 from ..models import load
 from ..models.decoder import generate
 from ..models.decoder import model as decoder
+from ..models.io.template import Message
 from ..models.t5 import generate as t5_generate
 from ..models.t5 import model as t5
 from ..run import config as config_lib

@@ -11,7 +11,6 @@ from jax import typing
 import jax.numpy as jnp
 import tokenizers
 
-from ..data import chat
 from .bert import model as bert
 from .bert import weights as bert_weights
 from .decoder import config as decoder_config
@@ -27,6 +26,7 @@ from .io import (
   tokenizer,
   weights,
 )
+from .io import template as templates
 from .t5 import config as t5_config
 from .t5 import label_words as t5_label_words
 from .t5 import model as t5
@@ -62,7 +62,7 @@ class Pretrained:
   text_tokenizer: tokenizers.Tokenizer | None = None
   pad_id: int = 0
   eos_id: int | None = None
-  template: chat.Template | None = None
+  template: templates.Template | None = None
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
@@ -247,8 +247,10 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     text_tokenizer=text_tokenizer,
     pad_id=pad_id,
     eos_id=eos_id,
-    template=chat.Template(
-      model.chat_template or chat.PLAIN, text(model.bos_id), text(eos_id)
+    template=templates.Template(
+      model.chat_template or templates.PLAIN,
+      text(model.bos_id),
+      text(eos_id),
     ),
     hf_config=model.config,
   )
@@ -264,7 +266,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
   found = tensors.open_safetensors(folder)
   where = folder / "config.json"
   if config.get("model_type") in decoder_config.MODEL_TYPES:
-    template = chat.load_template(folder)
+    template = templates.load_template(folder)
     eos_id = text_tokenizer.token_to_id(template.eos) if template.eos else None
     return Pretrained(
       path=folder,

@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from train.data import chat
-from train.data.instructions import Message
+from train.models.io import template as templates
+from train.models.io.template import Message
 
 CHATML = (
   "{% for message in messages %}"
@@ -38,7 +39,7 @@ TWO_TURNS = (
 
 def _encode(conversation, template=CHATML, max_length=1000, eos=IM_END, **rest):
   if isinstance(template, str):
-    template = chat.Template(template, "<s>", "</s>")
+    template = templates.Template(template, "<s>", "</s>")
   return chat.encode(
     TOKENIZER, template, conversation, max_length, eos=eos, **rest
   )
@@ -70,7 +71,7 @@ def test_every_turn_of_the_assistant_is_learned_up_to_its_end():
 
 
 def test_the_plain_template_is_for_base_models():
-  assert _pieces(*_encode(TWO_TURNS, chat.PLAIN, eos=END)) == [
+  assert _pieces(*_encode(TWO_TURNS, templates.PLAIN, eos=END)) == [
     (
       False,
       "<s>be brief\n\n### Instruction:\nthe cat?\n\n### Response:\n",
@@ -82,7 +83,7 @@ def test_the_plain_template_is_for_base_models():
 
 
 def test_without_its_end_a_turn_is_learned_whole_and_the_last_is_ended():
-  without = chat.Template(chat.PLAIN)
+  without = templates.Template(templates.PLAIN)
   pieces = _pieces(*_encode(TWO_TURNS, without, eos=END))
   assert [text for learned, text in pieces if learned] == [
     "sat\n\n",
@@ -102,7 +103,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
   asked=texts,
   answered=texts,
   template=st.sampled_from(
-    [CHATML, chat.PLAIN, "{% for m in messages %}{{ m.content }} {% endfor %}"]
+    [
+      CHATML,
+      templates.PLAIN,
+      "{% for m in messages %}{{ m.content }} {% endfor %}",
+    ]
   ),
 )
 def test_the_prompt_is_tokenized_as_it_will_be_when_it_is_asked(
@@ -110,7 +115,7 @@ def test_the_prompt_is_tokenized_as_it_will_be_when_it_is_asked(
 ):
   conversation = Message("user", asked), Message("assistant", answered)
   ids, loss = _encode(conversation, template, 10_000, eos=None)
-  prompt = chat.Template(template, "<s>", "</s>").render(
+  prompt = templates.Template(template, "<s>", "</s>").render(
     conversation[:1], add_generation_prompt=True
   )
   alone = TOKENIZER.encode(prompt, add_special_tokens=False).ids
@@ -139,7 +144,7 @@ def test_no_space_is_put_before_a_response_by_the_tokenizer():
   tokenizer.normalizer = normalizers.Sequence(
     [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
   )
-  template = chat.Template(
+  template = templates.Template(
     "{% for m in messages %}"
     "{{ m.content if m.role == 'user' else ' ' + m.content }}{% endfor %}"
   )
@@ -183,7 +188,7 @@ def test_what_is_too_long_is_cut_skipped_or_refused():
 
 
 def test_sequences_hold_all_conversations_and_count_the_skipped():
-  template = chat.Template(CHATML)
+  template = templates.Template(CHATML)
   encoded = [_encode(ONE_TURN), _encode(TWO_TURNS)]
   found = chat.tokenize(
     [ONE_TURN, TWO_TURNS, ONE_TURN], TOKENIZER, template, 1000, eos=IM_END
@@ -249,13 +254,15 @@ def test_a_template_that_cannot_be_used_is_refused(template, message):
 )
 def test_templates_find_what_they_are_published_for(template, text):
   conversation = (Message("user", "<é>"),)
-  assert chat.Template(template, "<s>", "</s>").render(conversation) == text
+  assert (
+    templates.Template(template, "<s>", "</s>").render(conversation) == text
+  )
 
 
 @pytest.mark.parametrize(
   ("config", "expected"),
   [
-    ({"chat_template": "a"}, chat.Template("a")),
+    ({"chat_template": "a"}, templates.Template("a")),
     (
       {
         "chat_template": [
@@ -265,10 +272,10 @@ def test_templates_find_what_they_are_published_for(template, text):
         "bos_token": {"content": "<s>"},
         "eos_token": "</s>",
       },
-      chat.Template("a", "<s>", "</s>"),
+      templates.Template("a", "<s>", "</s>"),
     ),
-    ({"bos_token": None}, chat.Template(chat.PLAIN)),
-    (None, chat.Template(chat.PLAIN)),
+    ({"bos_token": None}, templates.Template(templates.PLAIN)),
+    (None, templates.Template(templates.PLAIN)),
   ],
 )
 def test_a_folder_has_a_template_or_gets_the_plain_one(
@@ -276,13 +283,15 @@ def test_a_folder_has_a_template_or_gets_the_plain_one(
 ):
   if config is not None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-  assert chat.load_template(tmp_path) == expected
+  assert templates.load_template(tmp_path) == expected
 
 
 def test_a_template_may_have_a_file_of_its_own(tmp_path):
   (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
   (tmp_path / "chat_template.jinja").write_text("é", encoding="utf-8")
-  assert chat.load_template(tmp_path) == chat.Template("é", "", "</s>")
+  assert templates.load_template(tmp_path) == templates.Template(
+    "é", "", "</s>"
+  )
 
 
 @pytest.mark.parametrize(
@@ -298,4 +307,4 @@ def test_a_template_may_have_a_file_of_its_own(tmp_path):
 def test_a_broken_tokenizer_config_is_refused(text, message, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(text)
   with pytest.raises(ValueError, match=message):
-    chat.load_template(tmp_path)
+    templates.load_template(tmp_path)

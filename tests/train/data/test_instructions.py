@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from train.data import hashing, instructions
-from train.data.instructions import Message
+from train.models.io.template import Message
 
 
 def _write(folder, *lines, name="rows.jsonl"):

@@ -1,0 +1,161 @@
+"""Chat templates: from a conversation to the text that a decoder reads."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import ext, nodes, parser, sandbox
+
+PLAIN = (
+  "{{ bos_token }}"
+  "{% for message in messages %}"
+  "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+  "{% elif message.role == 'user' %}"
+  "{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}"
+  "{% else %}"
+  "{{ message.content + (eos_token or '\n\n') }}"
+  "{% endif %}"
+  "{% endfor %}"
+)
+"""For a base model, which has no template of its own."""
+
+# Some templates write the day into the prompt. Here it is always the same, so
+# that a run which is resumed tomorrow, or started again, reads the same tokens.
+_TODAY = datetime.datetime(2024, 7, 26)
+
+
+class Message(NamedTuple):
+  """What one side says: `role` is `system`, `user` or `assistant`."""
+
+  role: str
+  content: str
+
+
+Conversation = tuple[Message, ...]
+"""A system message or none, then user and assistant in turns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A chat template, as `tokenizer_config.json` and GGUF files carry them.
+
+  Attributes:
+    source: in Jinja, of the variables `messages`, `add_generation_prompt`,
+      `bos_token` and `eos_token`. The day it is told is always 26 July 2024.
+    bos: the text of the token that begins a text, as `bos_token`.
+    eos: the text of the token that ends a text, as `eos_token`.
+
+  Raises:
+    ValueError: if `source` is not a template.
+  """
+
+  source: str = PLAIN
+  bos: str = ""
+  eos: str = ""
+
+  def __post_init__(self) -> None:
+    try:
+      _compile(self.source)
+    except jinja2.TemplateError as error:
+      raise ValueError(
+        f"The chat template is not one that Jinja can read: {error}."
+      ) from error
+
+  def render(
+    self, conversation: Conversation, add_generation_prompt: bool = False
+  ) -> str:
+    """Returns the text of a conversation, or of its beginning.
+
+    Args:
+      conversation: at least one message.
+      add_generation_prompt: whether the assistant's header follows.
+
+    Raises:
+      ValueError: if the template refuses the conversation.
+    """
+    try:
+      return _compile(self.source).render(
+        messages=[message._asdict() for message in conversation],
+        add_generation_prompt=add_generation_prompt,
+        bos_token=self.bos,
+        eos_token=self.eos,
+        tools=None,
+        documents=None,
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      roles = ", ".join(message.role for message in conversation)
+      raise ValueError(
+        f"The chat template does not take a conversation of {roles}: {error}."
+      ) from error
+
+
+def load_template(folder: str | pathlib.Path) -> Template:
+  """Returns the template of a model folder, or the plain one if it has none.
+
+  Args:
+    folder: with `tokenizer_config.json`, or none; the template is its
+      `chat_template`, or the file `chat_template.jinja`.
+
+  Raises:
+    ValueError: if a file is not as it must be.
+  """
+  path = pathlib.Path(folder) / "tokenizer_config.json"
+  try:
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON in UTF-8: {error}.") from error
+  source = config.get("chat_template")
+  if isinstance(source, list):  # several templates, by name
+    named = {item["name"]: item["template"] for item in source}
+    if "default" not in named:
+      raise ValueError(
+        f"{path} has chat templates named {', '.join(named)}; one of them must"
+        " be named default."
+      )
+    source = named["default"]
+  own_file = path.with_name("chat_template.jinja")
+  if own_file.is_file():
+    source = own_file.read_text("utf-8")
+  bos, eos = (_token_text(config.get(f"{end}_token")) for end in ("bos", "eos"))
+  return Template(PLAIN if source is None else source, bos, eos)
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+  return token["content"] if isinstance(token, dict) else token or ""
+
+
+class _Generation(ext.Extension):
+  """Reads `{% generation %}`, which marks responses, and leaves it out."""
+
+  tags = {"generation"}  # noqa: RUF012, as the base class has it
+
+  def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _compile(source: str) -> jinja2.Template:
+  # The names, options and extensions that published templates are written for.
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[ext.loopcontrols, _Generation],
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals["raise_exception"] = _raise
+  environment.globals["strftime_now"] = _TODAY.strftime
+  return environment.from_string(source)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+  # Jinja's own escapes what HTML would misread.
+  return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise(message: str) -> None:
+  raise jinja2.TemplateError(message)
