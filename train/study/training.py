@@ -132,12 +132,6 @@ def digest(data: data_lib.Data) -> str:
   return found.hexdigest()[:16]
 
 
-def correct_rows(packed: str, rows: int) -> np.ndarray:
-  """Which rows were right, `[rows]` bool, from the text of a row."""
-  bits = np.frombuffer(base64.b64decode(packed), np.uint8)
-  return np.unpackbits(bits, count=rows).astype(bool)
-
-
 def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
   compiled = programs.of(prepared, task, kept)
   try:

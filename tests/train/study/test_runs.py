@@ -1,5 +1,6 @@
 """A study that is killed and resumed has the rows of one that was not."""
 
+import base64
 import json
 import os
 import re
@@ -155,7 +156,8 @@ def test_the_test_is_what_the_packed_rows_say(done):
   _, rows = done
   for row in rows:
     if row["stage"] == "final":
-      right = training.correct_rows(row["correct"], row["rows"]["test"])
+      packed = np.frombuffer(base64.b64decode(row["correct"]), np.uint8)
+      right = np.unpackbits(packed, count=row["rows"]["test"])
       assert np.isclose(right.mean(), row["test"]["accuracy"])
 
 
