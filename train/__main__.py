@@ -1,4 +1,4 @@
-"""`python -m train`: the command line."""
+"""`python -m train`, or `bilora` where it is installed: the command line."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,12 +6,15 @@ import dataclasses
 import pathlib
 import sys
 
-import tyro
+from . import command
 
-from . import presets
-from .devices import processes
-from .errors import LostError, RunError, UsageError
-from .run import config as config_lib
+with command.needing_the_extra():
+  import tyro
+
+  from . import presets
+  from .devices import processes
+  from .errors import LostError, RunError, UsageError
+  from .run import config as config_lib
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place, _ = _start().parse_known_args(argv)
     processes.join(place.coordinator, place.num_processes, place.process_id)
-    loop.run(config, ["python", "-m", "train", *argv])
+    loop.run(config, [*command.NAME.split(), *argv])
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -83,15 +86,15 @@ def parse(argv: Sequence[str]) -> config_lib.Config:
     config_lib.Config,
     default=default,
     args=rest,
-    prog="python -m train",
+    prog=command.NAME,
     description=(
       "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
       " and reports what came of it. The same command resumes a run.\n\n"
-      "python -m train compile --help: what a step takes, before chips are"
-      " rented.\npython -m train generate --help: what a decoder says.\n"
-      "python -m train export --help: adapters for PEFT, models for"
+      f"{command.NAME} compile --help: what a step takes, before chips are"
+      f" rented.\n{command.NAME} generate --help: what a decoder says.\n"
+      f"{command.NAME} export --help: adapters for PEFT, models for"
       " transformers.\n"
-      "python -m train study --help: methods, tasks and seeds.\n\n"
+      f"{command.NAME} study --help: methods, tasks and seeds.\n\n"
       f"--preset NAME starts from one of: {presets.listed()} (the first is the"
       " default, unless --task is given).\n--from-run DIR repeats"
       " a run with its own configuration, in DIR-repeat unless --run-dir is"
@@ -117,10 +120,11 @@ def _start() -> argparse.ArgumentParser:
 
 
 def program() -> int:
-  """What `python -m train` runs: `main`, watched if it is one of several."""
+  """What the program runs: `main`, watched if it is one of several."""
   place, _ = _start().parse_known_args()
   several = place.coordinator or processes.in_cluster()
-  return processes.watched(main) if several else main()
+  with command.needing_the_extra():
+    return processes.watched(main) if several else main()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tyro
 import bilora_jax
 from bilora_jax import peft
 
+from .. import command
 from ..data import images
 from ..data import registry as tasks
 from ..errors import UsageError
@@ -63,7 +64,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, 1 if it cannot write, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train export")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
   try:
     print(export(options))
   except ValueError as error:

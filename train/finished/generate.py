@@ -13,6 +13,7 @@ import tyro
 
 import bilora_jax
 
+from .. import command
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
@@ -65,7 +66,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train generate")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
   try:
     _check(options)
     questions = gsm8k.load(options.questions) if options.questions else []

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from .. import command
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0; 1 if a step does not fit its devices; 2 for bad usage.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train compile")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
   try:
     return _compare(options)
   except UsageError as error:
