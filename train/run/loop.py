@@ -21,7 +21,7 @@ from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
 from ..methods import method as methods
-from . import assemble, diagnostics, report, step, watch
+from . import assemble, diagnostics, report, state_shardings, step, watch
 from . import checkpoints as checkpoints_lib
 from . import journal as journal_lib
 from .assemble import Prepared
@@ -154,7 +154,8 @@ def initial(
   """The state before the first step, and its shardings if there is a mesh."""
   init = functools.partial(step.init, prepared.method)
   variables = prepared.variables
-  shardings = prepared.layout.state_shardings(
+  shardings = state_shardings.of(
+    prepared.layout,
     prepared.method,
     prepared.axes,
     prepared.shapes,
