@@ -9,6 +9,8 @@ _PROGRAM = pathlib.Path(__file__).parents[2] / "train"
 # From the bottom to the top; those of a line do not know each other.
 _FLOORS = (
   {"errors", "command"},
+  {"options"},
+  {"plugins"},
   {"models"},
   {"data"},
   {"devices"},
@@ -16,7 +18,8 @@ _FLOORS = (
   {"run"},
   {"finished", "study"},
   {"planning"},
-  {"config", "presets"},
+  {"presets"},
+  {"config"},
   {"__main__"},
 )
 _FAMILIES = {
@@ -26,19 +29,11 @@ _FAMILIES = {
 }
 # Importer and imported, that are yet to be taken apart.
 _KNOWN: set[tuple[str, str]] = {
-  ("train.data.load", "train.devices.processes"),
-  ("train.data.load", "train.run.config"),
   ("train.finished.export", "train.models.vit.model"),
   ("train.finished.generate", "train.models.decoder.generate"),
   ("train.finished.generate", "train.models.decoder.model"),
   ("train.finished.generate", "train.models.t5.generate"),
   ("train.finished.generate", "train.models.t5.model"),
-  ("train.methods.estimators", "train.run.config"),
-  ("train.methods.method", "train.models.decoder.model"),
-  ("train.methods.method", "train.models.t5.model"),
-  ("train.methods.method", "train.run.config"),
-  ("train.methods.optimizers", "train.run.config"),
-  ("train.methods.starts", "train.run.config"),
   ("train.planning.compile", "train.models.decoder.config"),
   ("train.planning.compile", "train.models.decoder.model"),
 }

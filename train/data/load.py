@@ -4,15 +4,13 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from ..devices import processes
 from ..models.io import tokenizer
 from ..models.load import Pretrained
-from ..run.config import INSTRUCTIONS, Config
 from . import (
   chat,
   images,
@@ -25,11 +23,24 @@ from . import (
 from . import registry as tasks
 from . import scores as evaluate
 from .objectives import Items, Objective
+from .options import DataOptions
 from .scores import Evaluation, Rows
 
 _SPLITS = ("train", "validation", "test")
 
 Predict = Callable[[pipeline.Batch], Items]
+
+
+class Config(NamedTuple):
+  """What the reading of data depends on."""
+
+  options: DataOptions
+  batch_size: int
+  epochs: int
+  seed: int
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.options, name)
 
 
 class Data(Protocol):
@@ -200,7 +211,15 @@ def _order(config: Config, part: tuple[int, int]) -> dict[str, Any]:
   }
 
 
-def load(config: Config, pretrained: Pretrained) -> Data:
+def load(
+  options: DataOptions,
+  pretrained: Pretrained,
+  *,
+  batch_size: int,
+  eval_batch_size: int,
+  epochs: int,
+  seed: int,
+) -> Data:
   """Reads the data of a run, and tokenizes texts.
 
   Raises:
@@ -208,9 +227,9 @@ def load(config: Config, pretrained: Pretrained) -> Data:
       are not as they must be.
     RuntimeError: if they cannot be had.
   """
-  # The first process may have to prepare the data for all.
-  with processes.first_before_others():
-    if config.task == INSTRUCTIONS:
+  config = Config(options, batch_size, epochs, seed)
+  if True:
+    if config.task == "instructions":
       return _conversations(config, pretrained)
     if config.task in images.names():
       return _images(config, pretrained)
@@ -257,7 +276,7 @@ def _images(config: Config, pretrained: Pretrained) -> Labelled:
   if not pretrained.is_vision:
     raise ValueError(
       f"--task {task.name} is of images, for a --model such as vit; got "
-      f"{config.model}, which reads texts."
+      f"that model, which reads texts."
     )
   examples = {}
   for split in _SPLITS:
@@ -278,13 +297,13 @@ def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
     raise ValueError(
       "Instructions are for a decoder to respond to (Llama, Qwen 2 and their "
       f"like); got the encoder{'-decoder' if pretrained.is_t5 else ''} "
-      f"{config.model}."
+      f"that model."
     )
   packed = {}
   for split in _SPLITS:
     limit = config.train_rows if split == "train" else config.eval_rows
     rows = instructions.load(
-      config.data,
+      config.path,
       split,
       limit=limit or None,
       seed=config.seed,
@@ -305,7 +324,7 @@ def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
       packed[split] = packing.unpacked(sequences, (*shorter, config.max_length))
   if len(packed["train"]) < config.batch_size:
     raise ValueError(
-      f"--batch-size is {config.batch_size}, and {config.data} makes "
+      f"--batch-size is {config.batch_size}, and {config.path} makes "
       f"{len(packed['train'])} rows of {config.max_length} tokens to train on."
     )
   return Conversations(config, packed, pretrained.pad_id)

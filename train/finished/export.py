@@ -90,12 +90,12 @@ def export(options: Options) -> str:
   if not saved.is_dir():
     raise UsageError(
       f"{folder} has no adapters: they are written when a run has ended, of a "
-      f"--method that has any; this is a run of --method {run.method}."
+      f"--method that has any; this is a run of --method {run.method.name}."
     )
   out = pathlib.Path(options.out)
   if options.merged and out.exists():
     _check_empty(out)
-  pretrained = load.open_pretrained(run.model)
+  pretrained = load.open_pretrained(run.model.name)
   labels = _labels(run, pretrained)
   model = _model(run, pretrained, labels)
   kind = hf_names.kind(model)
@@ -114,7 +114,7 @@ def export(options: Options) -> str:
     adapted,
     adapters,
     kind.names,
-    base_model=options.base_model or _source(run.model, pretrained),
+    base_model=options.base_model or _source(run.model.name, pretrained),
     task_type=kind.task_type,
     # A run that keeps its second adapter was asked to.
     auxiliary="auxiliary" in adapters,
@@ -136,7 +136,7 @@ def _labels(
   """Of an encoder's head; a decoder and a T5 have none."""
   if pretrained.is_decoder or pretrained.is_t5:
     return ()
-  return (images if pretrained.is_vision else tasks).get(run.task).labels
+  return (images if pretrained.is_vision else tasks).get(run.data.task).labels
 
 
 def _model(
@@ -145,10 +145,12 @@ def _model(
   if pretrained.is_decoder:
     # A run's adapters are stacked where its layers were.
     return pretrained.language_model(
-      scan=run.scan_layers, param_dtype=run.param_dtype
+      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
     )
   if pretrained.is_t5:
-    return pretrained.t5(scan=run.scan_layers, param_dtype=run.param_dtype)
+    return pretrained.t5(
+      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
+    )
   return pretrained.encoder_classifier(len(labels))
 
 
@@ -171,10 +173,10 @@ def _merged(
 ) -> Mapping[str, Any]:
   if "auxiliary" in adapters:
     raise UsageError(
-      f"the run kept both adapters of {run.method}, and --merged merges one; "
-      "write them without it, and merge them with PEFT."
+      f"the run kept both adapters of {run.method.name}, and --merged merges "
+      "one; write them without it, and merge them with PEFT."
     )
-  variables = pretrained.variables(model, 0, run.param_dtype)
+  variables = pretrained.variables(model, 0, run.model.param_dtype)
   if adapted.spec.base_dtype is not None:
     # As the run saw them: the adapters make up for the rounding.
     variables = adapted.quantize(variables, donate=True)

@@ -13,6 +13,7 @@ import bilora_jax
 from ..data import label_words
 from ..data import load as data_lib
 from ..data import registry as tasks
+from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
 from ..errors import UsageError
@@ -49,7 +50,7 @@ class Prepared:
 
   @property
   def steps(self) -> int:
-    return self.config.epochs * self.data.steps_per_epoch
+    return self.config.optimisation.epochs * self.data.steps_per_epoch
 
   def pretrained(self) -> Any:
     """The variables as they came."""
@@ -81,29 +82,32 @@ def prepare(config: Config) -> Prepared:
       another run.
   """
   config_lib.check(config)
-  if config.compilation_cache:
+  if config.devices.compilation_cache:
     _use_compilation_cache()
-  layout = mesh_lib.make(config.mesh, config.batch_size // config.accumulate)
+  optimisation = config.optimisation
+  layout = mesh_lib.make(
+    config.devices.mesh, optimisation.batch_size // optimisation.accumulate
+  )
   folder = config.folder()
   _claim(folder, config)
   try:
-    pretrained = models.open_pretrained(config.model)
-    data = data_lib.load(config, pretrained)
+    pretrained = models.open_pretrained(config.model.name)
+    data = load_data(config, pretrained)
     model = _model(config, pretrained, data)
     inputs = data.objective.inputs(next(data.train_batches()))
-    steps = config.epochs * data.steps_per_epoch
-    method = methods.build(config, model, inputs, steps, data.objective)
+    steps = optimisation.epochs * data.steps_per_epoch
+    method = method_of(config, model, inputs, steps, data.objective)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     axes = models.logical_axes(shapes)
     memory.check(*lowering.abstract(config, method, layout, shapes, axes))
     place = layout.placer(axes["params"])
-    if config.quantised:
+    if config.model.quantised:
       place = _quantising(place, method.adapted)
     variables = pretrained.variables(
-      model, config.seed, config.param_dtype, place
+      model, optimisation.seed, config.model.param_dtype, place
     )
-    started = starts.of(
-      config,
+    started = starts.started(
+      config.adapter.start,
       model,
       variables,
       method,
@@ -130,6 +134,41 @@ def prepare(config: Config) -> Prepared:
   )
 
 
+def load_data(config: Config, pretrained: Pretrained) -> data_lib.Data:
+  """The data of a configuration; the first process prepares them for all."""
+  optimisation = config.optimisation
+  with processes.first_before_others():
+    return data_lib.load(
+      config.data,
+      pretrained,
+      batch_size=optimisation.batch_size,
+      eval_batch_size=config.evaluation.eval_batch_size
+      or optimisation.batch_size // optimisation.accumulate,
+      epochs=optimisation.epochs,
+      seed=optimisation.seed,
+    )
+
+
+def method_of(
+  config: Config,
+  model: Any,
+  inputs: tuple[Any, ...],
+  steps: int,
+  objective: Objective,
+) -> methods.Method:
+  """The method of a configuration, for a model; see `methods.method.build`."""
+  return methods.build(
+    config.method,
+    config.adapter,
+    config.optimisation,
+    model,
+    inputs,
+    steps,
+    objective,
+    config.model.quantised,
+  )
+
+
 def _quantising(place: Any, adapted: Any) -> Any:
   """Places a parameter, and quantises it before the next one is read."""
 
@@ -140,21 +179,22 @@ def _quantising(place: Any, adapted: Any) -> Any:
 
 
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  dtype = None if config.dtype == "float32" else config.dtype
+  options = config.model
+  dtype = None if options.dtype == "float32" else options.dtype
   if not (pretrained.is_decoder or pretrained.is_t5):
     assert isinstance(data, data_lib.Labelled)
-    if config.scan_layers:
+    if options.scan_layers:
       raise UsageError(
-        f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
+        f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
       )
     return pretrained.encoder_classifier(
-      len(data.task.labels), dtype, remat=config.remat
+      len(data.task.labels), dtype, remat=options.remat
     )
-  options = {
+  build = {
     "dtype": dtype,
-    "param_dtype": config.param_dtype,
-    "remat": config.remat,
-    "scan": config.scan_layers,
+    "param_dtype": options.param_dtype,
+    "remat": options.remat,
+    "scan": options.scan_layers,
   }
   if isinstance(data, data_lib.Labelled):
     assert isinstance(data.task, tasks.Task)
@@ -163,10 +203,10 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
       words = label_words.words(
         pretrained.tokenizer, data.task, pretrained.eos_id
       )
-      return pretrained.t5_classifier(words, **options)
+      return pretrained.t5_classifier(words, **build)
     label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **options)
-  return pretrained.language_model(**options)
+    return pretrained.decoder_classifier(label_ids, **build)
+  return pretrained.language_model(**build)
 
 
 def _claim(folder: pathlib.Path, config: Config) -> None:

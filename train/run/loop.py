@@ -1,7 +1,6 @@
 """A run: training, validation, checkpoints, the test at the end."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import math
 import os
@@ -23,6 +22,7 @@ from ..errors import RunError
 from ..methods import method as methods
 from . import assemble, diagnostics, report, state_shardings, step, watch
 from . import checkpoints as checkpoints_lib
+from . import config as config_lib
 from . import journal as journal_lib
 from .assemble import Prepared
 from .config import Config
@@ -59,7 +59,7 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
 def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
   data = prepared.data
-  state, shardings = initial(prepared, jax.random.key(config.seed))
+  state, shardings = initial(prepared, jax.random.key(config.optimisation.seed))
   batches = data.train_batches(layout.part())
   checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
   best: dict[str, Any] = {"score": -math.inf, "step": 0}
@@ -81,23 +81,27 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       method,
       data.objective,
       shardings and (shardings, layout.replicated),
-      config.accumulate,
+      config.optimisation.accumulate,
     )
   )
   predict = _predictor(prepared)
-  diagnose = _diagnoser(prepared) if config.diagnose_every else None
-  if config.eval_first and not at:
+  diagnose = _diagnoser(prepared) if config.output.diagnose_every else None
+  if config.evaluation.eval_first and not at:
     _validate(prepared, predict, journal, state, at)
   window = watch.Window(at)
   profile = watch.Profile(
-    prepared.folder / "profile", at + config.log_every, config.profile
+    prepared.folder / "profile",
+    at + config.output.log_every,
+    config.output.profile,
   )
   try:
     with watch.Interruption() as interruption:
       while at < prepared.steps:
         profile.before(at)
         batch = next(batches)
-        if diagnose is not None and (at + 1) % config.diagnose_every == 0:
+        if (
+          diagnose is not None and (at + 1) % config.output.diagnose_every == 0
+        ):
           # Of the auxiliary as this step meets it, on rows it has not seen.
           journal.log(at + 1, **diagnose(state.trained, batch))
           window.spoil()
@@ -111,9 +115,9 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
           window.spoil()
         last = at == prepared.steps
         # Read once: the signal may come at any moment of the step.
-        logs = last or at % config.log_every == 0
+        logs = last or at % config.output.log_every == 0
         interrupted = _interrupted(interruption, logs)
-        saves = last or interrupted or at % config.checkpoint_every == 0
+        saves = last or interrupted or at % config.output.checkpoint_every == 0
         if logs or saves:
           # Before the save: a run that stops here must not resume beyond.
           _check_finite(config, at, window.fresh(), journal)
@@ -210,7 +214,7 @@ def _finish(
       )
   baseline = None
   labelled = isinstance(data, data_lib.Labelled)
-  if config.baseline and labelled and not config.quantised:
+  if config.evaluation.baseline and labelled and not config.model.quantised:
     journal.say("fitting a logistic regression on the frozen features")
     features = layout.within(
       jax.jit(
@@ -229,7 +233,7 @@ def _finish(
   ]
   results = {
     "command": list(command),
-    "config": dataclasses.asdict(config),
+    "config": config_lib.flat(config),
     "metric": data.metric,
     "best_step": best["step"],
     "validation": best["value"],
@@ -311,7 +315,10 @@ def _check_finite(
       f"the loss or gradient of step {number} is not finite (loss "
       f"{float(row.loss):.4g}), {in_a_row} in a row"
     )
-    if config.on_nonfinite == "stop" or in_a_row >= _NONFINITE_IN_A_ROW:
+    if (
+      config.optimisation.on_nonfinite == "stop"
+      or in_a_row >= _NONFINITE_IN_A_ROW
+    ):
       raise RunError(
         sentence + "; the run stops, and its last checkpoint is whole. A "
         "smaller --learning-rate or --dtype float32 may help."
@@ -320,7 +327,7 @@ def _check_finite(
 
 
 def _eval_every(prepared: Prepared) -> int:
-  return prepared.config.eval_every or prepared.data.steps_per_epoch
+  return prepared.config.evaluation.eval_every or prepared.data.steps_per_epoch
 
 
 def _means(
@@ -348,7 +355,7 @@ def _opening(prepared: Prepared, trained: Any) -> str:
   counts = ", ".join(f"{name} {count:,}" for name, count in parts.items())
   left_out = prepared.data.left_out
   return (
-    f"{config.method} on {config.task}: rows {prepared.data.rows}"
+    f"{config.method.name} on {config.data.task}: rows {prepared.data.rows}"
     + (f", left out as too long {left_out}" if left_out else "")
     + f"; trained parameters: {counts}; base {_count(prepared.shapes):,}; "
     f"{prepared.steps} steps"

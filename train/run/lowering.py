@@ -47,9 +47,9 @@ def abstract(
   """
   base_axes = axes
   base = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype), variables
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), variables
   )
-  if config.quantised:
+  if config.model.quantised:
     assert method.adapted is not None
     base = jax.eval_shape(method.adapted.quantize, base)
     base_axes = method.adapted.quantized_axes(axes)

@@ -129,7 +129,6 @@ def select(study: Study, only: str) -> list[Cell]:
 
 
 def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
-  from ..methods import estimators
   from . import runs, training
 
   done = runs.load(study)
@@ -144,7 +143,7 @@ def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
     own = finals if cell.point_of else known
     left = count - sum(run.key in done for run in own)
     steps = training.steps(cell.config)
-    cost = left * steps * estimators.gradients(cell.config)
+    cost = left * steps * cell.config.method.gradients
     total += cost
     print(
       f"{cell.name}: {len(trials)} + {len(cell.seeds)} runs, {left} left, "

@@ -284,7 +284,9 @@ def highlighted(study: Study, labels: Collection[str]) -> list[str]:
   chosen = [study.reference]
   for one in study.recovery:
     chosen += [one.reference, one.target]
-  chosen += [x.label for x in study.cells if x.config.method == "bilora"][:1]
+  chosen += [x.label for x in study.cells if x.config.method.name == "bilora"][
+    :1
+  ]
   return [label for label in dict.fromkeys(chosen) if label in labels]
 
 

@@ -24,9 +24,9 @@ import numpy as np
 from ..data import load as data_lib
 from ..data import scores as evaluate
 from ..errors import RunError, UsageError
-from ..methods import estimators
 from ..models import load as models
 from ..run import assemble, loop, step
+from ..run import config as config_lib
 from ..run.assemble import Prepared
 from ..run.config import Config
 from . import measure, plan, programs
@@ -77,7 +77,7 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
     UsageError: if the run cannot be carried out as it was put.
   """
   start = time.perf_counter()
-  config = dataclasses.replace(task.config, run_dir=str(folder))
+  config = config_lib.replace(task.config, run_dir=str(folder))
   prepared = assemble.prepare(config)
   try:
     found = _outcome(task, prepared, kept)
@@ -87,17 +87,17 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
     "key": task.key,
     "label": task.cell.label,
     "task": task.cell.task,
-    "method": config.method,
+    "method": config.method.name,
     "stage": task.stage,
-    "seed": config.seed,
+    "seed": config.optimisation.seed,
     "point": dict(task.point),
     "steps": prepared.steps,
-    "gradients_per_step": estimators.gradients(task.config),
+    "gradients_per_step": task.config.method.gradients,
     "rows": prepared.data.rows,
     "metric": prepared.data.metric,
     "data": digest(prepared.data),
     **found,
-    "config": dataclasses.asdict(task.config),
+    "config": config_lib.flat(task.config),
     "sharpness_options": dataclasses.asdict(task.sharpness)
     if task.sharpness
     else None,
@@ -116,11 +116,11 @@ def steps(config: Config) -> int:
     UsageError: if the data are not to be had.
   """
   try:
-    pretrained = models.open_pretrained(config.model)
-    data = data_lib.load(config, pretrained)
+    pretrained = models.open_pretrained(config.model.name)
+    data = assemble.load_data(config, pretrained)
   except (ValueError, RuntimeError) as error:
     raise UsageError(str(error)) from error
-  return config.epochs * data.steps_per_epoch
+  return config.optimisation.epochs * data.steps_per_epoch
 
 
 def digest(data: data_lib.Data) -> str:
@@ -166,9 +166,10 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
 
 def _train(prepared: Prepared, compiled: Programs) -> Trained:
   config, data, method = prepared.config, prepared.data, prepared.method
-  state, _ = loop.initial(prepared, jax.random.key(config.seed))
-  numbers = {name: getattr(config, name) for name in compiled.traced}
-  every = config.eval_every or data.steps_per_epoch
+  state, _ = loop.initial(prepared, jax.random.key(config.optimisation.seed))
+  numbers_of = config_lib.flat(config)
+  numbers = {name: numbers_of[name] for name in compiled.traced}
+  every = config.evaluation.eval_every or data.steps_per_epoch
   width = max(1, prepared.steps // _POINTS)
   best, best_step, score = None, 0, -math.inf
   validation: dict[str, dict[str, float]] = {}
@@ -176,7 +177,7 @@ def _train(prepared: Prepared, compiled: Programs) -> Trained:
   window: list[step.Metrics] = []
   times, tokens, before = [], 0, None
   for at, batch in enumerate(data.train_batches(), 1):
-    if compiled.diagnose is not None and at % config.diagnose_every == 0:
+    if compiled.diagnose is not None and at % config.output.diagnose_every == 0:
       # Of the auxiliary as this step meets it, on rows that it has not seen.
       own = state.trained["auxiliary"]
       diagnosis = compiled.diagnose(
@@ -195,7 +196,7 @@ def _train(prepared: Prepared, compiled: Programs) -> Trained:
     times.append(time.perf_counter() - start)
     metrics = jax.device_get(metrics)
     tokens += int(metrics.tokens)
-    _check_finite(at, metrics, config.on_nonfinite)
+    _check_finite(at, metrics, config.optimisation.on_nonfinite)
     window.append(metrics)
     last = at == prepared.steps
     if last or at % width == 0:
@@ -285,7 +286,7 @@ def _measured(
     prepared.variables,
     trained.last if options.at == "last" else trained.best,
     rows,
-    jax.random.key(prepared.config.seed),
+    jax.random.key(prepared.config.optimisation.seed),
   )
   return _lists(found)
 
@@ -299,13 +300,15 @@ def _drawn(
       prepared.variables,
       trained.last,
       _rows(prepared, task.landscape.rows),
-      jax.random.key(prepared.config.seed),
+      jax.random.key(prepared.config.optimisation.seed),
     )
   )
 
 
 def _rows(prepared: Prepared, count: int) -> Any:
-  return measure.batches(prepared.data, count, prepared.config.batch_size)
+  return measure.batches(
+    prepared.data, count, prepared.config.optimisation.batch_size
+  )
 
 
 def _lists(found: Any) -> Any:
