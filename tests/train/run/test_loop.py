@@ -19,9 +19,9 @@ from outcomes import (
 )
 import pytest
 
+from train import files as files_lib
 from train.data import scores as evaluate
 from train.run import checkpoints as checkpoints_lib
-from train.run import journal as journal_lib
 from train.run import loop, step
 
 STEPS = 24
@@ -229,7 +229,7 @@ def test_a_disk_that_is_full_at_once_is_a_sentence(
     raise OSError(28, "No space left on device", str(path))
 
   with monkeypatch.context() as patch:
-    patch.setattr(journal_lib, "write_atomically", no_space)
+    patch.setattr(files_lib, "write_atomically", no_space)
     assert run(tmp_path / "run") == 1
   shown = capsys.readouterr().err
   assert "No space left on device" in shown
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_the_run_resumes(
 
 SLOW_STEPS = """
 import time
-from train import journal
+from train.run import journal
 advance = journal.Journal.advance
 def slow(self, step):
   advance(self, step)
@@ -295,7 +295,7 @@ def test_sigterm_to_the_program_saves_says_so_and_exits_0(
 # and TensorStore find it in their own threads, after the save was begun.
 SMALL_FILES = """
 import resource
-from train import checkpoints
+from train.run import checkpoints
 save = checkpoints.Checkpoints.save_last
 def save_then_limit(self, *arguments):
   save(self, *arguments)
