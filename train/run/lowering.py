@@ -121,16 +121,41 @@ def lower(
   """
   shardings = None
   if layout.mesh is not None:
-    rows = jax.sharding.PartitionSpec("batch")
     shardings = jax.tree.map(lambda x: x.sharding, state), layout.replicated
-    batch = {
-      name: _laid_out(x, layout.sharding(rows, x.shape))
-      for name, x in batch.items()
-    }
   train_step: Any = step.make_train_step(
     method, objective, shardings, accumulate
   )
-  return layout.within(train_step.lower)(variables, state, batch)
+  return layout.within(train_step.lower)(
+    variables, state, _split(layout, batch)
+  )
+
+
+def lower_eval(
+  layout: mesh_lib.Layout,
+  method: Method,
+  objective: Objective,
+  variables: Any,
+  state: step.TrainState,
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+) -> jax.stages.Lowered:
+  """The step of `step.make_eval_step`; the arguments are `lower`'s."""
+  eval_step: Any = step.make_eval_step(method, objective, layout.replicated)
+  evaluated = method.evaluated(state.trained)
+  return layout.within(eval_step.lower)(
+    variables, evaluated, _split(layout, batch)
+  )
+
+
+def _split(
+  layout: mesh_lib.Layout, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+  if layout.mesh is None:
+    return batch
+  rows = jax.sharding.PartitionSpec("batch")
+  return {
+    name: _laid_out(x, layout.sharding(rows, x.shape))
+    for name, x in batch.items()
+  }
 
 
 def _laid_out(tree: Any, shardings: Any) -> Any:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from train.run import config as config_lib
 from train.study import plan, plots, record, report
 from train.study.main import main
 
@@ -15,7 +16,7 @@ METHODS = [
 
 
 def _row(run, score, **others):
-  config = dataclasses.asdict(run.config)
+  config = config_lib.flat(run.config)
   row = {
     "key": run.key,
     "label": run.cell.label,
@@ -255,7 +256,7 @@ def test_a_point_may_be_another_method_s_or_that_of_another_task(
   }
   assert [
     run.config.method.options.rho for run in plan.remaining(own, [sam], done)
-  ] == [*(0.5, 0.5)]
+  ] == [0.5, 0.5]
   for cell in own.cells:
     assert plan.winner(own, cell, done) == {"rho": 0.5}
     for run in plan.finals(own, cell, {"rho": 0.5}):
