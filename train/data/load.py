@@ -38,6 +38,7 @@ class Config(NamedTuple):
   batch_size: int
   epochs: int
   seed: int
+  eval_batch_size: int = 0
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.options, name)
@@ -139,7 +140,7 @@ class Labelled:
 
   def _rows(self, split: str) -> Rows:
     rows = self.examples[split]
-    return Rows(rows.labels, self.whole(rows, self.config.batch_size))
+    return Rows(rows.labels, self.whole(rows, self.config.eval_batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +180,7 @@ class Conversations:
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
     loss, right, count = 0.0, 0, 0
     for batch in packing.eval_batches(
-      self.packed[split], self.config.batch_size, pad_id=self.pad_id
+      self.packed[split], self.config.eval_batch_size, pad_id=self.pad_id
     ):
       found = predict(batch)
       learned = batch["weights"] > 0
@@ -227,7 +228,7 @@ def load(
       are not as they must be.
     RuntimeError: if they cannot be had.
   """
-  config = Config(options, batch_size, epochs, seed)
+  config = Config(options, batch_size, epochs, seed, eval_batch_size)
   if True:
     if config.task == "instructions":
       return _conversations(config, pretrained)

@@ -19,10 +19,10 @@ from outcomes import (
 )
 import pytest
 
+from train import files as files_lib
 from train.data import scores as evaluate
 from train.methods import spec
 from train.run import checkpoints as checkpoints_lib
-from train.run import journal as journal_lib
 from train.run import loop, report, step
 
 STEPS = 24
@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_at_once_is_a_sentence(
     raise OSError(28, "No space left on device", str(path))
 
   with monkeypatch.context() as patch:
-    patch.setattr(journal_lib, "write_atomically", no_space)
+    patch.setattr(files_lib, "write_atomically", no_space)
     assert run(tmp_path / "run") == 1
   shown = capsys.readouterr().err
   assert "No space left on device" in shown

@@ -10,8 +10,8 @@ import pytest
 from bilora_jax import sharpness
 from train.data import images, objectives
 from train.data import load as data_lib
+from train.data.options import DataOptions
 from train.methods.method import Method
-from train.run.config import Config
 from train.study import landscapes, measure
 from train.study.spec import Landscape, Sharpness
 
@@ -23,7 +23,7 @@ PATH = "head/kernel"
 def batches():
   task = images.get("digits")
   data = data_lib.Labelled(
-    Config(task="digits", model="vit", batch_size=BATCH, epochs=1),
+    data_lib.Config(DataOptions(task="digits"), BATCH, epochs=1, seed=0),
     task,
     {"train": images.load(task, "train", 40)},
     ordered=images.train_batches,
