@@ -1,4 +1,4 @@
-"""`python -m train generate`: what a language model says, alone or as trained."""
+"""`python -m train generate`: what a model says, alone or as trained."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
