@@ -47,7 +47,9 @@ def _tfds(
 register(
   Task(
     "snippets",
-    source=_tfds("snippets", f"{__package__}.movie_reviews:MovieReviewSnippets"),
+    source=_tfds(
+      "snippets", f"{__package__}.movie_reviews:MovieReviewSnippets"
+    ),
     texts=("{sentence}",),
     labels=("negative", "positive"),
     splits=STORED,

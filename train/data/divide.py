@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from ..errors import UsageError
 from . import hashing
@@ -59,3 +60,22 @@ def divide(
   held_out = {i for split in shares for i in found[split]}
   found["train"] = [i for i in range(len(texts)) if i not in held_out]
   return {split: sorted(part) for split, part in found.items()}
+
+
+def note(
+  count: int,
+  divided: Mapping[str, Sequence[Any]],
+  hashed: str,
+  how: str = "",
+) -> str:
+  """The one sentence that is said of rows that are held out."""
+  names = {"validation": "validation", "test": "the test"}
+  counts = " and ".join(
+    f"{len(divided[split]):,} for {name}"
+    for split, name in names.items()
+    if split in divided
+  )
+  return (
+    f"Of {count:,} rows, {counts} are held out, {how}by a hash of {hashed};"
+    f" {len(divided['train']):,} are to train on."
+  )

@@ -54,9 +54,8 @@ def load(path: str | os.PathLike[str]) -> list[Question]:
   """The questions of a file, in order.
 
   Args:
-    path: of one JSON object a line, with `question` and `answer` as GSM8K has
-      them, or in another of the forms that `instructions.load` reads; `.jsonl`
-      or `.jsonl.gz`.
+    path: of rows with `question` and `answer` as GSM8K has them, or in another
+      of the forms that `instructions.load` reads.
 
   Raises:
     ValueError: if a row is not as it must be, or its answer has no number; the

@@ -78,7 +78,9 @@ def open_stored(
   return builder.as_data_source(stored)  # pyright: ignore[reportCallIssue]
 
 
-def _builder(dataset: Dataset, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+def _builder(
+  dataset: Dataset, folder: pathlib.Path
+) -> tfds.core.DatasetBuilder:
   module, name = dataset.builder.split(":")
   builder = getattr(importlib.import_module(module), name)
   config = {} if dataset.config is None else {"config": dataset.config}
@@ -114,7 +116,9 @@ def _prepare(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _generate(dataset: Dataset, work: pathlib.Path, originals: pathlib.Path) -> None:
+def _generate(
+  dataset: Dataset, work: pathlib.Path, originals: pathlib.Path
+) -> None:
   config = tfds.download.DownloadConfig(
     manual_dir=originals,
     extract_dir=work / "extracted",
@@ -152,8 +156,8 @@ def _fetch(dataset: Dataset, url: str, path: pathlib.Path) -> None:
     if partial is not None:
       partial.unlink(missing_ok=True)
     raise RuntimeError(
-      f"{dataset.name} needs {path.name}, and downloading {url} failed: {error}."
-      f" Get the file by other means and put it at {path}, or name a folder"
+      f"{dataset.name} needs {path.name}, and downloading {url} failed:"
+      f" {error}. Get the file by other means and put it at {path}, or name a folder"
       " that has it in `originals` with --data-dir."
     ) from error
 

@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import jsonl
 from ..errors import UsageError
 
@@ -145,7 +147,7 @@ def _csv(path: pathlib.Path, delimiter: str) -> Table:
   return _quoted(path, delimiter, csv.QUOTE_NONE)
 
 
-def _quoted(path: pathlib.Path, delimiter: str, quoting: int) -> Table:
+def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
   opener: Any = gzip.open if path.suffix == ".gz" else open
   columns, rows, places = None, [], []
   # A byte order mark is no part of the first column's name.
@@ -189,7 +191,9 @@ def _table(
 ) -> Table:
   if not rows:
     raise UsageError(f"{path} has no rows; at least one is needed.")
-  columns = columns or tuple(dict.fromkeys(name for row in rows for name in row))
+  columns = columns or tuple(
+    dict.fromkeys(name for row in rows for name in row)
+  )
 
   def where(i: int) -> str:
     return places[i] if places else f"{path}, row {i + 1}"
@@ -267,7 +271,9 @@ def _saved(path: pathlib.Path) -> Table:
     with file.open("rb") as opened:
       return ipc.open_stream(opened).read_all()
 
-  files = [item["filename"] for item in _json(path / "state.json")["_data_files"]]
+  files = [
+    item["filename"] for item in _json(path / "state.json")["_data_files"]
+  ]
   return _arrow(path, [_pyarrow(stream, path / file) for file in files])
 
 
@@ -311,10 +317,10 @@ def _tfds(
   dataset = name.removeprefix(TFDS)
   try:
     builder = tfds.builder(dataset, data_dir=folder, file_format="array_record")
-    features = builder.info.features
+    features: Any = builder.info.features
     # TFDS's logging decorator hides the signature from pyright.
-    read = builder.as_data_source  # pyright: ignore[reportCallIssue]
-    stored = {split: read(split) for split in builder.info.splits}
+    read_split: Any = builder.as_data_source
+    stored = {split: read_split(split) for split in builder.info.splits}
   except Exception as error:  # TFDS raises many types
     first_line = str(error).partition("\n")[0]
     raise RuntimeError(
@@ -346,4 +352,7 @@ def _tfds(
 
 
 def _text(value: Any) -> Any:
+  """As Python has it: TFDS has texts in bytes, and NumPy's numbers."""
+  if isinstance(value, np.generic):
+    return value.item()
   return value.decode() if isinstance(value, bytes) else value

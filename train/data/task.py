@@ -187,7 +187,9 @@ _parse = string.Formatter().parse
 
 
 def _tuples(value: Any) -> Any:
-  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+  return (
+    tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+  )
 
 
 def _decode(value: str | bytes) -> str:

@@ -12,7 +12,6 @@ import bilora_jax
 
 from ..data import label_words
 from ..data import load as data_lib
-from ..data import registry as tasks
 from ..devices import mesh as mesh_lib
 from ..devices import processes
 from ..errors import UsageError
@@ -88,7 +87,7 @@ def prepare(config: Config) -> Prepared:
   _claim(folder, config)
   try:
     pretrained = models.open_pretrained(config.model)
-    data = data_lib.load(config, pretrained)
+    data = load_data(config, pretrained, layout)
     model = _model(config, pretrained, data)
     inputs = data.objective.inputs(next(data.train_batches()))
     steps = config.epochs * data.steps_per_epoch
@@ -130,6 +129,26 @@ def prepare(config: Config) -> Prepared:
   )
 
 
+def load_data(
+  config: Config,
+  pretrained: Pretrained,
+  layout: mesh_lib.Layout | None = None,
+) -> data_lib.Data:
+  """The data of a run; the first process may have to prepare it for all."""
+  mesh = layout.mesh if layout is not None else None
+  shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+  with processes.first_before_others():
+    return data_lib.load(
+      config.data_options,
+      pretrained,
+      batch_size=config.batch_size,
+      eval_batch_size=config.eval_batch_size,
+      epochs=config.epochs,
+      seed=config.seed,
+      multiple=config.accumulate * shared,
+    )
+
+
 def _quantising(place: Any, adapted: Any) -> Any:
   """Places a parameter, and quantises it before the next one is read."""
 
@@ -148,7 +167,7 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
         f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
       )
     return pretrained.encoder_classifier(
-      len(data.task.labels), dtype, remat=config.remat
+      data.task.outputs, dtype, remat=config.remat
     )
   options = {
     "dtype": dtype,
@@ -157,7 +176,6 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
     "scan": config.scan_layers,
   }
   if isinstance(data, data_lib.Labelled):
-    assert isinstance(data.task, tasks.Task)
     if pretrained.is_t5:
       assert pretrained.eos_id is not None
       words = label_words.words(

