@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 
+from .data.options import INSTRUCTIONS
 from .errors import UsageError
-from .run.config import INSTRUCTIONS, Config
+from .run.config import Config
 
 _SNIPPETS = Config(train_rows=2000, group_by_length=10)
 _SMOLLM2 = Config(

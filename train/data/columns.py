@@ -274,8 +274,8 @@ def _labels(task: Task, table: Table) -> Task:
       )
   if len(labels) < 2:
     raise UsageError(
-      f"{table.path} has the one label {tables.shown(labels)} in {task.label}; a"
-      " classification needs at least two."
+      f"{table.path} has the one label {tables.shown(labels)} in {task.label};"
+      " a classification needs at least two."
     )
   return dataclasses.replace(task, labels=labels)
 

@@ -39,8 +39,8 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
   except FileNotFoundError as error:
     raise ValueError(
       f"the film reviews are not installed with the program: {path} is not"
-      f" there. {path.name} is in the program's repository, in train/data/files;"
-      " put it there, run the program from a clone, or give your own rows with"
+      f" there. {path.name} is in the program's repository, in"
+      " train/data/files; put it there, run the program from a clone, or give your own rows with"
       " --task classification --data"
     ) from error
   except (gzip.BadGzipFile, EOFError) as error:

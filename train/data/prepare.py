@@ -157,8 +157,8 @@ def _fetch(dataset: Dataset, url: str, path: pathlib.Path) -> None:
       partial.unlink(missing_ok=True)
     raise RuntimeError(
       f"{dataset.name} needs {path.name}, and downloading {url} failed:"
-      f" {error}. Get the file by other means and put it at {path}, or name a folder"
-      " that has it in `originals` with --data-dir."
+      f" {error}. Get the file by other means and put it at {path}, or name a"
+      " folder that has it in `originals` with --data-dir."
     ) from error
 
 
