@@ -228,7 +228,7 @@ def _first(names: Sequence[str], table: Table) -> str:
 def _has(table: Table, name: str, flag: str = "") -> None:
   if name not in table.columns:
     asked = (
-      f"{flag} is {name!r}; " if flag else f"There is no column {name!r}: "
+      f"{flag} is {name!r}; " if flag else f"There is no column {name!r}; "
     )
     raise UsageError(
       f"{asked}{table.path} has the columns {tables.shown(table.columns)}."

@@ -266,7 +266,7 @@ def _messages(value: Any, key: str, where: str) -> Conversation:
     item if "role" in item else {"role": item["from"], "content": item["value"]}
     for item in value
   ]
-  roles: list[str] = [_ROLES.get(x["role"], x["role"]) for x in said]
+  roles = [_ROLES.get(str(x["role"]), str(x["role"])) for x in said]
   if "assistant" not in roles:
     raise UsageError(
       f"{where} has no assistant message, so there is nothing to learn; its"

@@ -40,8 +40,8 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
     raise ValueError(
       f"the film reviews are not installed with the program: {path} is not"
       f" there. {path.name} is in the program's repository, in"
-      " train/data/files; put it there, run the program from a clone, or give your own rows with"
-      " --task classification --data"
+      " train/data/files; put it there, run the program from a clone, or give"
+      " rows of your own with --task classification --data"
     ) from error
   except (gzip.BadGzipFile, EOFError) as error:
     raise ValueError(f"{path} is not a whole gzip file: {error}.") from error

@@ -74,7 +74,7 @@ def lengths_for(longest: int, max_length: int | None = None) -> tuple[int, ...]:
   steps = int(np.ceil(np.log(longest / last) / np.log(_GROWTH)))
   steps = min(steps, _LARGER)
   larger = [
-    int(np.ceil(last * (longest / last) ** (step / steps) / 64)) * 64
+    int(np.ceil(last * (longest / last) ** (step / steps) / 64 - 1e-6)) * 64
     for step in range(1, steps + 1)
   ]
   return (*BUCKETS, *sorted({min(x, max_length or x) for x in larger}))

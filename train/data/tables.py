@@ -320,6 +320,8 @@ def _tfds(
     features: Any = builder.info.features
     # TFDS's logging decorator hides the signature from pyright.
     read_split: Any = builder.as_data_source
+    if not builder.info.splits:
+      raise LookupError("it is not prepared.")
     stored = {split: read_split(split) for split in builder.info.splits}
   except Exception as error:  # TFDS raises many types
     first_line = str(error).partition("\n")[0]
