@@ -2,6 +2,7 @@
 
 import difflib
 
+from .data.options import INSTRUCTIONS
 from .errors import UsageError
 from .run.config import Config, replace
 

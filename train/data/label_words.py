@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -11,57 +10,6 @@ from . import chat
 from .task import Task, Text
 
 _RESULT = "\nresult:"
-
-
-class Prompt(NamedTuple):
-  """How a task is put to a decoder or a T5.
-
-  Attributes:
-    instruction: what is asked of the texts that follow.
-    words: what each label is called, in order; the task's names if None.
-  """
-
-  instruction: str
-  words: tuple[str, ...] | None = None
-
-
-_SENTIMENT = Prompt("classify the sentiment of the text:")
-_ENTAILMENT = "does the first text entail the second?"
-_PROMPTS = {
-  "snippets": _SENTIMENT,
-  "glue/sst2": _SENTIMENT,
-  "glue/cola": Prompt("classify the grammaticality of the text:"),
-  "glue/mrpc": Prompt(
-    "classify the semantic similarity of the two texts:",
-    ("different", "equivalent"),
-  ),
-  "glue/qnli": Prompt("does the text entail the answer to the question?"),
-  "glue/mnli": Prompt("classify the relation of the two texts:"),
-  "glue/rte": Prompt(_ENTAILMENT),
-  "super_glue/boolq": Prompt("answer the question from the passage:"),
-  "super_glue/cb": Prompt("classify the relation of the two texts:"),
-  "super_glue/copa": Prompt(
-    "choose the more plausible of the two:", ("first", "second")
-  ),
-  "super_glue/wic": Prompt(
-    "does the word have the same meaning in both texts?"
-  ),
-}
-
-
-def prompt(task: Task) -> Prompt:
-  """Returns how a task is put to a decoder or a T5, with its words.
-
-  Raises:
-    ValueError: if there is no prompt for the task.
-  """
-  if task.name not in _PROMPTS:
-    raise ValueError(
-      f"There is no prompt for the task {task.name!r}; there are prompts for"
-      f" {', '.join(_PROMPTS)}."
-    )
-  found = _PROMPTS[task.name]
-  return found._replace(words=found.words or task.labels)
 
 
 def encode(
@@ -90,10 +38,9 @@ def encode(
     (ids, type_ids) of each prompt, two lists of one length; the types are 0.
 
   Raises:
-    ValueError: if `max_length` leaves no room for the texts, or there is no
-      prompt for the task.
+    ValueError: if `max_length` leaves no room for the texts.
   """
-  head, tail = _pieces(tokenizer, [f"{prompt(task).instruction}\n", _RESULT])
+  head, tail = _pieces(tokenizer, [f"{task.instruction}\n", _RESULT])
   around = len(head) + len(tail) + tokenizer.num_special_tokens_to_add(False)
   if max_length <= around:
     raise ValueError(
@@ -120,17 +67,17 @@ def label_ids(tokenizer: tokenizers.Tokenizer, task: Task) -> list[int]:
   """Returns the token that begins each label's word after `result:`.
 
   Raises:
-    ValueError: if two words begin with the same token, or there is no prompt
-      for the task.
+    ValueError: if two words begin with the same token.
   """
   by_token: dict[int, str] = {}
-  for word in prompt(task).words or ():
+  for word in task.answers:
     first = chat.continuation(tokenizer, _RESULT, f" {word}")[0]
     if first in by_token:
       raise ValueError(
         f"The labels {by_token[first]!r} and {word!r} of {task.name} begin with"
         f" the same token, {tokenizer.id_to_token(first)!r}; a decoder can tell"
-        " labels apart by their first tokens only."
+        " labels apart by their first tokens only. Other names for the labels,"
+        " or a --model that is an encoder, can do without."
       )
     by_token[first] = word
   return list(by_token)
@@ -147,11 +94,10 @@ def words(
     eos_id: the token that ends a text.
 
   Raises:
-    ValueError: if two words have the same tokens, or one has none, or there is
-      no prompt for the task.
+    ValueError: if two words have the same tokens, or one has none.
   """
   by_tokens: dict[tuple[int, ...], str] = {}
-  for word in prompt(task).words or ():
+  for word in task.answers:
     ids = tokenizer.encode(word, add_special_tokens=False).ids
     if not ids:
       raise ValueError(

@@ -12,7 +12,6 @@ import bilora_jax
 
 from ..data import label_words
 from ..data import load as data_lib
-from ..data import registry as tasks
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
@@ -92,7 +91,7 @@ def prepare(config: Config) -> Prepared:
   _claim(folder, config)
   try:
     pretrained = models.open_pretrained(config.model.name)
-    data = load_data(config, pretrained)
+    data = load_data(config, pretrained, layout)
     model = _model(config, pretrained, data)
     inputs = data.objective.inputs(next(data.train_batches()))
     steps = optimisation.epochs * data.steps_per_epoch
@@ -134,9 +133,15 @@ def prepare(config: Config) -> Prepared:
   )
 
 
-def load_data(config: Config, pretrained: Pretrained) -> data_lib.Data:
-  """The data of a configuration; the first process prepares them for all."""
+def load_data(
+  config: Config,
+  pretrained: Pretrained,
+  layout: mesh_lib.Layout | None = None,
+) -> data_lib.Data:
+  """The data of a run; the first process may have to prepare it for all."""
   optimisation = config.optimisation
+  mesh = layout.mesh if layout is not None else None
+  shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
   with processes.first_before_others():
     return data_lib.load(
       config.data,
@@ -146,6 +151,7 @@ def load_data(config: Config, pretrained: Pretrained) -> data_lib.Data:
       or optimisation.batch_size // optimisation.accumulate,
       epochs=optimisation.epochs,
       seed=optimisation.seed,
+      multiple=optimisation.accumulate * shared,
     )
 
 
@@ -188,7 +194,7 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
         f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
       )
     return pretrained.encoder_classifier(
-      len(data.task.labels), dtype, remat=options.remat
+      data.task.outputs, dtype, remat=options.remat
     )
   build = {
     "dtype": dtype,
@@ -197,7 +203,6 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
     "scan": options.scan_layers,
   }
   if isinstance(data, data_lib.Labelled):
-    assert isinstance(data.task, tasks.Task)
     if pretrained.is_t5:
       assert pretrained.eos_id is not None
       words = label_words.words(

@@ -14,7 +14,8 @@ from rich import progress as rich_progress
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from ..errors import RunError, UsageError
+from .. import jsonl
+from ..errors import RunError
 
 # Its classes are made as it is imported.
 _events: Any = event_pb2
@@ -139,20 +140,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     UsageError: if another line than the last is no JSON.
   """
-  path = folder / "metrics.jsonl"
-  if not path.exists():
-    return []
-  lines = path.read_text().splitlines()
-  rows = []
-  for number, line in enumerate(lines, 1):
-    try:
-      rows.append(json.loads(line))
-    except ValueError as error:
-      if number < len(lines):
-        raise UsageError(
-          f"{path}, line {number}, is no JSON: {error}."
-        ) from error
-  return rows
+  return jsonl.read_log(folder / "metrics.jsonl")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

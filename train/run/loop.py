@@ -72,6 +72,8 @@ def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   journal = journal_lib.Silence()
   if processes.is_first():
     journal = journal_lib.Journal(prepared.folder, at, prepared.steps)
+  for note in data.notes:
+    journal.say(note)
   journal.say(_opening(prepared, state.trained))
   if resumed is not None:
     journal.say(f"resumed after step {at}")

@@ -8,7 +8,7 @@ import os
 import pathlib
 from typing import Any
 
-from ..errors import UsageError
+from .. import jsonl
 
 RUNS = "runs.jsonl"
 
@@ -19,18 +19,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     UsageError: if another line than the last is no JSON.
   """
-  if not path.exists():
-    return []
-  rows = []
-  # What follows the last end of a line was not written whole.
-  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-    try:
-      rows.append(json.loads(line))
-    except ValueError as error:
-      raise UsageError(
-        f"{path}, line {number}, is no JSON: {error}."
-      ) from error
-  return rows
+  return jsonl.read_log(path)
 
 
 def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
