@@ -17,8 +17,8 @@ import bilora_jax
 from bilora_jax import baselines
 
 from ..data.objectives import Objective
-from ..models.decoder import model as decoder
-from ..models.t5 import model as t5
+from ..models import registry
+from ..models.family import Family
 from ..run.config import Config
 from . import adapter, estimators, optimizers
 
@@ -77,8 +77,7 @@ def build(
 
   Args:
     config: of the run.
-    model: an encoder with a new `head`, or a decoder or a T5, whose own is
-      frozen.
+    model: of a family; a new `head` is trained, its own one is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
@@ -87,18 +86,18 @@ def build(
     ValueError: if the targets match no module of the model, or the method is
       not for such a model.
   """
-  has_words = isinstance(model, decoder.Decoder | t5.T5)
+  family = registry.of(model)
   if config.method in _ALL_PARAMETERS:
     method = _of_parameters(model, lambda params: params)
   elif config.method == "head":
-    if has_words:
+    if not family.has_new_head:
       raise ValueError(
-        "--method head trains a new head alone, which encoders have; a decoder "
-        "or a T5 answers by the head that it came with."
+        "--method head trains a new head alone, which encoders have; a "
+        f"{family.name} answers by the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
-    method = _of_adapters(config, model, inputs, has_words)
+    method = _of_adapters(config, family, model, inputs)
   apply = estimators.noisy(config, method.apply)
   return method._replace(
     apply=apply,
@@ -125,13 +124,13 @@ def _of_parameters(
 
 
 def _of_adapters(
-  config: Config, model: nn.Module, inputs: tuple[Any, ...], has_words: bool
+  config: Config, family: Family, model: nn.Module, inputs: tuple[Any, ...]
 ) -> Method:
   has_ball = config.method in _BALL
   own = dataclasses.replace(
-    _targets(config, model, has_words),
+    _targets(config, family, model),
     auxiliary_rank=config.auxiliary_rank if has_ball else 0,
-    extra=None if has_words else "head/.*",
+    extra="head/.*" if family.has_new_head else None,
     dora=config.dora,
     dropout=config.dropout,
     base_dtype=config.quantised,
@@ -151,7 +150,7 @@ def _of_adapters(
 
 
 def _targets(
-  config: Config, model: nn.Module, has_words: bool
+  config: Config, family: Family, model: nn.Module
 ) -> bilora_jax.LoraSpec:
   """Which modules have adapters, of what rank and scale."""
   if config.adapter:
@@ -160,5 +159,5 @@ def _targets(
     rank=config.rank,
     alpha=config.alpha,
     targets=config.targets,
-    exclude="lm_head" if has_words else None,
+    exclude=family.own_head,
   )

@@ -12,14 +12,13 @@ import bilora_jax
 
 from ..data import label_words
 from ..data import load as data_lib
-from ..data import registry as tasks
 from ..devices import mesh as mesh_lib
 from ..devices import processes
 from ..errors import UsageError
 from ..methods import method as methods
 from ..methods import starts
 from ..models import load as models
-from ..models.load import Pretrained
+from ..models.family import Pretrained
 from . import config as config_lib
 from . import journal, lowering, memory
 from .config import Config
@@ -94,13 +93,14 @@ def prepare(config: Config) -> Prepared:
     steps = config.epochs * data.steps_per_epoch
     method = methods.build(config, model, inputs, steps, data.objective)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    axes = models.logical_axes(shapes)
+    axes = pretrained.logical_axes(shapes)
     memory.check(*lowering.abstract(config, method, layout, shapes, axes))
-    place = layout.placer(axes["params"])
-    if config.quantised:
-      place = _quantising(place, method.adapted)
     variables = pretrained.variables(
-      model, config.seed, config.param_dtype, place
+      model,
+      config.seed,
+      config.param_dtype,
+      layout.placer(axes["params"]),
+      method.adapted,
     )
     started = starts.of(
       config,
@@ -130,42 +130,11 @@ def prepare(config: Config) -> Prepared:
   )
 
 
-def _quantising(place: Any, adapted: Any) -> Any:
-  """Places a parameter, and quantises it before the next one is read."""
-
-  def quantised(path, *arguments):
-    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
-
-  return quantised
-
-
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  dtype = None if config.dtype == "float32" else config.dtype
-  if not (pretrained.is_decoder or pretrained.is_t5):
-    assert isinstance(data, data_lib.Labelled)
-    if config.scan_layers:
-      raise UsageError(
-        f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
-      )
-    return pretrained.encoder_classifier(
-      len(data.task.labels), dtype, remat=config.remat
-    )
-  options = {
-    "dtype": dtype,
-    "param_dtype": config.param_dtype,
-    "remat": config.remat,
-    "scan": config.scan_layers,
-  }
+  options = config_lib.model_options(config).of_module
   if isinstance(data, data_lib.Labelled):
-    assert isinstance(data.task, tasks.Task)
-    if pretrained.is_t5:
-      assert pretrained.eos_id is not None
-      words = label_words.words(
-        pretrained.tokenizer, data.task, pretrained.eos_id
-      )
-      return pretrained.t5_classifier(words, **options)
-    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **options)
+    answers = label_words.answers(pretrained, data.task)
+    return pretrained.classifier(answers, **options)
   return pretrained.language_model(**options)
 
 

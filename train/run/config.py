@@ -8,6 +8,7 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from ..errors import UsageError
+from ..models.options import ModelOptions
 
 _QUANTISED = ("nf4", "int8", "fp8")
 INSTRUCTIONS = "instructions"
@@ -392,6 +393,17 @@ def _check_adapter(config: Config) -> None:
       "--adapter is a folder with adapter_config.json and "
       f"adapter_model.safetensors; got {config.adapter}, which has none."
     )
+
+
+def model_options(config: Config) -> ModelOptions:
+  """Those of the run's model."""
+  return ModelOptions(
+    name=config.model,
+    dtype=config.dtype,
+    base_dtype=config.base_dtype,
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+  )
 
 
 def to_json(config: Config) -> str:
