@@ -202,7 +202,7 @@ def test_a_missing_shard_is_named(run, tmp_path, tiny_decoder, capsys):
 
 def test_an_encoder_cannot_respond(run, tmp_path, tiny_model, capsys):
   assert run(tmp_path / "run", "--model", str(tiny_model)) == 2
-  assert "got the encoder" in capsys.readouterr().err
+  assert "holds conversations (decoder)" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(

@@ -64,11 +64,8 @@ def by_model_type(
   Raises:
     ValueError: if there is none.
   """
-  known = {
-    name: family
-    for family in among or families()
-    for name in family.model_types
-  }
+  among = families() if among is None else among
+  known = {name: family for family in among for name in family.model_types}
   if model_type not in known:
     raise ValueError(
       f"model_type must be one of {', '.join(known)}, got {model_type!r}."

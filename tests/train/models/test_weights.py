@@ -288,7 +288,8 @@ def test_a_missing_config_is_named(tmp_path):
 
 
 def _params(tensors):
-  return bert_weights.bert_params(bert.BertConfig.from_hf(CONFIG), tensors)
+  config = bert.BertConfig.from_hf(CONFIG)
+  return bert_weights.params(config, tensors)["encoder"]
 
 
 def _assert_equal_trees(got, want):
@@ -360,7 +361,7 @@ def test_every_mismatch_is_listed_at_once():
 
 def _classifier(folder, num_classes, key):
   found = load.open_pretrained(str(folder))
-  model = found.encoder_classifier(num_classes)
+  model = found.classifier(num_classes)
   return model, found.variables(model, key), found.tokenizer
 
 

@@ -31,7 +31,7 @@ class WeightsError(ValueError):
 
 
 def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
-  """The first of them for a sentence, and how many there are if that is more."""
+  """The first of them for a sentence, and how many there are if not all."""
   items = list(items)
   more = f"{separator}... ({len(items)} in all)" if len(items) > most else ""
   return separator.join(items[:most]) + more
