@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 from outcomes import adapters, rows
 import pytest
+import qwix
 
 from train import __main__ as program
+from train.models.family import Pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +116,28 @@ def test_a_quantised_base_learns_the_same_on_a_mesh(run, finished, tmp_path):
   layout = "data=2,fsdp=2,tensor=2"
   assert run(mesh, "--base-dtype", "nf4", "--mesh", layout) == 0
   _assert_same_run(mesh, one)
+
+
+def test_what_generates_is_stored_and_computed_in_as_the_run_was(
+  run, tmp_path, monkeypatch, capsys
+):
+  folder = tmp_path / "run"
+  more = ("--base-dtype", "nf4", "--dtype", "bfloat16", "--epochs", "1")
+  assert run(folder, *more) == 0
+  made = []
+  variables = Pretrained.variables
+
+  def recorded(self, model, *args, **kwargs):
+    made.append((model, variables(self, model, *args, **kwargs)))
+    return made[-1][1]
+
+  monkeypatch.setattr(Pretrained, "variables", recorded)
+  _says(capsys, "--run", str(folder), "--prompt", "7: a film?")
+  ((model, found),) = made
+  assert model.dtype == "bfloat16"
+  layer = found["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+  assert isinstance(layer, qwix.QArray)
+  assert found["params"]["norm"]["scale"].dtype == "bfloat16"
 
 
 def test_a_decoder_answers_snippets_in_words(run, tmp_path, data_dir):

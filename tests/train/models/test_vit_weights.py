@@ -96,8 +96,8 @@ def test_tensors_that_do_not_fit_are_named_together():
   with pytest.raises(weights.WeightsError) as caught:
     vit_weights.vit_params(vit_cases.CONFIG, stored)
   assert str(caught.value) == (
-    "The tensors do not fit the ViT's configuration: layernorm.bias is missing; "
-    "encoder.layer.0.mlp.fc2.bias has shape (3,), expected (128,); "
+    "The tensors do not fit the ViT's configuration: layernorm.bias is "
+    "missing; encoder.layer.0.mlp.fc2.bias has shape (3,), expected (128,); "
     "embeddings.register_tokens has no place in it."
   )
 
