@@ -133,7 +133,7 @@ def test_labels_that_begin_with_one_token_are_named():
   letters = byte_level.train([], merges=0)
   with pytest.raises(
     ValueError,
-    match="'negative' and 'positive' begin with the same token, ' '",
+    match="'negative' and 'positive' begin with the same token",
   ):
     decoder_words.tokens(letters, LABELS, "\nresult:")
 

@@ -290,6 +290,22 @@ def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):
   assert "a new or an empty folder" in capsys.readouterr().err
 
 
+def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
+  one, several = tmp_path / "one", tmp_path / "several"
+  options = ["--run", str(ended.folder), "--merged", "--out"]
+  assert export.main([*options, str(one)]) == 0
+  monkeypatch.setattr(export, "_SHARD", 4000)
+  assert export.main([*options, str(several)]) == 0
+  assert not (several / "model.safetensors").exists()
+  got, wanted = (
+    tensors.read_all(tensors.open_safetensors(folder))
+    for folder in (several, one)
+  )
+  assert set(got) == set(wanted)
+  for name, value in wanted.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
 def test_a_run_without_adapters_is_refused(tmp_path, capsys):
   config = config_lib.Config(method="full")
   (tmp_path / "config.json").write_text(config_lib.to_json(config))

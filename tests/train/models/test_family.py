@@ -91,7 +91,7 @@ def test_a_model_type_that_none_opens_is_told_those_that_are(bag):
 
 def test_two_families_do_not_open_the_same():
   other = dataclasses.replace(toy_family.FAMILY, name="other")
-  with pytest.raises(ValueError, match="other would open what bag of .*: bag"):
+  with pytest.raises(ValueError, match=r"other would open what bag of .*: bag"):
     registry.register(other)
   assert other not in registry.families()
 
