@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..methods import method as methods
 from ..methods import starts
 from ..models import load as models
-from ..models.load import Pretrained
+from ..models.family import Pretrained
 from . import config as config_lib
 from . import journal, lowering, memory
 from .config import Config
@@ -90,20 +90,23 @@ def prepare(config: Config) -> Prepared:
   folder = config.folder()
   _claim(folder, config)
   try:
-    pretrained = models.open_pretrained(config.model.name)
+    pretrained = models.open_pretrained(
+      config.model.name, config.model.hub_revision
+    )
     data = load_data(config, pretrained, layout)
     model = _model(config, pretrained, data)
     inputs = data.objective.inputs(next(data.train_batches()))
     steps = optimisation.epochs * data.steps_per_epoch
     method = method_of(config, model, inputs, steps, data.objective)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    axes = models.logical_axes(shapes)
+    axes = pretrained.logical_axes(shapes)
     memory.check(*lowering.abstract(config, method, layout, shapes, axes))
-    place = layout.placer(axes["params"])
-    if config.model.quantised:
-      place = _quantising(place, method.adapted)
     variables = pretrained.variables(
-      model, optimisation.seed, config.model.param_dtype, place
+      model,
+      optimisation.seed,
+      config.model.param_dtype,
+      layout.placer(axes["params"]),
+      method.adapted,
     )
     started = starts.started(
       config.adapter.start,
@@ -175,43 +178,12 @@ def method_of(
   )
 
 
-def _quantising(place: Any, adapted: Any) -> Any:
-  """Places a parameter, and quantises it before the next one is read."""
-
-  def quantised(path, *arguments):
-    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
-
-  return quantised
-
-
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  options = config.model
-  dtype = None if options.dtype == "float32" else options.dtype
-  if not (pretrained.is_decoder or pretrained.is_t5):
-    assert isinstance(data, data_lib.Labelled)
-    if options.scan_layers:
-      raise UsageError(
-        f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
-      )
-    return pretrained.encoder_classifier(
-      data.task.outputs, dtype, remat=options.remat
-    )
-  build = {
-    "dtype": dtype,
-    "param_dtype": options.param_dtype,
-    "remat": options.remat,
-    "scan": options.scan_layers,
-  }
+  options = config.model.of_module
   if isinstance(data, data_lib.Labelled):
-    if pretrained.is_t5:
-      assert pretrained.eos_id is not None
-      words = label_words.words(
-        pretrained.tokenizer, data.task, pretrained.eos_id
-      )
-      return pretrained.t5_classifier(words, **build)
-    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **build)
-  return pretrained.language_model(**build)
+    answers = label_words.answers(pretrained, data.task)
+    return pretrained.classifier(answers, **options)
+  return pretrained.language_model(**options)
 
 
 def _claim(folder: pathlib.Path, config: Config) -> None:
