@@ -2,7 +2,6 @@
 
 import difflib
 
-from .data.options import INSTRUCTIONS
 from .errors import UsageError
 from .run.config import Config, replace
 

@@ -62,6 +62,11 @@ def encode(
   return found
 
 
+def prompt(task: Task, text: Text) -> str:
+  """Returns what `encode` encodes, as one text."""
+  return "".join([f"{task.instruction}\n", *_lines(text), _RESULT])
+
+
 def answers(
   pretrained: Pretrained, task: Task
 ) -> int | tuple[tuple[int, ...], ...]:

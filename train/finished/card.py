@@ -215,12 +215,15 @@ def _image(run: Finished) -> str:
 
 def _prompt(run: Finished) -> str:
   text = _examples(run)
-  prompt = label_words.text(run.task, text[0] if len(text) == 1 else text)
-  return f"prompt = {prompt!r}\nbatch = tokenizer(prompt, return_tensors='pt')\n"
+  prompt = label_words.prompt(run.task, text[0] if len(text) == 1 else text)
+  return (
+    f"prompt = {prompt!r}\nbatch = tokenizer(prompt, return_tensors='pt')\n"
+  )
 
 
 def _word(run: Finished) -> str:
   answers = label_words.answers(run.pretrained, run.task)
+  assert not isinstance(answers, int)
   first = [tokens[0] for tokens in answers]
   return (
     _prompt(run) + "with torch.no_grad():\n"

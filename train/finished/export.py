@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -19,7 +18,6 @@ import tyro
 from bilora_jax import peft
 
 from ..errors import UsageError
-from ..models.family import Pretrained
 from ..models.io import weights
 from . import card, hub
 from .finished import Finished, open_run
@@ -88,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   _check_out(out, options.overwrite)
   run = open_run(options.run)
   _check_other(out, run)
+  whole = options.merged or run.adapted is None
   base, note = options.base_model, ""
   if not base:
     base, note = weights.origin(run.config.model.name)
-  whole = options.merged or run.adapted is None
   if not base:
     print(
       f"warning: {run.config.model.name} is a model of this machine; "
@@ -101,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   elif note and not whole:
     print(f"warning: {note}", file=sys.stderr)
   with _replacing(out) as part:
-    if whole:
+    if whole or run.adapted is None:
       _write_model(part, run)
       what = f"{out} is a {_kind(run)} of transformers."
     else:
@@ -117,9 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
       what = f"{out} is a LoRA of PEFT, for a {_kind(run)}."
     _write_tokenizer(part, run)
-    text = card.write(
-      run, base, note, options.push_to_hub or out.name, whole
-    )
+    text = card.write(run, base, note, options.push_to_hub or out.name, whole)
     (part / "README.md").write_text(text)
   print(what)
   if options.push_to_hub:

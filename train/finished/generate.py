@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
+from flax import linen as nn
 import jax
 import numpy as np
 import tyro
@@ -110,11 +111,11 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   """Yields what is said to each prompt."""
   opened = _opened(options)
   pretrained, template = opened.pretrained, opened.template
-  plain = options.plain or template is None
   tokenizer = pretrained.tokenizer
   rows = [
     tokenizer.encode(
-      prompt if plain else _asked(template, prompt), add_special_tokens=plain
+      _text(options, template, prompt),
+      add_special_tokens=options.plain or template is None,
     ).ids
     for prompt in prompts
   ]
@@ -144,34 +145,38 @@ class _Opened(NamedTuple):
 
   pretrained: Pretrained
   template: templates.Template | None
-  model: Any
+  model: nn.Module
   apply: Callable[[], functools.partial]
 
 
 def _opened(options: Options) -> _Opened:
   if options.run:
-    found = finished.open_run(options.run, options.model)
-    pretrained, template = found.pretrained, found.template
-    model, apply = found.model, found.apply
-    what = f"{options.run} is of a"
-  else:
-    pretrained = load.open_pretrained(options.model)
-    template, what = pretrained.template, f"--model {options.model} is a"
+    run = finished.open_run(options.run, options.model)
+    _check_generates(run.pretrained)
+    return _Opened(run.pretrained, run.template, run.model, run.apply)
+  pretrained = load.open_pretrained(options.model)
+  _check_generates(pretrained)
+  model = pretrained.language_model()
+
+  def apply() -> functools.partial:
+    return functools.partial(model.apply, pretrained.variables(model))
+
+  return _Opened(pretrained, pretrained.template, model, apply)
+
+
+def _check_generates(pretrained: Pretrained) -> None:
   if pretrained.family.generate is None:
     raise UsageError(
-      f"{what} {pretrained.family.name}, an encoder, which does not generate; "
-      "predict is for its labels."
+      f"an encoder does not generate; got {pretrained.path}, a "
+      f"{pretrained.family.name} (predict tells a run's labels)."
     )
-  if not options.run:
-    model = pretrained.language_model()
-
-    def apply():
-      return functools.partial(model.apply, pretrained.variables(model))
-
-  return _Opened(pretrained, template, model, apply)
 
 
-def _asked(template: templates.Template, prompt: str) -> str:
+def _text(
+  options: Options, template: templates.Template | None, prompt: str
+) -> str:
+  if options.plain or template is None:
+    return prompt
   return template.render(
     (templates.Message("user", prompt),), add_generation_prompt=True
   )

@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp

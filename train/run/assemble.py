@@ -21,7 +21,7 @@ from ..methods import starts
 from ..models import load as models
 from ..models.family import Pretrained
 from . import config as config_lib
-from . import journal, lowering, memory
+from . import kept, lowering, memory
 from .config import Config
 
 
@@ -58,11 +58,11 @@ class Prepared:
     assert self.method.adapted is not None
     return self.method.adapted.merge(self.variables, self.start)
 
-  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
-    """What is kept of a run: adapters for the variables as they came."""
-    assert self.method.adapted is not None
+  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted | None, Any]:
+    """What is kept: adapters for the variables as they came, or parameters."""
     if self.start is None:
       return self.method.adapted, evaluated
+    assert self.method.adapted is not None
     batch = next(self.data.train_batches())
     return starts.on_original(
       self.method.adapted,
@@ -121,7 +121,7 @@ def prepare(config: Config) -> Prepared:
       folder.rmdir()  # if it was made for this run, and is empty
     raise UsageError(str(error)) from error
   if processes.is_first():
-    journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+    kept.begin(folder, config, data.task)
   return Prepared(
     config=config,
     folder=folder,

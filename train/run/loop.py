@@ -20,7 +20,7 @@ from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
 from ..methods import method as methods
-from . import assemble, diagnostics, report, step, watch
+from . import assemble, diagnostics, kept, report, step, watch
 from . import checkpoints as checkpoints_lib
 from . import config as config_lib
 from . import journal as journal_lib
@@ -207,12 +207,9 @@ def _finish(
   config, data, layout = prepared.config, prepared.data, prepared.layout
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
-  if prepared.method.adapted is not None:
-    whole = layout.gather(evaluated)
-    if processes.is_first():
-      bilora_jax.save_adapters(
-        prepared.folder / "adapters", *prepared.saved(whole)
-      )
+  whole = layout.gather(evaluated)
+  if processes.is_first():
+    kept.save(prepared.folder, *prepared.saved(whole))
   baseline = None
   labelled = isinstance(data, data_lib.Labelled)
   if config.evaluation.baseline and labelled and not config.model.quantised:
@@ -238,8 +235,8 @@ def _finish(
     "metric": data.metric,
     "best_step": best["step"],
     "validation": best["value"],
-    "test": _results(test),
-    "baseline": _results(baseline) if baseline else None,
+    "test": test.to_json(),
+    "baseline": baseline.to_json() if baseline else None,
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,
@@ -365,16 +362,6 @@ def _opening(prepared: Prepared, trained: Any) -> str:
 
 def _median(rows: Sequence[dict[str, Any]], name: str) -> float | None:
   return statistics.median([row[name] for row in rows]) if rows else None
-
-
-def _results(found: evaluate.Evaluation) -> dict[str, Any]:
-  return {
-    **found.metrics,
-    "loss": found.loss,
-    "rows": found.rows,
-    "unit": found.unit,
-    "accuracy_95": found.interval(),
-  }
 
 
 def _count(tree: Any) -> int:
