@@ -131,7 +131,9 @@ def from_file(path: pathlib.Path) -> Config:
       f"--config {path} cannot be read: {error.strerror}."
     ) from error
   except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise UsageError(f"--config {path} is no YAML: {error}.") from error
+    raise UsageError(
+      f"--config {path} is no YAML: {' '.join(str(error).split())}."
+    ) from error
   where = f"--config {path}"
   if isinstance(tables, dict):
     group = tables.get("plugins")

@@ -75,11 +75,9 @@ def check(group: Any) -> None:
     below = field.metadata.get("below", math.inf)
     if least <= value < below:
       continue
-    allowed = (
-      f"at least {least:g}"
-      if below == math.inf and type(value) is int
-      else f"in [{least:g}, {below:g})"
-    )
+    allowed = f"in [{least:g}, {below:g})"
+    if type(value) is int:
+      allowed = f"at least {least}" if value < least else f"below {below}"
     raise UsageError(f"{spelt(name)} is {allowed}; got {value}.")
 
 

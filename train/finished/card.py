@@ -214,8 +214,8 @@ def _image(run: Finished) -> str:
 
 
 def _prompt(run: Finished) -> str:
-  text = _examples(run)
-  prompt = label_words.prompt(run.task, text[0] if len(text) == 1 else text)
+  first, *more = _examples(run)
+  prompt = label_words.prompt(run.task, (first, more[0]) if more else first)
   return (
     f"prompt = {prompt!r}\nbatch = tokenizer(prompt, return_tensors='pt')\n"
   )

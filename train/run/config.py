@@ -107,7 +107,10 @@ def build(given: Mapping[str, Any], where: str = "") -> Config:
     UsageError: if an option is unknown, of another type, or of another method.
   """
   method = given.get("method", methods.DEFAULT)
-  known = groups(method)
+  try:
+    known = groups(method)
+  except UsageError as error:
+    raise UsageError(f"{where}{where and ': '}{error}") from error
   own = {flag: name for name, x in known.items() for flag in options.fields(x)}
   sorted_out: dict[str, dict[str, Any]] = {name: {} for name in known}
   for flag, value in given.items():
@@ -311,7 +314,10 @@ def from_run(folder: pathlib.Path) -> Config:
   if isinstance(tables, Mapping) and isinstance(tables.get("plugins"), Mapping):
     plugins_lib.load(str(tables["plugins"].get("plugins", "")))
   # Older runs have all options in one table, of all methods.
-  return build(fitting(from_tables(str(path), tables)))
+  given = from_tables(str(path), tables)
+  method = {"method": given.get("method", methods.DEFAULT)}
+  build(method, str(path))
+  return build(fitting(given), str(path))
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -101,8 +101,7 @@ def _markdown(found: dict[str, Any]) -> str:
       f"({found['metric']} {found['validation']:.4f}), was tested once"
       + (
         ", without the auxiliary."
-        if config["method"] in ("bilora", "dual_lora")
-        and not config["keep_auxiliary"]
+        if "auxiliary_rank" in config and not config.get("keep_auxiliary")
         else "."
       ),
       "",
