@@ -26,7 +26,7 @@ from tokenizers import (
 
 from train import __main__ as program
 from train import config as command_line
-from train.data import hashing, movie_reviews, pipeline, prepare
+from train.data import hashing, movie_reviews, pipeline
 from train.data import registry as tasks
 from train.data.objectives import CLASSIFICATION
 from train.run import assemble, journal, step
@@ -285,7 +285,7 @@ def data_dir(
     patch.setattr(movie_reviews, "read", lambda: snippets)
     patch.setattr(movie_reviews, "TRAIN_ROWS", 128)
     patch.setattr(movie_reviews, "VALIDATION_ROWS", 32)
-    prepare.open_stored(tasks.get("snippets"), "train", folder)
+    pipeline.load(tasks.get("snippets"), "train", folder)
   return folder
 
 

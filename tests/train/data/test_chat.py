@@ -180,7 +180,7 @@ def test_what_is_too_long_is_cut_skipped_or_refused():
   assert _encode(ONE_TURN, max_length=prompt) is None  # no response is left
   with pytest.raises(
     ValueError,
-    match=rf"has {fits} tokens, but max_length is {fits - 1}; give a larger",
+    match=rf"has {fits} tokens, but --max-length is {fits - 1}; give a larger",
   ):
     _encode(ONE_TURN, max_length=fits - 1, on_long="error")
   with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):

@@ -54,13 +54,13 @@ def test_labels_are_balanced_in_each_split(snippets_dir):
 
 
 def test_the_label_is_the_sign_of_a_rating_that_is_not_near_zero(snippets_dir):
-  for row in prepare.open_stored(TASK, "test", snippets_dir):
+  for row in TASK.source.read("test", snippets_dir):
     assert abs(row["rating"]) >= 0.5
     assert row["label"] == (row["rating"] > 0)
 
 
 def test_labels_are_named_in_the_order_of_the_builder(snippets_dir):
-  source: Any = prepare.open_stored(TASK, "test", snippets_dir)
+  source: Any = TASK.source.read("test", snippets_dir)
   names = source.dataset_info.features["label"].names
   assert tuple(names) == TASK.labels
 
@@ -185,10 +185,10 @@ def test_the_process_that_prepares_last_reads_what_the_first_prepared(
   def generate_late(*args):
     generate(*args)
     monkeypatch.undo()
-    prepare.open_stored(TASK, "train", tmp_path)
+    TASK.source.read("train", tmp_path)
 
   monkeypatch.setattr(prepare, "_generate", generate_late)
-  assert len(prepare.open_stored(TASK, "train", tmp_path)) == 6_500
+  assert len(TASK.source.read("train", tmp_path)) == 6_500
   assert not list(tmp_path.glob(".preparing-*"))
 
 
@@ -198,14 +198,14 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
 
   monkeypatch.setattr(movie_reviews, "read", fail)
   with pytest.raises(RuntimeError, match=r"snippets cannot be prepared .*'x'"):
-    prepare.open_stored(TASK, "train", tmp_path)
+    TASK.source.read("train", tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["originals"]
 
 
 def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(RuntimeError, match=r"cannot be written to.*--data-dir"):
-    prepare.open_stored(TASK, "train", tmp_path / "file")
+    TASK.source.read("train", tmp_path / "file")
 
 
 def test_the_default_data_folder_is_in_the_users_cache(monkeypatch):
