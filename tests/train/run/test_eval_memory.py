@@ -11,7 +11,6 @@ from train.devices import mesh as mesh_lib
 from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
 from train.run import assemble, lowering
-from train.run import config as config_lib
 
 
 @pytest.fixture(scope="module")
