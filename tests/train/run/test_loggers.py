@@ -73,7 +73,7 @@ def test_a_logger_that_cannot_be_opened_is_a_sentence(monkeypatch, tmp_path):
     raise ConnectionError("no such host")
 
   monkeypatch.setitem(registry._FACTORIES, "far", fail)
-  with pytest.raises(UsageError, match="--loggers far .* no such host"):
+  with pytest.raises(UsageError, match=r"--loggers far .* no such host"):
     registry.make("far", _opened(tmp_path))
 
 
