@@ -1,11 +1,14 @@
-"""`python -m train`: the command line."""
+"""`python -m train`, or `bilora` where it is installed: the command line."""
 
 from collections.abc import Sequence
 import sys
 
-from . import config as config_lib
-from .devices import processes
-from .errors import LostError, RunError, UsageError
+from . import command
+
+with command.needing_the_extra():
+  from . import config as config_lib
+  from .devices import processes
+  from .errors import LostError, RunError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place, _ = config_lib.start().parse_known_args(argv)
     processes.join(place.coordinator, place.num_processes, place.process_id)
-    loop.run(config, ["python", "-m", "train", *argv])
+    loop.run(config, [*command.NAME.split(), *argv])
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -52,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-  """What `python -m train` runs: `main`, watched if it is one of several."""
+  """What the program runs: `main`, watched if it is one of several."""
   place, _ = config_lib.start().parse_known_args()
   several = place.coordinator or processes.in_cluster()
-  return processes.watched(main) if several else main()
+  with command.needing_the_extra():
+    return processes.watched(main) if several else main()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from . import chat
+from ..models.family import Pretrained
+from .images import ImageTask
 from .task import Task, Text
 
 _RESULT = "\nresult:"
 
 
 class Prompt(NamedTuple):
-  """How a task is put to a decoder or a T5.
+  """How a task is put to a model that answers in words.
 
   Attributes:
     instruction: what is asked of the texts that follow.
@@ -50,7 +51,7 @@ _PROMPTS = {
 
 
 def prompt(task: Task) -> Prompt:
-  """Returns how a task is put to a decoder or a T5, with its words.
+  """Returns how a task is put to a model that answers in words.
 
   Raises:
     ValueError: if there is no prompt for the task.
@@ -73,14 +74,13 @@ def encode(
   """Returns the token ids of each text's prompt, unpadded.
 
   A prompt is the task's instruction, the text or the texts, and `result:`, each
-  on a line of its own (where the tokenizer has lines, as T5's has not). A
-  decoder's next token is its answer (`label_ids`), a T5's are a word
-  (`words`). With its first two arguments bound, this is what
-  `pipeline.tokenize` takes.
+  on a line of its own (where the tokenizer has lines). A model answers by a
+  word for each label (`answers`). With its first two arguments bound, this is
+  what `pipeline.tokenize` takes.
 
   Args:
-    tokenizer: adds what it begins a text with, and at the end nothing, or for a
-      T5 what ends a text.
+    tokenizer: adds what it begins a text with, and what ends a text that is not
+      gone on with.
     task: of the texts.
     texts: texts, or pairs of texts.
     max_length: tokens a prompt may take. A text loses its end, of a pair the
@@ -116,56 +116,21 @@ def encode(
   return found
 
 
-def label_ids(tokenizer: tokenizers.Tokenizer, task: Task) -> list[int]:
-  """Returns the token that begins each label's word after `result:`.
+def answers(
+  pretrained: Pretrained, task: Task | ImageTask
+) -> int | tuple[tuple[int, ...], ...]:
+  """Returns what `pretrained.classifier` takes for the labels of a task.
 
   Raises:
-    ValueError: if two words begin with the same token, or there is no prompt
-      for the task.
+    ValueError: if the model answers in words, and there is no prompt for the
+      task, or two words cannot be told apart.
   """
-  by_token: dict[int, str] = {}
-  for word in prompt(task).words or ():
-    first = chat.continuation(tokenizer, _RESULT, f" {word}")[0]
-    if first in by_token:
-      raise ValueError(
-        f"The labels {by_token[first]!r} and {word!r} of {task.name} begin with"
-        f" the same token, {tokenizer.id_to_token(first)!r}; a decoder can tell"
-        " labels apart by their first tokens only."
-      )
-    by_token[first] = word
-  return list(by_token)
-
-
-def words(
-  tokenizer: tokenizers.Tokenizer, task: Task, eos_id: int
-) -> list[tuple[int, ...]]:
-  """Returns the tokens of each label's word, as a text of its own, and the end.
-
-  Args:
-    tokenizer: of a T5.
-    task: whose words they are.
-    eos_id: the token that ends a text.
-
-  Raises:
-    ValueError: if two words have the same tokens, or one has none, or there is
-      no prompt for the task.
-  """
-  by_tokens: dict[tuple[int, ...], str] = {}
-  for word in prompt(task).words or ():
-    ids = tokenizer.encode(word, add_special_tokens=False).ids
-    if not ids:
-      raise ValueError(
-        f"The label {word!r} of {task.name} has no tokens in this vocabulary."
-      )
-    tokens = (*ids, eos_id)
-    if tokens in by_tokens:
-      raise ValueError(
-        f"The labels {by_tokens[tokens]!r} and {word!r} of {task.name} have the"
-        f" same tokens, {tokenizer.encode(word).tokens}; they cannot be told"
-        " apart."
-      )
-    by_tokens[tokens] = word
-  return list(by_tokens)
+  if pretrained.family.has_new_head:
+    return len(task.labels)
+  assert isinstance(task, Task)
+  words = prompt(task).words
+  assert words is not None
+  return pretrained.label_tokens(words, after=_RESULT)
 
 
 def _lines(text: Text) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
+from ..models import registry
 from ..models.io import tokenizer
 from ..models.load import Pretrained
 from . import (
@@ -241,15 +242,14 @@ def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
   task = tasks.get(config.task)
   text_tokenizer = pretrained.tokenizer
   objective = objectives.CLASSIFICATION
-  if pretrained.is_decoder or pretrained.is_t5:
-    encode = functools.partial(label_words.encode, text_tokenizer, task)
-  else:
+  if pretrained.family.has_new_head:
     encode = functools.partial(tokenizer.encode, text_tokenizer)
-  if pretrained.is_t5:
-    assert pretrained.eos_id is not None
-    objective = objectives.words(
-      label_words.words(text_tokenizer, task, pretrained.eos_id)
-    )
+  else:
+    encode = functools.partial(label_words.encode, text_tokenizer, task)
+  answers = label_words.answers(pretrained, task)
+  if pretrained.family.answers == "words":
+    assert not isinstance(answers, int)
+    objective = objectives.words(answers)
   examples = {}
   for split in _SPLITS:
     limit = config.train_rows if split == "train" else config.eval_rows
@@ -274,10 +274,10 @@ def _labelled(config: Config, pretrained: Pretrained) -> Labelled:
 
 def _images(config: Config, pretrained: Pretrained) -> Labelled:
   task = images.get(config.task)
-  if not pretrained.is_vision:
+  if pretrained.family.reads != "images":
     raise ValueError(
       f"--task {task.name} is of images, for a --model such as vit; got "
-      f"that model, which reads texts."
+      f"a model that reads {pretrained.family.reads}."
     )
   examples = {}
   for split in _SPLITS:
@@ -296,9 +296,9 @@ def _images(config: Config, pretrained: Pretrained) -> Labelled:
 def _conversations(config: Config, pretrained: Pretrained) -> Conversations:
   if pretrained.template is None:
     raise ValueError(
-      "Instructions are for a decoder to respond to (Llama, Qwen 2 and their "
-      f"like); got the encoder{'-decoder' if pretrained.is_t5 else ''} "
-      f"that model."
+      "Instructions are for a model that holds conversations "
+      f"({registry.names(x for x in registry.families() if x.converses)}); got "
+      f"a {pretrained.family.name}."
     )
   packed = {}
   for split in _SPLITS:

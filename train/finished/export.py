@@ -12,7 +12,7 @@ import tempfile
 from typing import Any
 
 from flax import linen as nn
-import jax
+import huggingface_hub
 import numpy as np
 import safetensors.numpy
 import tyro
@@ -20,11 +20,12 @@ import tyro
 import bilora_jax
 from bilora_jax import peft
 
+from .. import command
 from ..data import images
 from ..data import registry as tasks
 from ..errors import UsageError
-from ..models import hf_names, load
-from ..models.vit import model as vit
+from ..models import load
+from ..models.family import Pretrained
 from ..run import config as config_lib
 
 # Beside the weights, what transformers makes a tokenizer of.
@@ -39,15 +40,16 @@ _TOKENIZER = (
   "chat_template.jinja",
   "generation_config.json",
 )
+_SHARD = 2 * 10**9  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """Writes a run's adapters as PEFT's, or the model with them merged.
 
-  PEFT and transformers then compute what the run was tested with: for decoders
-  the same logits; for a BERT a token classifier, whose mean over the real
-  tokens is ours; for a ViT an image classifier.
+  PEFT and transformers then compute what the run was tested with: of a language
+  model the same logits; of an encoder of texts a token classifier, whose mean
+  over the real tokens is ours; of one of images an image classifier.
   """
 
   run: str
@@ -63,7 +65,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, 1 if it cannot write, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train export")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
   try:
     print(export(options))
   except ValueError as error:
@@ -94,18 +96,18 @@ def export(options: Options) -> str:
   out = pathlib.Path(options.out)
   if options.merged and out.exists():
     _check_empty(out)
-  pretrained = load.open_pretrained(run.model.name)
+  pretrained = load.open_pretrained(run.model.name, run.model.hub_revision)
   labels = _labels(run, pretrained)
   model = _model(run, pretrained, labels)
-  kind = hf_names.kind(model)
+  kind = pretrained.kind(model)
   adapted = bilora_jax.adapt(
-    model, bilora_jax.load_spec(saved), *_inputs(pretrained)
+    model, bilora_jax.load_spec(saved), *pretrained.example_inputs()
   )
   adapters = bilora_jax.load_adapters(saved, adapted)
   if options.merged:
     params = _merged(run, pretrained, model, adapted, adapters)
-    tensors = hf_names.tensors(model, params)
-    config = _config(pretrained, kind, labels, tensors)
+    tensors = pretrained.tensors_of(model, params)
+    config = pretrained.exported_config(model, tensors, labels)
     _write_model(out, tensors, config, pretrained)
     return f"{out} is a {kind.architecture} of transformers."
   peft.save(
@@ -129,43 +131,27 @@ def _check_empty(out: pathlib.Path) -> None:
     )
 
 
-def _labels(
-  run: config_lib.Config, pretrained: load.Pretrained
-) -> tuple[str, ...]:
-  """Of an encoder's head; a decoder and a T5 have none."""
-  if pretrained.is_decoder or pretrained.is_t5:
+def _labels(run: config_lib.Config, pretrained: Pretrained) -> tuple[str, ...]:
+  """Of a new head."""
+  if not pretrained.family.has_new_head:
     return ()
-  return (images if pretrained.is_vision else tasks).get(run.data.task).labels
+  is_of_images = pretrained.family.reads == "images"
+  return (images if is_of_images else tasks).get(run.data.task).labels
 
 
 def _model(
-  run: config_lib.Config, pretrained: load.Pretrained, labels: Sequence[str]
+  run: config_lib.Config, pretrained: Pretrained, labels: Sequence[str]
 ) -> nn.Module:
-  if pretrained.is_decoder:
-    # A run's adapters are stacked where its layers were.
-    return pretrained.language_model(
-      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
-    )
-  if pretrained.is_t5:
-    return pretrained.t5(
-      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
-    )
-  return pretrained.encoder_classifier(len(labels))
-
-
-def _inputs(pretrained: load.Pretrained) -> tuple[Any, ...]:
-  sizes = pretrained.config
-  if isinstance(sizes, vit.VitConfig):
-    side = sizes.patch_size * sizes.grid
-    return (jax.ShapeDtypeStruct((1, side, side, 3), "float32"),)
-  # A decoder's tokens; an encoder's mask too; and a T5's targets.
-  count = 1 if pretrained.is_decoder else 3 if pretrained.is_t5 else 2
-  return (jax.ShapeDtypeStruct((1, 2), "int32"),) * count
+  # A run's adapters are stacked where its layers were.
+  options = run.model.of_module
+  if labels:
+    return pretrained.classifier(len(labels), **options)
+  return pretrained.language_model(**options)
 
 
 def _merged(
   run: config_lib.Config,
-  pretrained: load.Pretrained,
+  pretrained: Pretrained,
   model: nn.Module,
   adapted: bilora_jax.Adapted,
   adapters: Mapping[str, Any],
@@ -175,52 +161,24 @@ def _merged(
       f"the run kept both adapters of {run.method.name}, and --merged merges "
       "one; write them without it, and merge them with PEFT."
     )
-  variables = pretrained.variables(model, 0, run.model.param_dtype)
-  if adapted.spec.base_dtype is not None:
-    # As the run saw them: the adapters make up for the rounding.
-    variables = adapted.quantize(variables, donate=True)
-  return adapted.merge(variables, adapters)["params"]
-
-
-def _config(
-  pretrained: load.Pretrained,
-  kind: hf_names.Kind,
-  labels: Sequence[str],
-  tensors: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-  """The config.json of what is written."""
-  config = {
-    **pretrained.hf_config,
-    "architectures": [kind.architecture],
-    # That of the layers; a head may be wider.
-    "torch_dtype": next(iter(tensors.values())).dtype.name,
-  }
-  if pretrained.is_t5:
-    # Newer files of transformers say so of every T5.
-    config["tie_word_embeddings"] = hf_names.is_tied(tensors)
-  for gone in ("dtype", "quantization_config", "_name_or_path", "num_labels"):
-    config.pop(gone, None)
-  if labels:
-    config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    config["label2id"] = {label: i for i, label in enumerate(labels)}
-  return config
+  # As the run saw them: the adapters make up for the rounding.
+  variables = pretrained.variables(
+    model, dtype=run.model.param_dtype, adapted=adapted
+  )
+  return adapted.merge(variables, adapters, donate=True)["params"]
 
 
 def _write_model(
   out: pathlib.Path,
   tensors: Mapping[str, np.ndarray],
   config: Mapping[str, Any],
-  pretrained: load.Pretrained,
+  pretrained: Pretrained,
 ) -> None:
   """Makes the folder at once, when all is on the disk."""
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
   try:
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(x) for name, x in tensors.items()},
-      part / "model.safetensors",
-      metadata={"format": "pt"},
-    )
+    _write_tensors(part, tensors)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_tokenizer(part, pretrained)
     part.chmod(0o777 & ~_umask())  # mkdtemp's are for the owner alone
@@ -231,7 +189,33 @@ def _write_model(
     raise
 
 
-def _write_tokenizer(out: pathlib.Path, pretrained: load.Pretrained) -> None:
+def _write_tensors(
+  out: pathlib.Path, tensors: Mapping[str, np.ndarray]
+) -> None:
+  """One file, or an index and shards, of which one is held twice at a time."""
+  split = huggingface_hub.split_state_dict_into_shards_factory(
+    dict(tensors),
+    get_storage_size=lambda x: x.nbytes,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=_SHARD,
+  )
+  for file, names in split.filename_to_tensors.items():
+    safetensors.numpy.save_file(
+      {name: np.ascontiguousarray(tensors[name]) for name in names},
+      out / file,
+      metadata={"format": "pt"},
+    )
+  if split.is_sharded:
+    index = {
+      "metadata": split.metadata,
+      "weight_map": split.tensor_to_filename,
+    }
+    (out / "model.safetensors.index.json").write_text(
+      json.dumps(index, indent=2) + "\n"
+    )
+
+
+def _write_tokenizer(out: pathlib.Path, pretrained: Pretrained) -> None:
   if pretrained.path.is_dir():
     for name in _TOKENIZER:
       if (pretrained.path / name).is_file():
@@ -248,7 +232,7 @@ def _write_tokenizer(out: pathlib.Path, pretrained: load.Pretrained) -> None:
     (out / "tokenizer_config.json").write_text(text)
 
 
-def _source(name: str, pretrained: load.Pretrained) -> str:
+def _source(name: str, pretrained: Pretrained) -> str:
   """A hub's name as it is, for all who read it; else where the model is."""
   path = pretrained.path
   is_local = pathlib.Path(name).expanduser().exists()

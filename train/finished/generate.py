@@ -13,15 +13,14 @@ import tyro
 
 import bilora_jax
 
+from .. import command
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
 from ..models import load
-from ..models.decoder import generate
-from ..models.decoder import model as decoder
+from ..models.family import Pretrained
 from ..models.io.template import Message
-from ..models.t5 import generate as t5_generate
-from ..models.t5 import model as t5
+from ..models.options import ModelOptions
 from ..run import config as config_lib
 
 
@@ -29,8 +28,8 @@ from ..run import config as config_lib
 class Options:
   """Prints what a decoder says to each prompt, alone or with a run's adapters.
 
-  A prompt is put as the user's message to the model's chat template. A T5 is
-  given it as it is, and answers with its likeliest tokens.
+  A prompt is put as the user's message to the model's chat template. An
+  encoder-decoder is given it as it is, and answers with its likeliest tokens.
   """
 
   prompt: tuple[str, ...] = ()
@@ -65,7 +64,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train generate")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
   try:
     _check(options)
     questions = gsm8k.load(options.questions) if options.questions else []
@@ -118,23 +117,21 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   if options.run:
     run = config_lib.from_run(pathlib.Path(options.run))
   name = options.model or run.model.name
-  pretrained = load.open_pretrained(name)
-  if pretrained.template is None and not pretrained.is_t5:
-    raise UsageError(f"an encoder does not generate; got {name}.")
+  revision = "" if options.model else run.model.hub_revision
+  pretrained = load.open_pretrained(name, revision)
+  if pretrained.family.generate is None:
+    raise UsageError(
+      f"an encoder does not generate; got {name}, a {pretrained.family.name}."
+    )
   tokenizer = pretrained.tokenizer
   rows = [
     tokenizer.encode(
       _text(options, pretrained, prompt),
-      add_special_tokens=options.plain or pretrained.is_t5,
+      add_special_tokens=options.plain or pretrained.template is None,
     ).ids
     for prompt in prompts
   ]
-  # A run's adapters are stacked where its layers were.
-  if pretrained.is_t5:
-    say = _t5(options, pretrained, pretrained.t5(scan=run.model.scan_layers))
-  else:
-    model = pretrained.language_model(scan=run.model.scan_layers)
-    say = _decoder(options, pretrained, model)
+  say = _generator(options, run.model, pretrained)
   # One width, and one program, for all.
   width = max(map(len, rows))
   for start in range(0, len(rows), options.batch_size):
@@ -142,12 +139,13 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
     # So that the last batch is of the others' shape.
     copies = [some[0]] * (min(options.batch_size, len(rows)) - len(some))
     tokens, mask = _padded([*some, *copies], width, pretrained.pad_id)
-    found = np.asarray(say(tokens, mask, start)).tolist()
+    key = jax.random.fold_in(jax.random.key(options.seed), start)
+    found = np.asarray(say(tokens, mask, key)).tolist()
     for row in found[: len(some)]:
       yield tokenizer.decode(row)
 
 
-def _text(options: Options, pretrained: load.Pretrained, prompt: str) -> str:
+def _text(options: Options, pretrained: Pretrained, prompt: str) -> str:
   if options.plain or pretrained.template is None:
     return prompt
   return pretrained.template.render(
@@ -162,70 +160,34 @@ def _padded(rows: list[list[int]], width: int, pad_id: int) -> tuple[Any, Any]:
   )
 
 
-def _decoder(
-  options: Options, pretrained: load.Pretrained, model: decoder.Decoder
+def _generator(
+  options: Options, model_options: ModelOptions, pretrained: Pretrained
 ) -> Callable[..., Any]:
-  """From prompts, and where they start among all, to new tokens."""
-  inputs = (jax.ShapeDtypeStruct((1, 2), "int32"),)
-  apply = _apply(options, pretrained, model, inputs, "decode")
-
-  def say(tokens, mask, start):
-    return generate.generate(
-      model,
-      apply,
-      tokens,
-      mask,
-      options.max_new_tokens,
-      temperature=options.temperature,
-      top_k=options.top_k,
-      top_p=options.top_p,
-      key=jax.random.fold_in(jax.random.key(options.seed), start),
-      eos_id=pretrained.eos_id,
-    )
-
-  return say
-
-
-def _t5(
-  options: Options, pretrained: load.Pretrained, model: t5.T5
-) -> Callable[..., Any]:
-  """As `_decoder`, of a T5."""
-  if options.temperature:
-    raise UsageError(
-      "a T5 answers with its likeliest tokens, at --temperature 0; got "
-      f"{options.temperature}."
-    )
-  inputs = (jax.ShapeDtypeStruct((1, 2), "int32"),) * 3
-  apply = _apply(options, pretrained, model, inputs, "encode", "decode")
-
-  def say(tokens, mask, start):
-    del start
-    return t5_generate.greedy(
-      model, apply, tokens, mask, options.max_new_tokens
-    )
-
-  return say
-
-
-def _apply(
-  options: Options,
-  pretrained: load.Pretrained,
-  model: Any,
-  inputs: tuple[Any, ...],
-  *methods: str,
-) -> functools.partial:
-  """Calls the model with its variables, and with the run's adapters."""
-  variables = pretrained.variables(model, 0)
-  if not options.run:
-    return functools.partial(model.apply, variables)
-  folder = pathlib.Path(options.run) / "adapters"
-  adapted = bilora_jax.adapt(
-    model,
-    bilora_jax.load_spec(folder),
-    *inputs,
-    methods=("__call__", *methods),
+  """From prompts, and a key, to new tokens; with the run's adapters."""
+  # A run's adapters are stacked where its layers were.
+  model = pretrained.language_model(
+    **model_options.of_module | {"remat": "none"}
   )
-  if adapted.spec.base_dtype is not None:
-    variables = adapted.quantize(variables, donate=True)
-  adapters = bilora_jax.load_adapters(folder, adapted)
-  return functools.partial(adapted.apply, variables, adapters)
+  dtype = model_options.param_dtype
+  if not options.run:
+    variables = pretrained.variables(model, dtype=dtype)
+    apply = functools.partial(model.apply, variables)
+  else:
+    folder = pathlib.Path(options.run) / "adapters"
+    adapted = bilora_jax.adapt(
+      model,
+      bilora_jax.load_spec(folder),
+      *pretrained.example_inputs(),
+      methods=("__call__", *pretrained.family.generate_methods),
+    )
+    variables = pretrained.variables(model, dtype=dtype, adapted=adapted)
+    adapters = bilora_jax.load_adapters(folder, adapted)
+    apply = functools.partial(adapted.apply, variables, adapters)
+  return pretrained.generator(
+    model,
+    apply,
+    max_new_tokens=options.max_new_tokens,
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+  )

@@ -12,7 +12,6 @@ import bilora_jax
 from .. import files
 from ..data import label_words
 from ..data import load as data_lib
-from ..data import registry as tasks
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
@@ -20,7 +19,7 @@ from ..errors import UsageError
 from ..methods import method as methods
 from ..methods import starts
 from ..models import load as models
-from ..models.load import Pretrained
+from ..models.family import Pretrained
 from . import config as config_lib
 from . import lowering, memory
 from .config import Config
@@ -107,7 +106,9 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     config.devices.mesh, optimisation.batch_size // optimisation.accumulate
   )
   _check_eval_batch(config, layout)
-  pretrained = models.open_pretrained(config.model.name)
+  pretrained = models.open_pretrained(
+    config.model.name, config.model.hub_revision
+  )
   data = load_data(config, pretrained)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
     raise UsageError(
@@ -119,7 +120,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   steps = optimisation.epochs * data.steps_per_epoch
   method = method_of(config, model, inputs, steps, data.objective)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-  axes = models.logical_axes(shapes)
+  axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
   batch = next(data.train_batches())
   memory.check(
@@ -129,11 +130,12 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       layout, method, data.objective, base, state, batch, eval_rows(config)
     ),
   )
-  place = layout.placer(axes["params"])
-  if config.model.quantised:
-    place = _quantising(place, method.adapted)
   variables = pretrained.variables(
-    model, optimisation.seed, config.model.param_dtype, place
+    model,
+    optimisation.seed,
+    config.model.param_dtype,
+    layout.placer(axes["params"]),
+    method.adapted,
   )
   started = starts.started(
     config.adapter.start,
@@ -192,44 +194,12 @@ def method_of(
   )
 
 
-def _quantising(place: Any, adapted: Any) -> Any:
-  """Places a parameter, and quantises it before the next one is read."""
-
-  def quantised(path, *arguments):
-    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
-
-  return quantised
-
-
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  options = config.model
-  dtype = None if options.dtype == "float32" else options.dtype
-  if not (pretrained.is_decoder or pretrained.is_t5):
-    assert isinstance(data, data_lib.Labelled)
-    if options.scan_layers:
-      raise UsageError(
-        f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
-      )
-    return pretrained.encoder_classifier(
-      len(data.task.labels), dtype, remat=options.remat
-    )
-  build = {
-    "dtype": dtype,
-    "param_dtype": options.param_dtype,
-    "remat": options.remat,
-    "scan": options.scan_layers,
-  }
+  options = config.model.of_module
   if isinstance(data, data_lib.Labelled):
-    assert isinstance(data.task, tasks.Task)
-    if pretrained.is_t5:
-      assert pretrained.eos_id is not None
-      words = label_words.words(
-        pretrained.tokenizer, data.task, pretrained.eos_id
-      )
-      return pretrained.t5_classifier(words, **build)
-    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **build)
-  return pretrained.language_model(**build)
+    answers = label_words.answers(pretrained, data.task)
+    return pretrained.classifier(answers, **options)
+  return pretrained.language_model(**options)
 
 
 def eval_rows(config: Config) -> int:

@@ -20,7 +20,15 @@ from ..data import load as data_lib
 from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
-from . import assemble, diagnostics, report, samples, step, watch
+from . import (
+  assemble,
+  diagnostics,
+  report,
+  samples,
+  state_shardings,
+  step,
+  watch,
+)
 from . import checkpoints as checkpoints_lib
 from . import config as config_lib
 from . import journal as journal_lib
@@ -324,7 +332,8 @@ def initial(
   """The state before the first step, and its shardings if there is a mesh."""
   init = functools.partial(step.init, prepared.method)
   variables = prepared.variables
-  shardings = prepared.layout.state_shardings(
+  shardings = state_shardings.of(
+    prepared.layout,
     prepared.method,
     prepared.axes,
     prepared.shapes,

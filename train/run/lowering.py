@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..methods.method import Method
-from . import step
+from . import state_shardings, step
 from .config import Config
 
 
@@ -60,7 +60,9 @@ def abstract(
     return base, state
   return (
     _laid_out(base, layout.shardings(base_axes, base)),
-    _laid_out(state, layout.state_shardings(method, axes, variables, state)),
+    _laid_out(
+      state, state_shardings.of(layout, method, axes, variables, state)
+    ),
   )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import command
 from ..errors import UsageError
 from . import plan, spec, workers
 from .spec import Cell, Study
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 if a worker failed; 2 for bad usage.
   """
   place, rest = _place().parse_known_args(argv)
-  options = tyro.cli(Options, args=rest, prog="python -m train study")
+  options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
   try:
     return _main(options, place)
   except UsageError as error:

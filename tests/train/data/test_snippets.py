@@ -157,7 +157,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
 
 def test_two_processes_may_prepare_at_once(tmp_path):
   code = (
-    "import sys; from train import tasks; from train.tasks import pipeline;"
+    "import sys; from train.data import pipeline, registry as tasks;"
     "print(len(pipeline.load(tasks.get(), 'validation', sys.argv[1])))"
   )
   command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
