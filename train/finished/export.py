@@ -159,7 +159,7 @@ def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
   old = part.with_name(f"{part.name}.old")
   try:
     yield part
-    part.chmod(0o777 & ~_umask())  # mkdtemp's are for the owner alone
+    _open_to_others(part)
     if out.exists():
       os.replace(out, old)
     os.replace(part, out)
@@ -241,8 +241,11 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
   (out / "tokenizer_config.json").write_text(text)
 
 
-def _umask() -> int:
+def _open_to_others(folder: pathlib.Path) -> None:
+  """Gives the rights that new files have: some writers' are the owner's alone."""
   # There is no other way to read it.
   mask = os.umask(0)
   os.umask(mask)
-  return mask
+  folder.chmod(0o777 & ~mask)
+  for file in folder.iterdir():
+    file.chmod(0o666 & ~mask)
