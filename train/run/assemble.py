@@ -9,6 +9,7 @@ import jax
 
 import bilora_jax
 
+from .. import files
 from ..data import label_words
 from ..data import load as data_lib
 from ..data.objectives import Objective
