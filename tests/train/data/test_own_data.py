@@ -405,7 +405,7 @@ def test_new_rows_are_read_by_a_description(tiny_model, tmp_path):
     by_hand.examples.tokens, given_rows.examples.tokens
   )
   # Rows with labels have the run's, and are refused others.
-  with pytest.raises(ValueError, match=r"There is no column 'label'; .* id, te"):
+  with pytest.raises(ValueError, match=r"There is no column 'label'; .* id, t"):
     load.rows_for(task, path, pretrained, max_length=24, labelled=True)
   path = str(_csv(tmp_path, [{"sentence": "a", "class": "good"}], "one.csv"))
   one = load.rows_for(task, path, pretrained, max_length=24, labelled=True)
@@ -478,5 +478,5 @@ def test_tables_name_their_splits(tmp_path):
     (tmp_path / split / "a").mkdir(parents=True)
     PIL.Image.new("RGB", (2, 2)).save(tmp_path / split / "a" / "0.png")
   assert tables.one(tmp_path, "test").path == str(tmp_path / "test")
-  with pytest.raises(ValueError, match=r"has the splits .* and none is validat"):
+  with pytest.raises(ValueError, match=r"has the splits .* and none is val"):
     tables.one(tmp_path, "validation")
