@@ -480,3 +480,61 @@ def test_tables_name_their_splits(tmp_path):
   assert tables.one(tmp_path, "test").path == str(tmp_path / "test")
   with pytest.raises(ValueError, match=r"has the splits .* and none is val"):
     tables.one(tmp_path, "validation")
+
+
+def _talk(folder, count=20):
+  path = folder / "talk.jsonl"
+  rows = (
+    {"prompt": f"{i}?", "completion": f"It is {i}."} for i in range(count)
+  )
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def test_twenty_conversations_train_with_any_template(tiny_decoder, tmp_path):
+  template = tmp_path / "template.jinja"
+  template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+  options = {"task": "instructions", "batch_size": 32, "pack": False}
+  data = _load(
+    tiny_decoder, _talk(tmp_path), chat_template=str(template), **options
+  )
+  assert data.rows == {"train": 16, "validation": 2, "test": 2}
+  assert (data.steps_per_epoch, data.order.batch_size) == (1, 16)
+  assert data.notes[1] == (
+    "--batch-size is 32; there are 16 rows to train on: a batch has 16."
+  )
+  tokenizer = models.open_pretrained(str(tiny_decoder)).tokenizer
+  assert tokenizer.decode(next(data.train_batches())["tokens"][0]).startswith(
+    "["
+  )
+  template.write_text("{% for")
+  with pytest.raises(ValueError, match=r"--chat-template .* cannot be read"):
+    _load(tiny_decoder, _talk(tmp_path), chat_template=str(template), **options)
+
+
+def test_a_loss_beyond_floats_is_an_infinite_perplexity(tiny_decoder, tmp_path):
+  data = _load(tiny_decoder, _talk(tmp_path), "instructions", batch_size=1)
+
+  def lost(batch):
+    shape = batch["tokens"].shape
+    return load.Items(
+      np.full(shape, 800.0), batch["weights"], np.zeros(shape), np.zeros(shape)
+    )
+
+  found = data.evaluate(lost, "test")
+  assert found.metrics["perplexity"] == np.inf
+  assert data.score(found) == -800
+
+
+def test_rows_longer_than_the_old_buckets_are_read(tiny_decoder, tmp_path):
+  rows = [row | {"text": row["text"] * 90} for row in _rows()]
+  data = load.load(
+    DataOptions(
+      task="classification", path=str(_csv(tmp_path, rows)), max_length=512
+    ),
+    models.open_pretrained(str(tiny_decoder)),
+    batch_size=8,
+    epochs=1,
+    seed=0,
+  )
+  assert 256 < next(data.train_batches())["tokens"].shape[1] <= 512

@@ -223,3 +223,10 @@ def test_an_unknown_task_or_split_is_refused():
     tasks.get("sst")
   with pytest.raises(ValueError, match="no split 'dev'; it has train, valid"):
     pipeline.load(TASK, "dev")
+
+
+def test_a_file_that_is_not_there_is_told_where_to_find(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"not installed .* repository, in train"
+  ):
+    movie_reviews.read(tmp_path / "none.tsv.gz")
