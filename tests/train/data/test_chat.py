@@ -343,7 +343,17 @@ def test_calls_of_tools_are_learned_and_their_answers_are_not():
 
 
 @pytest.mark.parametrize(
-  ("template", "lost"), [(CHATML, "clock"), (templates.PLAIN, "noon")]
+  ("template", "lost"),
+  [
+    (CHATML, "clock"),
+    (
+      TOOLS.replace(
+        "message['content']",
+        "(message.content if message.role != 'tool' else '')",
+      ),
+      "noon",
+    ),
+  ],
 )
 def test_a_template_without_tools_is_refused(template, lost):
   with pytest.raises(
