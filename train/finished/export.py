@@ -20,7 +20,6 @@ import tyro
 import bilora_jax
 from bilora_jax import peft
 
-from ..data import images
 from ..data import registry as tasks
 from ..errors import UsageError
 from ..models import hf_names, load
@@ -135,7 +134,7 @@ def _labels(
   """Of an encoder's head; a decoder and a T5 have none."""
   if pretrained.is_decoder or pretrained.is_t5:
     return ()
-  return (images if pretrained.is_vision else tasks).get(run.task).labels
+  return tasks.get(run.task).labels
 
 
 def _model(

@@ -323,7 +323,7 @@ WITH_TOOLS = (
   Message("user", "when?"),
   Message("assistant", "", CALL),
   Message("tool", "noon"),
-  Message("assistant", "At noon."),
+  Message("assistant", "At 12."),
 )
 TOOLS = CHATML.replace(
   "{{ '<|im_end|>'",
@@ -337,7 +337,7 @@ def test_calls_of_tools_are_learned_and_their_answers_are_not():
     (False, "<|im_start|>user\nwhen?<|im_end|>\n<|im_start|>assistant\n"),
     (True, "[clock]<|im_end|>"),
     (False, "\n<|im_start|>tool\nnoon<|im_end|>\n<|im_start|>assistant\n"),
-    (True, "At noon.<|im_end|>"),
+    (True, "At 12.<|im_end|>"),
     (False, "\n"),
   ]
 
