@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
-from train import __main__ as program
+from train import config as command_line
 from train.finished import generate
 from train.planning import compile as compile_lib
 from train.run import config as config_lib
@@ -68,4 +68,4 @@ def test_every_command_has_options_that_exist(command):
   if arguments[0] in own:
     tyro.cli(own[arguments[0]], args=arguments[1:])
   else:
-    config_lib.check(program.parse(arguments))
+    config_lib.check(command_line.parse(arguments))

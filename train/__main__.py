@@ -1,17 +1,14 @@
-"""`python -m train`: the command line."""
+"""`python -m train`, or `bilora` where it is installed: the command line."""
 
-import argparse
 from collections.abc import Sequence
-import dataclasses
-import pathlib
 import sys
 
-import tyro
+from . import command
 
-from . import presets
-from .devices import processes
-from .errors import LostError, RunError, UsageError
-from .run import config as config_lib
+with command.needing_the_extra():
+  from . import config as config_lib
+  from .devices import processes
+  from .errors import LostError, RunError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     return study.main(argv[1:])
   try:
-    config = parse(argv)
+    config = config_lib.parse(argv)
     from .run import loop
 
-    place, _ = _start().parse_known_args(argv)
+    place, _ = config_lib.start().parse_known_args(argv)
     processes.join(place.coordinator, place.num_processes, place.process_id)
-    loop.run(config, ["python", "-m", "train", *argv])
+    loop.run(config, [*command.NAME.split(), *argv])
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -57,70 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def parse(argv: Sequence[str]) -> config_lib.Config:
-  """The configuration that a command line asks for.
-
-  Raises:
-    UsageError: if a preset or run is unknown.
-    SystemExit: with code 2, if an option is; with 0 after `--help`.
-  """
-  known, rest = _start().parse_known_args(argv)
-  if known.preset and known.from_run:
-    raise UsageError("--preset and --from-run exclude each other.")
-  # The first preset is for a task of its own; other tasks start from nothing.
-  named = any(arg.split("=")[0] == "--task" for arg in rest)
-  default = config_lib.Config()
-  if not named:
-    default = next(iter(presets.PRESETS.values()))
-  if known.preset:
-    default = presets.get(known.preset)
-  elif known.from_run:
-    default = config_lib.from_run(known.from_run)
-    old = known.from_run.absolute()
-    repeat = old.with_name(old.name + "-repeat")
-    default = dataclasses.replace(default, run_dir=str(repeat))
-  return tyro.cli(
-    config_lib.Config,
-    default=default,
-    args=rest,
-    prog="python -m train",
-    description=(
-      "Fine-tunes a pretrained model with Bi-LoRA, LoRA or all its parameters,"
-      " and reports what came of it. The same command resumes a run.\n\n"
-      "python -m train compile --help: what a step takes, before chips are"
-      " rented.\npython -m train generate --help: what a decoder says.\n"
-      "python -m train export --help: adapters for PEFT, models for"
-      " transformers.\n"
-      "python -m train study --help: methods, tasks and seeds.\n\n"
-      f"--preset NAME starts from one of: {presets.listed()} (the first is the"
-      " default, unless --task is given).\n--from-run DIR repeats"
-      " a run with its own configuration, in DIR-repeat unless --run-dir is"
-      " given.\nOptions after them change what they set.\n\n"
-      "On several machines, each starts the same command with --coordinator"
-      " HOST:PORT (of the first), --num-processes N and --process-id I (from"
-      " 0). Under srun, mpirun and on TPU pods of Kubernetes none of these is"
-      " needed; --coordinator auto is for other TPU pods. --run-dir and"
-      " --data-dir are folders that all see."
-    ),
-  )
-
-
-def _start() -> argparse.ArgumentParser:
-  """The options that are no field of a configuration."""
-  start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  start.add_argument("--preset")
-  start.add_argument("--from-run", type=pathlib.Path)
-  start.add_argument("--coordinator")
-  start.add_argument("--num-processes", type=int)
-  start.add_argument("--process-id", type=int)
-  return start
-
-
 def program() -> int:
-  """What `python -m train` runs: `main`, watched if it is one of several."""
-  place, _ = _start().parse_known_args()
+  """What the program runs: `main`, watched if it is one of several."""
+  place, _ = config_lib.start().parse_known_args()
   several = place.coordinator or processes.in_cluster()
-  return processes.watched(main) if several else main()
+  with command.needing_the_extra():
+    return processes.watched(main) if several else main()
 
 
 if __name__ == "__main__":

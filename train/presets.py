@@ -1,14 +1,13 @@
 """Presets: configurations by name, the paper's experiments among them."""
 
-import dataclasses
 import difflib
 
-from .data.options import INSTRUCTIONS
 from .errors import UsageError
-from .run.config import Config
+from .run.config import Config, replace
 
-_SNIPPETS = Config(train_rows=2000, group_by_length=10)
-_SMOLLM2 = Config(
+_SNIPPETS = replace(Config(), train_rows=2000, group_by_length=10)
+_SMOLLM2 = replace(
+  Config(),
   model="smollm2",
   train_rows=512,
   eval_rows=256,
@@ -23,17 +22,16 @@ _SMOLLM2 = Config(
 )
 _OWN = {
   "snippets": _SNIPPETS,
-  "snippets-lora": dataclasses.replace(_SNIPPETS, method="lora"),
-  "snippets-full": dataclasses.replace(
-    _SNIPPETS, method="full", learning_rate=5e-5
-  ),
+  "snippets-lora": replace(_SNIPPETS, method="lora"),
+  "snippets-full": replace(_SNIPPETS, method="full", learning_rate=5e-5),
   "snippets-smollm2": _SMOLLM2,
-  "snippets-smollm2-lora": dataclasses.replace(_SMOLLM2, method="lora"),
+  "snippets-smollm2-lora": replace(_SMOLLM2, method="lora"),
 }
 
 # What all of the paper's runs share (arXiv 2508.19564, appendix R) is written
 # out, though most is a default: defaults may change.
-_SHARED = Config(
+_SHARED = replace(
+  Config(),
   method="bilora",
   rank=8,
   auxiliary_rank=8,
@@ -45,30 +43,30 @@ _SHARED = Config(
   batch_size=32,
   baseline=False,
 )
-_T5 = dataclasses.replace(_SHARED, model="google-t5/t5-base", max_length=256)
+_T5 = replace(_SHARED, model="google-t5/t5-base", max_length=256)
 # Rho of Bi-LoRA, and of LoRA-SAM.
 _GLUE_RHO = (0.05, 0.01)
 _SUPER_GLUE_RHO = (0.1, 0.05)
 
 # The base, in bfloat16, is run a few rows at a time. A batch is of so many
 # conversations, so that none are packed.
-_DECODER = dataclasses.replace(
+_DECODER = replace(
   _SHARED,
-  task=INSTRUCTIONS,
+  task="instructions",
   pack=False,
   dtype="bfloat16",
   base_dtype="bfloat16",
   remat="full",
   scan_layers=True,
 )
-_LLAMA2 = dataclasses.replace(
+_LLAMA2 = replace(
   _DECODER,
   model="meta-llama/Llama-2-7b-hf",
   accumulate=8,  # of 4 rows each
   epochs=2,
   max_length=1024,
 )
-_ALPACA = dataclasses.replace(
+_ALPACA = replace(
   _DECODER,
   data="alpaca-cleaned.jsonl",
   batch_size=128,
@@ -84,16 +82,16 @@ def _with_lora(
   """Bi-LoRA, and the two that the paper compares it with."""
   ours, sam = rho
   return {
-    name: dataclasses.replace(config, rho=ours),
-    f"{name}-lora": dataclasses.replace(config, method="lora"),
-    f"{name}-lora-sam": dataclasses.replace(config, method="lora_sam", rho=sam),
+    name: replace(config, rho=ours),
+    f"{name}-lora": replace(config, method="lora"),
+    f"{name}-lora-sam": replace(config, method="lora_sam", rho=sam),
   }
 
 
 def _t5(
   suite: str, task: str, epochs: int, rho: tuple[float, float]
 ) -> dict[str, Config]:
-  config = dataclasses.replace(_T5, task=task, epochs=epochs)
+  config = replace(_T5, task=task, epochs=epochs)
   return _with_lora(f"t5-base-{suite}-{task.split('/')[1]}", config, rho)
 
 
@@ -111,32 +109,28 @@ _PAPER: dict[str, Config] = {
   **_t5("super-glue", "super_glue/copa", 50, _SUPER_GLUE_RHO),
   **_with_lora(
     "llama2-7b-metamathqa",
-    dataclasses.replace(_LLAMA2, data="metamathqa.jsonl", train_rows=100_000),
+    replace(_LLAMA2, data="metamathqa.jsonl", train_rows=100_000),
     (0.05, 0.01),
   ),
   **_with_lora(
     "llama2-7b-code-feedback",
-    dataclasses.replace(
-      _LLAMA2, data="code-feedback.jsonl", train_rows=100_000
-    ),
+    replace(_LLAMA2, data="code-feedback.jsonl", train_rows=100_000),
     (0.05, 0.01),
   ),
   **_with_lora(
     "llama2-7b-wizardlm",
-    dataclasses.replace(_LLAMA2, data="wizardlm.jsonl"),
+    replace(_LLAMA2, data="wizardlm.jsonl"),
     (0.05, 0.01),
   ),
   **_with_lora(
     "llama3.1-8b-alpaca",
     # As the paper's Table A11 has it; its text says 5e-4.
-    dataclasses.replace(
-      _ALPACA, model="meta-llama/Llama-3.1-8B", learning_rate=3e-4
-    ),
+    replace(_ALPACA, model="meta-llama/Llama-3.1-8B", learning_rate=3e-4),
     (0.05, 0.01),
   ),
   **_with_lora(
     "qwen2.5-14b-alpaca",
-    dataclasses.replace(_ALPACA, model="Qwen/Qwen2.5-14B", learning_rate=5e-5),
+    replace(_ALPACA, model="Qwen/Qwen2.5-14B", learning_rate=5e-5),
     (0.1, 0.05),
   ),
 }
@@ -166,7 +160,7 @@ def get(name: str) -> Config:
 
 def listed() -> str:
   """The names, in a sentence's part, for `--help`."""
-  ours = [name for name in _PAPER if PRESETS[name].method == "bilora"]
+  ours = [name for name in _PAPER if PRESETS[name].method.name == "bilora"]
   return (
     f"{', '.join(_OWN)}; or, as in the paper's experiments (each also with"
     f" -lora or -lora-sam behind), {', '.join(ours)}"

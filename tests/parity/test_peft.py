@@ -81,13 +81,13 @@ _KINDS = {
   "vit": transformers.AutoModelForImageClassification,
 }
 _RUNS = {
-  "bert": config_lib.Config(method="lora"),
+  "bert": config_lib.build({"method": "lora"}),
   "llama": config_lib.Config(task="instructions", data="x", method="lora"),
   "qwen2": config_lib.Config(
     task="instructions", data="x", method="lora", scan_layers=True
   ),
   "t5": config_lib.Config(method="lora", scan_layers=True),
-  "t5 v1.1": config_lib.Config(method="lora"),
+  "t5 v1.1": config_lib.build({"method": "lora"}),
 }
 
 

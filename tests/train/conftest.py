@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable
-import dataclasses
 import functools
 import json
 import os
@@ -26,6 +25,7 @@ from tokenizers import (
 )
 
 from train import __main__ as program
+from train import config as command_line
 from train.data import hashing, movie_reviews, pipeline
 from train.data import registry as tasks
 from train.data.objectives import CLASSIFICATION
@@ -295,16 +295,25 @@ def options(tiny_model: pathlib.Path, data_dir: pathlib.Path) -> list[str]:
   return [
     *("--model", str(tiny_model), "--data-dir", str(data_dir)),
     *("--train-rows", "64", "--batch-size", "8", "--max-length", "16"),
-    *("--rank", "4", "--auxiliary-rank", "4", "--learning-rate", "0.01"),
+    *("--rank", "4", "--learning-rate", "0.01"),
     *("--checkpoint-every", "5", "--eval-every", "4", "--log-every", "3"),
     # Whoever runs the tests says where compilations are kept.
     *("--group-by-length", "2", "--no-compilation-cache"),
   ]
 
 
+_NO_ADAPTERS = {"full", "full_sam", "head"}
+
+
+def _without_adapters(options: list[str]) -> list[str]:
+  """The options without `--rank 4`."""
+  at = options.index("--rank")
+  return [*options[:at], *options[at + 2 :]]
+
+
 @pytest.fixture(scope="session")
 def tiny_config(options: list[str]) -> config_lib.Config:
-  return program.parse(options)
+  return command_line.parse(options)
 
 
 @pytest.fixture(scope="session")
@@ -312,7 +321,8 @@ def run(options: list[str]) -> Run:
   """Runs the program in this process; `run(folder, *options)`."""
 
   def run_here(folder: pathlib.Path, *more: str) -> int:
-    return program.main([*options, "--run-dir", str(folder), *more])
+    own = _without_adapters(options) if _NO_ADAPTERS & {*more} else options
+    return program.main([*own, "--run-dir", str(folder), *more])
 
   return run_here
 
@@ -385,7 +395,7 @@ def prepared(
   def prepare_run(**fields: Any) -> assemble.Prepared:
     folder = tmp_path_factory.mktemp("prepared")
     return assemble.prepare(
-      dataclasses.replace(tiny_config, run_dir=str(folder), **fields)
+      config_lib.replace(tiny_config, run_dir=str(folder), **fields)
     )
 
   return prepare_run
@@ -410,6 +420,6 @@ def batch(prepared: Callable[..., assemble.Prepared]) -> pipeline.Batch:
   ready = prepared()
   return next(
     pipeline.train_batches(
-      ready.data.examples["train"], 8, ready.config.seed, pad_id=0
+      ready.data.examples["train"], 8, ready.config.optimisation.seed, pad_id=0
     )
   )

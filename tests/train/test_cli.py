@@ -1,7 +1,6 @@
 """The command line: what it explains, what it refuses, what it repeats."""
 
 import ast
-import dataclasses
 import gzip
 import inspect
 import itertools
@@ -14,14 +13,16 @@ from outcomes import assert_same_outcome, files
 import pytest
 
 from train import __main__ as program
-from train import presets
+from train import config as command_line
+from train import options, presets
 from train.data import movie_reviews
+from train.methods import spec as methods
 from train.run import config as config_lib
 
 
-def _documented() -> dict[str, str]:
-  """The text below each field in the source of `Config`."""
-  body = ast.parse(inspect.getsource(config_lib.Config)).body[0].body
+def _documented(group: type) -> dict[str, str]:
+  """The text below each field in the source of a group of options."""
+  body = ast.parse(inspect.getsource(group)).body[0].body
   return {
     field.target.id: inspect.cleandoc(text.value.value)
     for field, text in itertools.pairwise(body)
@@ -29,17 +30,21 @@ def _documented() -> dict[str, str]:
   }
 
 
-def test_help_explains_every_field(capsys):
+@pytest.mark.parametrize("method", methods.every())
+def test_help_explains_every_option_of_a_method(capsys, method):
   with pytest.raises(SystemExit) as end:
-    program.main(["--help"])
+    program.main(["--method", method, "--help"])
   assert end.value.code == 0
   shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-  documented = _documented()
-  for field in dataclasses.fields(config_lib.Config):
-    option = "--" + field.name.replace("_", "-")
-    words = " ".join(documented[field.name].split()[:4])
-    # Boolean options stand as --name, --no-name.
-    assert re.search(rf"{option}\b.*{re.escape(words)}", shown), option
+  for group in config_lib.groups(method).values():
+    documented = {}
+    for kind in reversed(group.__mro__[:-1]):
+      documented |= _documented(kind)
+    for flag, field in options.fields(group).items():
+      words = " ".join(documented[field.name].split()[:4])
+      # Boolean options stand as --name, --no-name.
+      option = options.spelt(flag)
+      assert re.search(rf"{option}\b.*{re.escape(words)}", shown), option
 
 
 def test_help_names_the_presets(capsys):
@@ -54,7 +59,7 @@ def test_help_names_the_presets(capsys):
 
 def test_without_options_it_is_the_first_preset():
   first = next(iter(presets.PRESETS.values()))
-  assert program.parse([]) == first
+  assert command_line.parse([]) == first
 
 
 @pytest.mark.parametrize(
@@ -62,9 +67,9 @@ def test_without_options_it_is_the_first_preset():
 )
 def test_options_change_what_a_preset_sets(name):
   preset = presets.PRESETS[name]
-  assert program.parse(["--preset", name]) == preset
-  changed = program.parse(["--seed", "7", f"--preset={name}"])
-  assert changed == dataclasses.replace(preset, seed=7)
+  assert command_line.parse(["--preset", name]) == preset
+  changed = command_line.parse(["--seed", "7", f"--preset={name}"])
+  assert changed == config_lib.replace(preset, seed=7)
 
 
 def _sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -81,6 +86,11 @@ def _sentence(capsys: pytest.CaptureFixture[str]) -> str:
     (["--preset", "nippets"], ["preset", "'nippets'", "snippets-lora"]),
     (["--preset", "snippets", "--from-run", "x"], ["--preset", "--from-run"]),
     (["--from-run", "absent"], ["absent", "config.json"]),
+    (["--method", "magic"], ["--method", "magic", "bilora", "lora", "full"]),
+    (["--method", "lora", "--rho", "1"], ["--rho", "got --method lora"]),
+    (["--method=full"], ["--rank", "--method full does not"]),
+    (["--config", "x.yaml", "--from-run", "x"], ["--config", "--from-run"]),
+    (["--plugins", "x.py"], ["--plugins x.py", "cannot be imported"]),
     (["--rank", "0"], ["--rank", "at least 1", "got 0"]),
     (["--rho", "-1"], ["--rho", "[0, inf)", "got -1.0"]),
     (["--rho", "nan"], ["--rho", "[0, inf)", "got nan"]),
@@ -106,7 +116,6 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
   ("arguments", "parts"),
   [
-    (["--method", "magic"], ["--method", "magic", "bilora", "lora", "full"]),
     (["--rank", "eight"], ["--rank", "eight"]),
     (["--colour", "blue"], ["--colour"]),
   ],
@@ -176,7 +185,7 @@ def test_checkpoints_of_another_spec_are_refused_and_left_as_they_are(
 
 def test_a_run_keeps_the_configuration_it_was_made_with(finished, tiny_config):
   kept = config_lib.from_run(finished)
-  assert kept == dataclasses.replace(tiny_config, run_dir=str(finished))
+  assert kept == config_lib.replace(tiny_config, run_dir=str(finished))
 
 
 def test_from_run_repeats_a_run_bit_for_bit(finished, tmp_path):
@@ -187,7 +196,8 @@ def test_from_run_repeats_a_run_bit_for_bit(finished, tmp_path):
   assert_same_outcome(finished, tmp_path / "first-repeat")
   kept = json.loads((tmp_path / "first-repeat" / "config.json").read_text())
   ours = json.loads((finished / "config.json").read_text())
-  assert kept == ours | {"run_dir": str(tmp_path / "first-repeat")}
+  ours["output"]["run_dir"] = str(tmp_path / "first-repeat")
+  assert kept == ours
 
 
 @pytest.mark.parametrize("here", [".", "../first", "../first/"])
@@ -196,17 +206,55 @@ def test_from_run_takes_any_path_to_a_folder(tmp_path, monkeypatch, here):
   folder.mkdir()
   (folder / "config.json").write_text(config_lib.to_json(config_lib.Config()))
   monkeypatch.chdir(folder)
-  repeat = pathlib.Path(program.parse(["--from-run", here]).run_dir)
+  repeat = pathlib.Path(command_line.parse(["--from-run", here]).output.run_dir)
   assert repeat.name == "first-repeat"
   assert repeat.resolve().parent == tmp_path.resolve()
 
 
 def test_the_first_preset_is_the_default_but_not_of_another_task():
-  default = program.parse([])
+  default = command_line.parse([])
   assert default == next(iter(presets.PRESETS.values()))
-  assert program.parse(["--task", "glue/cola"]) == config_lib.Config(
-    task="glue/cola"
+  # To name what is the default changes nothing.
+  assert command_line.parse(["--task", default.data.task]) == default
+  assert command_line.parse(["--task", "glue/cola"]) == config_lib.replace(
+    config_lib.Config(), task="glue/cola"
   )
-  assert program.parse(["--preset", "snippets", "--task=glue/rte"]) == (
-    dataclasses.replace(default, task="glue/rte")
+  assert command_line.parse(["--preset", "snippets", "--task=glue/rte"]) == (
+    config_lib.replace(default, task="glue/rte")
   )
+
+
+def test_a_yaml_file_sets_options_and_the_command_line_changes_them(tmp_path):
+  path = tmp_path / "run.yaml"
+  path.write_text("method: lora_sam\nrho: 0.01\nadapter: {rank: 4}\nseed: 3\n")
+  found = command_line.parse(["--config", str(path), "--seed", "5"])
+  assert found == config_lib.replace(
+    config_lib.Config(), method="lora_sam", rho=0.01, rank=4, seed=5
+  )
+
+
+def test_a_run_s_configuration_is_a_file_for_the_next(tmp_path):
+  config = config_lib.replace(config_lib.Config(), method="obar", balance=0.5)
+  path = tmp_path / "config.json"
+  path.write_text(config_lib.to_json(config))
+  assert command_line.parse([f"--config={path}"]) == config
+
+
+@pytest.mark.parametrize(
+  ("text", "parts"),
+  [
+    ("rank: [", ["no YAML"]),
+    ("- rank", ["is a table"]),
+    ("rankk: 4", ["'rankk'", "rank"]),
+    ("rank: four", ["rank is a whole number", "'four'"]),
+    ("method: lora\nrho: 0.1", ["--rho", "got --method lora"]),
+    ("method: magic", ["--method is one of", "'magic'"]),
+  ],
+)
+def test_a_yaml_file_that_cannot_be_is_refused(tmp_path, capsys, text, parts):
+  path = tmp_path / "run.yaml"
+  path.write_text(text)
+  assert program.main(["--config", str(path)]) == 2
+  sentence = _sentence(capsys)
+  for part in (str(path), *parts):
+    assert part in sentence

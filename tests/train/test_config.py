@@ -1,6 +1,6 @@
 """The configuration: its checks, its JSON form."""
 
-import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -10,9 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
+from train import options
 from train.errors import UsageError
+from train.methods import spec as methods
 from train.run import config as config_lib
 from train.run.config import Config
+
+# Options of other methods than the default.
+METHODS = {
+  "sam_every": {"method": "looksam"},
+  "sharpness_weight": {"method": "wsam"},
+  "weight_fraction": {"method": "esam"},
+  "sample_fraction": {"method": "esam"},
+  "balance": {"method": "obar"},
+}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +57,9 @@ from train.run.config import Config
   ],
 )
 def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
-  config = dataclasses.replace(Config(), **{name: wrong})
+  config = config_lib.replace(
+    Config(), **METHODS.get(name, {}), **{name: wrong}
+  )
   with pytest.raises(UsageError) as error:
     config_lib.check(config)
   option = "--" + name.replace("_", "-")
@@ -83,7 +96,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
     ),
     (
       {"method": "bilora", "keep_auxiliary": True},
-      "--keep-auxiliary is for --method dual_lora",
+      "--keep-auxiliary is an option of --method dual_lora; got --method",
     ),
     (
       {"method": "full_sam", "base_dtype": "bfloat16"},
@@ -94,12 +107,12 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
 )
 def test_options_that_do_not_go_together_are_refused(fields, sentence):
   with pytest.raises(UsageError, match=re.escape(sentence)):
-    config_lib.check(dataclasses.replace(Config(), **fields))
+    config_lib.check(config_lib.replace(Config(), **fields))
 
 
 @given(
   st.builds(
-    Config,
+    functools.partial(config_lib.replace, Config()),
     rho=st.floats(0, 1e6),
     learning_rate=st.floats(0, 1),
     targets=st.text(),
@@ -131,6 +144,10 @@ def test_a_folder_without_a_configuration_is_no_run(tmp_path):
     '{"rank": null}',
     '{"baseline": 1}',
     '{"method": "magic"}',
+    '{"method": {"method": "lora", "rho": "big"}}',
+    '{"adapter": {"rank": 4, "colour": 1}}',
+    '{"optimisation": {"seed": true}}',
+    '{"rank": {"rank": 8}}',
   ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(tmp_path, text):
@@ -143,12 +160,12 @@ def test_a_configuration_that_cannot_be_is_refused_by_name(tmp_path, text):
 
 def test_a_whole_number_does_for_a_fraction(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"rho": 1}))
-  assert config_lib.from_run(tmp_path).rho == 1.0
+  assert config_lib.from_run(tmp_path).method.options.rho == 1.0
 
 
 def test_differences_are_those_that_change_the_numbers():
   old = Config()
-  new = dataclasses.replace(
+  new = config_lib.replace(
     old,
     rank=4,
     seed=3,
@@ -161,12 +178,60 @@ def test_differences_are_those_that_change_the_numbers():
 
 
 @pytest.mark.parametrize(
-  ("config", "folder"),
+  ("fields", "folder"),
   [
-    (Config(), "runs/snippets-bilora-seed0"),
-    (Config(task="glue/rte", seed=2), "runs/glue-rte-bilora-seed2"),
-    (Config(run_dir="here"), "here"),
+    ({}, "runs/snippets-bilora-seed0"),
+    ({"task": "glue/rte", "seed": 2}, "runs/glue-rte-bilora-seed2"),
+    ({"run_dir": "here"}, "here"),
   ],
 )
-def test_a_run_has_a_folder_of_its_own(config, folder):
-  assert config.folder() == pathlib.Path(folder)
+def test_a_run_has_a_folder_of_its_own(fields, folder):
+  assert config_lib.build(fields).folder() == pathlib.Path(folder)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    (
+      {"method": "lora", "rho": 0.5},
+      "--rho is an option of --method bilora, dual_lora, lora_sam",
+    ),
+    ({"method": "lora", "rho": 0.5}, "got --method lora, which has none"),
+    (
+      {"method": "looksam", "clip": "none"},
+      "whose own options are --rho, --sam-every, --sam-reuse",
+    ),
+    (
+      {"method": "full", "rank": 64},
+      "--rank is of adapters, which --method full does not train",
+    ),
+    ({"method": "head", "start": "pissa"}, "--start is of adapters"),
+    ({"colour": "blue"}, "there is no option --colour"),
+  ],
+  ids=str,
+)
+def test_an_option_of_another_method_is_refused(fields, sentence):
+  with pytest.raises(UsageError, match=re.escape(sentence)):
+    config_lib.build(fields)
+
+
+def test_another_method_leaves_the_options_of_the_old_one():
+  old = config_lib.replace(Config(), rho=0.2, rank=4)
+  new = config_lib.replace(old, method="lora")
+  assert new.adapter.rank == 4
+  assert "rho" not in config_lib.flat(new)
+  assert config_lib.replace(new, method="lora_sam").method.options.rho == 0.05
+
+
+def test_flags_are_unique_over_all_groups_of_a_method():
+  for method in methods.every():
+    groups = config_lib.groups(method).values()
+    flags = [flag for group in groups for flag in options.fields(group)]
+    assert len(flags) == len(set(flags)), method
+
+
+def test_an_older_run_has_all_options_in_one_table(tmp_path):
+  fields = {"method": "lora", "rank": 4, "rho": 0.05, "model": "minilm"}
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  found = config_lib.from_run(tmp_path)
+  assert found == config_lib.replace(Config(), method="lora", rank=4)

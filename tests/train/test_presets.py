@@ -49,19 +49,25 @@ def test_settings_are_those_of_the_paper(name):
   ours = presets.get(name)
   rate, batch, micro, epochs, length, rho, sam = SETTINGS[name]
   for config in (ours, presets.get(f"{name}-lora")):
-    assert (config.rank, config.alpha, config.dropout) == (8, 16.0, 0.0)
-    assert (config.learning_rate, config.weight_decay) == (rate, 0.0)
-    assert config.warmup_ratio == 0.03
-    assert (config.batch_size, config.epochs) == (batch, epochs)
-    assert config.batch_size // config.accumulate == micro
-    assert (config.max_length, config.targets) == (length, ".*")
-  assert (ours.method, ours.auxiliary_rank, ours.rho) == ("bilora", 8, rho)
-  assert presets.get(f"{name}-lora").method == "lora"
+    lora, steps = config.adapter, config.optimisation
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 16.0, 0.0)
+    assert (steps.learning_rate, steps.weight_decay) == (rate, 0.0)
+    assert steps.warmup_ratio == 0.03
+    assert (steps.batch_size, steps.epochs) == (batch, epochs)
+    assert steps.batch_size // steps.accumulate == micro
+    assert (config.data.max_length, lora.targets) == (length, ".*")
+  assert ours.method.name == "bilora"
+  assert (ours.method.options.auxiliary_rank, ours.method.options.rho) == (
+    *(8, rho),
+  )
+  assert presets.get(f"{name}-lora").method.name == "lora"
   lora_sam = presets.get(f"{name}-lora-sam")
-  assert (lora_sam.method, lora_sam.rho) == ("lora_sam", sam)
+  assert lora_sam.method.name == "lora_sam"
+  assert lora_sam.method.options.rho == sam
   # Nothing else is another.
   changed = config_lib.differences(ours, lora_sam)
-  assert set(changed) <= {"method", "rho"}
+  own = set(config_lib.options.fields(ours.method.spec.options))
+  assert set(changed) <= {"method", *own}
 
 
 def test_every_preset_of_the_paper_is_looked_at_here():

@@ -20,6 +20,7 @@ import tyro
 import bilora_jax
 from bilora_jax import peft
 
+from .. import command
 from ..data import registry as tasks
 from ..errors import UsageError
 from ..models import hf_names, load
@@ -62,7 +63,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, 1 if it cannot write, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train export")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
   try:
     print(export(options))
   except ValueError as error:
@@ -88,12 +89,12 @@ def export(options: Options) -> str:
   if not saved.is_dir():
     raise UsageError(
       f"{folder} has no adapters: they are written when a run has ended, of a "
-      f"--method that has any; this is a run of --method {run.method}."
+      f"--method that has any; this is a run of --method {run.method.name}."
     )
   out = pathlib.Path(options.out)
   if options.merged and out.exists():
     _check_empty(out)
-  pretrained = load.open_pretrained(run.model)
+  pretrained = load.open_pretrained(run.model.name)
   labels = _labels(run, pretrained)
   model = _model(run, pretrained, labels)
   kind = hf_names.kind(model)
@@ -112,7 +113,7 @@ def export(options: Options) -> str:
     adapted,
     adapters,
     kind.names,
-    base_model=options.base_model or _source(run.model, pretrained),
+    base_model=options.base_model or _source(run.model.name, pretrained),
     task_type=kind.task_type,
     # A run that keeps its second adapter was asked to.
     auxiliary="auxiliary" in adapters,
@@ -134,7 +135,7 @@ def _labels(
   """Of an encoder's head; a decoder and a T5 have none."""
   if pretrained.is_decoder or pretrained.is_t5:
     return ()
-  return tasks.get(run.task).labels
+  return tasks.get(run.data.task).labels
 
 
 def _model(
@@ -143,10 +144,12 @@ def _model(
   if pretrained.is_decoder:
     # A run's adapters are stacked where its layers were.
     return pretrained.language_model(
-      scan=run.scan_layers, param_dtype=run.param_dtype
+      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
     )
   if pretrained.is_t5:
-    return pretrained.t5(scan=run.scan_layers, param_dtype=run.param_dtype)
+    return pretrained.t5(
+      scan=run.model.scan_layers, param_dtype=run.model.param_dtype
+    )
   return pretrained.encoder_classifier(len(labels))
 
 
@@ -169,10 +172,10 @@ def _merged(
 ) -> Mapping[str, Any]:
   if "auxiliary" in adapters:
     raise UsageError(
-      f"the run kept both adapters of {run.method}, and --merged merges one; "
-      "write them without it, and merge them with PEFT."
+      f"the run kept both adapters of {run.method.name}, and --merged merges "
+      "one; write them without it, and merge them with PEFT."
     )
-  variables = pretrained.variables(model, 0, run.param_dtype)
+  variables = pretrained.variables(model, 0, run.model.param_dtype)
   if adapted.spec.base_dtype is not None:
     # As the run saw them: the adapters make up for the rounding.
     variables = adapted.quantize(variables, donate=True)

@@ -13,6 +13,7 @@ import tyro
 
 import bilora_jax
 
+from .. import command
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
@@ -65,7 +66,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command. Returns 0, or 2 for bad usage."""
-  options = tyro.cli(Options, args=argv, prog="python -m train generate")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
   try:
     _check(options)
     questions = gsm8k.load(options.questions) if options.questions else []
@@ -117,7 +118,7 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   run = config_lib.Config()
   if options.run:
     run = config_lib.from_run(pathlib.Path(options.run))
-  name = options.model or run.model
+  name = options.model or run.model.name
   pretrained = load.open_pretrained(name)
   if pretrained.template is None and not pretrained.is_t5:
     raise UsageError(f"an encoder does not generate; got {name}.")
@@ -131,9 +132,9 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   ]
   # A run's adapters are stacked where its layers were.
   if pretrained.is_t5:
-    say = _t5(options, pretrained, pretrained.t5(scan=run.scan_layers))
+    say = _t5(options, pretrained, pretrained.t5(scan=run.model.scan_layers))
   else:
-    model = pretrained.language_model(scan=run.scan_layers)
+    model = pretrained.language_model(scan=run.model.scan_layers)
     say = _decoder(options, pretrained, model)
   # One width, and one program, for all.
   width = max(map(len, rows))

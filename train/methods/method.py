@@ -1,8 +1,4 @@
-"""What is trained, and how: the methods of `--method`, each a pair of seams.
-
-Where the gradient is taken is a `GradientEstimator`, what is done with it an
-Optax transformation.
-"""
+"""A method built for a model: what is trained, by which gradient and update."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,20 +6,16 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax import traverse_util
-import jax
 import optax
 
 import bilora_jax
 from bilora_jax import baselines
 
 from ..data.objectives import Objective
-from ..models.decoder import model as decoder
-from ..models.t5 import model as t5
-from ..run.config import Config
-from . import adapter, estimators, optimizers
-
-_BALL = ("bilora", "dual_lora")
-_ALL_PARAMETERS = ("full", "full_sam")
+from . import adapter, optimizers
+from .options import AdapterOptions, OptimisationOptions
+from .spec import Apply, Chosen, Init, Setting
+from .trained import kernels
 
 
 class Method(NamedTuple):
@@ -41,8 +33,8 @@ class Method(NamedTuple):
     rho: radius of the auxiliary's ball, if there is one.
   """
 
-  init: Callable[[jax.Array, Any], Any]
-  apply: Callable[..., Any]
+  init: Init
+  apply: Apply
   tx: optax.GradientTransformation
   evaluated: Callable[[Any], Any]
   estimator: baselines.GradientEstimator = baselines.gradient()
@@ -67,44 +59,65 @@ class Method(NamedTuple):
 
 
 def build(
-  config: Config,
+  chosen: Chosen,
+  adapter_options: AdapterOptions,
+  optimisation: OptimisationOptions,
   model: nn.Module,
   inputs: tuple[Any, ...],
   steps: int,
   objective: Objective,
+  quantised: str | None = None,
 ) -> Method:
-  """The method that a configuration names.
+  """The chosen method for a model.
 
   Args:
-    config: of the run.
-    model: an encoder with a new `head`, or a decoder or a T5, whose own is
-      frozen.
+    chosen: the method and its options.
+    adapter_options: of its adapters, if it trains any.
+    optimisation: the optimizer's options.
+    model: with a new `head`, or with its own, which is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
+    quantised: what the adapted weights are quantised to, if they are.
 
   Raises:
     ValueError: if the targets match no module of the model, or the method is
       not for such a model.
   """
-  has_words = isinstance(model, decoder.Decoder | t5.T5)
-  if config.method in _ALL_PARAMETERS:
+  spec, options = chosen.spec, chosen.options
+  new_head = hasattr(model, "num_classes")
+  if spec.trains == "parameters":
     method = _of_parameters(model, lambda params: params)
-  elif config.method == "head":
-    if has_words:
+  elif spec.trains == "head":
+    if not new_head:
       raise ValueError(
-        "--method head trains a new head alone, which encoders have; a decoder "
-        "or a T5 answers by the head that it came with."
+        f"--method {spec.name} trains a new head alone; this model answers by "
+        "the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
-    method = _of_adapters(config, model, inputs, has_words)
-  apply = estimators.noisy(config, method.apply)
+    method = _of_adapters(
+      chosen, adapter_options, model, inputs, new_head, quantised
+    )
+  weights = None
+  if spec.perturbs_weights:
+    assert method.adapted is not None
+    if quantised:
+      raise ValueError(
+        f"--method {spec.name} perturbs the frozen weights, which have to be "
+        f"floats; got --base-dtype {quantised}."
+      )
+    weights = kernels(method.adapted)
+  apply = spec.training_apply(options, method.apply)
+  setting = Setting(
+    options, adapter_options, optimisation, steps, apply, objective
+  )
+  optimizer = optimizers.adamw(optimisation, steps)
   return method._replace(
     apply=apply,
-    tx=optimizers.build(config, steps),
-    estimator=estimators.build(config, steps, apply, objective),
-    weights=estimators.weights(config, method.adapted),
+    tx=spec.transformation(setting, optimizer),
+    estimator=spec.estimator(setting),
+    weights=weights,
   )
 
 
@@ -125,40 +138,45 @@ def _of_parameters(
 
 
 def _of_adapters(
-  config: Config, model: nn.Module, inputs: tuple[Any, ...], has_words: bool
+  chosen: Chosen,
+  adapter_options: AdapterOptions,
+  model: nn.Module,
+  inputs: tuple[Any, ...],
+  new_head: bool,
+  quantised: str | None,
 ) -> Method:
-  has_ball = config.method in _BALL
-  own = dataclasses.replace(
-    _targets(config, model, has_words),
-    auxiliary_rank=config.auxiliary_rank if has_ball else 0,
-    extra=None if has_words else "head/.*",
-    dora=config.dora,
-    dropout=config.dropout,
-    base_dtype=config.quantised,
+  spec, options = chosen.spec, chosen.options
+  lora = dataclasses.replace(
+    _targets(adapter_options, model, new_head),
+    auxiliary_rank=options.auxiliary_rank if spec.has_auxiliary else 0,
+    extra="head/.*" if new_head else None,
+    dora=adapter_options.dora,
+    dropout=adapter_options.dropout,
+    base_dtype=quantised,
   )
-  adapted = bilora_jax.adapt(model, own, *inputs)
+  adapted = bilora_jax.adapt(model, lora, *inputs)
   init = adapted.init
-  if config.adapter:
-    init = adapter.started(config.adapter, adapted, model)
+  if adapter_options.path:
+    init = adapter.started(adapter_options.path, adapted, model)
   return Method(
-    optimizers.started(config, init) if has_ball else init,
+    spec.begin(options, init),
     adapted.apply,
     optax.identity(),
-    dict if config.keep_auxiliary else bilora_jax.primary,
+    dict if spec.keeps_auxiliary(options) else bilora_jax.primary,
     adapted=adapted,
-    rho=config.rho if has_ball else None,
+    rho=options.rho if spec.has_auxiliary else None,
   )
 
 
 def _targets(
-  config: Config, model: nn.Module, has_words: bool
+  options: AdapterOptions, model: nn.Module, new_head: bool
 ) -> bilora_jax.LoraSpec:
   """Which modules have adapters, of what rank and scale."""
-  if config.adapter:
-    return adapter.spec(config.adapter, model)
+  if options.path:
+    return adapter.spec(options.path, model)
   return bilora_jax.LoraSpec(
-    rank=config.rank,
-    alpha=config.alpha,
-    targets=config.targets,
-    exclude="lm_head" if has_words else None,
+    rank=options.rank,
+    alpha=options.alpha,
+    targets=options.targets,
+    exclude=None if new_head else "lm_head",
   )

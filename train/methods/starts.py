@@ -10,9 +10,8 @@ import bilora_jax
 from bilora_jax import initializers
 
 from ..data.objectives import Batch, Objective
-from ..run.config import Config
-from . import estimators
 from .method import Method
+from .trained import kernels
 
 
 class Started(NamedTuple):
@@ -30,18 +29,18 @@ class Started(NamedTuple):
   start: Any
 
 
-def of(
-  config: Config,
+def started(
+  name: str,
   model: nn.Module,
   variables: Any,
   method: Method,
   objective: Objective,
   batch: Callable[[], Batch],
 ) -> Started:
-  """Starts a method as the configuration says.
+  """Initialises the primary of a method.
 
   Args:
-    config: of the run.
+    name: of the initialisation, as `--start` takes it.
     model: the method's.
     variables: of the model, as they were read.
     method: with LoRA's own start.
@@ -52,10 +51,10 @@ def of(
     ValueError: if a rank is above what a weight has.
   """
   init, adapted = method.init, method.adapted
-  if config.start == "uniform" or adapted is None:
+  if name == "uniform" or adapted is None:
     return Started(variables, method, None)
-  if config.start in ("gaussian", "orthogonal"):
-    draw = getattr(initializers, config.start)
+  if name in ("gaussian", "orthogonal"):
+    draw = getattr(initializers, name)
 
     def drawn(key, variables):
       # The auxiliary's start is an option of its own.
@@ -65,19 +64,17 @@ def of(
 
     return Started(variables, method._replace(init=drawn), None)
   more = ()
-  if config.start == "lora_ga":
-    dense = method._replace(weights=estimators.kernels(adapted))
+  if name == "lora_ga":
+    dense = method._replace(weights=kernels(adapted))
     more = (_gradient(model, dense, variables, objective, batch()),)
   # Of the primary alone, whatever the key.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
-  base, start = getattr(initializers, config.start)(
-    adapted, variables, new, *more
-  )
+  base, start = getattr(initializers, name)(adapted, variables, new, *more)
 
-  def started(key, variables):
+  def with_start(key, variables):
     return {**init(key, variables), "primary": start["primary"]}
 
-  return Started(base, method._replace(init=started), start)
+  return Started(base, method._replace(init=with_start), start)
 
 
 def _gradient(

@@ -6,27 +6,24 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
+from .. import command
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
-from ..methods import method as methods
 from ..models.decoder import config as decoder_config
 from ..models.decoder import model as decoder
 from ..models.io import weights
+from ..run import assemble, lowering
 from ..run import config as config_lib
-from ..run import lowering
 from ..run.config import Config
 from . import figures, topology
 
-_METHODS = get_args(
-  next(x.type for x in dataclasses.fields(Config) if x.name == "method")
-)
 # As "Used 20.15G of 15.75G hbm"; or, of temporary arrays alone, "(32.00G)
 # exceeds available HBM (15.75G)".
 _EXHAUSTED = re.compile(
@@ -85,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0; 1 if a step does not fit its devices; 2 for bad usage.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train compile")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
   try:
     return _compare(options)
   except UsageError as error:
@@ -102,13 +99,13 @@ def _compare(options: Options) -> int:
   found: list[figures.Figures] = []
   too_large = {}
   for config in configs:
-    print(f"compiling {config.method} ...", file=sys.stderr)
+    print(f"compiling {config.method.name} ...", file=sys.stderr)
     try:
       found.append(_figures(options, config, sizes, layout, len(used)))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      too_large[config.method] = _needed(str(error))
+      too_large[config.method.name] = _needed(str(error))
   if memory is not None:
     too_large |= {
       x.method: figures.gib(x.peak) for x in found if x.peak > memory
@@ -161,13 +158,11 @@ def _check_writable(path: str) -> None:
 
 
 def _config(options: Options, method: str) -> Config:
-  if method not in _METHODS:
-    raise UsageError(
-      f"--method is one or several of {', '.join(_METHODS)}; got {method!r}."
-    )
-  fields = {field.name for field in dataclasses.fields(Config)}
-  own: dict[str, Any] = dataclasses.asdict(options) | {"method": method}
-  config = Config(**{k: v for k, v in own.items() if k in fields})
+  fields = config_lib.kinds()
+  own = dataclasses.asdict(options) | {"method": method}
+  config = config_lib.build(
+    config_lib.fitting({k: v for k, v in own.items() if k in fields})
+  )
   config_lib.check(config)
   return config
 
@@ -203,7 +198,7 @@ def _figures(
   devices: int,
 ) -> figures.Figures:
   return figures.of(
-    config.method,
+    config.method.name,
     _lowered(options, config, sizes, layout).compile(),
     _flops(options, config, sizes) / devices,
   )
@@ -219,8 +214,8 @@ def _lowered(
   platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
   model = decoder.Decoder(
     sizes,
-    dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
+    dtype=jnp.dtype(config.model.dtype),
+    param_dtype=jnp.dtype(config.model.param_dtype),
     remat=options.remat,
     scan=options.scan_layers,
     # Not this process's backend, by which the model would go itself.
@@ -230,7 +225,7 @@ def _lowered(
   batch = lowering.next_token_batch(options.batch_size, options.max_length)
   inputs = objective.inputs(batch)
   try:
-    method = methods.build(config, model, inputs, 1000, objective)
+    method = assemble.method_of(config, model, inputs, 1000, objective)
   except ValueError as error:
     raise UsageError(str(error)) from error
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)

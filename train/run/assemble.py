@@ -1,6 +1,5 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,8 +9,10 @@ import jax
 
 import bilora_jax
 
+from .. import files
 from ..data import label_words
 from ..data import load as data_lib
+from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
 from ..errors import UsageError
@@ -20,8 +21,10 @@ from ..methods import starts
 from ..models import load as models
 from ..models.load import Pretrained
 from . import config as config_lib
-from . import journal, lowering, memory
+from . import lowering, memory
 from .config import Config
+
+_CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Prepared:
   """All that a run needs before its first step.
 
   Attributes:
+    opened: what the model was opened from.
     variables: of the model, laid out; without what the primary starts at.
     shapes: of the variables, before they are quantised.
     axes: a tree like `shapes` of the names of their axes.
@@ -37,6 +41,7 @@ class Prepared:
 
   config: Config
   folder: pathlib.Path
+  opened: Pretrained
   data: data_lib.Data
   model: Any
   variables: Any
@@ -48,7 +53,7 @@ class Prepared:
 
   @property
   def steps(self) -> int:
-    return self.config.epochs * self.data.steps_per_epoch
+    return self.config.optimisation.epochs * self.data.steps_per_epoch
 
   def pretrained(self) -> Any:
     """The variables as they came."""
@@ -77,47 +82,70 @@ def prepare(config: Config) -> Prepared:
 
   Raises:
     UsageError: if any of them is not to be had, or the run's folder holds
-      another run.
+      another run; a folder that was made for this one is gone then.
   """
-  config_lib.check(config)
-  if config.compilation_cache:
-    _use_compilation_cache()
-  layout = mesh_lib.make(config.mesh, config.batch_size // config.accumulate)
-  folder = config.folder()
-  _claim(folder, config)
+  folder = claim(config)
   try:
-    pretrained = models.open_pretrained(config.model)
-    data = load_data(config, pretrained, layout)
-    model = _model(config, pretrained, data)
-    inputs = data.objective.inputs(next(data.train_batches()))
-    steps = config.epochs * data.steps_per_epoch
-    method = methods.build(config, model, inputs, steps, data.objective)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    axes = models.logical_axes(shapes)
-    memory.check(*lowering.abstract(config, method, layout, shapes, axes))
-    place = layout.placer(axes["params"])
-    if config.quantised:
-      place = _quantising(place, method.adapted)
-    variables = pretrained.variables(
-      model, config.seed, config.param_dtype, place
-    )
-    started = starts.of(
-      config,
-      model,
-      variables,
-      method,
-      data.objective,
-      lambda: next(data.train_batches()),
-    )
-  except (ValueError, RuntimeError) as error:
-    with contextlib.suppress(OSError):
-      folder.rmdir()  # if it was made for this run, and is empty
-    raise UsageError(str(error)) from error
+    prepared = _prepared(config, folder)
+  except BaseException as error:
+    _give_up(folder)
+    if isinstance(error, ValueError | RuntimeError):
+      raise UsageError(str(error)) from error
+    raise
   if processes.is_first():
-    journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+    _write(folder, config)
+  return prepared
+
+
+def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
+  config_lib.check(config)
+  if config.devices.compilation_cache:
+    _use_compilation_cache()
+  optimisation = config.optimisation
+  layout = mesh_lib.make(
+    config.devices.mesh, optimisation.batch_size // optimisation.accumulate
+  )
+  _check_eval_batch(config, layout)
+  pretrained = models.open_pretrained(config.model.name)
+  data = load_data(config, pretrained, layout)
+  if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
+    raise UsageError(
+      "--samples has a model answer the prompts of conversations (--task "
+      f"instructions); got --task {config.data.task}, which is of labels."
+    )
+  model = _model(config, pretrained, data)
+  inputs = data.objective.inputs(next(data.train_batches()))
+  steps = optimisation.epochs * data.steps_per_epoch
+  method = method_of(config, model, inputs, steps, data.objective)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  axes = models.logical_axes(shapes)
+  base, state = lowering.abstract(config, method, layout, shapes, axes)
+  batch = next(data.train_batches())
+  memory.check(
+    base,
+    state,
+    lowering.logits_bytes(
+      layout, method, data.objective, base, state, batch, eval_rows(config)
+    ),
+  )
+  place = layout.placer(axes["params"])
+  if config.model.quantised:
+    place = _quantising(place, method.adapted)
+  variables = pretrained.variables(
+    model, optimisation.seed, config.model.param_dtype, place
+  )
+  started = starts.started(
+    config.adapter.start,
+    model,
+    variables,
+    method,
+    data.objective,
+    lambda: next(data.train_batches()),
+  )
   return Prepared(
     config=config,
     folder=folder,
+    opened=pretrained,
     data=data,
     model=model,
     variables=started.variables,
@@ -134,19 +162,40 @@ def load_data(
   pretrained: Pretrained,
   layout: mesh_lib.Layout | None = None,
 ) -> data_lib.Data:
-  """The data of a run; the first process may have to prepare it for all."""
+  """The data of a configuration; the first process prepares them for all."""
+  optimisation = config.optimisation
   mesh = layout.mesh if layout is not None else None
   shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
   with processes.first_before_others():
     return data_lib.load(
-      config.data_options,
+      config.data,
       pretrained,
-      batch_size=config.batch_size,
-      eval_batch_size=config.eval_batch_size,
-      epochs=config.epochs,
-      seed=config.seed,
-      multiple=config.accumulate * shared,
+      batch_size=optimisation.batch_size,
+      eval_batch_size=eval_rows(config),
+      epochs=optimisation.epochs,
+      seed=optimisation.seed,
+      multiple=optimisation.accumulate * shared,
     )
+
+
+def method_of(
+  config: Config,
+  model: Any,
+  inputs: tuple[Any, ...],
+  steps: int,
+  objective: Objective,
+) -> methods.Method:
+  """The method of a configuration, for a model; see `methods.method.build`."""
+  return methods.build(
+    config.method,
+    config.adapter,
+    config.optimisation,
+    model,
+    inputs,
+    steps,
+    objective,
+    config.model.quantised,
+  )
 
 
 def _quantising(place: Any, adapted: Any) -> Any:
@@ -159,21 +208,22 @@ def _quantising(place: Any, adapted: Any) -> Any:
 
 
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  dtype = None if config.dtype == "float32" else config.dtype
+  options = config.model
+  dtype = None if options.dtype == "float32" else options.dtype
   if not (pretrained.is_decoder or pretrained.is_t5):
     assert isinstance(data, data_lib.Labelled)
-    if config.scan_layers:
+    if options.scan_layers:
       raise UsageError(
-        f"--scan-layers is for decoders and T5s; {config.model} is an encoder."
+        f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
       )
     return pretrained.encoder_classifier(
-      data.task.outputs, dtype, remat=config.remat
+      data.task.outputs, dtype, remat=options.remat
     )
-  options = {
+  build = {
     "dtype": dtype,
-    "param_dtype": config.param_dtype,
-    "remat": config.remat,
-    "scan": config.scan_layers,
+    "param_dtype": options.param_dtype,
+    "remat": options.remat,
+    "scan": options.scan_layers,
   }
   if isinstance(data, data_lib.Labelled):
     if pretrained.is_t5:
@@ -181,14 +231,39 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
       words = label_words.words(
         pretrained.tokenizer, data.task, pretrained.eos_id
       )
-      return pretrained.t5_classifier(words, **options)
+      return pretrained.t5_classifier(words, **build)
     label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **options)
-  return pretrained.language_model(**options)
+    return pretrained.decoder_classifier(label_ids, **build)
+  return pretrained.language_model(**build)
 
 
-def _claim(folder: pathlib.Path, config: Config) -> None:
-  """Makes the folder of the run, or refuses one that holds another run."""
+def eval_rows(config: Config) -> int:
+  """Rows that are evaluated together."""
+  optimisation = config.optimisation
+  return (
+    config.evaluation.eval_batch_size
+    or optimisation.batch_size // optimisation.accumulate
+  )
+
+
+def _check_eval_batch(config: Config, layout: mesh_lib.Layout) -> None:
+  if layout.mesh is None:
+    return
+  share = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
+  if eval_rows(config) % share:
+    raise UsageError(
+      f"--eval-batch-size is a multiple of data times fsdp, {share} in --mesh "
+      f"{config.devices.mesh}; got {eval_rows(config)}."
+    )
+
+
+def claim(config: Config) -> pathlib.Path:
+  """Makes the folder of the run, or refuses one that holds another run.
+
+  Raises:
+    UsageError: if it does, or cannot be written.
+  """
+  folder = config.folder()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{os.getpid()}"
@@ -198,8 +273,10 @@ def _claim(folder: pathlib.Path, config: Config) -> None:
     raise UsageError(
       f"the run's folder {folder} cannot be written: {error.strerror}."
     ) from error
-  if not (folder / "config.json").exists():
-    return
+  if not (folder / _CONFIG).exists():
+    if processes.is_first():
+      _write(folder, config)
+    return folder
   changed = config_lib.differences(config_lib.from_run(folder), config)
   if changed:
     listed = "; ".join(
@@ -210,6 +287,18 @@ def _claim(folder: pathlib.Path, config: Config) -> None:
       f"{folder} holds a run of another configuration: {listed}. Give the "
       "same options to resume it, or another --run-dir."
     )
+  return folder
+
+
+def _write(folder: pathlib.Path, config: Config) -> None:
+  files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
+
+
+def _give_up(folder: pathlib.Path) -> None:
+  """Removes what `claim` made, if nothing of a run is in it."""
+  if [path.name for path in folder.iterdir()] == [_CONFIG]:
+    (folder / _CONFIG).unlink()
+    folder.rmdir()
 
 
 def _use_compilation_cache() -> None:

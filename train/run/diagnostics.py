@@ -8,8 +8,8 @@ import jax
 from bilora_jax import Factors, sharpness
 
 from ..data.objectives import Batch, Objective
-from ..methods import estimators
 from ..methods.method import Method
+from ..methods.trained import kernels
 
 
 class Diagnosis(NamedTuple):
@@ -48,7 +48,7 @@ def make(
   """
   assert method.adapted is not None
   # With the adapted kernels among what is differentiated.
-  dense = method._replace(weights=estimators.kernels(method.adapted))
+  dense = method._replace(weights=kernels(method.adapted))
 
   def loss_fn(params, variables, batch):
     trained, variables = dense.unpacked(params, variables)

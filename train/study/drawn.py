@@ -42,7 +42,7 @@ def row(
     "key": key(recorded, run.landscape),
     "label": run.cell.label,
     "task": run.cell.task,
-    "seed": run.config.seed,
+    "seed": run.config.optimisation.seed,
     "steps": steps(run.landscape).tolist(),
     **found,
   }
@@ -73,7 +73,7 @@ def collect(
       if result.point is None:
         continue
       for run in plan.finals(study, result.cell, result.point):
-        own = result.finals.get(run.config.seed)
+        own = result.finals.get(run.config.optimisation.seed)
         if run.landscape is None or own is None:
           continue
         if (name := key(own["key"], run.landscape)) in known:

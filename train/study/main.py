@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import command
 from ..errors import UsageError
 from . import plan, spec, workers
 from .spec import Cell, Study
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 if a worker failed; 2 for bad usage.
   """
   place, rest = _place().parse_known_args(argv)
-  options = tyro.cli(Options, args=rest, prog="python -m train study")
+  options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
   try:
     return _main(options, place)
   except UsageError as error:
@@ -128,7 +129,6 @@ def select(study: Study, only: str) -> list[Cell]:
 
 
 def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
-  from ..methods import estimators
   from . import runs, training
 
   done = runs.load(study)
@@ -143,7 +143,7 @@ def _dry_run(study: Study, cells: Sequence[Cell]) -> int:
     own = finals if cell.point_of else known
     left = count - sum(run.key in done for run in own)
     steps = training.steps(cell.config)
-    cost = left * steps * estimators.gradients(cell.config)
+    cost = left * steps * cell.config.method.gradients
     total += cost
     print(
       f"{cell.name}: {len(trials)} + {len(cell.seeds)} runs, {left} left, "

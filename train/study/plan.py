@@ -8,6 +8,7 @@ import math
 import statistics
 from typing import Any, Literal, NamedTuple
 
+from ..run import config as config_lib
 from ..run.config import Config
 from .spec import Cell, Landscape, Sharpness, Study
 
@@ -49,14 +50,15 @@ class Run(NamedTuple):
   def name(self) -> str:
     """For a line of output."""
     tried = "".join(f", {k} {v:g}" for k, v in self.point.items())
-    return f"{self.cell.name}, {self.stage}{tried}, seed {self.config.seed}"
+    seed = self.config.optimisation.seed
+    return f"{self.cell.name}, {self.stage}{tried}, seed {seed}"
 
 
 def key(stage: str, config: Config, sharpness: Sharpness | None) -> str:
   """The digest of a run, 16 hexadecimal digits."""
   fields = {
     name: value
-    for name, value in dataclasses.asdict(config).items()
+    for name, value in config_lib.flat(config).items()
     if name not in _NEUTRAL
   }
   measured = dataclasses.asdict(sharpness) if sharpness else None
@@ -71,11 +73,11 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   rows; a row with one that is gone is of no run.
   """
   found = {}
-  known = {field.name for field in dataclasses.fields(Config)}
+  known = set(config_lib.kinds())
   for row in rows:
     if set(row["config"]) <= known:
       measured = row["sharpness_options"]
-      config = Config(**row["config"])
+      config = config_lib.build(config_lib.fitting(row["config"]))
       if measured:
         measured = Sharpness(
           **{k: _tuples(value) for k, value in measured.items()}
@@ -91,12 +93,12 @@ def trials(study: Study, cell: Cell) -> list[Run]:
   score, and diagnoses nothing.
   """
   tuned = cell.point_of or cell
-  config = dataclasses.replace(tuned.config, diagnose_every=0)
+  config = config_lib.replace(tuned.config, diagnose_every=0)
   return [
     Run(
       tuned,
       "tune",
-      dataclasses.replace(config, seed=seed, **point),
+      config_lib.replace(config, seed=seed, **point),
       point,
       None,
     )
@@ -111,7 +113,7 @@ def finals(study: Study, cell: Cell, point: Mapping[str, Any]) -> list[Run]:
     Run(
       cell,
       "final",
-      dataclasses.replace(cell.config, seed=seed, **point),
+      config_lib.replace(cell.config, seed=seed, **point),
       point,
       study.sharpness,
       _landscape(study, cell, seed),

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from ..methods import method as methods
-from ..run import diagnostics, step
+from ..run import assemble, diagnostics, step
+from ..run import config as config_lib
 from ..run.assemble import Prepared
 from ..run.config import Config
 from . import landscapes, measure, plan
@@ -87,7 +88,7 @@ def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
       lambda: _in_kernels(measure.make, prepared, options),
     ),
     diagnose=None
-    if not prepared.config.diagnose_every
+    if not prepared.config.output.diagnose_every
     else _keep(
       kept,
       ("diagnose", same),
@@ -113,10 +114,11 @@ def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
 
 def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
   """What two runs have in common that share a program, but for some fields."""
-  ignored = ("seed", "run_dir", "eval_every", "log_every", *but)
-  # None is no value of any of them.
-  config = dataclasses.replace(prepared.config, **dict.fromkeys(ignored))
-  return config, prepared.steps, prepared.model
+  ignored = ("seed", "run_dir", "eval_every", "log_every", "patience", *but)
+  same = config_lib.flat(prepared.config)
+  for name in ignored:
+    same.pop(name, None)
+  return tuple(same.items()), prepared.steps, prepared.model
 
 
 def _step(prepared: Prepared, traced: tuple[str, ...]) -> Callable[..., Any]:
@@ -125,9 +127,11 @@ def _step(prepared: Prepared, traced: tuple[str, ...]) -> Callable[..., Any]:
   def train_step(numbers, variables, state, batch):
     method = prepared.method
     if traced:
-      method = build(dataclasses.replace(prepared.config, **numbers))
+      method = build(config_lib.replace(prepared.config, **numbers))
     one = step.make_train_step(
-      method, prepared.data.objective, accumulate=prepared.config.accumulate
+      method,
+      prepared.data.objective,
+      accumulate=prepared.config.optimisation.accumulate,
     )
     return one(variables, state, batch)
 
@@ -143,8 +147,10 @@ def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
   )
   batch = next(prepared.data.train_batches())
 
+  own = config_lib.flat(prepared.config)
+
   def goes(fields):
-    numbers = {name: getattr(prepared.config, name) for name in fields}
+    numbers = {name: own[name] for name in fields}
     try:
       jax.eval_shape(
         _step(prepared, fields), numbers, prepared.variables, state, batch
@@ -165,7 +171,7 @@ def _in_kernels(
   adapted = prepared.method.adapted
   if adapted is None:
     # The full space is that of the kernels which adapters would be put on.
-    plain = dataclasses.replace(prepared.config, method="lora")
+    plain = config_lib.replace(prepared.config, method="lora")
     adapted = _build(prepared, plain).adapted
   assert adapted is not None
   return make(
@@ -179,7 +185,7 @@ def _in_kernels(
 
 def _build(prepared: Prepared, config: Config) -> methods.Method:
   inputs = prepared.data.objective.inputs(next(prepared.data.train_batches()))
-  return methods.build(
+  return assemble.method_of(
     config,
     prepared.model,
     inputs,

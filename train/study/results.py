@@ -94,7 +94,7 @@ def _result(study: Study, cell: Cell, done: plan.Rows) -> Result:
       for tried in cell.grid
     ],
     finals={
-      run.config.seed: done[run.key]
+      run.config.optimisation.seed: done[run.key]
       for run in finals
       if run.key in done and not done[run.key]["failed"]
     },

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
 import itertools
 import math
 import pathlib
 import tomllib
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from .. import options, plugins
 from ..errors import UsageError
 from ..run import config as config_lib
 from ..run.config import Config
@@ -19,6 +19,8 @@ _SET_BY_THE_STUDY = {
   "run_dir": "the study's folder",
   "mesh": "the workers, of one device each",
   "profile": "nothing: a study traces no steps",
+  "loggers": "nothing: a study keeps rows",
+  "samples": "nothing: a study keeps rows",
   "baseline": "nothing: a study fits no logistic regression",
   "checkpoint_every": "nothing: a run of a study is short, and starts anew",
 }
@@ -189,7 +191,7 @@ def parse(found: Mapping[str, Any]) -> Study:
     "recovery": list,
     "landscape": dict,
   }
-  _known("the file", found, tables, "table")
+  options.known("the file", found, tables, "table")
   for name, kind in tables.items():
     if not isinstance(found.get(name, kind()), kind):
       raise UsageError(
@@ -197,8 +199,9 @@ def parse(found: Mapping[str, Any]) -> Study:
         if kind is dict
         else f"{name} is written as [[{name}]], once for each."
       )
+  plugins.load(str(found.get("defaults", {}).get("plugins", "")))
   head = found.get("study", {})
-  _known("[study]", head, ("name", "folder", "seeds", "reference"))
+  options.known("[study]", head, ("name", "folder", "seeds", "reference"))
   name = _text("[study]", head, "name")
   seeds = _seeds("[study]", head.get("seeds", 5))
   tuning = _tuning(found.get("tuning"))
@@ -234,10 +237,9 @@ def _cells(
       if task not in row["tasks"]:
         continue
       where = f"[[method]] {row['name']!r} on the task {task!r}"
-      fields = defaults | task_fields | row["fields"]
-      config = _config(where, fields)
+      config = _config(where, defaults | task_fields, row["fields"])
       for point in row["grid"]:
-        _config(f"{where}, tuned with {point}", fields | point)
+        _changed(f"{where}, tuned with {point}", config, point)
       seeds = row["seeds"] or task_seeds or study_seeds
       cells.append(Cell(row["name"], task, config, row["grid"], seeds))
       taken_over.append(row["point_of"])
@@ -268,7 +270,7 @@ def _taking_over(cell: Cell, name: str, cells: Sequence[Cell]) -> Cell:
     )
   source = of[label, task]
   for point in source.grid:
-    _config(f"{where}, {point}", {**dataclasses.asdict(cell.config), **point})
+    _changed(f"{where}, {point}", cell.config, point)
   return dataclasses.replace(cell, point_of=source)
 
 
@@ -351,7 +353,7 @@ def _check_budget(cells: Sequence[Cell], tuning: Tuning | None) -> None:
 def _tuning(row: Mapping[str, Any] | None) -> Tuning | None:
   if row is None:
     return None
-  _known("[tuning]", row, ("trials", "seeds"))
+  options.known("[tuning]", row, ("trials", "seeds"))
   trials = row.get("trials")
   if type(trials) is not int or trials < 1:
     raise UsageError(
@@ -378,7 +380,7 @@ def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
 
 def _recovery(row: Any, labels: Sequence[str]) -> Recovery:
   keys = ("reference", "target", "start")
-  _known("[[recovery]]", row, keys)
+  options.known("[[recovery]]", row, keys)
   row = {"start": row.get("reference"), **row}
   for key in keys:
     _label(f"[[recovery]] {key}", row.get(key), labels)
@@ -412,42 +414,53 @@ def _at_least(where: str, found: Any, **least: int) -> None:
 def _plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
   """A dataclass of a table, whose values are of the fields' types."""
   fields = {field.name: field for field in dataclasses.fields(kind)}
-  _known(where, row, fields)
-  values: dict[str, Any] = {}
-  for key, value in row.items():
-    default = fields[key].default
-    if isinstance(default, tuple):
-      inner = float if default and isinstance(default[0], float) else str
-      good = isinstance(value, list) and all(_fits(x, inner) for x in value)
-      values[key] = tuple(map(inner, value)) if good else value
-      wanted = f"a list of {_NAMES[inner]}"
-    else:
-      good = _fits(value, fields[key].type)
-      wanted = _wanted(fields[key].type)
-      values[key] = (
-        float(value) if fields[key].type is float and good else value
-      )
-    if not good:
-      raise UsageError(f"{where} {key} is {wanted}; got {value!r}.")
-  return kind(**values)
+  options.known(where, row, fields)
+  return kind(
+    **{
+      key: options.checked(where, key, value, fields[key].type)
+      for key, value in row.items()
+    }
+  )
 
 
-def _config(where: str, fields: Mapping[str, Any]) -> Config:
-  whole: dict[str, Any] = {**fields, "baseline": False}
-  config = Config(**whole)
+def _config(
+  where: str, shared: Mapping[str, Any], of_method: Mapping[str, Any]
+) -> Config:
+  """The configuration of a method on a task.
+
+  Args:
+    where: for a message.
+    shared: options of the study and of the task; those that the method does
+      not have are left out.
+    of_method: of the method, each of which it has.
+  """
+  method = of_method.get("method", shared.get("method"))
+  named = {} if method is None else {"method": method}
   try:
-    config_lib.check(config)
+    config = config_lib.build(
+      {**config_lib.fitting({**shared, **named}), **of_method}
+    )
   except UsageError as error:
     raise UsageError(f"{where}: {error}") from error
-  return config
+  return _changed(where, config, {"baseline": False})
+
+
+def _changed(where: str, config: Config, changes: Mapping[str, Any]) -> Config:
+  """A configuration that can be run, with other options."""
+  try:
+    changed = config_lib.replace(config, **changes)
+    config_lib.check(changed)
+  except UsageError as error:
+    raise UsageError(f"{where}: {error}") from error
+  return changed
 
 
 def _fields(
   where: str, row: Any, besides: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Fields of a configuration from a table, each of its type."""
-  kinds: dict[str, Any] = {x.name: x.type for x in dataclasses.fields(Config)}
-  _known(where, row, [*besides, *kinds])
+  """Options of a configuration from a table, each of its type."""
+  kinds = config_lib.kinds()
+  options.known(where, row, [*besides, *kinds])
   fields = {}
   for key, value in row.items():
     if key in besides:
@@ -456,49 +469,8 @@ def _fields(
       raise UsageError(
         f"{where}: {key} cannot be set; it is up to {_SET_BY_THE_STUDY[key]}."
       )
-    if not _fits(value, kinds[key]):
-      raise UsageError(
-        f"{where}: {key} is {_wanted(kinds[key])}; got {value!r}."
-      )
-    # TOML's 1 and 1.0 are the same run.
-    fields[key] = float(value) if kinds[key] is float else value
+    fields[key] = options.checked(where, key, value, kinds[key])
   return fields
-
-
-_NAMES = {
-  int: "whole numbers",
-  float: "numbers",
-  str: "texts",
-  bool: "true or false",
-}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-  if get_origin(kind) is Literal:
-    return value in get_args(kind)
-  return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def _wanted(kind: Any) -> str:
-  if get_origin(kind) is Literal:
-    return f"one of {', '.join(map(repr, get_args(kind)))}"
-  return {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-  }[kind]
-
-
-def _known(where: str, row: Any, names: Any, what: str = "key") -> None:
-  if not isinstance(row, Mapping):
-    raise UsageError(f"{where} is a table; got {row!r}.")
-  for key in row:
-    if key not in names:
-      near = difflib.get_close_matches(key, names, n=3) or sorted(names)
-      raise UsageError(
-        f"{where} has no {what} {key!r}; perhaps {', '.join(near)}?"
-      )
 
 
 def _text(where: str, row: Any, key: str, default: str | None = None) -> str:

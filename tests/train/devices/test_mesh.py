@@ -255,7 +255,7 @@ jax.distributed.initialize = functools.partial(
 # After a checkpoint, that is whole, and before the next.
 KILLED_AT_9 = """
 import signal
-from train import checkpoints, journal
+from train.run import checkpoints, journal
 save_last = checkpoints.Checkpoints.save_last
 def save_and_wait(self, *arguments):
   save_last(self, *arguments)
@@ -318,7 +318,7 @@ def test_when_one_process_is_killed_the_other_ends_and_one_can_resume(
 # The second is asked to stop; the first hears of it at the next line.
 INTERRUPTED_AT_7 = """
 import signal
-from train import journal
+from train.run import journal
 def advance(self, step):
   if step == 7:
     os.kill(os.getpid(), signal.SIGTERM)

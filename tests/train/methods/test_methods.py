@@ -1,7 +1,5 @@
 """The methods: each learns, and only what it says is trained or evaluated."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -10,9 +8,10 @@ import pytest
 
 from bilora_jax import Factors, primary
 from train.data.objectives import CLASSIFICATION
-from train.methods import estimators, optimizers
-from train.methods import method as methods
-from train.run import config, step
+from train.methods import optimizers
+from train.methods import spec as specs
+from train.run import assemble, step
+from train.run import config as config_lib
 from train.study import measure
 
 SOME = ("lora", "bilora", "lora_full_sam", "full")
@@ -40,7 +39,7 @@ def _same(left, right):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", specs.every())
 def test_the_loss_on_a_batch_falls_and_the_base_stays(prepared, train, method):
   ready = prepared(method=method)
   base = jax.tree.map(np.array, ready.variables)
@@ -50,17 +49,17 @@ def test_the_loss_on_a_batch_falls_and_the_base_stays(prepared, train, method):
   _same(ready.variables, base)
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", specs.every())
 def test_a_step_takes_as_many_gradients_as_it_is_said_to(
   prepared, batch, method
 ):
   ready = prepared()
-  fields = dataclasses.replace(ready.config, method=method)
+  config = config_lib.replace(ready.config, method=method)
   objective = CLASSIFICATION._replace(
     items=lambda logits, rows: CLASSIFICATION.items(jaxprs.mark(logits), rows)
   )
   inputs = objective.inputs(batch)
-  built = methods.build(fields, ready.model, inputs, 24, objective)
+  built = assemble.method_of(config, ready.model, inputs, 24, objective)
   state = jax.eval_shape(
     lambda variables: step.init(built, jax.random.key(0), variables),
     ready.variables,
@@ -78,7 +77,7 @@ def test_a_step_takes_as_many_gradients_as_it_is_said_to(
   )
   # LookSAM's two ways: the one between, and that of every fifth step.
   weights = [0.8, 0.2] if len(taken) == 2 else [1]
-  assert np.dot(taken, weights) == pytest.approx(estimators.gradients(fields))
+  assert np.dot(taken, weights) == pytest.approx(config.method.gradients)
 
 
 def test_with_a_ball_of_no_size_bilora_is_lora(train):
@@ -190,7 +189,7 @@ def test_every_variant_learns(train, fields):
 
 def test_the_auxiliary_may_have_a_rate_of_its_own(tiny_config):
   # None of the primary's: what moves is the auxiliary alone.
-  fields = dataclasses.replace(
+  config = config_lib.replace(
     tiny_config,
     learning_rate=0.0,
     auxiliary_learning_rate=0.5,
@@ -200,7 +199,17 @@ def test_the_auxiliary_may_have_a_rate_of_its_own(tiny_config):
   )
   pair = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)))
   trained = {"primary": {"w": pair}, "auxiliary": {"w": pair}}
-  tx = optimizers.build(fields, 10)
+  setting = specs.Setting(
+    options=config.method.options,
+    adapter=config.adapter,
+    optimisation=config.optimisation,
+    steps=10,
+    apply=lambda *_: None,
+    objective=CLASSIFICATION,
+  )
+  tx = config.method.spec.transformation(
+    setting, optimizers.adamw(config.optimisation, 10)
+  )
   updates, _ = tx.update(
     jax.tree.map(jnp.ones_like, trained), tx.init(trained), trained
   )
@@ -219,9 +228,9 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(train):
 
 
 def test_the_rate_rises_to_its_peak_and_ends_at_zero(tiny_config):
-  rate = optimizers.learning_rate(tiny_config, 1000)
+  rate = optimizers.schedule(tiny_config.optimisation, 1000)
   rates = np.array([rate(i) for i in (0, 15, 30, 515, 1000)])
-  peak = tiny_config.learning_rate
+  peak = tiny_config.optimisation.learning_rate
   # Half way up after 15 of 30 steps; the cosine is half way down at 515.
   np.testing.assert_allclose(
     rates, peak * np.array([0, 0.5, 1, 0.5, 0]), atol=1e-6 * peak

@@ -110,7 +110,8 @@ def test_a_cell_has_the_fields_of_the_method_over_the_task_s(tables, tmp_path):
     )
   )
   cells = {
-    x.name: (x.config.epochs, x.config.rank, x.seeds) for x in found.cells
+    x.name: (x.config.optimisation.epochs, x.config.adapter.rank, x.seeds)
+    for x in found.cells
   }
   assert cells == {
     "LoRA/short": (1, 3, (7,)),

@@ -1,0 +1,231 @@
+"""The configuration that a command line asks for: presets, files, options."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from . import command, options, plugins, presets
+from .errors import UsageError
+from .methods import spec as methods
+from .run import config as config_lib
+from .run.config import Config
+
+_EXAMPLES = """\
+examples:
+  {program} --preset snippets
+  {program} --task classification --data reviews.csv --run-dir runs/reviews
+  {program} --method lora_sam --rho 0.01 --help
+
+{program} --help lists the options of the method that --method names, and each
+of these commands has a --help of its own:
+  predict    labels for new rows, by a finished run
+  evaluate   a finished run on labelled rows
+  generate   what a decoder says, with a run's adapters
+  export     adapters for PEFT, models for transformers, a model card
+  compile    what a step takes, before chips are rented
+  study      methods x tasks x seeds
+
+--preset NAME starts from a preset: {presets}.
+The first is the default, unless --task names another task than its own.
+--config FILE.yaml starts from a file with options by name, or in the groups of
+a run's config.json. --from-run DIR repeats a run with its own configuration, in
+DIR-repeat unless --run-dir is given. Options on the command line change what
+these set. The same command resumes a run.
+
+On several machines, each starts the same command with --coordinator HOST:PORT
+(of the first), --num-processes N and --process-id I (from 0). Under srun,
+mpirun and on TPU pods of Kubernetes none of these is needed; --coordinator auto
+is for other TPU pods. --run-dir and --data-dir are folders that all see."""
+
+
+def start() -> argparse.ArgumentParser:
+  """The options that are no field of a configuration."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--preset")
+  parser.add_argument("--from-run", type=pathlib.Path)
+  parser.add_argument("--config", type=pathlib.Path)
+  parser.add_argument("--coordinator")
+  parser.add_argument("--num-processes", type=int)
+  parser.add_argument("--process-id", type=int)
+  return parser
+
+
+def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
+  """The configuration that a command line asks for.
+
+  Raises:
+    UsageError: if a preset, a run, a file or an option is not as it must be.
+    SystemExit: with code 2, if an option is unknown; with 0 after `--help`.
+  """
+  known, rest = start().parse_known_args(argv)
+  plugins.load(_given(rest, "plugins") or "")
+  base = _base(known, rest)
+  method = _given(rest, "method") or base.method.name
+  methods.get(method)
+  base = config_lib.replace(base, method=method)
+  _check_flags(rest, method)
+  found = tyro.cli(
+    _cli_type(method),
+    default=_cli_value(base),
+    args=rest,
+    prog=program,
+    description=(
+      "Fine-tunes a pretrained model with Bi-LoRA or another method, tests it"
+      " and reports.\n\n"
+      + _EXAMPLES.format(program=program, presets=presets.listed())
+    ),
+    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+  )
+  given: dict[str, Any] = {"method": method}
+  for name, kind in config_lib.groups(method).items():
+    group = getattr(found, name)
+    given |= {
+      flag: getattr(group, field.name)
+      for flag, field in options.fields(kind).items()
+    }
+  return config_lib.build(given)
+
+
+def _base(known: argparse.Namespace, rest: Sequence[str]) -> Config:
+  """What the options on the command line change."""
+  given = {
+    "--preset": known.preset,
+    "--from-run": known.from_run,
+    "--config": known.config,
+  }
+  several = [name for name, value in given.items() if value]
+  if len(several) > 1:
+    raise UsageError(f"{' and '.join(several)} exclude each other.")
+  if known.preset:
+    return presets.get(known.preset)
+  if known.config:
+    return from_file(known.config)
+  if known.from_run:
+    old = known.from_run.absolute()
+    return config_lib.replace(
+      config_lib.from_run(known.from_run),
+      run_dir=str(old.with_name(old.name + "-repeat")),
+    )
+  # The first preset is for a task of its own; other tasks start from nothing.
+  first = next(iter(presets.PRESETS.values()))
+  task = _given(rest, "task")
+  return first if task in (None, first.data.task) else Config()
+
+
+def from_file(path: pathlib.Path) -> Config:
+  """The configuration in a YAML file.
+
+  Raises:
+    UsageError: if it cannot be read, or is not a configuration.
+  """
+  try:
+    tables = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UsageError(
+      f"--config {path} cannot be read: {error.strerror}."
+    ) from error
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise UsageError(
+      f"--config {path} is no YAML: {' '.join(str(error).split())}."
+    ) from error
+  where = f"--config {path}"
+  if isinstance(tables, dict):
+    group = tables.get("plugins")
+    own = group.get("plugins") if isinstance(group, dict) else group
+    plugins.load(str(own or ""))
+  return config_lib.build(
+    config_lib.from_tables(where, {} if tables is None else tables), where
+  )
+
+
+def _given(argv: Sequence[str], name: str) -> str | None:
+  """The value of an option on a command line, the last one."""
+  found = None
+  for arg, following in zip(argv, [*argv[1:], None]):
+    if arg == f"--{name}":
+      found = following
+    elif arg.startswith(f"--{name}="):
+      found = arg.partition("=")[2]
+  return found
+
+
+def _check_flags(argv: Sequence[str], method: str) -> None:
+  """Refuses an option of another method than the one chosen."""
+  own = {
+    flag
+    for group in config_lib.groups(method).values()
+    for flag in options.fields(group)
+  }
+  for arg in argv:
+    flag = arg.partition("=")[0].removeprefix("--").replace("-", "_")
+    positive = flag.removeprefix("no_")
+    if not arg.startswith("--") or flag in own or positive in own:
+      continue
+    for name in (flag, positive):
+      if name in config_lib.kinds() and name != "method":
+        raise UsageError(config_lib.misplaced(name, method))
+
+
+@functools.cache
+def _cli_type(method: str) -> Any:
+  """A dataclass of the groups of a method, for Tyro; the method's own first."""
+  every = methods.every()
+  name = tyro.conf.arg(
+    name="method",
+    help="What is trained, and how; gradients a step in brackets. "
+    + "; ".join(
+      f"{spec.name} [{spec.gradients(spec.options()):g}]: {spec.summary}"
+      for spec in every.values()
+    )
+    + ".",
+    help_behavior_hint=f"default: {method}",
+  )
+  chosen = dataclasses.make_dataclass(
+    "Method",
+    [("name", Annotated[Literal[tuple(every)], name])],
+    frozen=True,
+  )
+  fields: list[Any] = []
+  for group, kind in config_lib.groups(method).items():
+    bases: tuple[type, ...] = (kind,)
+    if group == "method":
+      # Fields of the last base come first.
+      bases = (kind, chosen)
+    renamed = [
+      (x.name, Annotated[x.type, tyro.conf.arg(name=flag)], _field(x))
+      for flag, x in options.fields(kind).items()
+      if flag != x.name
+    ]
+    fields.append(
+      (
+        group,
+        dataclasses.make_dataclass(
+          kind.__name__, renamed, bases=bases, frozen=True
+        ),
+      )
+    )
+  return dataclasses.make_dataclass("Options", fields, frozen=True)
+
+
+def _field(field: dataclasses.Field) -> Any:
+  return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+def _cli_value(config: Config) -> Any:
+  """A value of `_cli_type`."""
+  kind = _cli_type(config.method.name)
+  values = {}
+  for field in dataclasses.fields(kind):
+    group, extra = getattr(config, field.name), {}
+    if field.name == "method":
+      group, extra = config.method.options, {"name": config.method.name}
+    own = {x.name: getattr(group, x.name) for x in dataclasses.fields(group)}
+    group_type: Any = field.type
+    values[field.name] = group_type(**own, **extra)
+  return kind(**values)

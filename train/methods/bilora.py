@@ -1,0 +1,180 @@
+"""Bi-LoRA, and Dual-LoRA, the ablation whose second adapter descends too."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+import bilora_jax
+from bilora_jax import variants
+
+from ..errors import UsageError
+from ..options import option
+from . import optimizers
+from .options import AdapterOptions, OptimisationOptions
+from .spec import Init, MethodSpec, Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class BallOptions:
+  """The auxiliary adapter and its ball."""
+
+  rho: float = option(0.05, least=0)
+  """Radius of the auxiliary's ball: the largest Frobenius norm, over all layers
+  together, of what it adds to the weights."""
+  auxiliary_rank: int = option(8, least=1)
+  """r2, the rank of the auxiliary adapter."""
+  clip: Literal["global", "layer", "none"] = option("global")
+  """One ball over all layers, one for each, or none."""
+  rho_schedule: Literal["constant", "growing", "falling"] = option("constant")
+  """The ball's radius over the run: rho, or half a cosine to it from zero or
+  from it to zero."""
+  rho_ratio: float = option(0.0, least=0)
+  """If not 0, the ball's radius is this times the norm of what the primary adds
+  to the weights, in place of rho."""
+  auxiliary_learning_rate: float = option(0.0, least=0)
+  """Peak of the auxiliary's learning rate; 0: that of the primary."""
+  auxiliary_schedule: Literal["same", "constant"] = option("same")
+  """Whether the auxiliary's learning rate follows the primary's schedule."""
+  auxiliary_start: Literal["zero", "scattered"] = option("zero")
+  """Whether the auxiliary begins with b = 0, or with both factors random, on
+  the ball's surface."""
+  rescale_moments: bool = option(False)
+  """Whether the clip rescales Adam's moments with the factors that they belong
+  to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BiloraOptions(BallOptions):
+  """The auxiliary adapter, which climbs the loss inside a ball."""
+
+  auxiliary_optimizer: Literal["adamw", "sgd", "sign", "power"] = option(
+    "adamw"
+  )
+  """What the auxiliary climbs by; power goes to the gradient's top singular
+  directions at once, whatever the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DualOptions(BallOptions):
+  """The second adapter, which descends the loss inside a ball."""
+
+  keep_auxiliary: bool = option(False)
+  """Whether the second adapter is evaluated and kept as well."""
+
+
+def radius(options: BallOptions, steps: int) -> optax.ScalarOrSchedule:
+  """The radius of the auxiliary's ball, by the step."""
+  match options.rho_schedule:
+    case "constant":
+      return options.rho
+    case "growing":
+      # As the noise of Flat-LoRA grows.
+      falling = optax.cosine_decay_schedule(options.rho, max(steps, 1))
+      return lambda count: options.rho - falling(count)
+    case "falling":
+      return optax.cosine_decay_schedule(options.rho, max(steps, 1))
+
+
+def transformation(
+  setting: Setting, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Bi-LoRA's update, or Dual-LoRA's."""
+  options = setting.options
+  descends = isinstance(options, DualOptions)
+  tx = bilora_jax.bilora(
+    optimizer,
+    radius(options, setting.steps),
+    _auxiliary_optimizer(setting),
+    clip=None if options.clip == "none" else options.clip,
+    direction="descent" if descends else "ascent",
+  )
+  if options.rho_ratio:
+    tx = variants.adaptive_radius(tx, options.rho_ratio)
+  if options.rescale_moments:
+    tx = variants.rescale_moments(tx)
+  return tx
+
+
+def _auxiliary_optimizer(
+  setting: Setting,
+) -> optax.GradientTransformation | None:
+  """None for the primary's own."""
+  options, optimisation = setting.options, setting.optimisation
+  same = not options.auxiliary_learning_rate
+  constant = options.auxiliary_schedule == "constant"
+  kind = getattr(options, "auxiliary_optimizer", "adamw")
+  if kind == "adamw" and same and not constant:
+    return None
+  peak = optimisation.learning_rate if same else options.auxiliary_learning_rate
+  own = dataclasses.replace(optimisation, learning_rate=peak)
+  schedule = peak if constant else optimizers.schedule(own, setting.steps)
+  match kind:
+    case "adamw":
+      return optax.adamw(schedule, weight_decay=optimisation.weight_decay)
+    case "sgd":
+      return optax.sgd(schedule)
+    case "sign":
+      return optax.sign_sgd(schedule)
+    case "power":
+      return variants.power_ascent()
+
+
+def _begin(options: BallOptions, init: Init) -> Init:
+  """The auxiliary begins where `--auxiliary-start` says."""
+  if options.auxiliary_start == "zero":
+    return init
+
+  def scattered(key, variables):
+    own, of_auxiliary = jax.random.split(key)
+    return variants.scattered(of_auxiliary, init(own, variables), options.rho)
+
+  return scattered
+
+
+def _check(
+  options: BallOptions,
+  adapter: AdapterOptions,
+  optimisation: OptimisationOptions,
+) -> None:
+  del optimisation
+  if getattr(options, "auxiliary_optimizer", "") == "power" and (
+    options.clip == "none"
+  ):
+    raise UsageError(
+      "--auxiliary-optimizer power needs a ball to be scaled into; got --clip "
+      "none."
+    )
+  if options.auxiliary_start == "scattered" and not options.rho:
+    raise UsageError(
+      "--auxiliary-start scattered is on the surface of a ball; got --rho 0."
+    )
+  if getattr(options, "keep_auxiliary", False) and adapter.dora:
+    raise UsageError(
+      "--keep-auxiliary is for adapters without norms of their own; got it "
+      "with --dora."
+    )
+
+
+SPECS = (
+  MethodSpec(
+    name="bilora",
+    summary="two adapters; the auxiliary climbs the loss inside a ball",
+    options=BiloraOptions,
+    transformation=transformation,
+    has_auxiliary=True,
+    begin=_begin,
+    check=_check,
+  ),
+  MethodSpec(
+    name="dual_lora",
+    summary="two adapters; both descend, the auxiliary inside a ball",
+    options=DualOptions,
+    transformation=transformation,
+    has_auxiliary=True,
+    keeps_auxiliary=lambda options: options.keep_auxiliary,
+    begin=_begin,
+    check=_check,
+  ),
+)

@@ -1,0 +1,73 @@
+"""LoRA, and the updates of one adapter that differ from it."""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+from bilora_jax import baselines
+
+from ..options import option
+from . import optimizers
+from .spec import MethodSpec, Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraPlusOptions:
+  """LoRA+ (arXiv 2402.12354)."""
+
+  lora_plus_ratio: float = option(16.0, least=0)
+  """Learning rate of b over that of a."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceOptions:
+  """Balancedness of the factors (arXiv 2410.14802)."""
+
+  balance: float = option(0.25, least=0)
+  """Strength of the factors' balancing at the first step, in units of the
+  learning rate; it falls to zero."""
+
+
+def _lora_plus(
+  setting: Setting, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  return baselines.lora_plus(optimizer, setting.options.lora_plus_ratio)
+
+
+def _balanced(by: Literal["factors", "gradients"]):
+  def transformation(
+    setting: Setting, optimizer: optax.GradientTransformation
+  ) -> optax.GradientTransformation:
+    strength = optax.cosine_decay_schedule(
+      setting.options.balance, max(setting.steps, 1)
+    )
+    rate = optimizers.schedule(setting.optimisation, setting.steps)
+    return baselines.balanced(
+      optimizer, lambda count: strength(count) * rate(count), by=by
+    )
+
+  return transformation
+
+
+SPECS = (
+  MethodSpec(name="lora", summary="one adapter"),
+  MethodSpec(
+    name="lora_plus",
+    summary="one adapter, with a greater learning rate of b",
+    options=LoraPlusOptions,
+    transformation=_lora_plus,
+  ),
+  MethodSpec(
+    name="obar",
+    summary="one adapter, its factors balanced by their norms",
+    options=BalanceOptions,
+    transformation=_balanced("factors"),
+  ),
+  MethodSpec(
+    name="nbar",
+    summary="one adapter, its factors balanced by their gradients' norms",
+    options=BalanceOptions,
+    transformation=_balanced("gradients"),
+  ),
+)

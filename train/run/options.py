@@ -1,0 +1,50 @@
+"""Options of evaluation and of what a run writes."""
+
+import dataclasses
+
+from ..options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+  """Validation, and the test at the end."""
+
+  eval_every: int = option(0, least=0)
+  """Steps between validations, on the primary alone; 0: one an epoch."""
+  eval_batch_size: int = option(0, least=0)
+  """Rows that are evaluated together; 0: those of a part of a training batch
+  (--batch-size over --accumulate)."""
+  patience: int = option(0, least=0)
+  """Validations without a better one after which the run stops; 0: it never
+  stops early."""
+  samples: int = option(0, least=0)
+  """Answers that a model of conversations generates at each validation, to the
+  first validation prompts, of at most 64 tokens; 0: none."""
+  eval_first: bool = option(False)
+  """Also validate before the first step."""
+  baseline: bool = option(True)
+  """Also fit a logistic regression on the frozen features, to compare with (not
+  on a quantised base)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+  """The run's folder, and what is written into it."""
+
+  run_dir: str = option("")
+  """Folder of the run; empty: runs/TASK-METHOD-seedN."""
+  loggers: str = option("")
+  """More loggers beside JSONL, TensorBoard and the terminal, with commas: wandb
+  and mlflow, where they are installed, and those that --plugins add."""
+  log_every: int = option(10, least=1)
+  """Steps between lines of metrics."""
+  checkpoint_every: int = option(50, least=1)
+  """Steps between checkpoints, from which the same command resumes."""
+  diagnose_every: int = option(0, least=0)
+  """Steps between diagnoses of the auxiliary: its cosine with the gradient, its
+  overlap with the gradient's top directions and with the primary, its turnover;
+  each costs about three steps; 0: none (methods with an auxiliary; float
+  bases)."""
+  profile: int = option(0, least=0)
+  """Steps to trace with JAX's profiler, after the first logged ones, into the
+  run's folder."""
