@@ -123,7 +123,9 @@ def test_what_generates_is_stored_and_computed_in_as_the_run_was(
 ):
   folder = tmp_path / "run"
   more = ("--base-dtype", "nf4", "--dtype", "bfloat16", "--epochs", "1")
-  assert run(folder, *more) == 0
+  assert run(folder, *more, "--samples", "2") == 0
+  samples = (folder / "samples.jsonl").read_text().splitlines()
+  assert len(samples) == 2 and json.loads(samples[0])["answer"]
   made = []
   variables = Pretrained.variables
 
