@@ -149,7 +149,7 @@ def test_a_profile_is_written_when_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
   ("line", "part"),
   [
-    ("{", "line 3 is not JSON"),
+    ("{", "line 3, is no JSON"),
     ('{"prompt": "a"}', "line 3"),
     ('{"prompt": "a", "response": ""}', "line 3"),
   ],

@@ -1,6 +1,5 @@
 """The paper's presets on tiny stand-ins, and files in their true format."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -17,6 +16,7 @@ from train import __main__ as program
 from train import presets
 from train.data.options import INSTRUCTIONS
 from train.run import assemble, step
+from train.run import config as config_lib
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,9 @@ def _steps(config, count=2):
   init = jax.jit(functools.partial(step.init, ready.method))
   state = init(jax.random.key(0), ready.variables)
   train_step = step.make_train_step(
-    ready.method, ready.data.objective, accumulate=config.accumulate
+    ready.method,
+    ready.data.objective,
+    accumulate=config.optimisation.accumulate,
   )
   losses = []
   for _, batch in zip(range(count), ready.data.train_batches()):
@@ -72,7 +74,7 @@ def test_cola_is_learned_and_scored_by_a_t5(put, tiny_t5, tmp_path, capsys):
 
 
 def test_a_t5_tells_three_classes_with_lora_sam(put, tiny_t5, tmp_path):
-  config = dataclasses.replace(
+  config = config_lib.replace(
     presets.get("t5-base-super-glue-cb-lora-sam"),
     **_SMALL,
     model=str(tiny_t5),
@@ -88,7 +90,7 @@ def test_a_t5_tells_three_classes_with_lora_sam(put, tiny_t5, tmp_path):
   assert found.rows == 5
   assert set(found.metrics) == {"accuracy"}
   # Padding is no token of a source either: wider batches score alike.
-  batch = next(iter(ready.data.whole(ready.data.examples["test"], 5)))
+  batch = next(iter(ready.data.reader.whole(ready.data.examples["test"], 5)))
   width = batch["tokens"].shape[1]
   wider = {
     **batch,
@@ -181,7 +183,7 @@ def test_a_preset_learns_for_two_steps(
 ):
   config = presets.get(preset)
   small = {**_SMALL, "run_dir": str(tmp_path / "run")}
-  if config.task == INSTRUCTIONS:
+  if config.data.task == INSTRUCTIONS:
     changes, biases = {}, False
     if "llama3.1" in preset:
       changes = _LLAMA3
@@ -190,15 +192,15 @@ def test_a_preset_learns_for_two_steps(
     model = _changed(tiny_decoder, tmp_path / "model", changes, biases)
     small |= {
       "model": str(model),
-      "data": str(_instructions(config.data, tmp_path / "rows.jsonl")),
+      "data": str(_instructions(config.data.path, tmp_path / "rows.jsonl")),
       "accumulate": 2,
       "max_length": 64,
       "train_rows": 48,
     }
   else:
-    data_dir = put(config.task, _glue(config.task))
+    data_dir = put(config.data.task, _glue(config.data.task))
     small |= {"model": str(tiny_t5), "data_dir": str(data_dir)}
-  _steps(dataclasses.replace(config, **small))
+  _steps(config_lib.replace(config, **small))
 
 
 def test_questions_are_asked_and_scored(tiny_decoder, tmp_path, capsys):
