@@ -172,11 +172,10 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
     (("--data", ""), "--data names the rows"),
     (("--task", "snippets"), "belongs to no other task"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
-    (("--batch-size", "4096"), "--batch-size is 4096"),
     (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
     (
       ("--max-length", "24", "--on-long", "error"),
-      "tokens, but max_length is 24",
+      "tokens, but --max-length is 24",
     ),
     (("--max-length", "8"), "160 were left out, as they have more than 8"),
     (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
