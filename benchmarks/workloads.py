@@ -163,7 +163,7 @@ def labelled(batch_size: int, length: int) -> dict[str, np.ndarray]:
 
 def _bert(batch_size: int, length: int) -> Workload:
   found = load.open_pretrained("minilm")
-  model = found.encoder_classifier(2)
+  model = found.classifier(2)
   variables = found.variables(model, 0)
   return Workload(
     model=model,

@@ -248,7 +248,13 @@ class Adapted:
       variables, new, args, kwargs, rngs=rngs, mutable=mutable, method=method
     )
 
-  def merge(self, variables: Any, adapters: Mapping[str, Any]) -> Any:
+  def merge(
+    self,
+    variables: Any,
+    adapters: Mapping[str, Any],
+    *,
+    donate: bool = False,
+  ) -> Any:
     """The variables of a plain model at `W0 + scale * a @ b` of the primary.
 
     With DoRA, at that with its columns scaled to their magnitudes. Each sum is
@@ -256,6 +262,13 @@ class Adapted:
     it was taken from. The auxiliary is thrown away. A quantised base becomes
     one of floats again, kernels in the dtype that the model makes them in
     (Flax's `param_dtype`).
+
+    Args:
+      variables: of the model.
+      adapters: to add to them.
+      donate: whether each adapted kernel is deleted once it has been read, so
+        that memory never holds more than the variables and one kernel; not
+        under `jax.jit`, which has its own.
 
     Raises:
       ValueError: as `apply`.
@@ -276,6 +289,11 @@ class Adapted:
         matrices = _dora.scaled(x.site.matrices(whole), magnitudes[path])
         whole = x.site.kernel(matrices)
       new[path] = whole.astype(dtype)
+      if donate:
+        jax.block_until_ready(new[path])
+        for array in jax.tree.leaves(params[path]):
+          if isinstance(array, jax.Array):
+            array.delete()
     return self._host.replace(variables, new)
 
   def partition_specs(
@@ -617,6 +635,6 @@ def _shape(node: Any) -> Any:
 
 def _listed(names) -> str:
   names = sorted(set(names))
-  shown = ", ".join(repr(name) for name in names[:40])
-  more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+  shown = ", ".join(repr(name) for name in names[:8])
+  more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
   return shown + more if names else "none"

@@ -291,8 +291,9 @@ def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
   if not pairs and not faults:
     faults.append("no tensor is a lora_A or a lora_B")
   if faults:
+    more = f"; ... ({len(faults)} in all)" if len(faults) > 8 else ""
     raise ValueError(
-      f"{folder} holds no adapter of this model: {'; '.join(faults)}."
+      f"{folder} holds no adapter of this model: {'; '.join(faults[:8])}{more}."
     )
   return _Stored(config, places, pairs, extra)
 

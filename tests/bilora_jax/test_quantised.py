@@ -554,6 +554,14 @@ def test_donated_kernels_are_deleted_and_nothing_else():
   assert params["kernel"].is_deleted()
   assert quantised["bias"] is params["bias"]
   assert not params["bias"].is_deleted()
+  variables = {"params": quantised}
+  adapters = adapted.init(KEY, variables)
+  want = adapted.merge(variables, adapters)["params"]
+  got = adapted.merge(variables, adapters, donate=True)["params"]
+  np.testing.assert_array_equal(got["kernel"], want["kernel"])
+  assert quantised["kernel"].qvalue.is_deleted()
+  assert quantised["kernel"].scale.is_deleted()
+  assert not got["bias"].is_deleted()
 
 
 def test_one_leaf_at_a_time_is_as_all_at_once(run):

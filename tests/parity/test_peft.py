@@ -22,7 +22,7 @@ import bilora_jax
 from bilora_jax import peft
 from train import __main__ as program
 from train.methods import adapter
-from train.models import hf_names, load
+from train.models import load, registry
 from train.models.vit import model as vit
 from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
@@ -144,7 +144,7 @@ def _bert(case, model):
   _decoder_inputs(case)
   case.inputs += (jnp.ones_like(case.inputs[0]),)
   pretrained = load.open_pretrained(str(case.folder))
-  case.model = pretrained.encoder_classifier(2)
+  case.model = pretrained.classifier(2)
   case.variables = pretrained.variables(case.model, 0)
   case.variables["params"]["head"] = _head(model, 16)
 
@@ -170,7 +170,7 @@ def _t5(case, _):
   case.batch["decoder_input_ids"] = shifted
   case.inputs += (jnp.ones_like(case.inputs[0]), jnp.asarray(targets))
   pretrained = load.open_pretrained(str(case.folder))
-  case.model = pretrained.t5(scan=case.name == "t5")
+  case.model = pretrained.language_model(scan=case.name == "t5")
   case.variables = pretrained.variables(case.model, 0)
 
 
@@ -251,7 +251,7 @@ def test_peft_computes_with_our_folder_what_we_do(
 ):
   case.adapt(_spec(case, rslora=rslora))
   adapters = _random_adapters(case)
-  kind = hf_names.kind(case.model)
+  kind = registry.of(case.model).kind_of(case.model)
   peft.save(
     tmp_path,
     case.adapted,
@@ -285,7 +285,7 @@ _TARGETS = {
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
   base = _KINDS[case.name].from_pretrained(case.folder)
-  kind = hf_names.kind(case.model)
+  kind = registry.of(case.model).kind_of(case.model)
   model = torch_peft.get_peft_model(
     base,
     torch_peft.LoraConfig(
@@ -318,7 +318,7 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   model.save_pretrained(tmp_path)
   spec = adapter.spec(str(tmp_path), case.model)
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
-  kind = hf_names.kind(case.model)
+  kind = registry.of(case.model).kind_of(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
   # Scanned layers are one; a T5 has three attentions in a layer of each.
   wanted = {"qwen2": 2, "t5": 6, "t5 v1.1": 8}
@@ -361,7 +361,7 @@ def _write_vit(case, adapters, out):
   """The program reads a ViT from ONNX files, with heads of 64."""
   out.mkdir()
   merged = case.adapted.merge(case.variables, adapters)
-  found = hf_names.tensors(case.model, merged["params"])
+  found = registry.of(case.model).tensors(case.model, merged["params"])
   safetensors.numpy.save_file(
     {name: np.ascontiguousarray(value) for name, value in found.items()},
     out / "model.safetensors",

@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 from outcomes import adapters, rows
 import pytest
+import qwix
 
 from train import __main__ as program
+from train.models.family import Pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +118,28 @@ def test_a_quantised_base_learns_the_same_on_a_mesh(run, finished, tmp_path):
   _assert_same_run(mesh, one)
 
 
+def test_what_generates_is_stored_and_computed_in_as_the_run_was(
+  run, tmp_path, monkeypatch, capsys
+):
+  folder = tmp_path / "run"
+  more = ("--base-dtype", "nf4", "--dtype", "bfloat16", "--epochs", "1")
+  assert run(folder, *more) == 0
+  made = []
+  variables = Pretrained.variables
+
+  def recorded(self, model, *args, **kwargs):
+    made.append((model, variables(self, model, *args, **kwargs)))
+    return made[-1][1]
+
+  monkeypatch.setattr(Pretrained, "variables", recorded)
+  _says(capsys, "--run", str(folder), "--prompt", "7: a film?")
+  ((model, found),) = made
+  assert model.dtype == "bfloat16"
+  layer = found["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+  assert isinstance(layer, qwix.QArray)
+  assert found["params"]["norm"]["scale"].dtype == "bfloat16"
+
+
 def test_a_decoder_answers_snippets_in_words(run, tmp_path, data_dir):
   folder = tmp_path / "run"
   more = ("--task", "snippets", "--data", "", "--train-rows", "64")
@@ -201,7 +225,7 @@ def test_a_missing_shard_is_named(run, tmp_path, tiny_decoder, capsys):
 
 def test_an_encoder_cannot_respond(run, tmp_path, tiny_model, capsys):
   assert run(tmp_path / "run", "--model", str(tiny_model)) == 2
-  assert "got the encoder" in capsys.readouterr().err
+  assert "holds conversations (decoder)" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from ..models.io import tokenizer as tokenizer_
 from ..models.io.template import Conversation, Template
 from .instructions import TEXT
 from .options import OnLong
@@ -131,14 +132,16 @@ def encode(
     if message.role != "assistant":
       continue
     prompt = template.render(conversation[:i], add_generation_prompt=True)
-    asked = continuation(tokenizer, text, _appended(text, prompt))
+    asked = tokenizer_.continuation(tokenizer, text, _appended(text, prompt))
     text = template.render(conversation[: i + 1])
     if text == prompt:
       raise ValueError(
         f"The chat template writes nothing for the response"
         f" {message.content[:100]!r}, so it cannot be learned."
       )
-    answered = continuation(tokenizer, prompt, _appended(prompt, text))
+    answered = tokenizer_.continuation(
+      tokenizer, prompt, _appended(prompt, text)
+    )
     if eos is not None and i == len(conversation) - 1 and eos not in answered:
       answered.append(eos)
     ids += asked + answered
@@ -185,26 +188,6 @@ def _check_tools(template: Template, conversation: Conversation) -> None:
 def _called(call: Any) -> str:
   function = call.get("function", call) if isinstance(call, dict) else {}
   return str(function.get("name", ""))
-
-
-def continuation(
-  tokenizer: tokenizers.Tokenizer, text: str, more: str
-) -> list[int]:
-  """Returns the token ids of `more` where it follows the tokens of `text`.
-
-  Some tokenizers begin every text with a space of their own, so `more` is not
-  tokenized by itself unless a token of `text + more` reaches across the
-  boundary.
-  """
-  before = _ids(tokenizer, text)
-  whole = _ids(tokenizer, text + more)
-  if whole[: len(before)] == before:
-    return whole[len(before) :]
-  return _ids(tokenizer, more)
-
-
-def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _appended(before: str, text: str) -> str:

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import tokenizers
 
-from . import chat
+from ..models.family import Pretrained
 from .task import Task, Text
 
 _RESULT = "\nresult:"
@@ -21,14 +21,13 @@ def encode(
   """Returns the token ids of each text's prompt, unpadded.
 
   A prompt is the task's instruction, the text or the texts, and `result:`, each
-  on a line of its own (where the tokenizer has lines, as T5's has not). A
-  decoder's next token is its answer (`label_ids`), a T5's are a word
-  (`words`). With its first two arguments bound, this is what
-  `pipeline.tokenize` takes.
+  on a line of its own (where the tokenizer has lines). A model answers by a
+  word for each label (`answers`). With its first two arguments bound, this is
+  what `pipeline.tokenize` takes.
 
   Args:
-    tokenizer: adds what it begins a text with, and at the end nothing, or for a
-      T5 what ends a text.
+    tokenizer: adds what it begins a text with, and what ends a text that is not
+      gone on with.
     task: of the texts.
     texts: texts, or pairs of texts.
     max_length: tokens a prompt may take. A text loses its end, of a pair the
@@ -63,55 +62,22 @@ def encode(
   return found
 
 
-def label_ids(tokenizer: tokenizers.Tokenizer, task: Task) -> list[int]:
-  """Returns the token that begins each label's word after `result:`.
+def prompt(task: Task, text: Text) -> str:
+  """Returns what `encode` encodes, as one text."""
+  return "".join([f"{task.instruction}\n", *_lines(text), _RESULT])
+
+
+def answers(
+  pretrained: Pretrained, task: Task
+) -> int | tuple[tuple[int, ...], ...]:
+  """Returns what `pretrained.classifier` takes for the labels of a task.
 
   Raises:
-    ValueError: if two words begin with the same token.
+    ValueError: if the model answers in words, and two cannot be told apart.
   """
-  by_token: dict[int, str] = {}
-  for word in task.answers:
-    first = chat.continuation(tokenizer, _RESULT, f" {word}")[0]
-    if first in by_token:
-      raise ValueError(
-        f"The labels {by_token[first]!r} and {word!r} of {task.name} begin with"
-        f" the same token, {tokenizer.id_to_token(first)!r}; a decoder can tell"
-        " labels apart by their first tokens only. Other names for the labels,"
-        " or a --model that is an encoder, can do without."
-      )
-    by_token[first] = word
-  return list(by_token)
-
-
-def words(
-  tokenizer: tokenizers.Tokenizer, task: Task, eos_id: int
-) -> list[tuple[int, ...]]:
-  """Returns the tokens of each label's word, as a text of its own, and the end.
-
-  Args:
-    tokenizer: of a T5.
-    task: whose words they are.
-    eos_id: the token that ends a text.
-
-  Raises:
-    ValueError: if two words have the same tokens, or one has none.
-  """
-  by_tokens: dict[tuple[int, ...], str] = {}
-  for word in task.answers:
-    ids = tokenizer.encode(word, add_special_tokens=False).ids
-    if not ids:
-      raise ValueError(
-        f"The label {word!r} of {task.name} has no tokens in this vocabulary."
-      )
-    tokens = (*ids, eos_id)
-    if tokens in by_tokens:
-      raise ValueError(
-        f"The labels {by_tokens[tokens]!r} and {word!r} of {task.name} have the"
-        f" same tokens, {tokenizer.encode(word).tokens}; they cannot be told"
-        " apart."
-      )
-    by_tokens[tokens] = word
-  return list(by_tokens)
+  if pretrained.family.has_new_head:
+    return task.outputs
+  return pretrained.label_tokens(task.answers, after=_RESULT)
 
 
 def _lines(text: Text) -> list[str]:

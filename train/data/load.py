@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from ..errors import UsageError
+from ..models import registry as families
 from ..models.io import template as templates
 from ..models.io import tokenizer
 from ..models.load import Pretrained
@@ -437,9 +438,9 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
   Raises:
     ValueError: if it does not.
   """
-  in_words = pretrained.is_decoder or pretrained.is_t5
+  family = pretrained.family
   if task.kind == "regression":
-    if in_words:
+    if not family.has_new_head:
       raise UsageError(
         f"--task {task.name} needs a new head on an encoder; {pretrained.path}"
         " answers in words, of which there is none for every number."
@@ -448,10 +449,10 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
   else:
     objective = objectives.CLASSIFICATION
   if task.image:
-    if not pretrained.is_vision:
+    if family.reads != "images":
       raise UsageError(
         f"--task {task.name} is of images, for a --model that reads them; got"
-        f" {pretrained.path}, which reads texts."
+        f" {pretrained.path}, which reads {family.reads}."
       )
     config: Any = pretrained.config
     side = task.side or config.patch_size * config.grid
@@ -463,15 +464,14 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
     )
   text_tokenizer = pretrained.tokenizer
   encode: pipeline.Encode
-  if in_words:
-    encode = functools.partial(label_words.encode, text_tokenizer, task)
-  else:
+  if family.has_new_head:
     encode = functools.partial(tokenizer.encode, text_tokenizer)
-  if pretrained.is_t5:
-    assert pretrained.eos_id is not None
-    objective = objectives.words(
-      label_words.words(text_tokenizer, task, pretrained.eos_id)
-    )
+  else:
+    encode = functools.partial(label_words.encode, text_tokenizer, task)
+  if family.answers == "words":
+    answers = label_words.answers(pretrained, task)
+    assert not isinstance(answers, int)
+    objective = objectives.words(answers)
   padded = {"pad_id": pretrained.pad_id}
   return Reader(
     examples=lambda rows: pipeline.tokenize(
@@ -492,9 +492,10 @@ def _conversations(
 ) -> Conversations:
   template = pretrained.template
   if template is None:
+    able = families.names(x for x in families.families() if x.converses)
     raise UsageError(
-      f"--task {task.name} is for a decoder to respond to (Llama, Qwen 2 and"
-      f" their like); got {pretrained.path}, which does not."
+      f"--task {task.name} is for a model that holds conversations ({able});"
+      f" got {pretrained.path}, a {pretrained.family.name}."
     )
   if options.chat_template:
     template = read_template(options.chat_template, template)

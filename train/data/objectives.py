@@ -10,9 +10,9 @@ import optax
 
 Batch = Mapping[str, Any]
 
-# Of ImageNet's red, green and blue, as all its models use them.
-_MEAN = (0.485, 0.456, 0.406)
-_DEVIATION = (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue, as all its models use them."""
 
 
 class Items(NamedTuple):
@@ -147,7 +147,7 @@ def prepared(images: Any, side: int) -> jax.Array:
   pixels = jnp.clip(pixels, 0, 1)
   if pixels.ndim == 3:
     pixels = pixels[..., None]
-  return (pixels - jnp.asarray(_MEAN)) / jnp.asarray(_DEVIATION)
+  return (pixels - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
 
 
 def words(tokens: Sequence[Sequence[int]]) -> Objective:

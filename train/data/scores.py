@@ -63,6 +63,16 @@ class Evaluation(NamedTuple):
     )
     return float(found.low), float(found.high)
 
+  def to_json(self) -> dict[str, Any]:
+    """The numbers, as a run's `results.json` has them."""
+    return {
+      **self.metrics,
+      "loss": self.loss,
+      "rows": self.rows,
+      "unit": self.unit,
+      "accuracy_95": self.interval(),
+    }
+
 
 class Rows(NamedTuple):
   """The rows of a split.

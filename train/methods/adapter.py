@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import bilora_jax
 from bilora_jax import peft
 
-from ..models import hf_names
+from ..models import registry
 from ..models.io import weights
 
 
@@ -22,7 +22,7 @@ def spec(folder: str, model: nn.Module) -> bilora_jax.LoraSpec:
     ValueError: if the folder is no LoRA of this model that can be read, or has
       a head that means something else here.
   """
-  kind = hf_names.kind(model)
+  kind = registry.of(model).kind_of(model)
   found = peft.load_spec(folder, kind.names, prefix=kind.prefix)
   task = weights.read_json(pathlib.Path(folder) / "adapter_config.json").get(
     "task_type"
@@ -46,7 +46,7 @@ def started(
   Raises:
     ValueError: if the folder's adapters do not fit; each fault is named.
   """
-  kind = hf_names.kind(model)
+  kind = registry.of(model).kind_of(model)
   loaded = peft.load(folder, adapted, kind.names, prefix=kind.prefix)
 
   def init(key, variables):

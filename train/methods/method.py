@@ -12,6 +12,8 @@ import bilora_jax
 from bilora_jax import baselines
 
 from ..data.objectives import Objective
+from ..models import registry
+from ..models.family import Family
 from . import adapter, optimizers
 from .options import AdapterOptions, OptimisationOptions
 from .spec import Apply, Chosen, Init, Setting
@@ -74,7 +76,7 @@ def build(
     chosen: the method and its options.
     adapter_options: of its adapters, if it trains any.
     optimisation: the optimizer's options.
-    model: with a new `head`, or with its own, which is frozen.
+    model: of a family; with a new `head`, or with its own, which is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
@@ -85,19 +87,19 @@ def build(
       not for such a model.
   """
   spec, options = chosen.spec, chosen.options
-  new_head = hasattr(model, "num_classes")
+  family = registry.of(model)
   if spec.trains == "parameters":
     method = _of_parameters(model, lambda params: params)
   elif spec.trains == "head":
-    if not new_head:
+    if not family.has_new_head:
       raise ValueError(
-        f"--method {spec.name} trains a new head alone; this model answers by "
-        "the head that it came with."
+        f"--method {spec.name} trains a new head alone; a {family.name} "
+        "answers by the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
     method = _of_adapters(
-      chosen, adapter_options, model, inputs, new_head, quantised
+      chosen, adapter_options, family, model, inputs, quantised
     )
   weights = None
   if spec.perturbs_weights:
@@ -140,16 +142,16 @@ def _of_parameters(
 def _of_adapters(
   chosen: Chosen,
   adapter_options: AdapterOptions,
+  family: Family,
   model: nn.Module,
   inputs: tuple[Any, ...],
-  new_head: bool,
   quantised: str | None,
 ) -> Method:
   spec, options = chosen.spec, chosen.options
   lora = dataclasses.replace(
-    _targets(adapter_options, model, new_head),
+    _targets(adapter_options, family, model),
     auxiliary_rank=options.auxiliary_rank if spec.has_auxiliary else 0,
-    extra="head/.*" if new_head else None,
+    extra="head/.*" if family.has_new_head else None,
     dora=adapter_options.dora,
     dropout=adapter_options.dropout,
     base_dtype=quantised,
@@ -169,7 +171,7 @@ def _of_adapters(
 
 
 def _targets(
-  options: AdapterOptions, model: nn.Module, new_head: bool
+  options: AdapterOptions, family: Family, model: nn.Module
 ) -> bilora_jax.LoraSpec:
   """Which modules have adapters, of what rank and scale."""
   if options.path:
@@ -178,5 +180,5 @@ def _targets(
     rank=options.rank,
     alpha=options.alpha,
     targets=options.targets,
-    exclude=None if new_head else "lm_head",
+    exclude=family.own_head,
   )

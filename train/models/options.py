@@ -1,7 +1,7 @@
 """Options of the model."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from ..options import option
 
@@ -41,3 +41,13 @@ class ModelOptions:
   def param_dtype(self) -> str:
     """What weights are stored in that are not quantised."""
     return self.dtype if self.quantised else self.base_dtype
+
+  @property
+  def of_module(self) -> dict[str, Any]:
+    """What `Pretrained.classifier` and `language_model` take of them."""
+    return {
+      "dtype": None if self.dtype == "float32" else self.dtype,
+      "param_dtype": self.param_dtype,
+      "remat": self.remat,
+      "scan": self.scan_layers,
+    }

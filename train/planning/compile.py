@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from .. import command
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
-from ..models.decoder import config as decoder_config
-from ..models.decoder import model as decoder
+from ..models import registry
+from ..models.family import Family
 from ..models.io import weights
 from ..run import assemble, lowering
 from ..run import config as config_lib
@@ -40,8 +40,8 @@ class Options:
   """
 
   model: str = "llama3.1-8b"
-  """A size by name (llama3.1-8b, qwen2.5-14b, ...), or a folder with a
-  config.json of a Llama or a Qwen 2."""
+  """A size by name (llama3.1-8b, qwen2.5-14b, ...), or a folder with the
+  config.json of a decoder, as of a Llama or a Qwen 2."""
   topology: str = ""
   """TPUs to compile for, as v5e:4x4; empty: the devices that are here."""
   mesh: str = ""
@@ -80,19 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command.
 
   Returns:
-    0; 1 if a step does not fit its devices; 2 for bad usage.
+    0; 1 if a step does not fit its devices.
+
+  Raises:
+    UsageError: if the options are not as they must be.
   """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
-  try:
-    return _compare(options)
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
-def _compare(options: Options) -> int:
   configs = [_config(options, name) for name in options.method.split(",")]
-  sizes, layout = _sizes(options), _layout(options)
+  model, layout = _sizes(options), _layout(options)
   _check_writable(options.json)
   used = jax.devices()[:1] if layout.mesh is None else layout.mesh.devices.flat
   memory = topology.memory(used[0])
@@ -101,7 +96,7 @@ def _compare(options: Options) -> int:
   for config in configs:
     print(f"compiling {config.method.name} ...", file=sys.stderr)
     try:
-      found.append(_figures(options, config, sizes, layout, len(used)))
+      found.append(_figures(options, config, model, layout, len(used)))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -167,19 +162,25 @@ def _config(options: Options, method: str) -> Config:
   return config
 
 
-def _sizes(options: Options) -> decoder_config.DecoderConfig:
-  presets, name = decoder_config.PRESETS, options.model
+def _sizes(options: Options) -> tuple[Family, Any]:
+  """The model's family and its sizes."""
+  name = options.model
+  families = [x for x in registry.families() if x.converses]
+  known = {size: family for family in families for size in family.sizes}
   folder = pathlib.Path(name)
-  if name in presets:
-    sizes = presets[name]
+  if name in known:
+    family = known[name]
+    sizes = family.sizes[name]
   elif folder.is_dir():
     try:
-      sizes = decoder_config.DecoderConfig.from_hf(weights.read_config(folder))
+      config = weights.read_config(folder)
+      family = registry.by_model_type(config.get("model_type"), families)
+      sizes = family.config.from_hf(config)
     except ValueError as error:
       raise UsageError(f"--model {name}: {error}") from error
   else:
     raise UsageError(
-      f"--model is one of {', '.join(presets)}, or a folder with a "
+      f"--model is one of {', '.join(known)}, or a folder with a "
       f"config.json; got {name!r}."
     )
   if options.max_length > sizes.max_positions:
@@ -187,32 +188,33 @@ def _sizes(options: Options) -> decoder_config.DecoderConfig:
       f"--max-length is at most {sizes.max_positions}, the positions that "
       f"{name} was made for; got {options.max_length}."
     )
-  return sizes
+  return family, sizes
 
 
 def _figures(
   options: Options,
   config: Config,
-  sizes: decoder_config.DecoderConfig,
+  model: tuple[Family, Any],
   layout: mesh_lib.Layout,
   devices: int,
 ) -> figures.Figures:
   return figures.of(
     config.method.name,
-    _lowered(options, config, sizes, layout).compile(),
-    _flops(options, config, sizes) / devices,
+    _lowered(options, config, model, layout).compile(),
+    _flops(options, config, *model) / devices,
   )
 
 
 def _lowered(
   options: Options,
   config: Config,
-  sizes: decoder_config.DecoderConfig,
+  model: tuple[Family, Any],
   layout: mesh_lib.Layout,
 ) -> jax.stages.Lowered:
-  mesh = layout.mesh
+  mesh, (family, sizes) = layout.mesh, model
   platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-  model = decoder.Decoder(
+  assert family.language_model is not None
+  module = family.language_model(
     sizes,
     dtype=jnp.dtype(config.model.dtype),
     param_dtype=jnp.dtype(config.model.param_dtype),
@@ -225,12 +227,12 @@ def _lowered(
   batch = lowering.next_token_batch(options.batch_size, options.max_length)
   inputs = objective.inputs(batch)
   try:
-    method = assemble.method_of(config, model, inputs, 1000, objective)
+    method = assemble.method_of(config, module, inputs, 1000, objective)
   except ValueError as error:
     raise UsageError(str(error)) from error
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
   variables, state = lowering.abstract(
-    config, method, layout, shapes, decoder.logical_axes(shapes)
+    config, method, layout, shapes, family.logical_axes(shapes)
   )
   return lowering.lower(
     layout, method, objective, variables, state, batch, options.accumulate
@@ -238,7 +240,7 @@ def _lowered(
 
 
 def _flops(
-  options: Options, config: Config, sizes: decoder_config.DecoderConfig
+  options: Options, config: Config, family: Family, sizes: Any
 ) -> float:
   """The operations of a step, before it is shared out.
 
@@ -251,7 +253,7 @@ def _flops(
     lowered = _lowered(
       plain,
       config,
-      dataclasses.replace(sizes, num_layers=layers),
+      (family, dataclasses.replace(sizes, num_layers=layers)),
       mesh_lib.Layout(),
     )
     cost = lowered.cost_analysis()

@@ -19,9 +19,9 @@ from ..errors import UsageError
 from ..methods import method as methods
 from ..methods import starts
 from ..models import load as models
-from ..models.load import Pretrained
+from ..models.family import Pretrained
 from . import config as config_lib
-from . import lowering, memory
+from . import kept, lowering, memory
 from .config import Config
 
 _CONFIG = "config.json"
@@ -62,11 +62,11 @@ class Prepared:
     assert self.method.adapted is not None
     return self.method.adapted.merge(self.variables, self.start)
 
-  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
-    """What is kept of a run: adapters for the variables as they came."""
-    assert self.method.adapted is not None
+  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted | None, Any]:
+    """What is kept: adapters for the variables as they came, or parameters."""
     if self.start is None:
       return self.method.adapted, evaluated
+    assert self.method.adapted is not None
     batch = next(self.data.train_batches())
     return starts.on_original(
       self.method.adapted,
@@ -93,7 +93,7 @@ def prepare(config: Config) -> Prepared:
       raise UsageError(str(error)) from error
     raise
   if processes.is_first():
-    _write(folder, config)
+    kept.begin(folder, config, prepared.data.task)
   return prepared
 
 
@@ -106,7 +106,9 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     config.devices.mesh, optimisation.batch_size // optimisation.accumulate
   )
   _check_eval_batch(config, layout)
-  pretrained = models.open_pretrained(config.model.name)
+  pretrained = models.open_pretrained(
+    config.model.name, config.model.hub_revision
+  )
   data = load_data(config, pretrained, layout)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
     raise UsageError(
@@ -118,7 +120,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   steps = optimisation.epochs * data.steps_per_epoch
   method = method_of(config, model, inputs, steps, data.objective)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-  axes = models.logical_axes(shapes)
+  axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
   batch = next(data.train_batches())
   memory.check(
@@ -128,11 +130,12 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       layout, method, data.objective, base, state, batch, eval_rows(config)
     ),
   )
-  place = layout.placer(axes["params"])
-  if config.model.quantised:
-    place = _quantising(place, method.adapted)
   variables = pretrained.variables(
-    model, optimisation.seed, config.model.param_dtype, place
+    model,
+    optimisation.seed,
+    config.model.param_dtype,
+    layout.placer(axes["params"]),
+    method.adapted,
   )
   started = starts.started(
     config.adapter.start,
@@ -162,7 +165,7 @@ def load_data(
   pretrained: Pretrained,
   layout: mesh_lib.Layout | None = None,
 ) -> data_lib.Data:
-  """The data of a configuration; the first process prepares them for all."""
+  """The data of a run; the first process may have to prepare it for all."""
   optimisation = config.optimisation
   mesh = layout.mesh if layout is not None else None
   shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
@@ -198,43 +201,12 @@ def method_of(
   )
 
 
-def _quantising(place: Any, adapted: Any) -> Any:
-  """Places a parameter, and quantises it before the next one is read."""
-
-  def quantised(path, *arguments):
-    return adapted.quantize_leaf("/".join(path), place(path, *arguments))
-
-  return quantised
-
-
 def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
-  options = config.model
-  dtype = None if options.dtype == "float32" else options.dtype
-  if not (pretrained.is_decoder or pretrained.is_t5):
-    assert isinstance(data, data_lib.Labelled)
-    if options.scan_layers:
-      raise UsageError(
-        f"--scan-layers is for decoders and T5s; {options.name} is an encoder."
-      )
-    return pretrained.encoder_classifier(
-      data.task.outputs, dtype, remat=options.remat
-    )
-  build = {
-    "dtype": dtype,
-    "param_dtype": options.param_dtype,
-    "remat": options.remat,
-    "scan": options.scan_layers,
-  }
+  options = config.model.of_module
   if isinstance(data, data_lib.Labelled):
-    if pretrained.is_t5:
-      assert pretrained.eos_id is not None
-      words = label_words.words(
-        pretrained.tokenizer, data.task, pretrained.eos_id
-      )
-      return pretrained.t5_classifier(words, **build)
-    label_ids = label_words.label_ids(pretrained.tokenizer, data.task)
-    return pretrained.decoder_classifier(label_ids, **build)
-  return pretrained.language_model(**build)
+    answers = label_words.answers(pretrained, data.task)
+    return pretrained.classifier(answers, **options)
+  return pretrained.language_model(**options)
 
 
 def eval_rows(config: Config) -> int:
@@ -275,7 +247,7 @@ def claim(config: Config) -> pathlib.Path:
     ) from error
   if not (folder / _CONFIG).exists():
     if processes.is_first():
-      _write(folder, config)
+      files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
     return folder
   changed = config_lib.differences(config_lib.from_run(folder), config)
   if changed:
@@ -288,10 +260,6 @@ def claim(config: Config) -> pathlib.Path:
       "same options to resume it, or another --run-dir."
     )
   return folder
-
-
-def _write(folder: pathlib.Path, config: Config) -> None:
-  files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
 
 
 def _give_up(folder: pathlib.Path) -> None:

@@ -146,7 +146,9 @@ def steps(config: Config) -> int:
     UsageError: if the data are not to be had.
   """
   try:
-    pretrained = models.open_pretrained(config.model.name)
+    pretrained = models.open_pretrained(
+      config.model.name, config.model.hub_revision
+    )
     data = assemble.load_data(config, pretrained)
   except (ValueError, RuntimeError) as error:
     raise UsageError(str(error)) from error

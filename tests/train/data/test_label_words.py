@@ -11,6 +11,8 @@ from tokenizers import models, processors
 from train.data import label_words, pipeline
 from train.data import registry as tasks
 from train.data.task import Task
+from train.models.decoder import label_words as decoder_words
+from train.models.t5 import label_words as t5_words
 
 NAMES = [name for name in tasks.names() if tasks.get(name).texts]
 WORDS = [word for name in NAMES for word in tasks.get(name).labels]
@@ -23,6 +25,7 @@ TOKENIZER.post_processor = processors.TemplateProcessing(
   single="<s> $A", special_tokens=[("<s>", 0)]
 )
 PAIR = tasks.get("glue/mrpc")
+LABELS = tasks.get("snippets").labels
 SINGLE = tasks.get("glue/cola")
 
 
@@ -55,9 +58,9 @@ def test_every_task_has_a_prompt_and_labels_that_tell_apart(name):
   assert instruction == task.instruction
   assert lines == [*text, "result:"]
   words = task.answers
-  ids = label_words.label_ids(TOKENIZER, task)
+  ids = decoder_words.tokens(TOKENIZER, words, "\nresult:")
   assert len(set(ids)) == len(ids) == len(words) == len(task.labels)
-  for first, word in zip(ids, words):
+  for (first,), word in zip(ids, words):
     whole = TOKENIZER.encode(f"{found} {word}", add_special_tokens=False).ids
     prompt = TOKENIZER.encode(found, add_special_tokens=False).ids
     assert whole[: len(prompt) + 1] == [*prompt, first]
@@ -129,14 +132,14 @@ def test_labels_that_begin_with_one_token_are_named():
   letters = byte_level.train([], merges=0)
   with pytest.raises(
     ValueError,
-    match="'negative' and 'positive' of snippets begin with the same",
+    match="'negative' and 'positive' begin with the same token",
   ):
-    label_words.label_ids(letters, tasks.get("snippets"))
+    decoder_words.tokens(letters, LABELS, "\nresult:")
 
 
 def test_words_of_a_t5_are_all_their_tokens_and_the_end():
   task = tasks.get("glue/qnli")
-  found = label_words.words(TOKENIZER, task, 7)
+  found = t5_words.tokens(TOKENIZER, task.labels, 7)
   assert [byte_level.decode(TOKENIZER, ids[:-1]) for ids in found] == [
     *task.labels
   ]
@@ -147,12 +150,12 @@ def test_words_of_a_t5_are_all_their_tokens_and_the_end():
 def test_words_of_a_t5_that_are_the_same_are_named():
   unknown = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
   with pytest.raises(
-    ValueError, match="'negative' and 'positive' of snippets have the same tok"
+    ValueError, match="'negative' and 'positive' have the same tokens"
   ):
-    label_words.words(unknown, tasks.get("snippets"), 0)
+    t5_words.tokens(unknown, LABELS, 0)
   nothing = tokenizers.Tokenizer(models.BPE())
-  with pytest.raises(ValueError, match="'negative' of snippets has no tokens"):
-    label_words.words(nothing, tasks.get("snippets"), 0)
+  with pytest.raises(ValueError, match="'negative' has no tokens"):
+    t5_words.tokens(nothing, LABELS, 0)
 
 
 def test_a_task_of_no_prompt_is_asked_for_its_labels():

@@ -19,7 +19,7 @@ from train import __main__ as program
 from train.errors import UsageError
 from train.finished import export
 from train.methods import adapter
-from train.models import hf_names
+from train.models import registry
 from train.models.bert import model as bert
 from train.models.bert import weights as bert_weights
 from train.models.decoder import config as decoder_config
@@ -60,7 +60,7 @@ def _bert() -> _Case:
     "kernel": jnp.asarray(stored["classifier.weight"].T),
     "bias": jnp.asarray(stored["classifier.bias"]),
   }
-  encoder = bert_weights.bert_params(config, stored)
+  encoder = bert_weights.params(config, stored)["encoder"]
   return _Case(
     model=bert.BertClassifier(config, 3),
     params={"encoder": encoder, "head": head},
@@ -68,6 +68,10 @@ def _bert() -> _Case:
     folder=folder,
     inputs=lambda tokens: (tokens, jnp.ones_like(tokens)),
   )
+
+
+def _tensors(model, params):
+  return registry.of(model).tensors(model, params)
 
 
 _CASES = {
@@ -89,7 +93,7 @@ def case(request):
   found.rows = rows
   example = found.inputs(jnp.ones((1, 2), int))
   found.adapted = bilora_jax.adapt(found.model, spec, *example)
-  kind = hf_names.kind(found.model)
+  kind = registry.of(found.model).kind_of(found.model)
   found.adapters = peft.load(folder, found.adapted, kind.names)
   found.kind = kind
   return found
@@ -129,7 +133,7 @@ def test_what_is_saved_again_is_what_peft_saved(case, tmp_path):
 
 
 def test_tensors_are_those_that_were_read(case):
-  found = hf_names.tensors(case.model, case.params)
+  found = _tensors(case.model, case.params)
   assert set(found) == set(case.stored)
   for name, value in case.stored.items():
     np.testing.assert_array_equal(found[name], value)
@@ -137,7 +141,7 @@ def test_tensors_are_those_that_were_read(case):
 
 def test_a_merged_model_gives_the_same_logits(case):
   merged = case.adapted.merge({"params": case.params}, case.adapters)
-  found = hf_names.tensors(case.model, merged["params"])
+  found = _tensors(case.model, merged["params"])
   config = case.model.config
   if isinstance(case.model, decoder.Decoder):
     params = decoder_weights.params(config, found, scan=case.model.scan)
@@ -146,7 +150,7 @@ def test_a_merged_model_gives_the_same_logits(case):
       "kernel": found["classifier.weight"].T,
       "bias": found["classifier.bias"],
     }
-    params = {"encoder": bert_weights.bert_params(config, found), "head": head}
+    params = bert_weights.params(config, found) | {"head": head}
   got, wanted = _logits(
     case, lambda *x: case.model.apply({"params": params}, *x)
   )
@@ -163,7 +167,7 @@ def test_a_vit_is_the_tensors_that_were_read():
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(np.float32), shapes["params"]
   )
-  found = hf_names.tensors(model, params)
+  found = _tensors(model, params)
   own = {
     name.removeprefix("dinov2."): value
     for name, value in found.items()
@@ -179,7 +183,7 @@ def test_a_vit_is_the_tensors_that_were_read():
   np.testing.assert_array_equal(head[:, :128], params["head"]["kernel"].T)
   assert not head[:, 128:].any()
   targets = {f"encoder/{path}" for path in vit_weights.modules(config)}
-  assert targets < set(hf_names.kind(model).names)
+  assert targets < set(registry.of(model).kind_of(model).names)
 
 
 def test_a_head_that_means_something_else_is_refused(tmp_path):
@@ -277,13 +281,29 @@ def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):
   assert {path.name for path in folder.iterdir()} == names
   found = safetensors.numpy.load_file(folder / "model.safetensors")
   merged = ended.ready.method.adapted.merge(ended.ready.variables, ended.kept)
-  wanted = hf_names.tensors(ended.ready.model, merged["params"])
+  wanted = _tensors(ended.ready.model, merged["params"])
   assert set(found) == set(wanted)
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
   # A folder with something in it is left alone.
   assert export.main(options) == 2
   assert "a new or an empty folder" in capsys.readouterr().err
+
+
+def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
+  one, several = tmp_path / "one", tmp_path / "several"
+  options = ["--run", str(ended.folder), "--merged", "--out"]
+  assert export.main([*options, str(one)]) == 0
+  monkeypatch.setattr(export, "_SHARD", 4000)
+  assert export.main([*options, str(several)]) == 0
+  assert not (several / "model.safetensors").exists()
+  got, wanted = (
+    tensors.read_all(tensors.open_safetensors(folder))
+    for folder in (several, one)
+  )
+  assert set(got) == set(wanted)
+  for name, value in wanted.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
 def test_a_run_without_adapters_is_refused(tmp_path, capsys):

@@ -105,7 +105,7 @@ def _numpy_bert(config, params, tokens, mask, types):
 @needs_minilm
 def test_minilm_agrees_with_pytorch():
   found = load.open_pretrained("minilm")
-  model = found.encoder_classifier(2)
+  model = found.classifier(2)
   variables = found.variables(model, 0)
   with np.load(REFERENCE, allow_pickle=False) as reference:
     args = [reference[key] for key in ("tokens", "mask", "token_types")]
@@ -121,7 +121,7 @@ def test_minilm_agrees_with_pytorch():
 @needs_minilm
 def test_minilm_in_bfloat16_stays_close_to_pytorch():
   found = load.open_pretrained("minilm")
-  model = found.encoder_classifier(2, jnp.bfloat16)
+  model = found.classifier(2, dtype=jnp.bfloat16)
   variables = found.variables(model, 0)
   with np.load(REFERENCE, allow_pickle=False) as reference:
     args = [reference[key] for key in ("tokens", "mask", "token_types")]
@@ -174,9 +174,8 @@ def test_token_types_default_to_zeros_and_a_mask_may_be_boolean():
   )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_padding_does_not_change_the_logits(pooling):
-  model = bert.BertClassifier(TINY, 3, pooling=pooling)
+def test_padding_does_not_change_the_logits():
+  model = bert.BertClassifier(TINY, 3)
   variables = _random_variables(model)
   tokens, mask = TOKENS[1:2], MASK[1:2]
   padded = _apply(model, variables, tokens, mask)
@@ -202,15 +201,15 @@ def test_a_row_of_padding_alone_is_finite_with_its_gradient(dtype):
   np.testing.assert_array_equal(features, 0)
 
 
-def test_pooling_is_over_real_tokens_or_the_first():
-  variables = _random_variables(bert.BertClassifier(TINY, 3))
+def test_features_are_the_mean_over_real_tokens():
+  model = bert.BertClassifier(TINY, 3)
+  variables = _random_variables(model)
   encoder = {"params": variables["params"]["encoder"]}
   hidden = bert.Bert(TINY).apply(encoder, TOKENS, MASK)
-  for pooling, want in (("cls", hidden[1, 0]), ("mean", hidden[1, :3].mean(0))):
-    model = bert.BertClassifier(TINY, 3, pooling=pooling)
-    got = _apply(model, variables, TOKENS, MASK, method="features")
-    assert got.shape == (3, TINY.hidden_size)
-    np.testing.assert_allclose(got[1], want, rtol=1e-6, atol=1e-6)
+  got = _apply(model, variables, TOKENS, MASK, method="features")
+  assert got.shape == (3, TINY.hidden_size)
+  want = hidden[1, :3].mean(0)
+  np.testing.assert_allclose(got[1], want, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_float32():
@@ -263,15 +262,8 @@ def test_wrong_shapes_are_named(args, message):
     model.apply(_random_variables(model), *args)
 
 
-def test_unknown_pooling_is_named():
-  model = bert.BertClassifier(TINY, 3, pooling="max")
-  with pytest.raises(ValueError, match="'mean' or 'cls', got 'max'"):
-    model.init(jax.random.key(0), TOKENS, MASK)
-
-
 def test_config_reads_hugging_faces_keys():
   assert bert.BertConfig.from_hf(HF) == TINY
-  assert bert.BertConfig.from_hf({**HF, "pad_token_id": 3}).pad_id == 3
 
 
 @pytest.mark.parametrize(
@@ -289,7 +281,6 @@ def test_config_reads_hugging_faces_keys():
     ({"hidden_size": "8"}, "hidden_size must be a positive integer, got '8'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
     ({"layer_norm_eps": None}, "layer_norm_eps must be a positive number"),
-    ({"pad_token_id": 11}, r"pad_token_id must be an integer in \[0, 11\)"),
   ],
 )
 def test_unsupported_configs_are_refused(change, message):

@@ -140,7 +140,7 @@ def test_the_packages_model_agrees_with_onnx_runtime():
   images = draws.normal(size=(1, 224, 224, 3)).astype(np.float32)
   (want,) = _session().run(None, {"input_image": images.transpose(0, 3, 1, 2)})
   found = load.open_pretrained("vit")
-  model = found.encoder_classifier(2)
+  model = found.classifier(2)
   encoder = {"params": found.variables(model, 0)["params"]["encoder"]}
   got = _apply(vit.Vit(model.config), encoder, images)
   # Values reach 8.4; float32 sums in another order differ by about 1.5e-5.
@@ -160,13 +160,11 @@ def test_positions_of_the_stored_grid_are_used_as_they_are():
   np.testing.assert_array_equal(vit.bicubic(5, 5), np.eye(5))
 
 
-def test_the_head_is_given_the_class_token_or_the_mean_patch():
+def test_the_head_is_given_the_class_token():
   first = vit.VitClassifier(TINY, 3)
   variables = _random_variables(first)
   params = variables["params"]
   hidden = _numpy_vit(TINY, params["encoder"], IMAGES)
-  mean = _apply(first.clone(pooling="mean"), variables, IMAGES, "features")
-  np.testing.assert_allclose(mean, hidden[:, 1:].mean(1), rtol=0, atol=2e-5)
   logits = hidden[:, 0] @ np.asarray(params["head"]["kernel"], np.float64)
   logits += np.asarray(params["head"]["bias"])
   got = _apply(first, variables, IMAGES)
@@ -214,7 +212,7 @@ def test_adapters_reach_every_product_with_a_weight():
 def test_every_axis_of_a_kernel_has_its_name_and_vectors_that_are_split():
   model = vit.VitClassifier(TINY, 3)
   shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
-  axes = load.logical_axes(shapes)["params"]
+  axes = vit.logical_axes(shapes)["params"]
   layer = axes["encoder"]["layer_1"]
   for name, kernel, bias in (
     ("query", ("embed", "heads"), ("heads",)),
@@ -250,9 +248,6 @@ def test_wrong_shapes_are_named(shape, message):
 
 
 def test_what_cannot_be_is_named():
-  model = vit.VitClassifier(TINY, 3, pooling="max")
-  with pytest.raises(ValueError, match="'cls' or 'mean', got 'max'"):
-    jax.eval_shape(model.init, jax.random.key(0), IMAGES)
   with pytest.raises(ValueError, match="multiple of num_heads, got 8 and 3"):
     dataclasses.replace(TINY, num_heads=3)
   with pytest.raises(ValueError, match="grid must be positive, got 0"):

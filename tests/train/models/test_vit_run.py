@@ -54,4 +54,4 @@ def test_texts_and_images_are_not_taken_for_each_other(
   assert "--task digits is of images" in capsys.readouterr().err
   options = ("--task", "snippets", "--data-dir", str(data_dir))
   assert run(tmp_path / "b", *options) == 2
-  assert "tiny.onnx reads images" in capsys.readouterr().err
+  assert "tiny.onnx is a ViT, which reads images" in capsys.readouterr().err

@@ -56,8 +56,8 @@ def test_a_patch_and_a_position_are_where_the_model_looks_for_them():
 
 def test_a_file_becomes_the_variables_of_its_classifier(path):
   found = load.open_pretrained(str(path))
-  assert found.is_vision and not found.is_decoder
-  model = found.encoder_classifier(10)
+  assert found.family.reads == "images"
+  model = found.classifier(10)
   assert isinstance(model, vit.VitClassifier)
   variables = found.variables(model, 0)
   images = np.zeros((1, 28, 28, 3), np.float32)
@@ -66,7 +66,7 @@ def test_a_file_becomes_the_variables_of_its_classifier(path):
     lambda x: (x.shape, x.dtype), wanted
   )
   with pytest.raises(
-    ValueError, match=r"tiny\.onnx reads images; texts are for"
+    ValueError, match=r"tiny\.onnx is a ViT, which reads images and no texts"
   ):
     _ = found.tokenizer
 
@@ -96,8 +96,8 @@ def test_tensors_that_do_not_fit_are_named_together():
   with pytest.raises(weights.WeightsError) as caught:
     vit_weights.vit_params(vit_cases.CONFIG, stored)
   assert str(caught.value) == (
-    "The tensors do not fit the ViT configuration: layernorm.bias is missing; "
-    "encoder.layer.0.mlp.fc2.bias has shape (3,), expected (128,); "
+    "The tensors do not fit the ViT's configuration: layernorm.bias is "
+    "missing; encoder.layer.0.mlp.fc2.bias has shape (3,), expected (128,); "
     "embeddings.register_tokens has no place in it."
   )
 

@@ -150,14 +150,18 @@ def test_a_file_in_place_of_a_folder_is_named(folder):
 def test_a_hub_name_is_downloaded(folder, monkeypatch):
   asked = {}
 
-  def download(name, allow_patterns):
-    asked.update(name=name, patterns=allow_patterns)
+  def download(name, revision, allow_patterns):
+    asked.update(name=name, revision=revision, patterns=allow_patterns)
     return str(folder)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   assert weights.locate("org/name") == folder
-  assert asked["name"] == "org/name"
+  assert (asked["name"], asked["revision"]) == ("org/name", None)
   assert not any(".bin" in pattern for pattern in asked["patterns"])
+  load.open_pretrained("org/name", revision="v1.2")
+  assert asked["revision"] == "v1.2"
+  with pytest.raises(weights.WeightsError, match=r"--hub-revision .* 'v1\.2'"):
+    weights.locate(str(folder), "v1.2")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_a_hub_name_is_downloaded(folder, monkeypatch):
   ],
 )
 def test_a_hub_name_without_network_is_one_sentence(monkeypatch, error):
-  def download(name, allow_patterns):
+  def download(name, revision, allow_patterns):
     raise error
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -288,7 +292,8 @@ def test_a_missing_config_is_named(tmp_path):
 
 
 def _params(tensors):
-  return bert_weights.bert_params(bert.BertConfig.from_hf(CONFIG), tensors)
+  config = bert.BertConfig.from_hf(CONFIG)
+  return bert_weights.params(config, tensors)["encoder"]
 
 
 def _assert_equal_trees(got, want):
@@ -355,12 +360,48 @@ def test_every_mismatch_is_listed_at_once():
     assert fault in message
 
 
+def test_of_many_mismatches_the_first_are_listed_and_the_rest_counted():
+  with pytest.raises(weights.WeightsError) as caught:
+    _params({})
+  message = str(caught.value)
+  assert f"; ... ({len(SHAPES)} in all)." in message
+  assert message.count("is missing") == 8
+
+
 # All together.
+
+
+@pytest.mark.parametrize(
+  ("config", "names", "method"),
+  [
+    ({"quant_method": "bitsandbytes"}, (), "bitsandbytes"),
+    ({"quant_method": "gptq", "bits": 4}, (), "gptq"),
+    ({"load_in_8bit": True}, (), "bitsandbytes"),
+    (None, ("absmax", "quant_map", "quant_state.nf4"), "bitsandbytes"),
+    (None, ("qweight", "qzeros", "g_idx"), "GPTQ"),
+    (None, ("qweight", "qzeros"), "AWQ"),
+  ],
+)
+def test_a_folder_of_quantised_weights_is_refused_by_its_cause(
+  folder, config, names, method
+):
+  if config:
+    own = json.dumps({**CONFIG, "quantization_config": config})
+    (folder / "config.json").write_text(own)
+  own = _tensors()
+  for i in range(1000):
+    own |= {f"encoder.layer.{i}.x.{name}": np.zeros(1) for name in names}
+  st_numpy.save_file(own, folder / "model.safetensors")
+  with pytest.raises(
+    weights.WeightsError, match=f"holds weights quantised by {method}"
+  ) as caught:
+    load.open_pretrained(str(folder))
+  assert len(str(caught.value)) < 600
 
 
 def _classifier(folder, num_classes, key):
   found = load.open_pretrained(str(folder))
-  model = found.encoder_classifier(num_classes)
+  model = found.classifier(num_classes)
   return model, found.variables(model, key), found.tokenizer
 
 

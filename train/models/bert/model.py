@@ -71,7 +71,6 @@ class BertConfig:
   max_positions: int = 512
   type_vocab_size: int = 2
   layer_norm_eps: float = 1e-12
-  pad_id: int = 0
   hidden_act: str = "gelu"
 
   def __post_init__(self):
@@ -82,11 +81,6 @@ class BertConfig:
           raise ValueError(f"{key} must be a positive number, got {value!r}.")
       elif not _is_integer(value) or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}.")
-    if not _is_integer(self.pad_id) or not 0 <= self.pad_id < self.vocab_size:
-      raise ValueError(
-        f"pad_token_id must be an integer in [0, {self.vocab_size}), got "
-        f"{self.pad_id!r}."
-      )
     if self.hidden_size % self.num_heads:
       raise ValueError(
         f"hidden_size must be a multiple of num_attention_heads, got "
@@ -126,10 +120,8 @@ class BertConfig:
         "is_decoder must be false: this BERT is an encoder, without a causal "
         f"mask. Got {config['is_decoder']!r}."
       )
-    pad_id = config.get("pad_token_id")
     return cls(
       **{field: config[key] for field, key in _HF_KEYS.items()},
-      pad_id=0 if pad_id is None else pad_id,
       hidden_act=config.get("hidden_act", "gelu"),
     )
 
@@ -191,29 +183,24 @@ class Bert(nn.Module):
 
 
 class BertClassifier(nn.Module):
-  """BERT with a linear head on pooled hidden states.
+  """BERT with a linear head on the mean hidden state of the real tokens.
+
+  As sentence-transformers pools MiniLM.
 
   Attributes:
     config: the sizes.
     num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. The pooling and the
-      head are float32.
-    pooling: 'mean' over the real tokens, as sentence-transformers pools
-      MiniLM, or 'cls', the first token's hidden state (without BERT's pooler).
+    dtype: compute dtype of the encoder; None is float32. The mean and the head
+      are float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
   config: BertConfig
   num_classes: int
   dtype: typing.DTypeLike | None = None
-  pooling: str = "mean"
   remat: str = "none"
 
   def setup(self):
-    if self.pooling not in ("mean", "cls"):
-      raise ValueError(
-        f"pooling must be 'mean' or 'cls', got {self.pooling!r}."
-      )
     self.encoder = Bert(self.config, self.dtype, self.remat)
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
 
@@ -232,14 +219,12 @@ class BertClassifier(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Pooled hidden states without the head, float32 (B, D).
+    """The mean hidden states without the head, float32 (B, D).
 
-    Call as `model.apply(variables, tokens, mask, method="features")`. A row
-    that is all padding pools to zeros under 'mean'.
+    Call as `model.apply(variables, tokens, mask, method="features")`. That of a
+    row of padding is zeros.
     """
     x_BxLxD = self.encoder(tokens, mask, token_types).astype(jnp.float32)
-    if self.pooling == "cls":
-      return x_BxLxD[:, 0]
     mask_BxLx1 = mask.astype(bool)[..., None].astype(jnp.float32)
     count_Bx1 = jnp.maximum(mask_BxLx1.sum(1), 1.0)
     return (x_BxLxD * mask_BxLx1).sum(1) / count_Bx1

@@ -1,162 +1,133 @@
-"""Hugging Face's BERT tensors as the parameters of `bert.Bert`."""
+"""Hugging Face's BERT tensors as the parameters of `BertClassifier`."""
 
-import collections.abc
+from collections.abc import Mapping
 from typing import Any
 
-from flax import traverse_util
+from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import weights
-from . import model as bert
+from ..io import stored
+from ..io import tensors as tensors_
+from .model import BertConfig
 
-# Hugging Face's module within a layer -> ours.
+# Our module within a layer -> Hugging Face's.
 _DENSES = {
-  "attention.self.query": "query",
-  "attention.self.key": "key",
-  "attention.self.value": "value",
-  "attention.output.dense": "attention_out",
-  "intermediate.dense": "intermediate",
-  "output.dense": "output",
+  "query": "attention.self.query",
+  "key": "attention.self.key",
+  "value": "attention.self.value",
+  "attention_out": "attention.output.dense",
+  "intermediate": "intermediate.dense",
+  "output": "output.dense",
 }
 _NORMS = {
-  "attention.output.LayerNorm": "attention_norm",
-  "output.LayerNorm": "output_norm",
+  "attention_norm": "attention.output.LayerNorm",
+  "output_norm": "output.LayerNorm",
 }
+_PREFIX = "bert."
+_PARTS = (f"{_PREFIX}embeddings.", f"{_PREFIX}encoder.")
 # Buffers, not weights; old checkpoints saved them.
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_BUFFERS = (
+  f"{_PREFIX}embeddings.position_ids",
+  f"{_PREFIX}embeddings.token_type_ids",
+)
 
 
-def bert_params(
-  config: bert.BertConfig,
-  tensors: collections.abc.Mapping[str, np.ndarray],
+def params(
+  config: BertConfig,
+  tensors: Mapping[str, tensors_.Tensor],
+  *,
+  dtype: typing.DTypeLike = jnp.float32,
+  place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of `bert.Bert` from a Hugging Face checkpoint's tensors.
+  """Parameters of the encoder from a Hugging Face checkpoint, one at a time.
 
-  Names may carry the prefix 'bert.', and layer norms the older names gamma and
-  beta. The pooler and any head (names outside embeddings and encoder) are
+  Names may lack the prefix 'bert.', and layer norms have the older names gamma
+  and beta. The pooler and any head (names outside embeddings and encoder) are
   left out: this project's classifier pools by itself and trains its own head.
 
   Args:
     config: the sizes.
-    tensors: arrays by name; a linear weight is (out, in).
+    tensors: tensors by name; a linear weight is (out, in).
+    dtype: of the parameters.
+    place: makes a parameter; by default an array on one device.
 
   Returns:
-    A tree of float32 arrays; a Dense kernel is (in, out).
+    `encoder` of a `BertClassifier`, of what `place` made; a Dense kernel is
+    (in, out).
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or in the encoder and unknown to it; all are named together.
+      says, or in the encoder and unknown to it; and nothing was read.
   """
-  tensors = {_plain_name(name): value for name, value in tensors.items()}
+  tensors = {_full_name(name): tensor for name, tensor in tensors.items()}
   plan = _plan(config)
-  faults = _faults(plan, tensors)
-  if faults:
-    raise weights.WeightsError(
-      "The tensors do not fit the BERT configuration: "
-      + "; ".join(faults)
-      + "."
-    )
-  params: dict[str, Any] = {}
-  for name, (path, _) in plan.items():
-    value = np.asarray(tensors[name], np.float32)
-    if path[-1] == "kernel":
-      value = value.T
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = jnp.asarray(value)
-  return params
+
+  def ignored(name: str) -> bool:
+    return not name.startswith(_PARTS) or name in _BUFFERS
+
+  stored.check(plan, tensors, ignored, "BERT")
+  return stored.read(plan, tensors, dtype, place)
 
 
-def bert_tensors(
-  config: bert.BertConfig, params: collections.abc.Mapping[str, Any]
+def tensors(
+  config: BertConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `bert_params`: tensors by the names that they have in a BertModel.
+  """Undoes `params`: the encoder's tensors, by names that begin with 'bert.'.
 
   Args:
     config: the sizes.
-    params: of `bert.Bert`.
+    params: of `BertClassifier`.
 
   Returns:
     Arrays on the host, in the dtype of the parameters; a linear weight is
     (out, in).
   """
-  flat = {
-    path: np.asarray(value)
-    for path, value in traverse_util.flatten_dict(dict(params)).items()
-  }
-  return {
-    name: flat[path].T if path[-1] == "kernel" else flat[path]
-    for name, (path, _) in _plan(config).items()
-  }
+  return stored.tensors(_plan(config), params)
 
 
-def modules(config: bert.BertConfig) -> dict[str, str]:
-  """The path of each kernel, and its module in a BertModel."""
-  return {
-    "/".join(path): name.removesuffix(".weight")
-    for name, (path, _) in _plan(config).items()
-    if path[-1] == "kernel"
-  }
+def modules(config: BertConfig) -> dict[str, str | tuple[str, ...]]:
+  """The path of each of the encoder's kernels, and its module."""
+  return stored.modules(_plan(config))
 
 
-def _plan(
-  config: bert.BertConfig,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Tensor name -> path in the parameter tree, and the tensor's shape."""
+def _plan(config: BertConfig) -> dict[stored.Path, stored.Source]:
+  """Path in the parameter tree -> where its values are."""
   width, inner = config.hidden_size, config.intermediate_size
-  plan: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+  plan: dict[stored.Path, stored.Source] = {}
 
-  def norm(source: str, *path: str) -> None:
-    plan[f"{source}.weight"] = ((*path, "scale"), (width,))
-    plan[f"{source}.bias"] = ((*path, "bias"), (width,))
+  def add(path: tuple[str, ...], name: str, *shape: int) -> None:
+    plan["encoder", *path] = stored.Source(
+      (f"{_PREFIX}{name}",), shape, path[-1] == "kernel", False
+    )
 
-  for ours, rows in (
+  def norm(path: tuple[str, ...], module: str) -> None:
+    add((*path, "scale"), f"{module}.weight", width)
+    add((*path, "bias"), f"{module}.bias", width)
+
+  for table, rows in (
     ("word", config.vocab_size),
     ("position", config.max_positions),
     ("token_type", config.type_vocab_size),
   ):
-    plan[f"embeddings.{ours}_embeddings.weight"] = (
-      ("embeddings", ours, "embedding"),
-      (rows, width),
-    )
-  norm("embeddings.LayerNorm", "embeddings", "norm")
+    name = f"embeddings.{table}_embeddings.weight"
+    add(("embeddings", table, "embedding"), name, rows, width)
+  norm(("embeddings", "norm"), "embeddings.LayerNorm")
   for i in range(config.num_layers):
     source, layer = f"encoder.layer.{i}", f"layer_{i}"
-    for theirs, ours in _DENSES.items():
+    for ours, theirs in _DENSES.items():
       out = inner if ours == "intermediate" else width
       into = inner if ours == "output" else width
-      plan[f"{source}.{theirs}.weight"] = ((layer, ours, "kernel"), (out, into))
-      plan[f"{source}.{theirs}.bias"] = ((layer, ours, "bias"), (out,))
-    for theirs, ours in _NORMS.items():
-      norm(f"{source}.{theirs}", layer, ours)
+      add((layer, ours, "kernel"), f"{source}.{theirs}.weight", out, into)
+      add((layer, ours, "bias"), f"{source}.{theirs}.bias", out)
+    for ours, theirs in _NORMS.items():
+      norm((layer, ours), f"{source}.{theirs}")
   return plan
 
 
-def _faults(
-  plan: collections.abc.Mapping[str, tuple[Any, tuple[int, ...]]],
-  tensors: collections.abc.Mapping[str, np.ndarray],
-) -> list[str]:
-  faults = [f"{name} is missing" for name in plan if name not in tensors]
-  faults += [
-    f"{name} has shape {tensors[name].shape}, expected {shape}"
-    for name, (_, shape) in plan.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  # A seventh layer beside a configuration of six would be dropped in silence.
-  faults += [
-    f"{name} has no place in it"
-    for name in tensors
-    if name.startswith(("embeddings.", "encoder."))
-    and name not in plan
-    and name not in _BUFFERS
-  ]
-  return faults
-
-
-def _plain_name(name: str) -> str:
-  name = name.removeprefix("bert.")
+def _full_name(name: str) -> str:
+  if name.startswith(("embeddings.", "encoder.")):
+    name = _PREFIX + name
   for old, new in (("gamma", "weight"), ("beta", "bias")):
     if name.endswith(f".LayerNorm.{old}"):
       name = name.removesuffix(old) + new

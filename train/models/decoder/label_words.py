@@ -1,8 +1,12 @@
 """A decoder as a classifier: its answer is one of a few words."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import tokenizers
 
+from ..io import tokenizer as tokenizers_
 from . import model as decoder
 
 
@@ -49,3 +53,24 @@ class LabelWords(decoder.Decoder):
     x_BxLxD = self.hidden(tokens, segment_ids=mask)
     last_B = jnp.maximum(mask.sum(1) - 1, 0)
     return jnp.take_along_axis(x_BxLxD, last_B[:, None, None], 1)[:, 0]
+
+
+def tokens(
+  tokenizer: tokenizers.Tokenizer, words: Sequence[str], after: str
+) -> tuple[tuple[int, ...], ...]:
+  """The token that begins each word where it follows `after`, and a space.
+
+  Raises:
+    ValueError: if two words begin with the same token.
+  """
+  by_token: dict[int, str] = {}
+  for word in words:
+    first = tokenizers_.continuation(tokenizer, after, f" {word}")[0]
+    if first in by_token:
+      raise ValueError(
+        f"The labels {by_token[first]!r} and {word!r} begin with the same "
+        f"token, {tokenizer.id_to_token(first)!r}; a decoder can tell labels "
+        "apart by their first tokens only."
+      )
+    by_token[first] = word
+  return tuple((first,) for first in by_token)

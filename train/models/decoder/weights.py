@@ -41,7 +41,8 @@ def params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; all are named together, and nothing was read.
+      says, or unknown to it; the first are named together, and nothing was
+      read.
   """
   plan = _plan(config, scan)
 

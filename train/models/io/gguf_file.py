@@ -370,7 +370,7 @@ def _tensors(
   if faults:
     raise weights.WeightsError(
       f"the tensors do not fit a model of the architecture "
-      f"{config['model_type']!r}: {'; '.join(faults)}."
+      f"{config['model_type']!r}: {weights.listed(faults)}."
     )
   return tensors
 

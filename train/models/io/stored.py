@@ -61,6 +61,16 @@ def placed(
   )
 
 
+def quantising(place: Place, adapted: Any) -> Place:
+  """Quantises what `place` makes, for a `bilora_jax.Adapted`."""
+
+  def quantised(path, shape, dtype, read, /):
+    made = place(path, shape, dtype, read)
+    return adapted.quantize_leaf("/".join(path), made)
+
+  return quantised
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """Where a parameter is in the checkpoint.
@@ -126,7 +136,7 @@ def check(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the plan says, or
-      unknown to it; all are named together.
+      unknown to it; the first are named together.
   """
   shapes = {
     name: source.tensor_shape
@@ -148,7 +158,8 @@ def check(
   ]
   if found:
     raise weights.WeightsError(
-      f"The tensors do not fit the {model}'s configuration: {'; '.join(found)}."
+      f"The tensors do not fit the {model}'s configuration: "
+      f"{weights.listed(found)}."
     )
 
 

@@ -116,6 +116,6 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
   if missing:
     raise weights.WeightsError(
       f"{index} lists tensors that its shards do not hold: "
-      f"{', '.join(missing)}."
+      f"{weights.listed(missing, ', ')}."
     )
   return tensors

@@ -74,6 +74,25 @@ def encode(
   return [(item.ids, item.type_ids) for item in encoded]
 
 
+def continuation(
+  tokenizer: tokenizers.Tokenizer, text: str, more: str
+) -> list[int]:
+  """The token ids of `more` where it follows the tokens of `text`.
+
+  Some tokenizers begin every text with a space of their own, so `more` is not
+  tokenized by itself unless a token of `text + more` reaches across the
+  boundary.
+  """
+
+  def ids(text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+  before, whole = ids(text), ids(text + more)
+  if whole[: len(before)] == before:
+    return whole[len(before) :]
+  return ids(more)
+
+
 def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
   """The id of the padding token, '[PAD]' or '<pad>'.
 

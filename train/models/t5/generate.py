@@ -18,6 +18,9 @@ def greedy(
   tokens: typing.ArrayLike,
   mask: typing.ArrayLike,
   max_new_tokens: int,
+  *,
+  temperature: float = 0.0,
+  **_: Any,
 ) -> jax.Array:
   """Answers each source of a batch.
 
@@ -34,14 +37,21 @@ def greedy(
     tokens: sources, int (B, S), padded on either side.
     mask: 1 or True at a real token, 0 or False at padding, (B, S).
     max_new_tokens: tokens to give at most, T.
+    temperature: 0, for nothing is drawn; other options of a draw are not
+      looked at.
 
   Returns:
     The new tokens, int32 (B, T); what follows `config.eos_id` is that, too.
 
   Raises:
-    ValueError: a shape is wrong, a source is empty, or `max_new_tokens` is not
-      positive.
+    ValueError: a shape is wrong, a source is empty, `max_new_tokens` is not
+      positive, or `temperature` is not 0.
   """
+  if temperature:
+    raise ValueError(
+      "A T5 answers with its likeliest tokens, at --temperature 0; got "
+      f"{temperature}."
+    )
   tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
   _check(tokens, mask, max_new_tokens)
   if not isinstance(apply, functools.partial):

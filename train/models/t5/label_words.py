@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from . import model as t5
 
@@ -63,6 +64,29 @@ class T5LabelWords(t5.T5):
     x_BxSxD = self.encode(tokens, mask).astype(jnp.float32)
     mask_BxSx1 = mask.astype(jnp.float32)[..., None]
     return (x_BxSxD * mask_BxSx1).sum(1) / jnp.maximum(mask_BxSx1.sum(1), 1.0)
+
+
+def tokens(
+  tokenizer: tokenizers.Tokenizer, words: Sequence[str], eos_id: int
+) -> tuple[tuple[int, ...], ...]:
+  """The tokens of each word, as a text of its own, and the one that ends it.
+
+  Raises:
+    ValueError: if two words have the same tokens, or one has none.
+  """
+  by_tokens: dict[tuple[int, ...], str] = {}
+  for word in words:
+    encoded = tokenizer.encode(word, add_special_tokens=False)
+    if not encoded.ids:
+      raise ValueError(f"The label {word!r} has no tokens in this vocabulary.")
+    ids = (*encoded.ids, eos_id)
+    if ids in by_tokens:
+      raise ValueError(
+        f"The labels {by_tokens[ids]!r} and {word!r} have the same tokens, "
+        f"{encoded.tokens}; they cannot be told apart."
+      )
+    by_tokens[ids] = word
+  return tuple(by_tokens)
 
 
 def _row(

@@ -60,7 +60,8 @@ def params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; all are named together, and nothing was read.
+      says, or unknown to it; the first are named together, and nothing was
+      read.
   """
   table = next((name for name in _TABLES if name in tensors), _TABLES[0])
   plan = _plan(config, scan, table)

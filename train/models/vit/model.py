@@ -129,28 +129,23 @@ class Vit(nn.Module):
 
 
 class VitClassifier(nn.Module):
-  """A vision transformer with a linear head on one vector of an image.
+  """A vision transformer with a linear head on the class token.
+
+  As DINOv2's linear evaluation of its small model has it.
 
   Attributes:
     config: the sizes.
     num_classes: outputs of the head.
     dtype: compute dtype of the encoder; None is float32. The head is float32.
-    pooling: 'cls', the class token, as DINOv2's linear evaluation of its small
-      model has it, or 'mean', over the patches.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
   config: VitConfig
   num_classes: int
   dtype: typing.DTypeLike | None = None
-  pooling: str = "cls"
   remat: str = "none"
 
   def setup(self):
-    if self.pooling not in ("cls", "mean"):
-      raise ValueError(
-        f"pooling must be 'cls' or 'mean', got {self.pooling!r}."
-      )
     self.encoder = Vit(self.config, self.dtype, self.remat)
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
 
@@ -160,8 +155,7 @@ class VitClassifier(nn.Module):
 
   def features(self, images: jax.Array) -> jax.Array:
     """What the head is given, float32 (B, D)."""
-    x_BxLxD = self.encoder(images).astype(jnp.float32)
-    return x_BxLxD[:, 0] if self.pooling == "cls" else x_BxLxD[:, 1:].mean(1)
+    return self.encoder(images)[:, 0].astype(jnp.float32)
 
 
 def bicubic(size: int, stored: int) -> np.ndarray:

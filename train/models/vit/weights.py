@@ -186,7 +186,7 @@ def vit_params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; all are named together.
+      says, or unknown to it; the first are named together.
   """
   plan = _plan(config)
   faults = [f"{name} is missing" for name in plan if name not in tensors]
@@ -202,7 +202,8 @@ def vit_params(
   ]
   if faults:
     raise weights.WeightsError(
-      f"The tensors do not fit the ViT configuration: {'; '.join(faults)}."
+      "The tensors do not fit the ViT's configuration: "
+      f"{weights.listed(faults)}."
     )
   flat: dict[tuple[str, ...], np.ndarray] = {}
   for name, (path, _) in plan.items():

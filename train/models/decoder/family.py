@@ -1,0 +1,87 @@
+"""Decoders of Llama's kind, as the program knows them."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..family import Family, Kind, Pretrained
+from ..io import template as templates
+from . import config as configs
+from . import generate, label_words, weights
+from . import model as decoder
+
+
+def _complete(found: Pretrained) -> Pretrained:
+  template = templates.load_template(found.path)
+  eos_id = None
+  if template.eos:
+    eos_id = found.tokenizer.token_to_id(template.eos)
+  # What stands at padding is never seen nor learned.
+  return dataclasses.replace(
+    found, pad_id=eos_id or 0, eos_id=eos_id, template=template
+  )
+
+
+def _label_tokens(
+  pretrained: Pretrained, words: Sequence[str], after: str
+) -> tuple[tuple[int, ...], ...]:
+  return label_words.tokens(pretrained.tokenizer, words, after)
+
+
+def _classifier(
+  config: configs.DecoderConfig,
+  labels: Sequence[Sequence[int]],
+  **options: Any,
+) -> label_words.LabelWords:
+  first = tuple(tokens[0] for tokens in labels)
+  return label_words.LabelWords(config, label_ids=first, **options)
+
+
+def _params(model, tensors, dtype, place) -> dict[str, Any]:
+  return weights.params(
+    model.config, tensors, scan=model.scan, dtype=dtype, place=place
+  )
+
+
+def _kind(model: decoder.Decoder) -> Kind:
+  return Kind(
+    "Qwen2ForCausalLM" if model.config.qkv_bias else "LlamaForCausalLM",
+    dict(weights.modules(model.config, model.scan)),
+    "model.",
+    "CAUSAL_LM",
+  )
+
+
+def _tensors(
+  model: decoder.Decoder, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  return weights.tensors(model.config, params, scan=model.scan)
+
+
+FAMILY = Family(
+  name="decoder",
+  reads="texts",
+  answers="token",
+  config=configs.DecoderConfig,
+  modules=(decoder.Decoder,),
+  model_types=configs.MODEL_TYPES,
+  complete=_complete,
+  classifier=_classifier,
+  label_tokens=_label_tokens,
+  language_model=decoder.Decoder,
+  params=_params,
+  # Tokens.
+  example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),),
+  logical_axes=decoder.logical_axes,
+  converses=True,
+  generate=generate.generate,
+  generate_methods=("decode",),
+  scans=True,
+  own_head="lm_head",
+  sizes=configs.PRESETS,
+  kind=_kind,
+  tensors=_tensors,
+)

@@ -1,0 +1,78 @@
+"""The families of models that the program knows."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flax import linen as nn
+
+from .bert import family as bert
+from .decoder import family as decoder
+from .family import Family
+from .t5 import family as t5
+from .vit import family as vit
+
+_families = {
+  family.name: family
+  for family in (bert.FAMILY, decoder.FAMILY, t5.FAMILY, vit.FAMILY)
+}
+
+
+def register(family: Family) -> None:
+  """Adds a family, or replaces the one of its name.
+
+  Raises:
+    ValueError: if another family opens the same models.
+  """
+  for other in families():
+    both = {*family.model_types, family.suffix} & {
+      *other.model_types,
+      other.suffix,
+    }
+    if other.name != family.name and both - {""}:
+      raise ValueError(
+        f"The family {family.name} would open what {other.name} opens: "
+        f"{', '.join(sorted(both - {''}))}."
+      )
+  _families[family.name] = family
+
+
+def families() -> tuple[Family, ...]:
+  """All of them, the program's own first."""
+  return tuple(_families.values())
+
+
+def of(model: nn.Module) -> Family:
+  """The family whose model this is.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  for family in families():
+    if isinstance(model, family.modules):
+      return family
+  raise ValueError(
+    f"A {type(model).__name__} is of no registered family of models; there are "
+    f"{names(families())}."
+  )
+
+
+def by_model_type(
+  model_type: Any, among: Iterable[Family] | None = None
+) -> Family:
+  """The family that opens folders whose config.json has this `model_type`.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  among = families() if among is None else among
+  known = {name: family for family in among for name in family.model_types}
+  if model_type not in known:
+    raise ValueError(
+      f"model_type must be one of {', '.join(known)}, got {model_type!r}."
+    )
+  return known[model_type]
+
+
+def names(families: Iterable[Family]) -> str:
+  """For a sentence."""
+  return ", ".join(family.name for family in families)

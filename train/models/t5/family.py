@@ -1,0 +1,84 @@
+"""T5s, as the program knows them."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..family import Family, Kind, Pretrained
+from . import generate, label_words, weights
+from . import model as t5
+from .config import MODEL_TYPE, T5Config
+
+
+def _complete(found: Pretrained) -> Pretrained:
+  return dataclasses.replace(
+    found,
+    config=weights.with_own_head(found.config, found.tensors),
+    pad_id=found.config.pad_id,
+    eos_id=found.config.eos_id,
+  )
+
+
+def _label_tokens(
+  pretrained: Pretrained, words: Sequence[str], after: str
+) -> tuple[tuple[int, ...], ...]:
+  del after  # the prompt is the encoder's, the answer a text of its own
+  return label_words.tokens(
+    pretrained.tokenizer, words, pretrained.config.eos_id
+  )
+
+
+def _classifier(
+  config: T5Config, labels: Sequence[Sequence[int]], **options: Any
+) -> label_words.T5LabelWords:
+  return label_words.T5LabelWords(
+    config, words=tuple(map(tuple, labels)), **options
+  )
+
+
+def _params(model, tensors, dtype, place) -> dict[str, Any]:
+  return weights.params(
+    model.config, tensors, scan=model.scan, dtype=dtype, place=place
+  )
+
+
+def _kind(model: t5.T5) -> Kind:
+  names = dict(weights.modules(model.config, model.scan))
+  return Kind("T5ForConditionalGeneration", names, "", "SEQ_2_SEQ_LM")
+
+
+def _tensors(model: t5.T5, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  return weights.tensors(model.config, params, scan=model.scan)
+
+
+def _exported(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  # Newer files of transformers say that every T5's head is tied.
+  return {"tie_word_embeddings": "lm_head.weight" not in tensors}
+
+
+FAMILY = Family(
+  name="T5",
+  reads="texts",
+  answers="words",
+  config=T5Config,
+  modules=(t5.T5,),
+  model_types=(MODEL_TYPE,),
+  complete=_complete,
+  classifier=_classifier,
+  label_tokens=_label_tokens,
+  language_model=t5.T5,
+  params=_params,
+  # The source's tokens, their mask, and the target's.
+  example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 3,
+  logical_axes=t5.logical_axes,
+  generate=generate.greedy,
+  generate_methods=("encode", "decode"),
+  scans=True,
+  own_head="lm_head",
+  kind=_kind,
+  tensors=_tensors,
+  exported=_exported,
+)
