@@ -196,7 +196,7 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
     (("--data", ""), "--data names the rows"),
     (("--task", "snippets"), "belongs to no other task"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
-    (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
+    (("--method", "full"), "--rank is of adapters"),
     (
       ("--max-length", "24", "--on-long", "error"),
       "tokens, but --max-length is 24",
@@ -264,7 +264,7 @@ def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
   ("arguments", "part"),
   [
     ((), "--model or --run names the weights"),
-    (("--run", "no/such"), "no/such is not a run"),
+    (("--run", "no/such"), "no/such is not there"),
     (("--model", "no-such"), "There is no folder 'no-such'"),
     (("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"), "top_p"),
     (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),
