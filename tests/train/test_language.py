@@ -175,7 +175,7 @@ def test_a_profile_is_written_when_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
   ("line", "part"),
   [
-    ("{", "line 3 is not JSON"),
+    ("{", "line 3, is no JSON"),
     ('{"prompt": "a"}', "line 3"),
     ('{"prompt": "a", "response": ""}', "line 3"),
   ],
@@ -198,11 +198,10 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
     (("--data", ""), "--data names the rows"),
     (("--task", "snippets"), "belongs to no other task"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
-    (("--batch-size", "4096"), "--batch-size is 4096"),
-    (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
+    (("--method", "full"), "--rank is of adapters"),
     (
       ("--max-length", "24", "--on-long", "error"),
-      "tokens, but max_length is 24",
+      "tokens, but --max-length is 24",
     ),
     (("--max-length", "8"), "160 were left out, as they have more than 8"),
     (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
@@ -267,7 +266,7 @@ def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
   ("arguments", "part"),
   [
     ((), "--model or --run names the weights"),
-    (("--run", "no/such"), "no/such is not a run"),
+    (("--run", "no/such"), "no/such is not there"),
     (("--model", "no-such"), "There is no folder 'no-such'"),
     (("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"), "top_p"),
     (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),
