@@ -1,6 +1,7 @@
 """`python -m train`, or `bilora` where it is installed: the command line."""
 
 from collections.abc import Sequence
+import importlib
 import sys
 
 from . import command
@@ -10,47 +11,54 @@ with command.needing_the_extra():
   from .devices import processes
   from .errors import LostError, RunError, UsageError
 
+_COMMANDS = {
+  "predict": ".finished.predict",
+  "evaluate": ".finished.evaluate",
+  "generate": ".finished.generate",
+  "export": ".finished.export",
+  "compile": ".planning.compile",
+  "study": ".study.main",
+}
+"""The modules whose `main` takes the rest of the command line."""
+_LONG = ("", "study")
+"""Those that train, which go on where they were stopped."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  # Imported late, so that --help and a typo answer at once.
-  if argv[:1] == ["compile"]:
-    from .planning import compile
-
-    return compile.main(argv[1:])
-  if argv[:1] == ["export"]:
-    from .finished import export
-
-    return export.main(argv[1:])
-  if argv[:1] == ["generate"]:
-    from .finished import generate
-
-    return generate.main(argv[1:])
-  if argv[:1] == ["study"]:
-    from .study import main as study
-
-    return study.main(argv[1:])
+  name = argv[0] if argv and argv[0] in _COMMANDS else ""
   try:
-    config = config_lib.parse(argv)
-    from .run import loop
-
-    place, _ = config_lib.start().parse_known_args(argv)
-    processes.join(place.coordinator, place.num_processes, place.process_id)
-    loop.run(config, [*command.NAME.split(), *argv])
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    if not name:
+      return _train(argv)
+    # Imported late, so that --help and a typo answer at once.
+    module = importlib.import_module(_COMMANDS[name], __package__)
+    return module.main(argv[1:])
   except LostError as error:
     print(f"error: {error}", file=sys.stderr)
     processes.leave(1)
   except RunError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except ValueError as error:
+    if name in _LONG and not isinstance(error, UsageError):
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   except OSError as error:
     # A full disk, mostly: what is written whole stays whole.
-    print(f"error: {error}; the same command resumes.", file=sys.stderr)
+    resumes = "; the same command resumes." * (name in _LONG)
+    print(f"error: {error}{resumes}", file=sys.stderr)
     return 1
+
+
+def _train(argv: Sequence[str]) -> int:
+  config = config_lib.parse(argv)
+  from .run import loop
+
+  place, _ = config_lib.start().parse_known_args(argv)
+  processes.join(place.coordinator, place.num_processes, place.process_id)
+  loop.run(config, [*command.NAME.split(), *argv])
   return 0
 
 

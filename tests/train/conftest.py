@@ -26,10 +26,10 @@ from tokenizers import (
 
 from train import __main__ as program
 from train import config as command_line
-from train.data import hashing, movie_reviews, pipeline, prepare
+from train.data import hashing, movie_reviews, pipeline
 from train.data import registry as tasks
 from train.data.objectives import CLASSIFICATION
-from train.run import assemble, journal, step
+from train.run import assemble, journal, report, step
 from train.run import config as config_lib
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -285,7 +285,7 @@ def data_dir(
     patch.setattr(movie_reviews, "read", lambda: snippets)
     patch.setattr(movie_reviews, "TRAIN_ROWS", 128)
     patch.setattr(movie_reviews, "VALIDATION_ROWS", 32)
-    prepare.open_stored(tasks.get("snippets"), "train", folder)
+    pipeline.load(tasks.get("snippets"), "train", folder)
   return folder
 
 
@@ -383,6 +383,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, run: Run):
   folder = tmp_path_factory.mktemp("finished") / "run"
   assert run(folder) == 0
   return folder
+
+
+@pytest.fixture(scope="session")
+def finished_by(
+  tmp_path_factory: pytest.TempPathFactory, run: Run
+) -> Callable[[str], pathlib.Path]:
+  """The folder of a short run by a method; not to be written to."""
+
+  @functools.cache
+  def trained(method: str) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("by") / method
+    few = ("--train-rows", "8", "--eval-rows", "8", "--epochs", "20")
+    more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "20")
+    with pytest.MonkeyPatch.context() as patch:
+      # Matplotlib takes as long as all else.
+      patch.setattr(report, "_plot", lambda *arguments: None)
+      assert run(folder, "--method", method, *few, *more, "--no-baseline") == 0
+    return folder
+
+  return trained
 
 
 @pytest.fixture(scope="session")

@@ -83,8 +83,6 @@ def evaluate(
   fill: Callable[[np.ndarray, int, np.ndarray], Batch],
   lengths: np.ndarray,
   batch_size: int,
-  process_index: int,
-  process_count: int,
   buckets: Sequence[int],
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
@@ -93,27 +91,24 @@ def evaluate(
   its first row.
 
   Args:
-    fill: (rows of this process, length, index) -> their batch; the index is
-      that of the row, or -1 for a copy.
+    fill: (rows, length, index) -> their batch; the index is that of the row, or
+      -1 for a copy.
     lengths: [rows], the number of tokens of each row, at least one.
-    batch_size: rows of the global batch.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
+    batch_size: rows of a batch.
     buckets: the lengths allowed, increasing (see `train`).
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
   """
-  _check(lengths, batch_size, process_index, process_count, buckets)
+  _check(lengths, batch_size, 0, 1, buckets)
   by_length = np.argsort(-lengths, kind="stable")
-  part = _part(batch_size, process_index, process_count)
 
   def batch(start: int) -> Batch:
     rows = by_length[start : start + batch_size]
     copies = batch_size - len(rows)
     index = np.pad(rows, (0, copies), constant_values=-1)
     rows = np.pad(rows, (0, copies), constant_values=rows[0])
-    return fill(rows[part], _bucket(lengths[rows], buckets), index[part])
+    return fill(rows, _bucket(lengths[rows], buckets), index)
 
   starts = grain.MapDataset.range(0, len(lengths), batch_size)
   return iter(starts.map(batch).to_iter_dataset(_NO_THREADS))

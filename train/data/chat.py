@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable
 import dataclasses
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from ..models.io import tokenizer as tokenizer_
 from ..models.io.template import Conversation, Template
-
-OnLong = Literal["cut", "skip", "error"]
+from .instructions import TEXT
+from .options import OnLong
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,15 +108,25 @@ def encode(
       `cut`: its end is cut off; it is left out if all its responses are.
       `skip`: it is left out. `error`: it is refused.
 
+  A text that is no conversation, of the role `text`, is learned whole: as the
+  tokenizer begins a text, with `eos` at its end.
+
   Returns:
     (ids, loss), two lists of one length; None if it is left out.
 
   Raises:
     ValueError: if the conversation is too long and `on_long` is `error`, or the
-      template is not one that only appends, or writes no response.
+      template is not one that only appends, or writes no response, or nothing
+      of tools.
   """
   if max_length <= 0:
     raise ValueError(f"max_length must be at least 1; got {max_length}.")
+  if conversation[0].role == TEXT:
+    ids = tokenizer.encode(conversation[0].content).ids
+    if eos is not None and ids[-1:] != [eos]:
+      ids = [*ids, eos]
+    return _fitted(ids, [True] * len(ids), max_length, on_long, conversation)
+  _check_tools(template, conversation)
   text, ids, loss = "", [], []
   for i, message in enumerate(conversation):
     if message.role != "assistant":
@@ -136,17 +146,48 @@ def encode(
       answered.append(eos)
     ids += asked + answered
     loss += [False] * len(asked) + _until_last(eos, answered)
+  return _fitted(ids, loss, max_length, on_long, conversation)
+
+
+def _fitted(
+  ids: list[int],
+  loss: list[bool],
+  max_length: int,
+  on_long: OnLong,
+  conversation: Conversation,
+) -> tuple[list[int], list[bool]] | None:
   loss[:1] = [False]  # nothing precedes it that it could be predicted from
   if len(ids) > max_length and on_long == "error":
     raise ValueError(
-      f"A conversation has {len(ids)} tokens, but max_length is {max_length};"
-      " give a larger max_length, or let such be cut or skipped. It begins"
-      f" {text[:100]!r}."
+      f"A conversation has {len(ids)} tokens, but --max-length is {max_length};"
+      " give a larger one, or let such be cut or skipped with --on-long. It"
+      f" begins {conversation[0].content[:100]!r}."
     )
   if len(ids) > max_length and on_long == "skip":
     return None
   ids, loss = ids[:max_length], loss[:max_length]
   return (ids, loss) if any(loss) else None
+
+
+def _check_tools(template: Template, conversation: Conversation) -> None:
+  """Refuses a template that leaves out what tools are asked and answer."""
+  told = [message.content for message in conversation if message.role == "tool"]
+  for message in conversation:
+    told += map(_called, dict(message.more).get("tool_calls", ()))
+  if not told:
+    return
+  text = template.render(conversation)
+  for part in told:
+    if part.strip() not in text:
+      raise ValueError(
+        f"The chat template writes nothing of the tools of a conversation"
+        f" ({part[:100]!r}); give one that does with --chat-template."
+      )
+
+
+def _called(call: Any) -> str:
+  function = call.get("function", call) if isinstance(call, dict) else {}
+  return str(function.get("name", ""))
 
 
 def _appended(before: str, text: str) -> str:

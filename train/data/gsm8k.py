@@ -54,9 +54,8 @@ def load(path: str | os.PathLike[str]) -> list[Question]:
   """The questions of a file, in order.
 
   Args:
-    path: of one JSON object a line, with `question` and `answer` as GSM8K has
-      them, or in another of the forms that `instructions.load` reads; `.jsonl`
-      or `.jsonl.gz`.
+    path: of rows with `question` and `answer` as GSM8K has them, or in another
+      of the forms that `instructions.load` reads.
 
   Raises:
     ValueError: if a row is not as it must be, or its answer has no number; the
@@ -72,8 +71,6 @@ def load(path: str | os.PathLike[str]) -> list[Question]:
         f" {conversation[-1].content[:100]!r}."
       )
     found.append(Question(conversation[-2].content, answer))
-  if not found:
-    raise ValueError(f"{os.fspath(path)} has no questions; one is needed.")
   return found
 
 

@@ -1,5 +1,6 @@
 """Orders and divides rows by a hash of their text, never by a generator."""
 
+from collections.abc import Iterable
 import hashlib
 import unicodedata
 
@@ -15,9 +16,15 @@ def normalise(text: str) -> str:
   return " ".join(words.split())
 
 
-def digest(text: str) -> str:
+def joined(texts: Iterable[str]) -> str:
+  """Returns several texts as one, each normalised."""
+  return "\n".join(map(normalise, texts))
+
+
+def digest(text: str | bytes) -> str:
   """Returns the SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
-  return hashlib.sha256(text.encode()).hexdigest()
+  data = text.encode() if isinstance(text, str) else text
+  return hashlib.sha256(data).hexdigest()
 
 
 def share(text: str) -> float:

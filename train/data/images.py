@@ -1,19 +1,18 @@
 """Tasks of labelled images: their rows, few-shot draws, and batches."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
+import io
+import os
 from typing import Any
 
 import grain
 import numpy as np
-from sklearn import datasets
 
-from . import batching, hashing
+from ..errors import UsageError
+from . import batching, pipeline
 from .batching import Batch
-
-# Digits have no published splits. The rows of the last are what is left.
-_DIGITS_ROWS = {"train": 600, "validation": 400}
+from .task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,8 +20,9 @@ class Images:
   """Images of one size with labels.
 
   Attributes:
-    pixels: [rows, height, width] uint8, 0 for black and 255 for white.
-    labels: [rows] int32.
+    pixels: [rows, height, width] uint8, 0 for black and 255 for white; or
+      [rows, height, width, 3], red, green and blue.
+    labels: [rows] int32, or float32 of a regression.
   """
 
   pixels: np.ndarray
@@ -31,115 +31,78 @@ class Images:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def take(self, rows: np.ndarray) -> "Images":
-    """Returns these rows, in this order."""
-    return Images(self.pixels[rows], self.labels[rows])
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageTask:
-  """A classification task over images.
-
-  Attributes:
-    name: what `--task` takes.
-    labels: the classes' names; a label is an index into them.
-    side: pixels along the side that a model is given, square.
-    splits: reads all rows, by split.
-    metrics: what is reported, the one to select by first.
-  """
-
-  name: str
-  labels: tuple[str, ...]
-  side: int
-  splits: Callable[[], dict[str, Images]]
-  metrics: tuple[str, ...] = ("accuracy",)
-
-
-@functools.cache
-def _digits() -> dict[str, Images]:
-  """scikit-learn's 1,797 digits of 8 x 8 pixels, 600/400/797.
-
-  They are the test rows of UCI's Optical Recognition of Handwritten Digits (E.
-  Alpaydin and C. Kaynak, 1998, CC BY 4.0), of 13 writers, who are not told: a
-  writer is in all splits. A row's split is by the hash of its number.
-  """
-  found: Any = datasets.load_digits()
-  ink = np.round(found.images * (255 / 16)).astype(np.uint8)
-  rows = Images(ink, found.target.astype(np.int32))
-  order = np.array(
-    sorted(range(len(rows)), key=lambda i: hashing.digest(f"digits {i}"))
-  )
-  ends = np.cumsum(list(_DIGITS_ROWS.values()))
-  parts = np.split(order, ends)
-  return {
-    name: rows.take(part) for name, part in zip((*_DIGITS_ROWS, "test"), parts)
-  }
-
-
-_TASKS = (
-  ImageTask(
-    name="digits",
-    labels=tuple("0123456789"),
-    side=56,  # 4 x 4 patches of 14, one for 2 x 2 of the pixels there are
-    splits=_digits,
-  ),
-)
-_BY_NAME = {task.name: task for task in _TASKS}
-
-
-def names() -> tuple[str, ...]:
-  """Returns the names of all tasks of images."""
-  return tuple(_BY_NAME)
-
-
-def get(name: str) -> ImageTask:
-  """Returns the task of that name.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  if name not in _BY_NAME:
-    raise ValueError(
-      f"There is no task of images {name!r}; there is {', '.join(_BY_NAME)}."
-    )
-  return _BY_NAME[name]
-
 
 def load(
-  task: ImageTask, split: str, limit: int | None = None, seed: int = 0
+  task: Task,
+  split: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  limit: int | None = None,
+  seed: int = 0,
+  side: int = 0,
 ) -> Images:
   """Returns the rows of a split of a task, in a fixed order.
 
-  Args:
-    task: the task.
-    split: train, validation or test.
-    limit: take this many rows only, chosen by `seed` alone; for one seed, a
-      smaller choice is part of each larger one.
-    seed: any integer.
-
-  Raises:
-    ValueError: if there is no such split, or fewer rows than `limit`.
+  Arguments and errors are those of `pipeline.drawn`; `side` is that of
+  `decoded`.
 
   Examples:
-    >>> rows = load(get("digits"), "train", limit=3)
+    >>> from train.data import registry
+    >>> rows = load(registry.get("digits"), "train", limit=3)
     >>> rows.pixels.shape, rows.labels.shape
     ((3, 8, 8), (3,))
   """
-  splits = task.splits()
-  if split not in splits:
-    raise ValueError(
-      f"{task.name} has no split {split!r}; it has {', '.join(splits)}."
+  rows = pipeline.drawn(task, split, data_dir, limit, seed)
+  return decoded(task, rows, side)
+
+
+def decoded(
+  task: Task, rows: Sequence[Mapping[str, Any]], side: int = 0
+) -> Images:
+  """Returns rows with their images as arrays, all in memory.
+
+  Files of images have any sizes: they are read as red, green and blue, turned
+  as their cameras say, and resized to a square by Pillow's bicubic filter,
+  whatever their shapes were. Arrays are left as they are.
+
+  Args:
+    task: of the rows; a row without a label has the label 0.
+    rows: at least one.
+    side: pixels along the side of the square.
+
+  Raises:
+    UsageError: if an image cannot be read; the sentence names the file.
+  """
+  pixels = [
+    image if isinstance(image, np.ndarray) else _read(image, side)
+    for image in (row[task.image] for row in rows)
+  ]
+  shapes = sorted({image.shape for image in pixels})
+  if len(shapes) > 1:
+    raise UsageError(
+      f"The images of {task.name} have the shapes {shapes[:8]}; arrays must be"
+      " of one shape."
     )
-  rows = splits[split]
-  if limit is None:
-    return rows
-  batching.require_positive(limit=limit)
-  if limit > len(rows):
-    raise ValueError(
-      f"limit is {limit}, but {task.name} has {len(rows)} rows in {split}."
-    )
-  places = sorted(range(len(rows)), key=lambda i: hashing.digest(f"{seed} {i}"))
-  return rows.take(np.array(places[:limit]))
+  labels = [row.get(task.label, 0) for row in rows]
+  return Images(np.stack(pixels), pipeline.labels_of(labels))
+
+
+def _read(image: str | bytes, side: int) -> np.ndarray:
+  """[side, side, 3] uint8, of a file or its bytes."""
+  import PIL.Image
+  import PIL.ImageOps
+
+  try:
+    with PIL.Image.open(
+      image if isinstance(image, str) else io.BytesIO(image)
+    ) as opened:
+      turned = PIL.ImageOps.exif_transpose(opened)
+      coloured = turned.convert("RGB")
+  except (OSError, SyntaxError, ValueError) as error:
+    name = image if isinstance(image, str) else "An image"
+    raise UsageError(f"{name} cannot be read as an image: {error}.") from error
+  return np.asarray(
+    coloured.resize((side, side), PIL.Image.Resampling.BICUBIC), np.uint8
+  )
 
 
 def train_batches(
@@ -149,20 +112,23 @@ def train_batches(
   epochs: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  group_by_length: int = 0,
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator over training batches, shuffled anew in each epoch.
 
   A batch is a function of the arguments and the step, as in
-  `pipeline.train_batches`, where the arguments are explained.
+  `pipeline.train_batches`, where the arguments are explained; images are all of
+  one length.
 
   Returns:
     an iterator of dicts, with B = batch_size / process_count:
-      images: [B, height, width] uint8.
-      labels: [B] int32.
+      images: [B, height, width] or [B, height, width, 3] uint8.
+      labels: [B] int32, or float32 of a regression.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
   """
+  del group_by_length
   return batching.train(
     lambda chosen, _: _batch(rows, chosen),
     _lengths(rows),
@@ -176,12 +142,7 @@ def train_batches(
   )
 
 
-def eval_batches(
-  rows: Images,
-  batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+def eval_batches(rows: Images, batch_size: int) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, in order.
 
   The last batch is filled up with copies of its first row.
@@ -202,9 +163,7 @@ def eval_batches(
       "index": index.astype(np.int32),
     }
 
-  return batching.evaluate(
-    fill, _lengths(rows), batch_size, process_index, process_count, _ONE_SIZE
-  )
+  return batching.evaluate(fill, _lengths(rows), batch_size, _ONE_SIZE)
 
 
 # To `batching`, an image is a row of one token.

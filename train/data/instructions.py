@@ -1,23 +1,24 @@
-"""Instructions and their responses, read as conversations: JSONL or TFDS."""
+"""Instructions and their responses, read as conversations from any table."""
 
-from collections.abc import Iterable, Iterator, Mapping
-import gzip
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import os
-import pathlib
 from typing import Any
-import zlib
 
+from ..errors import UsageError
 from ..models.io.template import Conversation, Message
-from . import hashing
+from . import divide, hashing, tables
 
 SPLITS = ("train", "validation", "test")
-TFDS = "tfds:"
-"""What the source of a TFDS dataset begins with, before the dataset's name."""
+HELD_OUT = 0.02
+_FEW_HELD_OUT = 0.1
+TEXT = "text"
+"""The role of a text that is no conversation: all of it is learned."""
 
 # (what is asked, further text of the question or None, what is answered).
 _FORMS = (
   ("prompt", None, "response"),
+  ("prompt", None, "completion"),
   ("query", None, "response"),
   ("query", None, "answer"),
   ("question", None, "answer"),
@@ -25,14 +26,23 @@ _FORMS = (
   ("instruction", "context", "response"),
 )
 _ALLOWED = (
-  "a row is an object with the key messages, or prompt and response, or query"
-  " and response or answer, or question and answer, or instruction, output and"
-  " perhaps input, or instruction, response and perhaps context"
+  "a row has messages, or conversations, or prompt and response or completion,"
+  " or query and response or answer, or question and answer, or instruction,"
+  " output and perhaps input, or instruction, response and perhaps context, or"
+  " a text alone"
 )
 _ALLOWED_ROLES = (
   "allowed are one system message or none, then user and assistant in turns,"
-  " the assistant last"
+  " and tool after the assistant's tool_calls, the assistant last"
 )
+# ShareGPT's names of roles.
+_ROLES = {
+  "human": "user",
+  "gpt": "assistant",
+  "chatgpt": "assistant",
+  "function_call": "assistant",
+  "observation": "tool",
+}
 _JSON_NAMES = {
   type(None): "null",
   bool: "a truth value",
@@ -43,12 +53,15 @@ _JSON_NAMES = {
   dict: "an object",
 }
 
+Numbered = tuple[int, Conversation]
+"""A conversation and its row's number, by which it is drawn."""
+
 
 def load(
   source: str | os.PathLike[str],
   split: str,
   *,
-  held_out: float = 0.02,
+  held_out: float = HELD_OUT,
   limit: int | None = None,
   seed: int = 0,
   data_dir: str | os.PathLike[str] | None = None,
@@ -57,29 +70,30 @@ def load(
 
   A row is one of
     {"messages": [{"role": ..., "content": ...}, ...]},
-    {"prompt": ..., "response": ...},
+    {"conversations": [{"from": ..., "value": ...}, ...]} (ShareGPT),
+    {"prompt": ..., "response": ...} (or `completion`),
     {"query": ..., "response": ...} (MetaMathQA; or `answer`, Code-Feedback),
     {"question": ..., "answer": ...} (GSM8K),
     {"instruction": ..., "input": ..., "output": ...} (Alpaca),
     {"instruction": ..., "context": ..., "response": ...} (Dolly),
+    {"text": ...}, of which every token is learned,
   where `input` and `context` may be missing or empty, and other keys are left
-  alone. Which split it is in depends on its text alone, and two rows that
-  differ only in case, punctuation or white space are in the same.
+  alone. A content may be a list of parts, {"type": "text", "text": ...}. Which
+  split a row is in depends on its text alone, and two rows that differ only in
+  case, punctuation or white space are in the same.
 
   Args:
-    source: a file of one JSON object a line, `.jsonl` or `.jsonl.gz`, or
-      `tfds:` and the name of a TFDS dataset that is prepared in `data_dir` in
-      the ArrayRecord format; its stored split `train` is read.
+    source: what `tables.read` reads.
     split: `train`, `validation` or `test`.
     held_out: the share of the rows in `validation`, and in `test`.
-    limit: take this many rows only, chosen by `seed` alone; for one seed, a
-      smaller choice is part of each larger one.
+    limit: take this many rows only, or all if there are fewer, chosen by `seed`
+      alone; for one seed, a smaller choice is part of each larger one.
     seed: any integer.
     data_dir: the folder of prepared datasets; the user's cache if None.
 
   Raises:
     ValueError: if an argument or a row is not as it must be (the sentence names
-      the file and the line), or the split has no rows, or fewer than `limit`.
+      the file and the line), or the split has no rows.
     RuntimeError: if the file or the dataset cannot be read.
   """
   if split not in SPLITS:
@@ -90,161 +104,248 @@ def load(
     raise ValueError(f"held_out must be from 0 to 0.5; got {held_out}.")
   if limit is not None and limit <= 0:
     raise ValueError(f"limit must be at least 1; got {limit}.")
-  name = os.fspath(source)
-  found = []
-  for i, (_, conversation) in enumerate(read(source, data_dir)):
-    if _split(conversation, held_out) == split:
-      found.append((i, conversation))
-  if len(found) < (limit or 1):
-    wanted = "at least one is needed" if limit is None else f"limit is {limit}"
+  rows = list(enumerate(x for _, x in read(source, data_dir)))
+  found = _by_hash(rows, dict.fromkeys(SPLITS[1:], held_out))[split]
+  if not found:
     raise ValueError(
-      f"{name} has {len(found)} rows in {split} at held_out {held_out}, but"
-      f" {wanted}."
+      f"{os.fspath(source)} has 0 rows in {split} at held_out {held_out}, but"
+      " at least one is needed."
     )
+  return drawn(found, limit, seed)
+
+
+def splits(
+  source: str,
+  *,
+  held_out: float = 0.0,
+  validation: str = "",
+  test: str = "",
+  data_dir: str | None = None,
+) -> tuple[dict[str, list[Numbered]], list[str]]:
+  """Returns the conversations of all splits, and what the user is told of it.
+
+  What has no split of its own is held out of `train`: the rows of which a hash
+  of the text is in a share of all hashes; or, of few rows, where a split would
+  be empty, the first of a stratified order (`divide.divide`).
+
+  Args:
+    source: what `tables.read` reads. Of a TFDS dataset, `train` is read.
+    held_out: the share of a split; 0: 0.02, and of few rows 0.1.
+    validation: rows of their own.
+    test: rows of their own.
+    data_dir: the folder of prepared datasets; the user's cache if None.
+
+  Raises:
+    ValueError: as `load` does.
+    RuntimeError: if a table cannot be read.
+  """
+  stored = tables.read(source, data_dir)
+  if source.startswith(tables.TFDS):
+    stored = {"train": stored["train"]}
+  for split, path in zip(SPLITS[1:], (validation, test)):
+    if path:
+      stored[split] = tables.one(path, split, data_dir)
+  found = {
+    split: list(enumerate(x for _, x in conversations(table)))
+    for split, table in stored.items()
+  }
+  missing = [split for split in SPLITS if split not in found]
+  if not missing:
+    return found, []
+  count = len(found["train"])
+  divided = _by_hash(
+    found["train"], dict.fromkeys(missing, held_out or HELD_OUT)
+  )
+  if not all(divided.values()):
+    share = held_out or _FEW_HELD_OUT
+    parts = divide.divide(
+      [_words(conversation) for _, conversation in found["train"]],
+      [0] * count,
+      dict.fromkeys(missing, share),
+      source,
+    )
+    divided = {
+      split: [found["train"][i] for i in part] for split, part in parts.items()
+    }
+  return found | divided, [divide.note(count, divided, "the text")]
+
+
+def drawn(
+  rows: Sequence[Numbered], limit: int | None, seed: int
+) -> list[Conversation]:
+  """Returns conversations, or as many as the limit, drawn by the seed."""
   if limit is not None:
-    found.sort(key=lambda item: hashing.digest(f"{seed} {item[0]}"))
-  return [conversation for _, conversation in found[:limit]]
+    rows = sorted(rows, key=lambda row: hashing.digest(f"{seed} {row[0]}"))
+  return [conversation for _, conversation in rows[:limit]]
 
 
 def read(
   source: str | os.PathLike[str],
   data_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
-  """Yields where each row is, in words, and its conversation; see `load`."""
-  name = os.fspath(source)
-  if name.startswith(TFDS):
-    rows = _stored(name.removeprefix(TFDS), data_dir)
-  else:
-    rows = _lines(pathlib.Path(name).expanduser())
-  for where, row in rows:
-    yield where, _conversation(row, where)
+  """Yields where each row of `train` is, in words, and its conversation."""
+  yield from conversations(tables.read(source, data_dir)["train"])
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields each line's place and value; a line is in memory at a time."""
-  if not path.name.endswith((".jsonl", ".jsonl.gz")):
-    raise ValueError(
-      f"The source of instructions must be a .jsonl or .jsonl.gz file, or"
-      f" {TFDS}NAME; got {path}."
-    )
-  opener = gzip.open if path.suffix == ".gz" else open
-  try:
-    with opener(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        where = f"{path}, line {number}"
-        if line.strip():
-          yield where, _parse(line, where)
-  except (OSError, EOFError, zlib.error) as error:
-    raise RuntimeError(f"{path} cannot be read: {error}.") from error
+def conversations(table: tables.Table) -> Iterator[tuple[str, Conversation]]:
+  """Yields where each row of a table is, in words, and its conversation.
+
+  Raises:
+    UsageError: if a row is not as it must be.
+  """
+  for i, row in enumerate(table.rows):
+    where = table.where(i)
+    yield where, conversation(row, where)
 
 
-def _parse(line: bytes, where: str) -> Any:
-  try:
-    return json.loads(line.decode())
-  except (ValueError, RecursionError) as error:  # not UTF-8: a ValueError, too
-    raise ValueError(
-      f"{where} is not JSON in UTF-8 ({error}); {_ALLOWED}."
-    ) from error
+def _by_hash(
+  rows: Sequence[Numbered], shares: Mapping[str, float]
+) -> dict[str, list[Numbered]]:
+  """Rows whose texts' hashes are in a share, the test's before all others."""
+  found: dict[str, list[Numbered]] = {"train": []} | {x: [] for x in shares}
+  for row in rows:
+    place, end, chosen = hashing.share(_words(row[1])), 0.0, "train"
+    for split in reversed(list(shares)):
+      end += shares[split]
+      if place < end:
+        chosen = split
+        break
+    found[chosen].append(row)
+  return found
 
 
-def _stored(
-  name: str, data_dir: str | os.PathLike[str] | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Yields each row's place and value of a prepared TFDS dataset."""
-  import tensorflow_datasets as tfds
-
-  from . import prepare
-
-  folder = pathlib.Path(data_dir or prepare.default_data_dir()).expanduser()
-  try:
-    builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-    # TFDS's logging decorator hides the signature from pyright.
-    rows = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]
-  except Exception as error:  # TFDS raises many types
-    first_line = str(error).partition("\n")[0]
-    raise RuntimeError(
-      f"The TFDS dataset {name!r} cannot be read from {folder}: {first_line}"
-      f" Prepare it with tensorflow_datasets.builder({name!r},"
-      f" data_dir={str(folder)!r}, file_format='array_record')"
-      ".download_and_prepare(), or give a .jsonl file."
-    ) from error
-  for i in range(len(rows)):
-    where = f"{TFDS}{name}, row {i}"
-    yield where, {key: _text(value) for key, value in rows[i].items()}
+def _words(conversation: Conversation) -> str:
+  return hashing.joined(message.content for message in conversation)
 
 
-def _text(value: Any) -> Any:
-  return value.decode() if isinstance(value, bytes) else value
+def conversation(row: Any, where: str) -> Conversation:
+  """Reads a row in any of its forms, or says what is wrong with it.
 
-
-def _conversation(row: Any, where: str) -> Conversation:
-  """Reads a row in any of its forms, or says what is wrong with it."""
+  Raises:
+    UsageError: with the row's place, `where`.
+  """
   if not isinstance(row, Mapping):
-    raise ValueError(f"{where} is {_kind(row)}; {_ALLOWED}.")
-  if "messages" in row:
-    return _messages(row["messages"], where)
+    raise UsageError(f"{where} is {_kind(row)}; {_ALLOWED}.")
+  for key in ("messages", "conversations"):
+    if row.get(key) is not None:
+      return _messages(_listed(row[key]), key, where)
   for question, more, answer in _FORMS:
-    if question in row and answer in row:
-      asked = _string(row[question], question, where)
-      if more and str(row.get(more) or "").strip():
-        asked += "\n\n" + _string(row[more], more, where)
-      answered = _string(row[answer], answer, where)
-      return Message("user", asked), Message("assistant", answered)
-  keys = ", ".join(map(str, row)) or "none"
-  raise ValueError(f"{where} has the keys {keys}; {_ALLOWED}.")
+    asked, answered = row.get(question), row.get(answer)
+    if question not in row or answer not in row:
+      continue
+    if isinstance(asked, list) and isinstance(answered, list):
+      return _messages(asked + answered, f"{question} and {answer}", where)
+    asked = _string(asked, question, where)
+    if more and str(row.get(more) or "").strip():
+      asked += "\n\n" + _string(row[more], more, where)
+    answered = _string(answered, answer, where)
+    return Message("user", asked), Message("assistant", answered)
+  if TEXT in row:
+    return (Message(TEXT, _string(row[TEXT], TEXT, where)),)
+  keys = tables.shown(list(row)) or "none"
+  raise UsageError(f"{where} has the keys {keys}; {_ALLOWED}.")
 
 
-def _messages(value: Any, where: str) -> Conversation:
-  if not isinstance(value, list) or not all(
-    isinstance(item, Mapping) and {"role", "content"} <= item.keys()
-    for item in value
-  ):
-    raise ValueError(
-      f"{where}: messages must be a list of objects with the keys role and"
-      f" content; got {_short(value)}."
+def _listed(value: Any) -> Any:
+  """A list that a CSV file has as the text of a JSON value."""
+  if isinstance(value, str) and value.lstrip().startswith("["):
+    try:
+      return json.loads(value)
+    except ValueError:
+      return value
+  return value
+
+
+def _messages(value: Any, key: str, where: str) -> Conversation:
+  if not isinstance(value, list) or not all(map(_is_message, value)):
+    raise UsageError(
+      f"{where}: {key} must be a list of objects with the keys role and content"
+      f" (or from and value); got {_short(value)}."
     )
-  roles = [item["role"] for item in value]
+  said: list[Any] = [
+    item if "role" in item else {"role": item["from"], "content": item["value"]}
+    for item in value
+  ]
+  roles = [_ROLES.get(str(x["role"]), str(x["role"])) for x in said]
   if "assistant" not in roles:
-    raise ValueError(
+    raise UsageError(
       f"{where} has no assistant message, so there is nothing to learn; its"
       f" roles are {_short(roles)}; {_ALLOWED_ROLES}."
     )
-  turns = roles[1:] if roles[0] == "system" else roles
-  if len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-    raise ValueError(
-      f"{where} has the roles {_short(roles)}; {_ALLOWED_ROLES}."
-    )
-  return tuple(
-    Message(role, _string(item["content"], f"the {role}'s content", where))
-    for role, item in zip(roles, value)
+  found = tuple(_message(role, item, where) for role, item in zip(roles, said))
+  before = "start"
+  for message in found[1:] if roles[0] == "system" else found:
+    if before not in _AFTER.get(message.role, ()):
+      break
+    before = "calls" if "tool_calls" in dict(message.more) else message.role
+  else:
+    if roles[-1] == "assistant":
+      return found
+  raise UsageError(f"{where} has the roles {_short(roles)}; {_ALLOWED_ROLES}.")
+
+
+# What may stand before each role.
+_AFTER = {
+  "user": ("start", "assistant"),
+  "assistant": ("user", "tool"),
+  "tool": ("calls", "tool"),
+}
+# What a template may have of a message beside its role and content.
+_MORE = ("tool_calls", "tool_call_id", "name")
+
+
+def _is_message(item: Any) -> bool:
+  if not isinstance(item, Mapping):
+    return False
+  if not isinstance(item.get("role", item.get("from")), str):
+    return False
+  if "role" in item:
+    return "content" in item or bool(item.get("tool_calls"))
+  return {"from", "value"} <= item.keys()
+
+
+def _message(role: str, item: Mapping[str, Any], where: str) -> Message:
+  more = tuple(
+    (name, item[name])
+    for name in _MORE
+    if item.get(name) and (role == "tool" or name == "tool_calls")
   )
+  content = item.get("content")
+  if isinstance(content, list):
+    content = _parts(content, role, where)
+  if more and role == "assistant" and not content:
+    return Message(role, "", more)
+  name = f"the {role}'s content"
+  return Message(role, _string(content, name, where), more)
+
+
+def _parts(parts: list[Any], role: str, where: str) -> str:
+  """The text of a content in parts."""
+  for part in parts:
+    kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+    if kind != "text" or not isinstance(part.get("text"), str):
+      raise UsageError(
+        f"{where}: the {role}'s content has a part of the type {kind!r}; a part"
+        ' must be {"type": "text", "text": ...}.'
+      )
+  return "".join(part["text"] for part in parts)
 
 
 def _string(value: Any, name: str, where: str) -> str:
   if not isinstance(value, str):
-    raise ValueError(f"{where}: {name} must be a string; got {_kind(value)}.")
+    raise UsageError(f"{where}: {name} must be a string; got {_kind(value)}.")
   if not value.strip():
-    raise ValueError(
+    raise UsageError(
       f"{where}: {name} is empty; it must have at least one character that is"
       " not white space."
     )
   try:
     value.encode()
   except UnicodeEncodeError as error:  # JSON can spell half a character
-    raise ValueError(
+    raise UsageError(
       f"{where}: {name} must be valid Unicode; got {error}."
     ) from error
   return value
-
-
-def _split(conversation: Iterable[Message], held_out: float) -> str:
-  text = "\n".join(
-    hashing.normalise(message.content) for message in conversation
-  )
-  share = hashing.share(text)
-  if share < held_out:
-    return "test"
-  return "validation" if share < 2 * held_out else "train"
 
 
 def _kind(value: Any) -> str:

@@ -2,67 +2,14 @@
 
 from collections.abc import Sequence
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
 from ..models.family import Pretrained
-from .images import ImageTask
 from .task import Task, Text
 
 _RESULT = "\nresult:"
-
-
-class Prompt(NamedTuple):
-  """How a task is put to a model that answers in words.
-
-  Attributes:
-    instruction: what is asked of the texts that follow.
-    words: what each label is called, in order; the task's names if None.
-  """
-
-  instruction: str
-  words: tuple[str, ...] | None = None
-
-
-_SENTIMENT = Prompt("classify the sentiment of the text:")
-_ENTAILMENT = "does the first text entail the second?"
-_PROMPTS = {
-  "snippets": _SENTIMENT,
-  "glue/sst2": _SENTIMENT,
-  "glue/cola": Prompt("classify the grammaticality of the text:"),
-  "glue/mrpc": Prompt(
-    "classify the semantic similarity of the two texts:",
-    ("different", "equivalent"),
-  ),
-  "glue/qnli": Prompt("does the text entail the answer to the question?"),
-  "glue/mnli": Prompt("classify the relation of the two texts:"),
-  "glue/rte": Prompt(_ENTAILMENT),
-  "super_glue/boolq": Prompt("answer the question from the passage:"),
-  "super_glue/cb": Prompt("classify the relation of the two texts:"),
-  "super_glue/copa": Prompt(
-    "choose the more plausible of the two:", ("first", "second")
-  ),
-  "super_glue/wic": Prompt(
-    "does the word have the same meaning in both texts?"
-  ),
-}
-
-
-def prompt(task: Task) -> Prompt:
-  """Returns how a task is put to a model that answers in words.
-
-  Raises:
-    ValueError: if there is no prompt for the task.
-  """
-  if task.name not in _PROMPTS:
-    raise ValueError(
-      f"There is no prompt for the task {task.name!r}; there are prompts for"
-      f" {', '.join(_PROMPTS)}."
-    )
-  found = _PROMPTS[task.name]
-  return found._replace(words=found.words or task.labels)
 
 
 def encode(
@@ -90,10 +37,9 @@ def encode(
     (ids, type_ids) of each prompt, two lists of one length; the types are 0.
 
   Raises:
-    ValueError: if `max_length` leaves no room for the texts, or there is no
-      prompt for the task.
+    ValueError: if `max_length` leaves no room for the texts.
   """
-  head, tail = _pieces(tokenizer, [f"{prompt(task).instruction}\n", _RESULT])
+  head, tail = _pieces(tokenizer, [f"{task.instruction}\n", _RESULT])
   around = len(head) + len(tail) + tokenizer.num_special_tokens_to_add(False)
   if max_length <= around:
     raise ValueError(
@@ -116,21 +62,22 @@ def encode(
   return found
 
 
+def prompt(task: Task, text: Text) -> str:
+  """Returns what `encode` encodes, as one text."""
+  return "".join([f"{task.instruction}\n", *_lines(text), _RESULT])
+
+
 def answers(
-  pretrained: Pretrained, task: Task | ImageTask
+  pretrained: Pretrained, task: Task
 ) -> int | tuple[tuple[int, ...], ...]:
   """Returns what `pretrained.classifier` takes for the labels of a task.
 
   Raises:
-    ValueError: if the model answers in words, and there is no prompt for the
-      task, or two words cannot be told apart.
+    ValueError: if the model answers in words, and two cannot be told apart.
   """
   if pretrained.family.has_new_head:
-    return len(task.labels)
-  assert isinstance(task, Task)
-  words = prompt(task).words
-  assert words is not None
-  return pretrained.label_tokens(words, after=_RESULT)
+    return task.outputs
+  return pretrained.label_tokens(task.answers, after=_RESULT)
 
 
 def _lines(text: Text) -> list[str]:

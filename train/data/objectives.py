@@ -10,20 +10,20 @@ import optax
 
 Batch = Mapping[str, Any]
 
-# Of ImageNet's red, green and blue, as all its models use them.
-_MEAN = (0.485, 0.456, 0.406)
-_DEVIATION = (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue, as all its models use them."""
 
 
 class Items(NamedTuple):
   """What a loss is a mean of: rows, or tokens; arrays of one shape.
 
   Attributes:
-    losses: cross-entropies in nats, float32.
+    losses: cross-entropies in nats, or squared errors, float32.
     weights: of each in the mean, float32; 0 leaves it out. Of a row that is a
       mean itself, of how many.
-    predictions: the likeliest labels or tokens, int32.
-    right: 1 where they are the right ones, float32.
+    predictions: the likeliest labels or tokens, int32; or values, float32.
+    right: 1 where they are the right ones, float32; NaN of values.
   """
 
   losses: jax.Array
@@ -45,12 +45,15 @@ class Objective(NamedTuple):
     items: from the logits and the batch to the items of the loss.
     weights: the items' weights, from the batch alone.
     tokens: of a batch that are not padding, or its images, int32 scalar.
+    answers: from the logits to what is told of a row: the probabilities of the
+      labels, float32 (B, labels), or its value, (B,).
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
   items: Callable[[jax.Array, Batch], Items]
   weights: Callable[[Batch], jax.Array]
   tokens: Callable[[Batch], jax.Array]
+  answers: Callable[[jax.Array], jax.Array]
 
 
 def _items(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Items:
@@ -68,47 +71,83 @@ def _rows(batch: Batch) -> jax.Array:
   return jnp.ones(batch["labels"].shape, jnp.float32)
 
 
+def _probabilities(logits: jax.Array) -> jax.Array:
+  return jax.nn.softmax(logits.astype(jnp.float32), -1)
+
+
 CLASSIFICATION = Objective(
   inputs=lambda batch: (batch["tokens"], batch["mask"], batch["token_types"]),
   items=lambda logits, batch: _items(logits, batch["labels"], _rows(batch)),
   weights=_rows,
   tokens=lambda batch: jnp.sum(batch["mask"]),
+  answers=_probabilities,
 )
 """One label a row, (B,); logits are (B, classes)."""
 
 
-def images(side: int) -> Objective:
-  """One label an image, (B,), of images (B, height, width) in uint8.
+def regression(centre: float, spread: float) -> Objective:
+  """One value a row, (B,); what a model gives for it is (B, 1).
+
+  The loss is the squared error of standardised values, so that one learning
+  rate does for labels of any unit; predictions are in the labels' own.
+
+  Args:
+    centre: mean of the training labels.
+    spread: their standard deviation.
+  """
+
+  def items(logits, batch):
+    found = logits.astype(jnp.float32)[:, 0]
+    predictions = answers(logits)
+    return Items(
+      losses=jnp.square(found - (batch["labels"] - centre) / spread),
+      weights=_rows(batch),
+      predictions=predictions,
+      right=jnp.full(predictions.shape, jnp.nan),
+    )
+
+  def answers(logits):
+    return logits.astype(jnp.float32)[:, 0] * spread + centre
+
+  return CLASSIFICATION._replace(items=items, answers=answers)
+
+
+def images(side: int, objective: Objective = CLASSIFICATION) -> Objective:
+  """One label an image, (B,), of images as `images.Images` has them.
 
   A model is given them as `prepared` makes them.
 
   Args:
     side: pixels along the side that the model is given.
+    objective: what is learned of them.
   """
-  return CLASSIFICATION._replace(
+  return objective._replace(
     inputs=lambda batch: (prepared(batch["images"], side),),
     tokens=lambda batch: jnp.int32(len(batch["labels"])),
   )
 
 
 def prepared(images: Any, side: int) -> jax.Array:
-  """Grey images as a model of coloured photographs wants them.
+  """Images as a model of photographs wants them.
 
-  Enlarged with the bicubic filter that Pillow has too, of equal channels, each
-  normalised by ImageNet's mean and standard deviation.
+  Resized with the bicubic filter that Pillow has too, grey ones to equal
+  channels, each normalised by ImageNet's mean and standard deviation.
 
   Args:
-    images: uint8 (B, height, width), 255 for white.
+    images: uint8 (B, height, width), 255 for white; or (B, height, width, 3).
     side: S, pixels along the side.
 
   Returns:
     float32 (B, S, S, 3).
   """
   pixels = jnp.asarray(images, jnp.float32) / 255
-  pixels = jax.image.resize(pixels, (len(pixels), side, side), "cubic")
+  shape = (len(pixels), side, side, *pixels.shape[3:])
+  pixels = jax.image.resize(pixels, shape, "cubic")
   # The filter goes beyond black and white at edges.
-  pixels = jnp.clip(pixels, 0, 1)[..., None]
-  return (pixels - jnp.asarray(_MEAN)) / jnp.asarray(_DEVIATION)
+  pixels = jnp.clip(pixels, 0, 1)
+  if pixels.ndim == 3:
+    pixels = pixels[..., None]
+  return (pixels - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
 
 
 def words(tokens: Sequence[Sequence[int]]) -> Objective:
@@ -132,14 +171,16 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
   def lengths(batch):
     return jnp.asarray(lengths_C, jnp.float32)[batch["labels"]]
 
-  def items(logits, batch):
-    labels = batch["labels"]
+  def losses(logits):
     # One by one: a product may round to bfloat16 on an accelerator.
     losses_BxM = optax.softmax_cross_entropy_with_integer_labels(
       logits.astype(jnp.float32),
       jnp.broadcast_to(targets_M, logits.shape[:-1]),
     )
-    losses_BxC = (losses_BxM[..., None] * whose_MxC).sum(1)
+    return (losses_BxM[..., None] * whose_MxC).sum(1)
+
+  def items(logits, batch):
+    labels, losses_BxC = batch["labels"], losses(logits)
     right_B = jnp.take_along_axis(losses_BxC, labels[:, None], 1)[:, 0]
     predictions = jnp.argmin(losses_BxC, -1)
     return Items(
@@ -149,7 +190,12 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
       right=(predictions == labels).astype(jnp.float32),
     )
 
-  return CLASSIFICATION._replace(items=items, weights=lengths)
+  return CLASSIFICATION._replace(
+    items=items,
+    weights=lengths,
+    # Of the words alone, as a label is told; the vocabulary has more.
+    answers=lambda logits: jax.nn.softmax(-losses(logits), -1),
+  )
 
 
 NEXT_TOKEN = Objective(
@@ -163,5 +209,6 @@ NEXT_TOKEN = Objective(
   ),
   weights=lambda batch: batch["weights"],
   tokens=lambda batch: jnp.sum(batch["segment_ids"] > 0),
+  answers=_probabilities,
 )
 """The token after each, where it has a weight, (B, L); logits (B, L, V)."""

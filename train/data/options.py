@@ -1,35 +1,100 @@
-"""Options of the data."""
+"""The options of data: what is learned from, and how rows become batches."""
 
 import dataclasses
 from typing import Literal
 
-from ..options import option
+from ..errors import UsageError
+from ..options import option, spelt
+
+OnLong = Literal["cut", "skip", "error"]
+
+# The tasks of what --data names.
+INSTRUCTIONS = "instructions"
+_COLUMNS = ("classification", "regression")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  """The data to train on."""
+  """What is learned from."""
 
-  task: str = option("snippets")
+  task: str = "snippets"
   """The data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
   super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
-  digits, of images; or instructions, for a decoder to respond to."""
+  digits, of images; or of your own --data: classification, regression, or
+  instructions, for a decoder to respond to."""
   path: str = option("", flag="data")
-  """Of instructions: a .jsonl or .jsonl.gz file, or tfds:NAME."""
+  """Your own rows: a .csv, .tsv or .jsonl file (or .gz of one), a .parquet
+  file, a folder of images (CLASS/*.png, or train/CLASS/*.png), a folder that
+  Hugging Face datasets saved, or tfds:NAME."""
+  text: str = ""
+  """Column of the text, or several, as title,body; empty: text, sentence,
+  review and their like."""
+  text_pair: str = ""
+  """Column of the second text of a pair; empty: the second of sentence1 and
+  sentence2, premise and hypothesis and their like."""
+  label: str = ""
+  """Column of the label; empty: label, class, target and their like."""
+  validation: str = ""
+  """Rows to validate on, as --data; empty: some of --data are held out."""
+  test: str = ""
+  """Rows to test on, as --data; empty: some of --data are held out."""
+  held_out: float = option(0.0, least=0, below=0.45)
+  """Share of --data that is held out for validation, and again for the test; 0:
+  0.1, and of instructions 0.02 where that is a row."""
+  data_dir: str = ""
+  """Where data sets are prepared; empty: the user's cache folder."""
   train_rows: int = option(0, least=0)
   """Training rows to draw by the seed; 0: all."""
   eval_rows: int = option(0, least=0)
   """Rows to draw for validation, and for the test; 0: all."""
   max_length: int = option(256, least=3)
   """Tokens in an example; longer ones are cut."""
-  group_by_length: int = option(0, least=0)
-  """Batches' worth of shuffled rows to sort by length before they are cut into
-  batches: less padding, less random batches; 0: none."""
-  pack: bool = option(True)
+  pack: bool = True
   """Put several conversations in a row of max_length tokens (instructions)."""
-  on_long: Literal["cut", "skip", "error"] = option("cut")
+  on_long: OnLong = "cut"
   """What to do about a conversation of more than max_length tokens: cut its
   end, leave it out, or refuse it; one whose prompt alone is too long is left
   out in either of the first two, and counted (instructions)."""
-  data_dir: str = option("")
-  """Where data sets are prepared; empty: the user's cache folder."""
+  group_by_length: int = option(0, least=0)
+  """Batches' worth of shuffled rows to sort by length before they are cut into
+  batches: less padding, less random batches; 0: none."""
+  chat_template: str = ""
+  """File of a chat template, in Jinja, in place of the model's
+  (instructions)."""
+
+
+def check(options: DataOptions) -> None:
+  """Refuses options that do not go together, before any work starts.
+
+  Raises:
+    UsageError: that names the option, what came and what is allowed.
+  """
+  needs = options.task in (*_COLUMNS, INSTRUCTIONS)
+  if needs is not bool(options.path):
+    raise UsageError(
+      "--data names the rows of --task classification, regression or"
+      " instructions, and belongs to no other task; got"
+      f" {options.path!r} with --task {options.task}."
+    )
+  allowed = {
+    ("text", "text_pair", "label"): _COLUMNS,
+    ("validation", "test", "held_out"): (*_COLUMNS, INSTRUCTIONS),
+    ("chat_template",): (INSTRUCTIONS,),
+  }
+  for names, tasks in allowed.items():
+    for name in names:
+      if getattr(options, name) and options.task not in tasks:
+        raise UsageError(
+          f"{spelt(name)} is of --task {' or '.join(tasks)}; got it with --task"
+          f" {options.task}."
+        )
+  if options.text_pair and not options.text:
+    raise UsageError(
+      "--text-pair is the second text of a pair, whose first is --text; got"
+      f" --text-pair {options.text_pair} alone."
+    )
+  if options.held_out and options.validation and options.test:
+    raise UsageError(
+      "--held-out is for a --data without a --validation or a --test of their"
+      " own; got all three."
+    )

@@ -1,7 +1,6 @@
 """Tokenized conversations to batches of next tokens, several in a row."""
 
 import bisect
-from collections.abc import Sequence
 import dataclasses
 
 import grain
@@ -78,16 +77,19 @@ def pack(sequences: Sequences, max_length: int) -> Packed:
   )
 
 
-def unpacked(
-  sequences: Sequences, buckets: Sequence[int] = pipeline.BUCKETS
-) -> Packed:
+def unpacked(sequences: Sequences, max_length: int) -> Packed:
   """Gives each sequence a row of its own, padded to a bucket.
 
+  A batch has the smallest of `pipeline.lengths_for` that holds the longest row
+  of the global batch; none is longer than `max_length`.
+
   Args:
-    sequences: the tokens.
-    buckets: the lengths allowed, increasing. A batch has the smallest that
-      holds the longest row of the global batch.
+    sequences: each of at most `max_length` tokens.
+    max_length: the most tokens of a row.
   """
+  longest = int(sequences.lengths.max(initial=0))
+  lengths = pipeline.lengths_for(longest, max_length)
+  buckets = sorted({min(length, max_length) for length in lengths})
   rows = np.arange(len(sequences))
   return Packed(sequences, rows, np.append(rows, len(rows)), tuple(buckets))
 
@@ -148,8 +150,6 @@ def train_batches(
 def eval_batches(
   packed: Packed,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
   pad_id: int = 0,
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
@@ -158,9 +158,7 @@ def eval_batches(
 
   Args:
     packed: the rows, at least one.
-    batch_size: rows of the global batch.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
+    batch_size: rows of a batch.
     pad_id: the token id beyond a row's end.
 
   Returns:
@@ -175,14 +173,7 @@ def eval_batches(
     batch["weights"] *= (index >= 0)[:, None]
     return batch
 
-  return batching.evaluate(
-    fill,
-    packed.lengths,
-    batch_size,
-    process_index,
-    process_count,
-    packed.buckets,
-  )
+  return batching.evaluate(fill, packed.lengths, batch_size, packed.buckets)
 
 
 def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:

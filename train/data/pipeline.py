@@ -1,9 +1,9 @@
 """From a task's rows to batches of tokens: load, tokenize, batch with Grain."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -13,7 +13,9 @@ from .batching import Batch
 from .task import Split, Task, Text
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 256)
-"""The lengths a batch may be padded to: one compiled step for each."""
+"""The lengths that a batch of short rows may be padded to: one compiled step
+for each. `lengths_for` has those of longer rows."""
+_GROWTH, _LARGER = 1.5, 5
 
 Encode = Callable[
   [Sequence[Text], int], Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -23,10 +25,10 @@ _ROWS_AT_A_TIME = 1024
 
 
 class Row(NamedTuple):
-  """A text, or a pair of texts, and the index of its label."""
+  """A text, or a pair of texts, and the index of its label, or its value."""
 
   text: Text
-  label: int
+  label: int | float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,13 +39,15 @@ class Examples:
     tokens: [total] int32, token ids of all rows.
     token_types: [total] int32, 0 in the first text of a pair, 1 in the second.
     offsets: [rows + 1] int64; row i is `tokens[offsets[i]:offsets[i + 1]]`.
-    labels: [rows] int32.
+    labels: [rows] int32, or float32 of a regression.
+    max_length: the most tokens that a row may have, if that is known.
   """
 
   tokens: np.ndarray
   token_types: np.ndarray
   offsets: np.ndarray
   labels: np.ndarray
+  max_length: int | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -54,6 +58,75 @@ class Examples:
     return np.diff(self.offsets)
 
 
+def lengths_for(longest: int, max_length: int | None = None) -> tuple[int, ...]:
+  """Returns the lengths that batches may be padded to.
+
+  They are `BUCKETS`, and beyond these as far as the rows go at most five more:
+  each 1.5 times the one before, or more where that would not be enough.
+
+  Args:
+    longest: tokens of the longest row.
+    max_length: no length beyond `BUCKETS` is larger; at least `longest`.
+  """
+  last = BUCKETS[-1]
+  if longest <= last:
+    return BUCKETS
+  steps = int(np.ceil(np.log(longest / last) / np.log(_GROWTH)))
+  steps = min(steps, _LARGER)
+  larger = [
+    int(np.ceil(last * (longest / last) ** (step / steps) / 64 - 1e-6)) * 64
+    for step in range(1, steps + 1)
+  ]
+  return (*BUCKETS, *sorted({min(x, max_length or x) for x in larger}))
+
+
+def drawn(
+  task: Task,
+  split: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  limit: int | None = None,
+  seed: int = 0,
+) -> list[Mapping[str, Any]]:
+  """Returns the rows of a split of a task as its source has them.
+
+  Args:
+    task: the task, with a source.
+    split: one of the task's splits.
+    data_dir: the folder of prepared datasets; the user's cache if None.
+    limit: take this many rows only, or all if there are fewer, chosen by `seed`
+      alone; for one seed, a smaller choice is part of each larger one.
+    seed: any integer.
+
+  Raises:
+    ValueError: if there is no such split, or a row's label cannot be.
+    RuntimeError: if the dataset cannot be had (see `prepare.open_stored`).
+  """
+  chosen, source = task.split(split), task.source
+  assert source is not None, task.name
+  if limit is not None:
+    batching.require_positive(limit=limit)
+  stored = source.read(chosen.stored, os.fspath(data_dir) if data_dir else None)
+  places = list(range(len(stored)))
+  if limit is not None:
+    places.sort(
+      key=lambda i: hashing.digest(f"{seed} {source.number(chosen.stored, i)}")
+    )
+  rows = []
+  for i in places:
+    if len(rows) == limit:
+      break
+    row = stored[i]
+    if task.labels and row[task.label] not in range(len(task.labels)):
+      raise ValueError(
+        f"{source.where(chosen.stored, i)}: {task.label} is"
+        f" {row[task.label]!r}; it must be the number of one of the"
+        f" {len(task.labels)} labels of {task.name}, from 0."
+      )
+    if chosen.part == "all" or _belongs(task.text(row), chosen, task.held_out):
+      rows.append(row)
+  return rows
+
+
 def load(
   task: Task,
   split: str,
@@ -61,42 +134,17 @@ def load(
   limit: int | None = None,
   seed: int = 0,
 ) -> list[Row]:
-  """Returns the rows of a split of a task, in memory, in a fixed order.
+  """Returns the texts and labels of a split of a task, in a fixed order.
 
-  Args:
-    task: the task.
-    split: one of the task's splits.
-    data_dir: the folder of prepared datasets; the user's cache if None.
-    limit: take this many rows only, chosen by `seed` alone; for one seed, a
-      smaller choice is part of each larger one.
-    seed: any integer.
-
-  Raises:
-    ValueError: if there is no such split, or fewer rows than `limit`.
-    RuntimeError: if the dataset cannot be had (see `prepare.open_stored`).
+  Arguments and errors are those of `drawn`.
   """
-  chosen = task.split(split)
-  if limit is not None:
-    batching.require_positive(limit=limit)
-  from . import prepare
+  return labelled(task, drawn(task, split, data_dir, limit, seed))
 
-  stored = prepare.open_stored(task, chosen.stored, data_dir)
-  places = list(range(len(stored)))
-  if limit is not None:
-    places.sort(key=lambda i: hashing.digest(f"{seed} {i}"))
-  rows = []
-  for i in places:
-    if len(rows) == limit:
-      break
-    fields = stored[i]
-    row = Row(task.text(fields), int(fields["label"]))
-    if _belongs(row.text, chosen, task.held_out):
-      rows.append(row)
-  if limit is not None and len(rows) < limit:
-    raise ValueError(
-      f"limit is {limit}, but {task.name} has {len(rows)} rows in {split}."
-    )
-  return rows
+
+def labelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+  """Returns the texts and labels of rows; without a label, it is 0."""
+  number = float if task.kind == "regression" else int
+  return [Row(task.text(row), number(row.get(task.label, 0))) for row in rows]
 
 
 def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
@@ -137,8 +185,15 @@ def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
     tokens=np.concatenate(tokens),
     token_types=np.concatenate(types),
     offsets=np.concatenate([[0], np.cumsum(lengths)]),
-    labels=np.asarray([row.label for row in rows], np.int32),
+    labels=labels_of([row.label for row in rows]),
+    max_length=max_length,
   )
+
+
+def labels_of(values: Sequence[int | float]) -> np.ndarray:
+  """[rows] int32 of classes, or float32 of a regression."""
+  found = np.asarray(values)
+  return found.astype(np.float32 if found.dtype.kind == "f" else np.int32)
 
 
 def train_batches(
@@ -148,7 +203,7 @@ def train_batches(
   epochs: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-  buckets: Sequence[int] = BUCKETS,
+  buckets: Sequence[int] = (),
   pad_id: int = 0,
   group_by_length: int = 0,
 ) -> grain.DatasetIterator[Batch]:
@@ -166,8 +221,9 @@ def train_batches(
     epochs: how many; without end if None.
     process_index: which equal part of each global batch is wanted.
     process_count: how many parts there are.
-    buckets: the lengths allowed, increasing. A batch has the smallest that
-      holds the longest row of the global batch, the same in all processes.
+    buckets: the lengths allowed, increasing; by default `lengths_for`. A
+      batch has the smallest that holds the longest row of the global batch, the
+      same in all processes.
     pad_id: the token id beyond a row's end.
     group_by_length: if n > 1, rows are sorted by length within each n batches'
       worth of shuffled rows before they are cut into batches, and the batches
@@ -195,7 +251,7 @@ def train_batches(
     epochs,
     process_index,
     process_count,
-    buckets,
+    buckets or _buckets(examples),
     group_by_length,
   )
 
@@ -203,9 +259,7 @@ def train_batches(
 def eval_batches(
   examples: Examples,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
-  buckets: Sequence[int] = BUCKETS,
+  buckets: Sequence[int] = (),
   pad_id: int = 0,
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
@@ -215,10 +269,8 @@ def eval_batches(
 
   Args:
     examples: the rows, at least one.
-    batch_size: rows of the global batch.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
-    buckets: the lengths allowed, increasing (see `train_batches`).
+    batch_size: rows of a batch.
+    buckets: see `train_batches`.
     pad_id: the token id beyond a row's end.
 
   Returns:
@@ -236,14 +288,12 @@ def eval_batches(
     batch["index"] = index.astype(np.int32)
     return batch
 
-  return batching.evaluate(
-    fill,
-    examples.lengths,
-    batch_size,
-    process_index,
-    process_count,
-    buckets,
-  )
+  lengths = buckets or _buckets(examples)
+  return batching.evaluate(fill, examples.lengths, batch_size, lengths)
+
+
+def _buckets(examples: Examples) -> tuple[int, ...]:
+  return lengths_for(int(examples.lengths.max()), examples.max_length)
 
 
 def _pad(
@@ -262,8 +312,5 @@ def _pad(
 
 
 def _belongs(text: Text, split: Split, held_out: float) -> bool:
-  if split.part == "all":
-    return True
-  texts = (text,) if isinstance(text, str) else text
-  normal = "\n".join(hashing.normalise(text) for text in texts)
-  return (hashing.share(normal) < held_out) == (split.part == "held_out")
+  joined = hashing.joined((text,) if isinstance(text, str) else text)
+  return (hashing.share(joined) < held_out) == (split.part == "held_out")

@@ -16,15 +16,30 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 import urllib.request
 import zipfile
 
 import tensorflow_datasets as tfds
 
-from .task import Task
-
 _TIMEOUT_SECONDS = 30
+
+
+class Dataset(NamedTuple):
+  """A TFDS dataset that is prepared here.
+
+  Attributes:
+    name: of the dataset, for errors.
+    builder: the TFDS builder, as `module:Class`.
+    config: the builder's configuration, or None if it has none.
+    originals: (file name, URL) of each file it is prepared from; empty if it
+      comes with this repository.
+  """
+
+  name: str
+  builder: str
+  config: str | None = None
+  originals: tuple[tuple[str, str], ...] = ()
 
 
 def default_data_dir() -> pathlib.Path:
@@ -34,7 +49,7 @@ def default_data_dir() -> pathlib.Path:
 
 
 def open_stored(
-  task: Task, stored: str, data_dir: str | os.PathLike[str] | None = None
+  dataset: Dataset, stored: str, data_dir: str | os.PathLike[str] | None = None
 ) -> Sequence[dict[str, Any]]:
   """Returns the rows of a stored split, preparing the dataset if it is not yet.
 
@@ -42,7 +57,7 @@ def open_stored(
   its own, and the first to rename it into place wins.
 
   Args:
-    task: the task.
+    dataset: which.
     stored: the TFDS name of a split, such as `validation_matched`.
     data_dir: the folder of prepared datasets; its `originals` folder is where
       original files are looked for, and where they are downloaded to.
@@ -55,23 +70,25 @@ def open_stored(
       the dataset cannot be prepared from it.
   """
   folder = pathlib.Path(data_dir or default_data_dir()).expanduser().absolute()
-  builder = _builder(task, folder)
+  builder = _builder(dataset, folder)
   if not builder.data_path.exists():
-    _prepare(task, folder, builder)
-    builder = _builder(task, folder)
+    _prepare(dataset, folder, builder)
+    builder = _builder(dataset, folder)
   # TFDS's logging decorator hides the signature from pyright.
   return builder.as_data_source(stored)  # pyright: ignore[reportCallIssue]
 
 
-def _builder(task: Task, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-  module, name = task.builder.split(":")
+def _builder(
+  dataset: Dataset, folder: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+  module, name = dataset.builder.split(":")
   builder = getattr(importlib.import_module(module), name)
-  config = {} if task.config is None else {"config": task.config}
+  config = {} if dataset.config is None else {"config": dataset.config}
   return builder(data_dir=folder, file_format="array_record", **config)
 
 
 def _prepare(
-  task: Task, folder: pathlib.Path, final: tfds.core.DatasetBuilder
+  dataset: Dataset, folder: pathlib.Path, final: tfds.core.DatasetBuilder
 ) -> None:
   originals = folder / "originals"
   try:
@@ -83,10 +100,10 @@ def _prepare(
       " one with --data-dir."
     ) from error
   try:
-    for file, url in task.originals:
-      _fetch(task, url, originals / file)
+    for file, url in dataset.originals:
+      _fetch(dataset, url, originals / file)
       _unzip(originals / file, work / "extracted" / f"ZIP.{file}")
-    _generate(task, work, originals)
+    _generate(dataset, work, originals)
     source = work / pathlib.Path(final.data_dir).relative_to(folder)
     target = pathlib.Path(final.data_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +116,9 @@ def _prepare(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _generate(task: Task, work: pathlib.Path, originals: pathlib.Path) -> None:
+def _generate(
+  dataset: Dataset, work: pathlib.Path, originals: pathlib.Path
+) -> None:
   config = tfds.download.DownloadConfig(
     manual_dir=originals,
     extract_dir=work / "extracted",
@@ -109,19 +128,19 @@ def _generate(task: Task, work: pathlib.Path, originals: pathlib.Path) -> None:
     tfds.disable_progress_bar()
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints
-      _builder(task, work).download_and_prepare(
+      _builder(dataset, work).download_and_prepare(
         download_dir=work / "downloads", download_config=config
       )
   except Exception as error:
-    files = ", ".join(str(originals / file) for file, _ in task.originals)
+    files = ", ".join(str(originals / file) for file, _ in dataset.originals)
     source = files or "the file that comes with this repository"
     hint = "\nA file that is deleted is downloaded again." if files else ""
     raise RuntimeError(
-      f"{task.name} cannot be prepared from {source}: {error}{hint}"
+      f"{dataset.name} cannot be prepared from {source}: {error}{hint}"
     ) from error
 
 
-def _fetch(task: Task, url: str, path: pathlib.Path) -> None:
+def _fetch(dataset: Dataset, url: str, path: pathlib.Path) -> None:
   if path.exists():
     return
   partial = None
@@ -137,9 +156,9 @@ def _fetch(task: Task, url: str, path: pathlib.Path) -> None:
     if partial is not None:
       partial.unlink(missing_ok=True)
     raise RuntimeError(
-      f"{task.name} needs {path.name}, and downloading {url} failed: {error}."
-      f" Get the file by other means and put it at {path}, or name a folder"
-      " that has it in `originals` with --data-dir."
+      f"{dataset.name} needs {path.name}, and downloading {url} failed:"
+      f" {error}. Get the file by other means and put it at {path}, or name a"
+      " folder that has it in `originals` with --data-dir."
     ) from error
 
 

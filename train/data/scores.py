@@ -11,21 +11,41 @@ from sklearn import pipeline as sklearn_pipeline
 from .batching import Batch
 from .objectives import Items
 
+
+def _correlation(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], float]:
+  """A correlation; 0 where one side is constant, which has none."""
+
+  def found(true: Any, predicted: Any) -> float:
+    if len(true) < 2 or np.ptp(true) == 0 or np.ptp(predicted) == 0:
+      return 0.0
+    return float(of(true, predicted).statistic)
+
+  return found
+
+
 METRICS: dict[str, Callable[[Any, Any], float]] = {
   "accuracy": metrics.accuracy_score,
   "matthews_correlation": metrics.matthews_corrcoef,
+  "rmse": metrics.root_mean_squared_error,
+  "pearson": _correlation(stats.pearsonr),
+  "spearman": _correlation(stats.spearmanr),
 }
+LOWER_IS_BETTER = ("rmse", "perplexity")
+VALUES = "values"
+"""The unit of what a regression predicts: none of them is right or wrong."""
 
 
 class Evaluation(NamedTuple):
   """How a model does on a split.
 
   Attributes:
-    metrics: by name, as fractions.
-    loss: mean cross-entropy in nats.
-    correct: number of right predictions.
+    metrics: by name; shares are fractions.
+    loss: mean cross-entropy in nats, or mean squared error of standardised
+      values.
+    correct: number of right predictions; 0 of values.
     rows: number of all.
-    unit: what they are of; tokens depend on each other, rows do not.
+    unit: what they are of; tokens depend on each other, rows do not, and values
+      are not right or wrong.
   """
 
   metrics: dict[str, float]
@@ -42,6 +62,16 @@ class Evaluation(NamedTuple):
       0.95, method="wilson"
     )
     return float(found.low), float(found.high)
+
+  def to_json(self) -> dict[str, Any]:
+    """The numbers, as a run's `results.json` has them."""
+    return {
+      **self.metrics,
+      "loss": self.loss,
+      "rows": self.rows,
+      "unit": self.unit,
+      "accuracy_95": self.interval(),
+    }
 
 
 class Rows(NamedTuple):
@@ -66,7 +96,7 @@ def evaluate(
     rows: of the split.
     names: of the metrics.
   """
-  labels = np.empty(len(rows.labels), np.int64)
+  labels = np.empty(len(rows.labels), rows.labels.dtype)
   losses = np.empty(len(rows.labels), np.float64)
   for batch in rows.batches:
     real = batch["weights"] > 0
@@ -77,16 +107,17 @@ def evaluate(
   return _evaluation(rows.labels, labels, float(losses.mean()), names)
 
 
-def logistic_regression(
+def baseline(
   features: Callable[[Batch], Any],
   train: Rows,
   validation: Rows,
   test: Rows,
   names: Sequence[str],
 ) -> Evaluation:
-  """Logistic regression on frozen features: what adapters have to beat.
+  """A linear model of frozen features: what adapters have to beat.
 
-  Its inverse regularisation, of 0.001 to 10, is chosen on the validation rows.
+  It is a logistic regression, or of values a ridge regression. Its inverse
+  regularisation, of 0.001 to 10, is chosen on the validation rows.
 
   Args:
     features: a batch to features, (B, D).
@@ -103,28 +134,45 @@ def logistic_regression(
         found[int(index)] = row
     return np.stack([found[i] for i in range(len(rows.labels))])
 
+  values = train.labels.dtype.kind == "f"
   x_train, x_validation, x_test = map(of, (train, validation, test))
   models = [
     sklearn_pipeline.make_pipeline(
       preprocessing.StandardScaler(),
-      linear_model.LogisticRegression(C=c, max_iter=5000),
+      linear_model.Ridge(alpha=1 / c)
+      if values
+      else linear_model.LogisticRegression(C=c, max_iter=5000),
     ).fit(x_train, train.labels)
     for c in (0.001, 0.01, 0.1, 1.0, 10.0)
   ]
   best = max(
     models,
-    key=lambda m: METRICS[names[0]](validation.labels, m.predict(x_validation)),
+    key=lambda m: better(
+      names[0], METRICS[names[0]](validation.labels, m.predict(x_validation))
+    ),
   )
-  loss = metrics.log_loss(
-    test.labels, best.predict_proba(x_test), labels=best.classes_
-  )
-  return _evaluation(test.labels, best.predict(x_test), float(loss), names)
+  predicted = best.predict(x_test)
+  if values:
+    errors = (predicted - test.labels) / np.std(train.labels)
+    loss = np.mean(np.square(errors))
+  else:
+    loss = metrics.log_loss(
+      test.labels, best.predict_proba(x_test), labels=best.classes_
+    )
+  return _evaluation(test.labels, predicted, float(loss), names)
+
+
+def better(name: str, value: float) -> float:
+  """What is higher for a better value of a metric."""
+  return -value if name in LOWER_IS_BETTER else value
 
 
 def _evaluation(true, predicted, loss, names) -> Evaluation:
+  values = true.dtype.kind == "f"
   return Evaluation(
     metrics={name: float(METRICS[name](true, predicted)) for name in names},
     loss=loss,
-    correct=int(np.sum(true == predicted)),
+    correct=0 if values else int(np.sum(true == predicted)),
     rows=len(true),
+    unit=VALUES if values else "rows",
   )

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from . import registry
+from .task import Task
 
 
 class SuperGlueJsonl(tfds.core.GeneratorBasedBuilder):
@@ -49,7 +50,8 @@ class SuperGlueJsonl(tfds.core.GeneratorBasedBuilder):
   def _split_generators(
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Iterator[tuple[int, Mapping[str, Any]]]]:
-    ((file, url),) = self._task.originals
+    assert self._task.source is not None
+    ((file, url),) = self._task.source.originals
     folder = pathlib.Path(dl_manager.download_and_extract(url))
     folder /= pathlib.Path(file).stem
     return {
@@ -88,7 +90,7 @@ class SuperGlueJsonl(tfds.core.GeneratorBasedBuilder):
     return {**row, "label": label}
 
   @property
-  def _task(self) -> registry.Task:
+  def _task(self) -> Task:
     config = self.builder_config
     assert config is not None
     return registry.get(f"super_glue/{config.name}")

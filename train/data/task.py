@@ -1,20 +1,48 @@
-"""What a text classification task is: texts, labels, metrics and splits."""
+"""The records of data: where rows come from, and what is learned from them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import string
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Text = str | tuple[str, str]
+Kind = Literal["classification", "regression", "conversations"]
+
+
+def _place(split: str, row: int) -> str:
+  return f"{split}, row {row}"
+
+
+def _same(split: str, row: int) -> int:
+  del split
+  return row
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """A split of a task, in terms of the splits its dataset is stored in.
+class Source:
+  """Where rows come from.
 
   Attributes:
-    name: `train`, `validation`, `test`, or a further test split.
-    stored: the split of the TFDS dataset that holds its rows.
+    read: (stored split, folder of prepared datasets or None) -> its rows, each
+      a mapping from fields to values, at random access.
+    originals: (file name, URL) of each file that must be fetched first.
+    where: (stored split, row) -> the row's place in words, for errors.
+    number: (stored split, row) -> the number that the row is drawn by; it
+      stays as it is when rows around it are held out.
+  """
+
+  read: Callable[[str, str | None], Sequence[Mapping[str, Any]]]
+  originals: tuple[tuple[str, str], ...] = ()
+  where: Callable[[str, int], str] = _place
+  number: Callable[[str, int], int] = _same
+
+
+class Split(NamedTuple):
+  """A split of a task, in terms of the splits that its source stores.
+
+  Attributes:
+    name: `train`, `validation` or `test`.
+    stored: the source's split that holds its rows.
     part: `all` rows, or, where one stored split serves twice, the rows that
       a hash of their text `keeps` or sets aside (`held_out`).
   """
@@ -24,42 +52,84 @@ class Split:
   part: Literal["all", "kept", "held_out"] = "all"
 
 
+STORED = tuple(Split(name, name) for name in ("train", "validation", "test"))
+HELD_OUT = (
+  Split("train", "train", "kept"),
+  Split("validation", "train", "held_out"),
+  Split("test", "validation"),
+)
+"""Where the published test split has no labels, the published validation split
+is the task's `test`, and a fixed part of `train` its `validation`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A classification task over one text, or a pair, as an encoder reads it.
-
-  Where the published test split has no labels (GLUE, SuperGLUE), the published
-  validation split is this task's `test`, and a fixed part of the published
-  training split, chosen by a hash of the text, is its `validation`.
+  """What is learned from rows.
 
   Attributes:
     name: what `--task` takes.
-    builder: the TFDS builder, as `module:Class`.
-    config: the builder's configuration, or None if it has none.
-    texts: one or two `str.format` templates over the row's fields.
+    kind: `classification`, `regression` or `conversations`.
+    source: of the rows; None for what `--data` names.
+    texts: one or two texts: each a `str.format` template over the row's
+      fields, or a tuple of fields, which are joined by newlines.
+    image: in place of texts, the field that holds an image: uint8 (height,
+      width) or (height, width, 3), a file's path, or its bytes.
+    side: pixels along the side of the square that a model is given; 0 for the
+      one that the model's positions were learned at.
+    label: the field of the label: of a class, its number; of a regression, a
+      float.
     labels: the classes' names; a label is an index into them.
     metrics: what is reported, the one to select by first.
     splits: the labelled splits.
     held_out: the share of the stored training rows that is set aside.
-    originals: (file name, URL) of each file the dataset is prepared from;
-      empty if it comes with this repository.
+    prompt: what a model that answers in words is asked of the texts.
+    words: what it answers, in the order of the labels; empty for their names.
+    centre: of a regression, what is taken from labels before they are learned.
+    spread: and what they are then divided by.
   """
 
   name: str
-  builder: str
-  config: str | None
-  texts: tuple[str] | tuple[str, str]
-  labels: tuple[str, ...]
-  splits: tuple[Split, ...]
+  kind: Kind = "classification"
+  source: Source | None = None
+  texts: tuple[str | tuple[str, ...], ...] = ()
+  image: str = ""
+  side: int = 0
+  label: str = "label"
+  labels: tuple[str, ...] = ()
   metrics: tuple[str, ...] = ("accuracy",)
+  splits: tuple[Split, ...] = STORED
   held_out: float = 0.0
-  originals: tuple[tuple[str, str], ...] = ()
+  prompt: str = ""
+  words: tuple[str, ...] = ()
+  centre: float = 0.0
+  spread: float = 1.0
 
   @property
   def fields(self) -> tuple[str, ...]:
     """The fields of a row that its texts are made of, in order of use."""
-    parsed = [part for text in self.texts for part in _parse(text)]
-    return tuple(dict.fromkeys(field for _, field, _, _ in parsed if field))
+    found: list[str] = []
+    for text in self.texts:
+      if isinstance(text, tuple):
+        found += text
+      else:
+        found += [field for _, field, _, _ in _parse(text) if field]
+    return tuple(dict.fromkeys(found))
+
+  @property
+  def outputs(self) -> int:
+    """Numbers that a new head gives for a row."""
+    return 1 if self.kind == "regression" else len(self.labels)
+
+  @property
+  def instruction(self) -> str:
+    """The prompt, or a general one if the task has none."""
+    of = "text" if len(self.texts) == 1 else "two texts"
+    return self.prompt or f"classify the {of}:"
+
+  @property
+  def answers(self) -> tuple[str, ...]:
+    """The words, or the labels' names if the task has none."""
+    return self.words or self.labels
 
   def text(self, row: Mapping[str, Any]) -> Text:
     """Returns the row's text, or its pair of texts.
@@ -68,7 +138,12 @@ class Task:
       row: field name -> str, or UTF-8 bytes as TFDS stores them.
     """
     fields = {name: _decode(row[name]) for name in self.fields}
-    texts = tuple(text.format_map(fields) for text in self.texts)
+    texts = [
+      "\n".join(fields[name] for name in text)
+      if isinstance(text, tuple)
+      else text.format_map(fields)
+      for text in self.texts
+    ]
     return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
   def split(self, name: str) -> Split:
@@ -83,8 +158,38 @@ class Task:
     allowed = ", ".join(split.name for split in self.splits)
     raise ValueError(f"{self.name} has no split {name!r}; it has {allowed}.")
 
+  def description(self) -> dict[str, Any]:
+    """All that new rows need, as JSON has it: `from_description` reads it."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.name not in _NOT_DESCRIBED
+    }
 
+  @classmethod
+  def from_description(cls, found: Mapping[str, Any]) -> "Task":
+    """Returns a task without a source, for rows that are new.
+
+    Raises:
+      ValueError: if it is not what `description` gives.
+    """
+    names = {field.name for field in dataclasses.fields(cls)} - _NOT_DESCRIBED
+    if not isinstance(found, Mapping) or set(found) != names:
+      raise ValueError(
+        f"A task's description has the keys {', '.join(sorted(names))}; got"
+        f" {', '.join(sorted(found))}."
+      )
+    return cls(**{name: _tuples(value) for name, value in found.items()})
+
+
+_NOT_DESCRIBED = {"source", "splits", "held_out"}
 _parse = string.Formatter().parse
+
+
+def _tuples(value: Any) -> Any:
+  return (
+    tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+  )
 
 
 def _decode(value: str | bytes) -> str:

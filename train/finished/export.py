@@ -1,6 +1,6 @@
 """`python -m train export`: what a run has trained, for other programs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -9,24 +9,19 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import Any
 
-from flax import linen as nn
 import huggingface_hub
 import numpy as np
 import safetensors.numpy
 import tyro
 
-import bilora_jax
 from bilora_jax import peft
 
 from .. import command
-from ..data import images
-from ..data import registry as tasks
 from ..errors import UsageError
-from ..models import load
-from ..models.family import Pretrained
-from ..run import config as config_lib
+from ..models.io import weights
+from . import card, hub
+from .finished import Finished, open_run
 
 # Beside the weights, what transformers makes a tokenizer of.
 _TOKENIZER = (
@@ -37,19 +32,24 @@ _TOKENIZER = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
+  "spiece.model",
   "chat_template.jinja",
   "generation_config.json",
 )
 _SHARD = 2 * 10**9  # bytes
+_WRITTEN = ("adapter_config.json", "config.json")
+"""One of them is in each folder that is written here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Writes a run's adapters as PEFT's, or the model with them merged.
+  """Writes a run's adapters for PEFT, or its model for transformers.
 
   PEFT and transformers then compute what the run was tested with: of a language
   model the same logits; of an encoder of texts a token classifier, whose mean
-  over the real tokens is ours; of one of images an image classifier.
+  over the real tokens is ours; of one of images an image classifier. A run
+  without adapters is always a whole model. README.md is a card of the model,
+  with lines of Python that load it.
   """
 
   run: str
@@ -59,134 +59,137 @@ class Options:
   merged: bool = False
   """Write the whole model, the adapters added to its weights."""
   base_model: str = ""
-  """What PEFT's readers are told that the adapters are for; empty: the run's
-  model."""
+  """What readers are told that the model was made of, as a name on the hub;
+  empty: what is known of the run's --model."""
+  overwrite: bool = False
+  """Replace --out if an export is there."""
+  push_to_hub: str = ""
+  """Upload the folder to this repository of the Hugging Face hub, as
+  user/name."""
+  private: bool = False
+  """If the repository is new, only you and your organisation see it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command. Returns 0, 1 if it cannot write, or 2 for bad usage."""
+  """Writes the folder, and says what it is. Returns 0.
+
+  Raises:
+    ValueError: if there is no such run, what it kept cannot be written so, or
+      the hub refuses it.
+    OSError: if a file cannot be written, or the hub is not reached.
+  """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
-  try:
-    print(export(options))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+  out = pathlib.Path(options.out).expanduser().absolute()
+  if options.private and not options.push_to_hub:
+    raise UsageError("--private is of --push-to-hub, which is missing.")
+  if options.push_to_hub:
+    hub.check(options.push_to_hub)
+  _check_out(out, options.overwrite)
+  run = open_run(options.run)
+  _check_other(out, run)
+  whole = options.merged or run.adapted is None
+  base, note = options.base_model, ""
+  if not base:
+    base, note = weights.origin(run.config.model.name)
+  if not base:
+    print(
+      f"warning: {run.config.model.name} is a model of this machine; "
+      "--base-model says what it is to others.",
+      file=sys.stderr,
+    )
+  elif note and not whole:
+    print(f"warning: {note}", file=sys.stderr)
+  with _replacing(out) as part:
+    if whole or run.adapted is None:
+      _write_model(part, run)
+      what = f"{out} is a {_kind(run)} of transformers."
+    else:
+      peft.save(
+        part,
+        run.adapted,
+        run.adapters,
+        run.pretrained.kind(run.model).names,
+        base_model=base or card.LOCAL,
+        task_type=run.pretrained.kind(run.model).task_type,
+        # A run that keeps its second adapter was asked to.
+        auxiliary="auxiliary" in run.adapters,
+      )
+      what = f"{out} is a LoRA of PEFT, for a {_kind(run)}."
+    _write_tokenizer(part, run)
+    text = card.write(run, base, note, options.push_to_hub or out.name, whole)
+    (part / "README.md").write_text(text)
+  print(what)
+  if options.push_to_hub:
+    print(hub.push(out, options.push_to_hub, options.private))
   return 0
 
 
-def export(options: Options) -> str:
-  """Does it, and says what was written.
+def _kind(run: Finished) -> str:
+  return run.pretrained.kind(run.model).architecture
 
-  Raises:
-    ValueError: if there is no such run, it trained no adapters, or they cannot
-      be written so.
-    OSError: if a file cannot be written.
-  """
-  folder = pathlib.Path(options.run)
-  run = config_lib.from_run(folder)
-  saved = folder / "adapters"
-  if not saved.is_dir():
+
+def _check_out(out: pathlib.Path, overwrite: bool) -> None:
+  """Refuses a folder with something in it, unless it may be replaced."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return
+  if not overwrite:
     raise UsageError(
-      f"{folder} has no adapters: they are written when a run has ended, of a "
-      f"--method that has any; this is a run of --method {run.method.name}."
+      f"--out is a new or an empty folder; got {out}, where something is "
+      "(--overwrite replaces an export)."
     )
-  out = pathlib.Path(options.out)
-  if options.merged and out.exists():
-    _check_empty(out)
-  pretrained = load.open_pretrained(run.model.name, run.model.hub_revision)
-  labels = _labels(run, pretrained)
-  model = _model(run, pretrained, labels)
-  kind = pretrained.kind(model)
-  adapted = bilora_jax.adapt(
-    model, bilora_jax.load_spec(saved), *pretrained.example_inputs()
-  )
-  adapters = bilora_jax.load_adapters(saved, adapted)
-  if options.merged:
-    params = _merged(run, pretrained, model, adapted, adapters)
-    tensors = pretrained.tensors_of(model, params)
-    config = pretrained.exported_config(model, tensors, labels)
-    _write_model(out, tensors, config, pretrained)
-    return f"{out} is a {kind.architecture} of transformers."
-  peft.save(
-    out,
-    adapted,
-    adapters,
-    kind.names,
-    base_model=options.base_model or _source(run.model.name, pretrained),
-    task_type=kind.task_type,
-    # A run that keeps its second adapter was asked to.
-    auxiliary="auxiliary" in adapters,
-  )
-  return f"{out} is a LoRA of PEFT, for a {kind.architecture}."
-
-
-def _check_empty(out: pathlib.Path) -> None:
-  if not out.is_dir() or any(out.iterdir()):
+  if not any((out / name).is_file() for name in _WRITTEN):
     raise UsageError(
-      f"--out is a new or an empty folder for a whole model; got {out}, where "
-      "something is."
+      f"--overwrite replaces a folder that export wrote; got {out}, which has "
+      f"neither {' nor '.join(_WRITTEN)}."
     )
 
 
-def _labels(run: config_lib.Config, pretrained: Pretrained) -> tuple[str, ...]:
-  """Of a new head."""
-  if not pretrained.family.has_new_head:
-    return ()
-  is_of_images = pretrained.family.reads == "images"
-  return (images if is_of_images else tasks).get(run.data.task).labels
+def _check_other(out: pathlib.Path, run: Finished) -> None:
+  """Refuses to put an export where what it is made of is."""
+  for name, path in (("run", run.folder), ("model", run.pretrained.path)):
+    if path.resolve().is_relative_to(out.resolve()):
+      raise UsageError(f"--out {out} holds the {name} that is exported.")
 
 
-def _model(
-  run: config_lib.Config, pretrained: Pretrained, labels: Sequence[str]
-) -> nn.Module:
-  # A run's adapters are stacked where its layers were.
-  options = run.model.of_module
-  if labels:
-    return pretrained.classifier(len(labels), **options)
-  return pretrained.language_model(**options)
-
-
-def _merged(
-  run: config_lib.Config,
-  pretrained: Pretrained,
-  model: nn.Module,
-  adapted: bilora_jax.Adapted,
-  adapters: Mapping[str, Any],
-) -> Mapping[str, Any]:
-  if "auxiliary" in adapters:
-    raise UsageError(
-      f"the run kept both adapters of {run.method.name}, and --merged merges "
-      "one; write them without it, and merge them with PEFT."
-    )
-  # As the run saw them: the adapters make up for the rounding.
-  variables = pretrained.variables(
-    model, dtype=run.model.param_dtype, adapted=adapted
-  )
-  return adapted.merge(variables, adapters, donate=True)["params"]
-
-
-def _write_model(
-  out: pathlib.Path,
-  tensors: Mapping[str, np.ndarray],
-  config: Mapping[str, Any],
-  pretrained: Pretrained,
-) -> None:
-  """Makes the folder at once, when all is on the disk."""
+@contextlib.contextmanager
+def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write, which is at its place at once when all is there."""
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+  old = part.with_name(f"{part.name}.old")
   try:
-    _write_tensors(part, tensors)
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_tokenizer(part, pretrained)
-    part.chmod(0o777 & ~_umask())  # mkdtemp's are for the owner alone
+    yield part
+    _open_to_others(part)
+    if out.exists():
+      os.replace(out, old)
     os.replace(part, out)
   except BaseException:
+    if old.exists() and not out.exists():
+      os.replace(old, out)
     with contextlib.suppress(OSError):
       shutil.rmtree(part)
     raise
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_model(out: pathlib.Path, run: Finished) -> None:
+  if "auxiliary" in run.adapters:
+    raise UsageError(
+      f"the run kept both adapters of {run.config.method.name}, and --merged "
+      "merges one; write them without it, and merge them with PEFT."
+    )
+  params = run.variables["params"]
+  if run.adapted is not None:
+    # As the run saw them: the adapters make up for the rounding.
+    merged = run.adapted.merge(run.variables, run.adapters, donate=True)
+    params = merged["params"]
+  tensors = run.pretrained.tensors_of(run.model, params)
+  labels: tuple[str, ...] = ()
+  if run.pretrained.family.has_new_head:
+    labels = run.labels or ("value",)
+  config = run.pretrained.exported_config(run.model, tensors, labels)
+  _write_tensors(out, tensors)
+  (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_tensors(
@@ -215,32 +218,34 @@ def _write_tensors(
     )
 
 
-def _write_tokenizer(out: pathlib.Path, pretrained: Pretrained) -> None:
+def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
+  pretrained, config = run.pretrained, {}
   if pretrained.path.is_dir():
     for name in _TOKENIZER:
       if (pretrained.path / name).is_file():
         shutil.copyfile(pretrained.path / name, out / name)
+    if (out / "tokenizer_config.json").is_file():
+      config = json.loads((out / "tokenizer_config.json").read_text())
   elif pretrained.text_tokenizer is not None:
     pretrained.text_tokenizer.save(str(out / "tokenizer.json"))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if pretrained.template is not None:
-      template = pretrained.template
-      config["chat_template"] = template.source
-      config |= {"bos_token": template.bos or None}
-      config |= {"eos_token": template.eos or None}
-    text = json.dumps(config, indent=2) + "\n"
-    (out / "tokenizer_config.json").write_text(text)
+  if not (out / "tokenizer.json").is_file():
+    return
+  config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+  template = run.template
+  if template is not None:
+    config["chat_template"] = template.source
+    config.setdefault("bos_token", template.bos or None)
+    config.setdefault("eos_token", template.eos or None)
+    (out / "chat_template.jinja").unlink(missing_ok=True)
+  text = json.dumps(config, indent=2) + "\n"
+  (out / "tokenizer_config.json").write_text(text)
 
 
-def _source(name: str, pretrained: Pretrained) -> str:
-  """A hub's name as it is, for all who read it; else where the model is."""
-  path = pretrained.path
-  is_local = pathlib.Path(name).expanduser().exists()
-  return name if "/" in name and not is_local else str(path.absolute())
-
-
-def _umask() -> int:
+def _open_to_others(folder: pathlib.Path) -> None:
+  """Gives the rights of new files; some writers give the owner alone rights."""
   # There is no other way to read it.
   mask = os.umask(0)
   os.umask(mask)
-  return mask
+  folder.chmod(0o777 & ~mask)
+  for file in folder.iterdir():
+    file.chmod(0o666 & ~mask)

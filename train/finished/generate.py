@@ -1,17 +1,14 @@
-"""`python -m train generate`: what a decoder says, with a run's adapters."""
+"""`python -m train generate`: what a model says, alone or as trained."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-import pathlib
-import sys
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from flax import linen as nn
 import jax
 import numpy as np
 import tyro
-
-import bilora_jax
 
 from .. import command
 from ..data import gsm8k
@@ -19,17 +16,17 @@ from ..data import scores as evaluate
 from ..errors import UsageError
 from ..models import load
 from ..models.family import Pretrained
-from ..models.io.template import Message
-from ..models.options import ModelOptions
-from ..run import config as config_lib
+from ..models.io import template as templates
+from . import finished
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Prints what a decoder says to each prompt, alone or with a run's adapters.
+  """Prints what a model says to each prompt, alone or as a run has trained it.
 
-  A prompt is put as the user's message to the model's chat template. An
-  encoder-decoder is given it as it is, and answers with its likeliest tokens.
+  A prompt is put as the user's message to the chat template of the run or the
+  model. An encoder-decoder is given it as it is, and answers with its likeliest
+  tokens.
   """
 
   prompt: tuple[str, ...] = ()
@@ -45,9 +42,9 @@ class Options:
   batch_size: int = 16
   """Prompts that are answered together."""
   model: str = ""
-  """Weights, as in a run; empty: those of --run."""
+  """Weights, as in a run, in float32; empty: those of --run."""
   run: str = ""
-  """The folder of a run, whose adapters are put on."""
+  """The folder of a finished run, in whose dtypes its model answers."""
   plain: bool = False
   """Continue the prompts as they are, without a template."""
   max_new_tokens: int = 128
@@ -63,20 +60,20 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command. Returns 0, or 2 for bad usage."""
+  """Answers the prompts. Returns 0.
+
+  Raises:
+    ValueError: if the options, the run or its model are not for it.
+  """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
-  try:
-    _check(options)
-    questions = gsm8k.load(options.questions) if options.questions else []
-    questions = questions[: options.limit or None]
-    prompts = options.prompt or [question.text for question in questions]
-    answers = []
-    for prompt, answer in zip(prompts, _answers(options, prompts)):
-      print(f"> {prompt}\n{answer}\n", flush=True)
-      answers.append(answer)
-  except (ValueError, RuntimeError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  _check(options)
+  questions = gsm8k.load(options.questions) if options.questions else []
+  questions = questions[: options.limit or None]
+  prompts = options.prompt or [question.text for question in questions]
+  answers = []
+  for prompt, answer in zip(prompts, _answers(options, prompts)):
+    print(f"> {prompt}\n{answer}\n", flush=True)
+    answers.append(answer)
   if options.score == "gsm8k":
     right = sum(map(gsm8k.is_right, answers, questions))
     print(_scored(right, len(questions)))
@@ -113,25 +110,24 @@ def _scored(right: int, count: int) -> str:
 
 def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   """Yields what is said to each prompt."""
-  run = config_lib.Config()
-  if options.run:
-    run = config_lib.from_run(pathlib.Path(options.run))
-  name = options.model or run.model.name
-  revision = "" if options.model else run.model.hub_revision
-  pretrained = load.open_pretrained(name, revision)
-  if pretrained.family.generate is None:
-    raise UsageError(
-      f"an encoder does not generate; got {name}, a {pretrained.family.name}."
-    )
+  opened = _opened(options)
+  pretrained, template = opened.pretrained, opened.template
   tokenizer = pretrained.tokenizer
   rows = [
     tokenizer.encode(
-      _text(options, pretrained, prompt),
-      add_special_tokens=options.plain or pretrained.template is None,
+      _text(options, template, prompt),
+      add_special_tokens=options.plain or template is None,
     ).ids
     for prompt in prompts
   ]
-  say = _generator(options, run.model, pretrained)
+  say = pretrained.generator(
+    opened.model,
+    opened.apply(),
+    max_new_tokens=options.max_new_tokens,
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+  )
   # One width, and one program, for all.
   width = max(map(len, rows))
   for start in range(0, len(rows), options.batch_size):
@@ -145,11 +141,45 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
       yield tokenizer.decode(row)
 
 
-def _text(options: Options, pretrained: Pretrained, prompt: str) -> str:
-  if options.plain or pretrained.template is None:
+class _Opened(NamedTuple):
+  """What answers: a run's model, or one that no run has trained."""
+
+  pretrained: Pretrained
+  template: templates.Template | None
+  model: nn.Module
+  apply: Callable[[], functools.partial]
+
+
+def _opened(options: Options) -> _Opened:
+  if options.run:
+    run = finished.open_run(options.run, options.model)
+    _check_generates(run.pretrained)
+    return _Opened(run.pretrained, run.template, run.model, run.apply)
+  pretrained = load.open_pretrained(options.model)
+  _check_generates(pretrained)
+  model = pretrained.language_model()
+
+  def apply() -> functools.partial:
+    return functools.partial(model.apply, pretrained.variables(model))
+
+  return _Opened(pretrained, pretrained.template, model, apply)
+
+
+def _check_generates(pretrained: Pretrained) -> None:
+  if pretrained.family.generate is None:
+    raise UsageError(
+      f"an encoder does not generate; got {pretrained.path}, a "
+      f"{pretrained.family.name} (predict tells a run's labels)."
+    )
+
+
+def _text(
+  options: Options, template: templates.Template | None, prompt: str
+) -> str:
+  if options.plain or template is None:
     return prompt
-  return pretrained.template.render(
-    (Message("user", prompt),), add_generation_prompt=True
+  return template.render(
+    (templates.Message("user", prompt),), add_generation_prompt=True
   )
 
 
@@ -157,37 +187,4 @@ def _padded(rows: list[list[int]], width: int, pad_id: int) -> tuple[Any, Any]:
   return (
     np.array([row + [pad_id] * (width - len(row)) for row in rows], np.int32),
     np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-  )
-
-
-def _generator(
-  options: Options, model_options: ModelOptions, pretrained: Pretrained
-) -> Callable[..., Any]:
-  """From prompts, and a key, to new tokens; with the run's adapters."""
-  # A run's adapters are stacked where its layers were.
-  model = pretrained.language_model(
-    **model_options.of_module | {"remat": "none"}
-  )
-  dtype = model_options.param_dtype
-  if not options.run:
-    variables = pretrained.variables(model, dtype=dtype)
-    apply = functools.partial(model.apply, variables)
-  else:
-    folder = pathlib.Path(options.run) / "adapters"
-    adapted = bilora_jax.adapt(
-      model,
-      bilora_jax.load_spec(folder),
-      *pretrained.example_inputs(),
-      methods=("__call__", *pretrained.family.generate_methods),
-    )
-    variables = pretrained.variables(model, dtype=dtype, adapted=adapted)
-    adapters = bilora_jax.load_adapters(folder, adapted)
-    apply = functools.partial(adapted.apply, variables, adapters)
-  return pretrained.generator(
-    model,
-    apply,
-    max_new_tokens=options.max_new_tokens,
-    temperature=options.temperature,
-    top_k=options.top_k,
-    top_p=options.top_p,
   )

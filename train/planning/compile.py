@@ -80,17 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command.
 
   Returns:
-    0; 1 if a step does not fit its devices; 2 for bad usage.
+    0; 1 if a step does not fit its devices.
+
+  Raises:
+    UsageError: if the options are not as they must be.
   """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
-  try:
-    return _compare(options)
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
-def _compare(options: Options) -> int:
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
   _check_writable(options.json)

@@ -22,7 +22,7 @@ from ..methods import starts
 from ..models import load as models
 from ..models.family import Pretrained
 from . import config as config_lib
-from . import lowering, memory
+from . import kept, lowering, memory
 from .config import Config
 
 _CONFIG = "config.json"
@@ -63,11 +63,11 @@ class Prepared:
     assert self.method.adapted is not None
     return self.method.adapted.merge(self.variables, self.start)
 
-  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted, Any]:
-    """What is kept of a run: adapters for the variables as they came."""
-    assert self.method.adapted is not None
+  def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted | None, Any]:
+    """What is kept: adapters for the variables as they came, or parameters."""
     if self.start is None:
       return self.method.adapted, evaluated
+    assert self.method.adapted is not None
     batch = next(self.data.train_batches())
     return starts.on_original(
       self.method.adapted,
@@ -94,7 +94,7 @@ def prepare(config: Config) -> Prepared:
       raise UsageError(str(error)) from error
     raise
   if processes.is_first():
-    _write(folder, config)
+    kept.begin(folder, config, prepared.data.task)
   return prepared
 
 
@@ -110,7 +110,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   pretrained = models.open_pretrained(
     config.model.name, config.model.hub_revision
   )
-  data = load_data(config, pretrained)
+  data = load_data(config, pretrained, layout)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
     raise UsageError(
       "--samples has a model answer the prompts of conversations (--task "
@@ -161,9 +161,15 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   )
 
 
-def load_data(config: Config, pretrained: Pretrained) -> data_lib.Data:
-  """The data of a configuration; the first process prepares them for all."""
+def load_data(
+  config: Config,
+  pretrained: Pretrained,
+  layout: mesh_lib.Layout | None = None,
+) -> data_lib.Data:
+  """The data of a run; the first process may have to prepare it for all."""
   optimisation = config.optimisation
+  mesh = layout.mesh if layout is not None else None
+  shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
   with processes.first_before_others():
     return data_lib.load(
       config.data,
@@ -172,6 +178,7 @@ def load_data(config: Config, pretrained: Pretrained) -> data_lib.Data:
       eval_batch_size=eval_rows(config),
       epochs=optimisation.epochs,
       seed=optimisation.seed,
+      multiple=optimisation.accumulate * shared,
     )
 
 
@@ -241,7 +248,7 @@ def claim(config: Config) -> pathlib.Path:
     ) from error
   if not (folder / _CONFIG).exists():
     if processes.is_first():
-      _write(folder, config)
+      files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
     return folder
   changed = config_lib.differences(config_lib.from_run(folder), config)
   if changed:
@@ -254,10 +261,6 @@ def claim(config: Config) -> pathlib.Path:
       "same options to resume it, or another --run-dir."
     )
   return folder
-
-
-def _write(folder: pathlib.Path, config: Config) -> None:
-  files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
 
 
 def _give_up(folder: pathlib.Path) -> None:

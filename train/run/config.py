@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import options
 from .. import plugins as plugins_lib
+from ..data import options as data_options
 from ..data.options import DataOptions
 from ..devices.options import DeviceOptions
 from ..errors import UsageError
@@ -172,6 +173,7 @@ def check(config: Config) -> None:
   for name in groups(config.method.name):
     group = config.method.options if name == "method" else getattr(config, name)
     options.check(group)
+  data_options.check(config.data)
   adapter, optimisation = config.adapter, config.optimisation
   spec = config.method.spec
   spec.check(config.method.options, adapter, optimisation)

@@ -23,6 +23,7 @@ from ..errors import RunError
 from . import (
   assemble,
   diagnostics,
+  kept,
   report,
   samples,
   state_shardings,
@@ -270,6 +271,8 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       Opened(prepared.folder, at, prepared.steps, config_lib.flat(config)),
       config.output.loggers,
     )
+    for note in prepared.data.notes:
+      journal.say(note)
     journal.say(_opening(prepared, state.trained))
     if resumed is not None:
       journal.say(f"resumed after step {at}")
@@ -365,12 +368,9 @@ def _finish(
   best = trained.best
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
-  if prepared.method.adapted is not None:
-    whole = layout.gather(evaluated)
-    if processes.is_first():
-      bilora_jax.save_adapters(
-        prepared.folder / "adapters", *prepared.saved(whole)
-      )
+  whole = layout.gather(evaluated)
+  if processes.is_first():
+    kept.save(prepared.folder, *prepared.saved(whole))
   baseline = None
   labelled = isinstance(data, data_lib.Labelled)
   if config.evaluation.baseline and labelled and not config.model.quantised:
@@ -396,8 +396,8 @@ def _finish(
     "metric": data.metric,
     "best_step": best["step"],
     "validation": best["value"],
-    "test": _results(test),
-    "baseline": _results(baseline) if baseline else None,
+    "test": test.to_json(),
+    "baseline": baseline.to_json() if baseline else None,
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,
@@ -535,16 +535,6 @@ def _opening(prepared: Prepared, trained: Any) -> str:
 
 def _median(rows: Sequence[dict[str, Any]], name: str) -> float | None:
   return statistics.median([row[name] for row in rows]) if rows else None
-
-
-def _results(found: evaluate.Evaluation) -> dict[str, Any]:
-  return {
-    **found.metrics,
-    "loss": found.loss,
-    "rows": found.rows,
-    "unit": found.unit,
-    "accuracy_95": found.interval(),
-  }
 
 
 def _count(tree: Any) -> int:

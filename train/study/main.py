@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import pathlib
-import sys
 from typing import Annotated
 
 import tyro
@@ -38,29 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command.
 
   Returns:
-    0; 1 if a worker failed; 2 for bad usage.
+    0; 1 if a worker failed; 2 if one was wrongly asked.
+
+  Raises:
+    UsageError: if the study or the options are not as they must be.
+    OSError: if a file cannot be written.
   """
   place, rest = _place().parse_known_args(argv)
   options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
-  try:
-    return _main(options, place)
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f"error: {error}; the same command resumes.", file=sys.stderr)
-    return 1
-
-
-def _place() -> argparse.ArgumentParser:
-  """What `workers.start` tells each worker."""
-  place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  place.add_argument("--worker", type=int, default=-1)
-  place.add_argument("--cores", default="")
-  return place
-
-
-def _main(options: Options, place: argparse.Namespace) -> int:
   study = spec.read(options.study)
   cells = select(study, options.only)
   if options.workers < 1:
@@ -78,6 +62,14 @@ def _main(options: Options, place: argparse.Namespace) -> int:
 
     print(f"report: {report.write(study)}")
   return code
+
+
+def _place() -> argparse.ArgumentParser:
+  """What `workers.start` tells each worker."""
+  place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  place.add_argument("--worker", type=int, default=-1)
+  place.add_argument("--cores", default="")
+  return place
 
 
 def _run(

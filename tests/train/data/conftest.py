@@ -10,7 +10,7 @@ import pytest
 from tensorflow_datasets.core.download import checksums
 import tensorflow_datasets.text.glue as glue
 
-from train.data import prepare
+from train.data import pipeline
 from train.data import registry as tasks
 
 Put = Callable[[str, Mapping[str, str]], pathlib.Path]
@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def snippets_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("snippets")
-  prepare.open_stored(tasks.get("snippets"), "train", folder)
+  pipeline.load(tasks.get("snippets"), "train", folder)
   return folder
 
 
@@ -38,7 +38,9 @@ def put(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Put:
   def put_files(name: str, files: Mapping[str, str]) -> pathlib.Path:
     folder = tmp_path / "originals"
     folder.mkdir(exist_ok=True)
-    for file, url in tasks.get(name).originals:
+    source = tasks.get(name).source
+    assert source is not None
+    for file, url in source.originals:
       path = folder / file
       if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:

@@ -104,7 +104,7 @@ def test_logistic_regression_is_right_on_features_that_can_be_divided():
   table = draws.normal(size=(40, 5))
   table[:, 2] = np.where(labels == 1, 3.0, -3.0)
   examples = _examples(labels, draws.integers(1, 16, 40))
-  found = evaluate.logistic_regression(
+  found = evaluate.baseline(
     _features(table), *(_rows(examples, 8) for _ in range(3)), NAMES
   )
   assert found.metrics == {"accuracy": 1.0, "matthews_correlation": 1.0}
@@ -124,7 +124,7 @@ def test_the_validation_rows_choose_the_regularisation():
   train, clean = _examples(noisy), _examples(true)
 
   def accuracy(validation):
-    found = evaluate.logistic_regression(
+    found = evaluate.baseline(
       _features(table),
       *(_rows(examples, 8) for examples in (train, validation, clean)),
       NAMES,

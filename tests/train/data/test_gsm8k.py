@@ -92,5 +92,5 @@ def test_a_row_without_a_number_is_named(tmp_path):
     ValueError, match=r"line 2: the answer must .* got 'many'"
   ):
     gsm8k.load(path)
-  with pytest.raises(ValueError, match="has no questions"):
+  with pytest.raises(ValueError, match="has no rows"):
     gsm8k.load(_file(tmp_path))

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 import tensorflow_datasets as tfds
 
@@ -115,13 +117,14 @@ def _messages(*roles, content="x"):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{no", r"is not JSON in UTF-8 .*; a row is an object with the key mess"),
-    ("[" * 100_000, "is not JSON"),
-    ("[1]", "is a list; a row is an object"),
-    ("null", "is null; a row is an object"),
-    ('{"text": "a"}', "has the keys text; a row is an object"),
-    ("{}", "has the keys none; a row is"),
+    ("{no", "is no JSON in UTF-8"),
+    ("[" * 100_000, "is no JSON"),
+    ("[1]", "is no object; a row is one"),
+    ("null", "is no object; a row is one"),
+    ('{"texts": "a"}', "has the keys texts; a row has messages, or conversa"),
+    ("{}", "has the keys none; a row has"),
     ('{"prompt": "a", "output": "b"}', "has the keys prompt, output; a row"),
+    ('{"text": " "}', "text is empty"),
     (
       '{"prompt": "a", "response": " "}',
       "response is empty; it must have at least one character",
@@ -140,7 +143,7 @@ def _messages(*roles, content="x"):
       "response must be valid Unicode; got",
     ),
     ('{"messages": "a"}', "messages must be a list of objects with the keys"),
-    ('{"messages": [{"role": "user"}]}', "the keys role and content; got"),
+    ('{"messages": [{"role": "user"}]}', "the keys role and content .*; got"),
     ('{"messages": []}', "has no assistant message, so there is nothing to"),
     (_messages("user"), r"nothing to learn; its roles are \['user'\]"),
     (_messages("assistant"), "allowed are one system message or none, then"),
@@ -165,7 +168,7 @@ def test_a_malformed_row_is_refused_with_its_line(line, message, tmp_path):
 def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(b'\n{"prompt": "\xff", "response": "a"}\n')
-  with pytest.raises(ValueError, match="line 2 is not JSON in UTF-8"):
+  with pytest.raises(ValueError, match="line 2, is no JSON in UTF-8"):
     _load(path)
 
 
@@ -175,12 +178,8 @@ def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path):
     ({"split": "dev"}, "no split 'dev'; the splits are train, validation, te"),
     ({"held_out": 0.6}, "held_out must be from 0 to 0.5; got 0.6"),
     ({"limit": 0}, "limit must be at least 1; got 0"),
-    ({"limit": 4}, "has 3 rows in train at held_out 0.0, but limit is 4"),
     ({"split": "test"}, "has 0 rows in test at held_out 0.0, but at least one"),
-    (
-      {"name": "rows.json"},
-      r"a \.jsonl or \.jsonl\.gz file, or tfds:NAME; got",
-    ),
+    ({"name": "rows.json"}, r"is no file of rows; rows are a \.csv, .*tfds:NA"),
   ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message, tmp_path):
@@ -191,9 +190,7 @@ def test_arguments_that_do_not_fit_are_refused(changes, message, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-  with pytest.raises(
-    RuntimeError, match=r"no\.jsonl cannot be read: .*No such"
-  ):
+  with pytest.raises(ValueError, match=r"no\.jsonl is not there; rows are a"):
     _load(tmp_path / "no.jsonl")
   path = _write(tmp_path, {"prompt": "a", "response": "b"}, name="a.jsonl.gz")
   path.write_bytes(path.read_bytes()[:-9])
@@ -231,3 +228,155 @@ def test_a_prepared_tfds_dataset_is_read(tmp_path):
   ).download_and_prepare()
   rows = _load("tfds:tiny_instructions", data_dir=tmp_path)
   assert sorted(rows) == [_turns(f"é{i}", f"{i}") for i in range(4)]
+
+
+def _saved(role, content, **more):
+  return {"role": role, "content": content, **more}
+
+
+CALLS = [{"function": {"name": "clock", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+  ("row", "wanted"),
+  [
+    ({"prompt": "a", "completion": "b"}, _turns("a", "b")),
+    (
+      {
+        "prompt": [_saved("user", "a")],
+        "completion": [_saved("assistant", "b")],
+      },
+      _turns("a", "b"),
+    ),
+    (
+      {
+        "conversations": [
+          {"from": "system", "value": "s"},
+          {"from": "human", "value": "a"},
+          {"from": "gpt", "value": "b", "weight": 1},
+        ]
+      },
+      (Message("system", "s"), *_turns("a", "b")),
+    ),
+    ({"text": "All of it.", "id": 3}, (Message("text", "All of it."),)),
+    (
+      {
+        "messages": [
+          _saved(
+            "user",
+            [{"type": "text", "text": "a"}, {"type": "text", "text": "!"}],
+          ),
+          _saved("assistant", "b"),
+        ]
+      },
+      _turns("a!", "b"),
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", None, tool_calls=CALLS),
+          _saved("tool", "noon", name="clock"),
+          _saved("assistant", "b", tool_calls=None),
+        ]
+      },
+      (
+        Message("user", "a"),
+        Message("assistant", "", (("tool_calls", CALLS),)),
+        Message("tool", "noon", (("name", "clock"),)),
+        Message("assistant", "b"),
+      ),
+    ),
+  ],
+)
+def test_published_forms_of_a_row_are_read(row, wanted, tmp_path):
+  assert _load(_write(tmp_path, row)) == [wanted]
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    (
+      {"messages": [_saved("user", [{"type": "image_url"}])]},
+      "no assistant message",
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", [{"type": "image_url"}]),
+          _saved("assistant", "b"),
+        ]
+      },
+      "the user's content has a part of the type 'image_url'; a part must be",
+    ),
+    ({"conversations": [{"from": "human"}]}, "conversations must be a list of"),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", "", tool_calls=CALLS),
+        ]
+      },
+      None,
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", "b"),
+          _saved("tool", "c"),
+          _saved("assistant", "b"),
+        ]
+      },
+      "has the roles",
+    ),
+  ],
+)
+def test_forms_that_are_not_whole_are_refused(row, message, tmp_path):
+  path = _write(tmp_path, row)
+  if message is None:
+    assert len(_load(path)) == 1  # a call is an answer to be learned
+    return
+  with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1.*{message}"):
+    _load(path)
+
+
+def test_tables_of_other_forms_hold_conversations(tmp_path):
+  rows = [{"prompt": f"{i}", "response": f"It is {i}."} for i in range(9)]
+  wanted = _load(_write(tmp_path, *rows))
+  parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+  assert _load(tmp_path / "rows.parquet") == wanted
+  messages = json.dumps([_saved("user", "a"), _saved("assistant", "b")])
+  path = tmp_path / "rows.csv"
+  path.write_text('messages\n"' + messages.replace('"', '""') + '"\n')
+  assert _load(path) == [_turns("a", "b")]
+
+
+def test_few_rows_are_in_all_splits_and_that_is_said(tmp_path):
+  rows = [{"prompt": f"{i}", "response": f"It is {i}."} for i in range(20)]
+  found, notes = instructions.splits(str(_write(tmp_path, *rows)))
+  assert {k: len(v) for k, v in found.items()} == {
+    "train": 16,
+    "validation": 2,
+    "test": 2,
+  }
+  assert notes == [
+    "Of 20 rows, 2 for validation and 2 for the test are held out, by a hash of"
+    " the text; 16 are to train on."
+  ]
+  assert len({row for part in found.values() for _, row in part}) == 20
+
+
+def test_the_splits_of_many_rows_are_those_of_a_share_of_hashes(tmp_path):
+  path = _many(tmp_path)
+  found, _ = instructions.splits(str(path))
+  for split, rows in found.items():
+    assert [row for _, row in rows] == _load(path, split, held_out=0.02)
+    drawn = instructions.drawn(rows, 5, seed=3)
+    assert drawn == _load(path, split, held_out=0.02, limit=5, seed=3)
+  (tmp_path / "other").mkdir()
+  own = _write(tmp_path / "other", {"prompt": "a", "response": "b"})
+  found, notes = instructions.splits(
+    str(path), validation=str(own), test=str(own)
+  )
+  assert (len(found["train"]), len(found["test"]), notes) == (1000, 1, [])

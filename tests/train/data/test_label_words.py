@@ -10,11 +10,12 @@ from tokenizers import models, processors
 
 from train.data import label_words, pipeline
 from train.data import registry as tasks
-from train.data.task import Split, Task
+from train.data.task import Task
 from train.models.decoder import label_words as decoder_words
 from train.models.t5 import label_words as t5_words
 
-WORDS = [word for name in tasks.names() for word in tasks.get(name).labels]
+NAMES = [name for name in tasks.names() if tasks.get(name).texts]
+WORDS = [word for name in NAMES for word in tasks.get(name).labels]
 TOKENIZER = byte_level.train(
   [f"result: {word}" for word in [*WORDS, "different", "first", "second"]] * 3,
   ["<s>"],
@@ -26,7 +27,6 @@ TOKENIZER.post_processor = processors.TemplateProcessing(
 PAIR = tasks.get("glue/mrpc")
 LABELS = tasks.get("snippets").labels
 SINGLE = tasks.get("glue/cola")
-OWN = Task("own", "", None, ("{a}",), ("no", "yes"), (Split("train", "train"),))
 
 
 def _prompts(task, texts, max_length=1000):
@@ -49,16 +49,15 @@ def test_a_prompt_is_an_instruction_the_texts_and_result():
   ]
 
 
-@pytest.mark.parametrize("name", tasks.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_task_has_a_prompt_and_labels_that_tell_apart(name):
   task = tasks.get(name)
   text = "a" if len(task.texts) == 1 else ("a", "b")
   (found,) = _prompts(task, [text])
   instruction, *lines = found.removeprefix("<s>").split("\n")
-  assert instruction == label_words.prompt(task).instruction
+  assert instruction == task.instruction
   assert lines == [*text, "result:"]
-  words = label_words.prompt(task).words
-  assert words is not None
+  words = task.answers
   ids = decoder_words.tokens(TOKENIZER, words, "\nresult:")
   assert len(set(ids)) == len(ids) == len(words) == len(task.labels)
   for (first,), word in zip(ids, words):
@@ -79,7 +78,7 @@ def test_every_task_has_a_prompt_and_labels_that_tell_apart(name):
   ],
 )
 def test_words_are_those_of_the_papers_protocol(name, words):
-  assert label_words.prompt(tasks.get(name)).words == words
+  assert tasks.get(name).answers == words
 
 
 def test_a_long_text_loses_its_end_and_the_prompt_does_not():
@@ -159,10 +158,7 @@ def test_words_of_a_t5_that_are_the_same_are_named():
     t5_words.tokens(nothing, LABELS, 0)
 
 
-def test_a_task_without_a_prompt_is_refused():
-  for call in (
-    lambda: label_words.prompt(OWN),
-    lambda: label_words.encode(TOKENIZER, OWN, ["a"], 100),
-  ):
-    with pytest.raises(ValueError, match="no prompt for the task 'own'; there"):
-      call()
+def test_a_task_of_no_prompt_is_asked_for_its_labels():
+  task = Task("own", texts=("{a}",), labels=("no", "yes"))
+  assert _prompts(task, ["b"]) == ["<s>classify the text:\nb\nresult:"]
+  assert task.answers == ("no", "yes")

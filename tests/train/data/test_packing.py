@@ -1,6 +1,7 @@
 """Packing: every token once, no target across segments, resumed exactly."""
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -30,10 +31,16 @@ def _sequences(count=40, seed=0, lengths=None) -> chat.Sequences:
   return chat.Sequences(tokens, loss, offsets)
 
 
+def _unpacked(sequences, buckets=BUCKETS):
+  unpacked = packing.unpacked(sequences, LENGTH)
+  assert unpacked.buckets == (LENGTH,)
+  return dataclasses.replace(unpacked, buckets=buckets)
+
+
 def _both(sequences):
   return (
     packing.pack(sequences, LENGTH),
-    packing.unpacked(sequences, BUCKETS),
+    _unpacked(sequences),
   )
 
 
@@ -208,12 +215,10 @@ def test_resuming_anywhere_equals_going_on(packed):
 
 
 @BOTH
-@pytest.mark.parametrize("batches", [_train, packing.eval_batches])
-def test_processes_part_each_global_batch(packed, batches):
-  whole = list(batches(packed, batch_size=BATCH))
+def test_processes_part_each_global_batch(packed):
+  whole = list(_train(packed))
   parts = [
-    list(batches(packed, batch_size=BATCH, process_index=i, process_count=2))
-    for i in range(2)
+    list(_train(packed, process_index=i, process_count=2)) for i in range(2)
   ]
   assert len(parts[0]) == len(parts[1]) == len(whole)
   for batch, *of_processes in zip(whole, *parts):
@@ -223,7 +228,7 @@ def test_processes_part_each_global_batch(packed, batches):
 
 
 def test_unpacked_rows_may_be_grouped_by_length():
-  unpacked = packing.unpacked(_sequences(400), BUCKETS)
+  unpacked = _unpacked(_sequences(400))
 
   def padded(group):
     batches = _train(unpacked, epochs=1, group_by_length=group)
@@ -243,11 +248,21 @@ def test_unpacked_rows_may_be_grouped_by_length():
 )
 def test_training_that_cannot_start_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    _train(packing.unpacked(SEQUENCES, BUCKETS), **changes)
+    _train(_unpacked(SEQUENCES), **changes)
 
 
 def test_sequences_that_fit_no_row_are_refused():
   with pytest.raises(ValueError, match="has 12 tokens, more than the 11 of a"):
     packing.pack(SEQUENCES, 11)
   with pytest.raises(ValueError, match="12 tokens, more than the largest"):
-    packing.eval_batches(packing.unpacked(SEQUENCES, (4, 11)), BATCH)
+    packing.eval_batches(_unpacked(SEQUENCES, (4, 11)), BATCH)
+
+
+def test_unpacked_rows_are_padded_to_lengths_that_are_there():
+  def widths(lengths, max_length):
+    rows = packing.unpacked(_sequences(lengths=np.array(lengths)), max_length)
+    batches = packing.eval_batches(rows, 1)
+    return [batch["tokens"].shape[1] for batch in batches]
+
+  assert widths([300, 40, 9], 1024) == [320, 48, 16]
+  assert widths([200, 150], 200) == [200, 200]

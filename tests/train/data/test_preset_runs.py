@@ -15,8 +15,8 @@ import super_glue_files
 
 from train import __main__ as program
 from train import presets
+from train.data.options import INSTRUCTIONS
 from train.run import assemble, step
-from train.run.config import INSTRUCTIONS
 
 pytestmark = pytest.mark.slow
 

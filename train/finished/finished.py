@@ -1,0 +1,239 @@
+"""A run opened again: its model as it was tested, its labels, its tokenizer."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilora_jax
+
+from ..data import label_words, objectives
+from ..data import load as data_lib
+from ..data.batching import Batch
+from ..data.objectives import Items, Objective
+from ..data.task import Task, Text
+from ..errors import UsageError
+from ..models import load
+from ..models.family import Pretrained
+from ..models.io import template as templates
+from ..run import config as config_lib
+from ..run import kept
+from ..run.config import Config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finished:
+  """A run that has ended, of which no weight is read yet.
+
+  Attributes:
+    folder: of the run.
+    config: that it was made with.
+    pretrained: what it started from.
+    task: what it learned, with its labels; it may have no source of rows.
+    model: as it was trained.
+    adapted: the model with adapters, if they are what was trained.
+    objective: how a batch goes into the model, and what comes out is told.
+  """
+
+  folder: pathlib.Path
+  config: Config
+  pretrained: Pretrained
+  task: Task
+  model: nn.Module
+  adapted: bilora_jax.Adapted | None
+  objective: Objective
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """Of a classification."""
+    return self.task.labels
+
+  @property
+  def template(self) -> templates.Template | None:
+    """Of conversations: the run's, or else the model's."""
+    template, path = self.pretrained.template, self.folder / kept.TEMPLATE
+    if template is None or not path.exists():
+      return template
+    return data_lib.read_template(str(path), template)
+
+  @functools.cached_property
+  def adapters(self) -> Mapping[str, Any]:
+    """The run's; empty if it trained parameters."""
+    if self.adapted is None:
+      return {}
+    return bilora_jax.load_adapters(self.folder / kept.ADAPTERS, self.adapted)
+
+  @functools.cached_property
+  def variables(self) -> dict[str, Any]:
+    """Of the model, as the run had them, and with parameters it has trained.
+
+    They are read one at a time, and quantised if they were.
+    """
+    spec = self.config.method.spec
+    trained = {}
+    if self.adapted is None:
+      trained = jax.tree.map(jnp.asarray, kept.load_parameters(self.folder))
+    if spec.trains == "parameters":
+      return {"params": trained}
+    found = self.pretrained.variables(
+      self.model,
+      self.config.optimisation.seed,
+      self.config.model.param_dtype,
+      adapted=self.adapted,
+    )
+    return {**found, "params": {**found["params"], **trained}}
+
+  def apply(self) -> functools.partial:
+    """Calls the model with its variables and adapters, which jit passes on."""
+    if self.adapted is None:
+      return functools.partial(self.model.apply, self.variables)
+    return functools.partial(self.adapted.apply, self.variables, self.adapters)
+
+  def answer(self) -> Callable[[Batch], jax.Array]:
+    """From a batch to the labels' probabilities, or to values."""
+    return self._compiled(lambda logits, _: self.objective.answers(logits))
+
+  def items(self) -> Callable[[Batch], Items]:
+    """From a batch to its losses and predictions."""
+    return self._compiled(self.objective.items)
+
+  def _compiled(self, tell: Callable[[Any, Batch], Any]) -> Callable[..., Any]:
+    apply = self.apply()
+
+    @jax.jit
+    def told(arguments, batch):
+      logits = apply.func(*arguments, *self.objective.inputs(batch))
+      return tell(logits, batch)
+
+    return functools.partial(told, apply.args)
+
+  def rows(
+    self, data: str | Sequence[Text], task: Task, labelled: bool = False
+  ) -> data_lib.Given:
+    """New rows, as the model reads them; see `data.load.rows_for`."""
+    return data_lib.rows_for(
+      task,
+      data,
+      self.pretrained,
+      max_length=self.config.data.max_length,
+      labelled=labelled,
+      data_dir=self.config.data.data_dir or None,
+    )
+
+  def predict(
+    self, data: str | Sequence[Text], batch_size: int = 0
+  ) -> np.ndarray:
+    """What the model tells of rows.
+
+    Args:
+      data: a path, texts, or pairs of texts.
+      batch_size: rows of a batch; 0: as in the run.
+
+    Returns:
+      [rows, labels] probabilities, or [rows] values.
+
+    Raises:
+      ValueError: if the rows are not as they must be.
+    """
+    given = self.rows(data, self.task)
+    return given.answers(self.answer(), batch_size or self.batch_size)
+
+  @property
+  def batch_size(self) -> int:
+    """Rows that the run evaluated together."""
+    optimisation = self.config.optimisation
+    return (
+      self.config.evaluation.eval_batch_size
+      or optimisation.batch_size // optimisation.accumulate
+    )
+
+
+def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:
+  """Opens a run that has ended.
+
+  Args:
+    folder: of the run, by this version of the program or an older.
+    base: the model that its adapters are put on; empty: the run's.
+
+  Raises:
+    ValueError: if there is no such run, it has not ended or kept nothing, or
+      its model cannot be had.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  _check_folder(folder)
+  config = config_lib.from_run(folder)
+  _check_kept(folder, config)
+  task = kept.task(folder, config)
+  options = config.model
+  if base:
+    if not config.method.spec.has_adapters:
+      raise UsageError(
+        f"--model is for adapters to be put on; {folder} is a run of --method "
+        f"{config.method.name}, which trained the model itself."
+      )
+    options = dataclasses.replace(options, name=base, hub_revision="")
+    config = dataclasses.replace(config, model=options)
+  pretrained = load.open_pretrained(options.name, options.hub_revision)
+  module = {**options.of_module, "remat": "none"}
+  if task.kind == "conversations":
+    model = pretrained.language_model(**module)
+    objective = objectives.NEXT_TOKEN
+  else:
+    reader = data_lib.reader(task, pretrained, config.data.max_length)
+    answers = label_words.answers(pretrained, task)
+    model = pretrained.classifier(answers, **module)
+    objective = reader.objective
+  adapted = None
+  if config.method.spec.has_adapters:
+    adapted = bilora_jax.adapt(
+      model,
+      bilora_jax.load_spec(folder / kept.ADAPTERS),
+      *jax.eval_shape(objective.inputs, _BATCH),
+      methods=("__call__", *pretrained.family.generate_methods),
+    )
+  return Finished(folder, config, pretrained, task, model, adapted, objective)
+
+
+# One of each kind; an objective takes what its model reads.
+_TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")
+_BATCH = {
+  **dict.fromkeys(("tokens", "mask", "token_types"), _TOKENS),
+  **dict.fromkeys(("positions", "segment_ids"), _TOKENS),
+  "images": jax.ShapeDtypeStruct((1, 2, 2, 3), "uint8"),
+}
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+  if not folder.is_dir():
+    raise UsageError(
+      f"--run is the folder of a finished run; {folder} is not there."
+    )
+  is_run = (folder / "config.json").exists()
+  if not is_run and (folder / "runs.jsonl").exists():
+    raise UsageError(
+      f"{folder} is a study's folder, whose runs keep their numbers alone; "
+      "train the run that you want by itself, and give its folder."
+    )
+
+
+def _check_kept(folder: pathlib.Path, config: Config) -> None:
+  """Refuses a run that has nothing to go on with."""
+  name = kept.ADAPTERS if config.method.spec.has_adapters else kept.PARAMETERS
+  if (folder / name).exists():
+    return
+  if (folder / "results.json").exists():
+    raise UsageError(
+      f"{folder} has ended without {name}, which older versions did not keep "
+      f"of --method {config.method.name}; repeat it with --from-run {folder}."
+    )
+  raise UsageError(
+    f"{folder} has no {name}, which is written when a run has ended; the "
+    f"command that started it resumes it, as --from-run {folder} --run-dir "
+    f"{folder} does."
+  )
