@@ -241,7 +241,7 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
 
 
 def _open_to_others(folder: pathlib.Path) -> None:
-  """Gives the rights that new files have: some writers' are the owner's alone."""
+  """Gives the rights of new files; some writers' are for the owner alone."""
   # There is no other way to read it.
   mask = os.umask(0)
   os.umask(mask)
