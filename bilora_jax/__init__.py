@@ -17,3 +17,5 @@ from bilora_jax._transform import bilora as bilora
 from bilora_jax._transform import (
   keep_in_frobenius_ball as keep_in_frobenius_ball,
 )
+
+__version__ = "0.1.0"

@@ -11,16 +11,17 @@ _REPOSITORY = pathlib.Path(__file__).parent.parent
 # Before anything touches a device: pmap, shard_map and meshes need several.
 jax.config.update("jax_num_cpu_devices", 8)
 # The suite is mostly compilation, of programs that run for moments: LLVM need
-# not do its best, here and in the processes that tests start. XLA's own passes
-# over the program stay as they are.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-jax.config.update("jax_disable_most_optimizations", True)
-# `.cache` is ignored by git.
-jax.config.update(
-  "jax_compilation_cache_dir", str(_REPOSITORY / ".cache" / "jax")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# not do its best, and what is compiled is kept (`.cache` is ignored by git).
+# XLA's own passes over the program stay as they are.
+for _name, _value in {
+  "jax_disable_most_optimizations": True,
+  "jax_compilation_cache_dir": str(_REPOSITORY / ".cache" / "jax"),
+  "jax_persistent_cache_min_compile_time_secs": 0.05,
+  "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+  jax.config.update(_name, _value)
+  # Of the processes that tests start, and of notebooks.
+  os.environ[_name.upper()] = str(_value)
 
 # Doctests are looked for in every file; this one needs PyTorch to be imported.
 collect_ignore_glob = ["*/make_minilm_reference.py"]

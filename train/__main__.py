@@ -1,12 +1,15 @@
-"""`python -m train`: the command line."""
+"""`python -m train`, or `bilora` where it is installed: the command line."""
 
 from collections.abc import Sequence
 import importlib
 import sys
 
-from . import config as config_lib
-from .devices import processes
-from .errors import LostError, RunError, UsageError
+from . import command
+
+with command.needing_the_extra():
+  from . import config as config_lib
+  from .devices import processes
+  from .errors import LostError, RunError, UsageError
 
 _COMMANDS = {
   "predict": ".finished.predict",
@@ -24,12 +27,12 @@ _LONG = ("", "study")
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  command = argv[0] if argv and argv[0] in _COMMANDS else ""
+  name = argv[0] if argv and argv[0] in _COMMANDS else ""
   try:
-    if not command:
+    if not name:
       return _train(argv)
     # Imported late, so that --help and a typo answer at once.
-    module = importlib.import_module(_COMMANDS[command], __package__)
+    module = importlib.import_module(_COMMANDS[name], __package__)
     return module.main(argv[1:])
   except LostError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -38,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except ValueError as error:
-    if command in _LONG and not isinstance(error, UsageError):
+    if name in _LONG and not isinstance(error, UsageError):
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
   except OSError as error:
     # A full disk, mostly: what is written whole stays whole.
-    resumes = "; the same command resumes." * (command in _LONG)
+    resumes = "; the same command resumes." * (name in _LONG)
     print(f"error: {error}{resumes}", file=sys.stderr)
     return 1
 
@@ -55,15 +58,16 @@ def _train(argv: Sequence[str]) -> int:
 
   place, _ = config_lib.start().parse_known_args(argv)
   processes.join(place.coordinator, place.num_processes, place.process_id)
-  loop.run(config, ["python", "-m", "train", *argv])
+  loop.run(config, [*command.NAME.split(), *argv])
   return 0
 
 
 def program() -> int:
-  """What `python -m train` runs: `main`, watched if it is one of several."""
+  """What the program runs: `main`, watched if it is one of several."""
   place, _ = config_lib.start().parse_known_args()
   several = place.coordinator or processes.in_cluster()
-  return processes.watched(main) if several else main()
+  with command.needing_the_extra():
+    return processes.watched(main) if several else main()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from . import options, plugins, presets
+from . import command, options, plugins, presets
 from .errors import UsageError
 from .methods import spec as methods
 from .run import config as config_lib
@@ -56,7 +56,7 @@ def start() -> argparse.ArgumentParser:
   return parser
 
 
-def parse(argv: Sequence[str], program: str = "python -m train") -> Config:
+def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
   """The configuration that a command line asks for.
 
   Raises:

@@ -193,7 +193,7 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
 @pytest.mark.parametrize(
   ("more", "part"),
   [
-    (("--data", ""), "--data names the conversations"),
+    (("--data", ""), "--data names the rows"),
     (("--task", "snippets"), "belongs to no other task"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
     (("--batch-size", "4096"), "--batch-size is 4096"),

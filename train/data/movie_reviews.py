@@ -30,19 +30,17 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
   """Returns the snippets of a gzipped file of id, rating, sentence columns.
 
   Raises:
-    ValueError: if the file is missing or not gzip, or a line is not UTF-8, has
-      not three columns, or holds an id, a rating or a sentence that cannot be
-      right; the sentence names the file and the line.
+    ValueError: if the file is not there or not gzip, or a line is not UTF-8,
+      has not three columns, or holds an id, a rating or a sentence that cannot
+      be right; the sentence names the file and the line.
   """
+  if not path.exists():
+    raise ValueError(
+      f"{path} is not there: the film reviews are in the repository, and not"
+      " in what is installed. --task and --data name what else to train on."
+    )
   try:
     lines = gzip.decompress(path.read_bytes()).splitlines()
-  except FileNotFoundError as error:
-    raise ValueError(
-      f"the film reviews are not installed with the program: {path} is not"
-      f" there. {path.name} is in the program's repository, in"
-      " train/data/files; put it there, run the program from a clone, or give"
-      " rows of your own with --task classification --data"
-    ) from error
   except (gzip.BadGzipFile, EOFError) as error:
     raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
   return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]

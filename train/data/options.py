@@ -4,18 +4,13 @@ import dataclasses
 from typing import Literal
 
 from ..errors import UsageError
+from ..options import option, spelt
 
 OnLong = Literal["cut", "skip", "error"]
 
 # The tasks of what --data names.
 INSTRUCTIONS = "instructions"
 _COLUMNS = ("classification", "regression")
-_AT_LEAST = {
-  "train_rows": 0,
-  "eval_rows": 0,
-  "max_length": 3,
-  "group_by_length": 0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +22,7 @@ class DataOptions:
   super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
   digits, of images; or of your own --data: classification, regression, or
   instructions, for a decoder to respond to."""
-  path: str = dataclasses.field(default="", metadata={"flag": "data"})
+  path: str = option("", flag="data")
   """Your own rows: a .csv, .tsv or .jsonl file (or .gz of one), a .parquet
   file, a folder of images (CLASS/*.png, or train/CLASS/*.png), a folder that
   Hugging Face datasets saved, or tfds:NAME."""
@@ -43,16 +38,16 @@ class DataOptions:
   """Rows to validate on, as --data; empty: some of --data are held out."""
   test: str = ""
   """Rows to test on, as --data; empty: some of --data are held out."""
-  held_out: float = 0.0
+  held_out: float = option(0.0, least=0, below=0.45)
   """Share of --data that is held out for validation, and again for the test; 0:
   0.1, and of instructions 0.02 where that is a row."""
   data_dir: str = ""
   """Where data sets are prepared; empty: the user's cache folder."""
-  train_rows: int = 0
+  train_rows: int = option(0, least=0)
   """Training rows to draw by the seed; 0: all."""
-  eval_rows: int = 0
+  eval_rows: int = option(0, least=0)
   """Rows to draw for validation, and for the test; 0: all."""
-  max_length: int = 256
+  max_length: int = option(256, least=3)
   """Tokens in an example; longer ones are cut."""
   pack: bool = True
   """Put several conversations in a row of max_length tokens (instructions)."""
@@ -60,7 +55,7 @@ class DataOptions:
   """What to do about a conversation of more than max_length tokens: cut its
   end, leave it out, or refuse it; one whose prompt alone is too long is left
   out in either of the first two, and counted (instructions)."""
-  group_by_length: int = 0
+  group_by_length: int = option(0, least=0)
   """Batches' worth of shuffled rows to sort by length before they are cut into
   batches: less padding, less random batches; 0: none."""
   chat_template: str = ""
@@ -69,17 +64,11 @@ class DataOptions:
 
 
 def check(options: DataOptions) -> None:
-  """Refuses options that cannot be, before any work starts.
+  """Refuses options that do not go together, before any work starts.
 
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
-  for name, least in _AT_LEAST.items():
-    value = getattr(options, name)
-    if value < least:
-      raise UsageError(f"{_flag(name)} is at least {least}; got {value}.")
-  if not 0 <= options.held_out <= 0.4:
-    raise UsageError(f"--held-out is from 0 to 0.4; got {options.held_out}.")
   needs = options.task in (*_COLUMNS, INSTRUCTIONS)
   if needs is not bool(options.path):
     raise UsageError(
@@ -96,7 +85,7 @@ def check(options: DataOptions) -> None:
     for name in names:
       if getattr(options, name) and options.task not in tasks:
         raise UsageError(
-          f"{_flag(name)} is of --task {' or '.join(tasks)}; got it with --task"
+          f"{spelt(name)} is of --task {' or '.join(tasks)}; got it with --task"
           f" {options.task}."
         )
   if options.text_pair and not options.text:
@@ -109,7 +98,3 @@ def check(options: DataOptions) -> None:
       "--held-out is for a --data without a --validation or a --test of their"
       " own; got all three."
     )
-
-
-def _flag(name: str) -> str:
-  return "--" + name.replace("_", "-")

@@ -17,9 +17,7 @@ import jax
 import numpy as np
 
 from ..errors import UsageError
-from ..methods.method import Method
 from ..models.io import stored
-from ..run.step import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor")
 RULES = (
@@ -32,15 +30,19 @@ RULES = (
 )
 """Name of an axis of an array -> the mesh axes it is split over."""
 
-# A factor has one side of its kernel: split as that alone, it would be whole
-# along the mesh axis of the other, and so would the optimizer's moments.
-_FACTOR_RULES = tuple(
-  (name, {"fsdp": ("fsdp", "tensor"), "tensor": ("tensor", "fsdp")}[axis])
-  for name, axis in RULES[1:]
-)
-
 _Spec = jax.sharding.PartitionSpec
 _Rules = Sequence[tuple[str, Any]]
+
+# A factor has one side of its kernel: split as that alone, it would be whole
+# along the mesh axis of the other, and so would the optimizer's moments.
+FACTOR_RULES: Sequence[_Rules] = (
+  tuple(
+    (name, {"fsdp": ("fsdp", "tensor"), "tensor": ("tensor", "fsdp")}[axis])
+    for name, axis in RULES[1:]
+  ),
+  RULES,
+)
+"""Of adapters' factors: the first of them that divides a size."""
 
 
 def parse(text: str) -> dict[str, int]:
@@ -81,27 +83,15 @@ class Layout:
     return self.sharding(_Spec(), ())
 
   def sharding(
-    self, axes: _Spec, shape: tuple[int, ...]
+    self,
+    axes: _Spec,
+    shape: tuple[int, ...],
+    rules: Sequence[_Rules] = (RULES,),
   ) -> jax.sharding.NamedSharding | None:
-    """That of an array whose axes have these names; None without a mesh."""
-    return self._sharding(axes, shape, RULES)
+    """That of an array whose axes have these names; None without a mesh.
 
-  def shardings(self, axes: Any, tree: Any) -> Any:
-    """As `sharding`, for a tree of arrays and one of their axes' names."""
-    return self._shardings(axes, tree, RULES)
-
-  def _shardings(self, axes: Any, tree: Any, *rules: _Rules) -> Any:
-    return jax.tree.map(
-      lambda names, x: self._sharding(names, x.shape, *rules),
-      axes,
-      tree,
-      is_leaf=lambda x: isinstance(x, _Spec),
-    )
-
-  def _sharding(
-    self, axes: _Spec, shape: tuple[int, ...], *rules: _Rules
-  ) -> jax.sharding.NamedSharding | None:
-    """By the first of the rules that divides each size."""
+    Each size is split by the first of the rules that divides it.
+    """
     mesh = self.mesh
     if mesh is None:
       return None
@@ -112,6 +102,17 @@ class Layout:
 
     return jax.sharding.NamedSharding(
       mesh, _Spec(*(split(name, size) for name, size in zip(axes, shape)))
+    )
+
+  def shardings(
+    self, axes: Any, tree: Any, rules: Sequence[_Rules] = (RULES,)
+  ) -> Any:
+    """As `sharding`, for a tree of arrays and one of their axes' names."""
+    return jax.tree.map(
+      lambda names, x: self.sharding(names, x.shape, rules),
+      axes,
+      tree,
+      is_leaf=lambda x: isinstance(x, _Spec),
     )
 
   def placer(self, axes: Any) -> stored.Place:
@@ -132,65 +133,6 @@ class Layout:
 
     return place
 
-  def state_shardings(
-    self, method: Method, axes: Any, variables: Any, state: TrainState
-  ) -> TrainState | None:
-    """Shardings of a training state; None without a mesh.
-
-    Adapters follow their kernels, whose two sides each factor is split over,
-    and the optimizer's arrays the adapters that they belong to.
-
-    Args:
-      method: of the run.
-      axes: a tree like `variables` of their axes' names.
-      variables: of the model; shapes are enough.
-      state: what to describe; shapes are enough.
-    """
-    if self.mesh is None:
-      return None
-    if method.adapted is None:
-      trained = self.shardings(axes["params"], state.trained)
-    else:
-      boxed = jax.tree.map(
-        lambda names, x: nn.Partitioned(x, tuple(names)),
-        axes,
-        variables,
-        is_leaf=lambda x: isinstance(x, _Spec),
-      )
-      names = method.adapted.partition_specs(boxed, state.trained)
-      trained = {
-        part: self.shardings(names[part], tree)
-        if part == "extra"
-        else self._shardings(names[part], tree, _FACTOR_RULES, RULES)
-        for part, tree in state.trained.items()
-      }
-    replicated: Any = self.replicated
-    return TrainState(
-      step=replicated,
-      trained=trained,
-      opt_state=self._following(state.opt_state, state.trained, trained),
-      estimator=self._following(state.estimator, state.trained, trained),
-      key=replicated,
-    )
-
-  def _following(self, tree: Any, trained: Any, shardings: Any) -> Any:
-    # Each of an optimizer's trees is like what it optimizes or a part of it,
-    # so that the end of a path says what the array belongs to.
-    paths = jax.tree_util.tree_leaves_with_path(trained)
-    known = {
-      path: (x.shape, sharding)
-      for (path, x), sharding in zip(paths, jax.tree.leaves(shardings))
-    }
-
-    def follow(path, x):
-      for start in range(len(path)):
-        shape, sharding = known.get(path[start:], (None, None))
-        if shape == x.shape:
-          return sharding
-      return self.replicated
-
-    return jax.tree_util.tree_map_with_path(follow, tree)
-
   def part(self) -> tuple[int, int]:
     """Which equal part of a batch's rows is this process's, of how many."""
     if self.mesh is None:
@@ -199,7 +141,7 @@ class Layout:
     assert found is not None  # `make` has seen to it
     return found
 
-  def rows(self, batch: Batch) -> Batch:
+  def rows(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Places a batch, of which each process has its own part."""
     if self.mesh is None:
       return batch
@@ -212,7 +154,7 @@ class Layout:
 
     return {name: place(x) for name, x in batch.items()}
 
-  def all_rows(self, batch: Mapping[str, np.ndarray]) -> Batch:
+  def all_rows(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
     """Places a batch, of which every process has all rows."""
     index, parts = self.part()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from .. import command
 from ..data import load as data_lib
 from ..data.scores import Evaluation
 from ..errors import UsageError
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ValueError: if the run or the rows are not as they must be.
     OSError: if the file cannot be written.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train evaluate")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} evaluate")
   predict.check_batch_size(options.batch_size)
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tyro
 
+from .. import command
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     ValueError: if the options, the run or its model are not for it.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train generate")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
   _check(options)
   questions = gsm8k.load(options.questions) if options.questions else []
   questions = questions[: options.limit or None]

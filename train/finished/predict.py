@@ -12,6 +12,7 @@ import numpy as np
 from rich import console, table
 import tyro
 
+from .. import command
 from ..data.load import Given
 from ..data.task import Task, Text
 from ..errors import UsageError
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ValueError: if the run or the rows are not as they must be.
     OSError: if the file cannot be written.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train predict")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} predict")
   given = sum(map(bool, (options.data, options.text, options.image)))
   if given != 1:
     raise UsageError(

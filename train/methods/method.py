@@ -76,7 +76,7 @@ def build(
     chosen: the method and its options.
     adapter_options: of its adapters, if it trains any.
     optimisation: the optimizer's options.
-    model: of a family; a new `head` is trained, its own one is frozen.
+    model: of a family; with a new `head`, or with its own, which is frozen.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
@@ -93,13 +93,13 @@ def build(
   elif spec.trains == "head":
     if not family.has_new_head:
       raise ValueError(
-        f"--method {spec.name} trains a new head alone, which encoders have; a "
-        f"{family.name} answers by the head that it came with."
+        f"--method {spec.name} trains a new head alone; a {family.name} "
+        "answers by the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
     method = _of_adapters(
-      chosen, adapter_options, model, inputs, family, quantised
+      chosen, adapter_options, family, model, inputs, quantised
     )
   weights = None
   if spec.perturbs_weights:
@@ -142,14 +142,14 @@ def _of_parameters(
 def _of_adapters(
   chosen: Chosen,
   adapter_options: AdapterOptions,
+  family: Family,
   model: nn.Module,
   inputs: tuple[Any, ...],
-  family: Family,
   quantised: str | None,
 ) -> Method:
   spec, options = chosen.spec, chosen.options
   lora = dataclasses.replace(
-    _targets(adapter_options, model, family),
+    _targets(adapter_options, family, model),
     auxiliary_rank=options.auxiliary_rank if spec.has_auxiliary else 0,
     extra="head/.*" if family.has_new_head else None,
     dora=adapter_options.dora,
@@ -171,7 +171,7 @@ def _of_adapters(
 
 
 def _targets(
-  options: AdapterOptions, model: nn.Module, family: Family
+  options: AdapterOptions, family: Family, model: nn.Module
 ) -> bilora_jax.LoraSpec:
   """Which modules have adapters, of what rank and scale."""
   if options.path:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from .. import command
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     UsageError: if the options are not as they must be.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train compile")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
   _check_writable(options.json)

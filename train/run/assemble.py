@@ -1,6 +1,5 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,6 +9,7 @@ import jax
 
 import bilora_jax
 
+from .. import files
 from ..data import label_words
 from ..data import load as data_lib
 from ..data.objectives import Objective
@@ -24,12 +24,15 @@ from . import config as config_lib
 from . import kept, lowering, memory
 from .config import Config
 
+_CONFIG = "config.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
   """All that a run needs before its first step.
 
   Attributes:
+    opened: what the model was opened from.
     variables: of the model, laid out; without what the primary starts at.
     shapes: of the variables, before they are quantised.
     axes: a tree like `shapes` of the names of their axes.
@@ -38,6 +41,7 @@ class Prepared:
 
   config: Config
   folder: pathlib.Path
+  opened: Pretrained
   data: data_lib.Data
   model: Any
   variables: Any
@@ -78,8 +82,22 @@ def prepare(config: Config) -> Prepared:
 
   Raises:
     UsageError: if any of them is not to be had, or the run's folder holds
-      another run.
+      another run; a folder that was made for this one is gone then.
   """
+  folder = claim(config)
+  try:
+    prepared = _prepared(config, folder)
+  except BaseException as error:
+    _give_up(folder)
+    if isinstance(error, ValueError | RuntimeError):
+      raise UsageError(str(error)) from error
+    raise
+  if processes.is_first():
+    kept.begin(folder, config, prepared.data.task)
+  return prepared
+
+
+def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   config_lib.check(config)
   if config.devices.compilation_cache:
     _use_compilation_cache()
@@ -87,44 +105,50 @@ def prepare(config: Config) -> Prepared:
   layout = mesh_lib.make(
     config.devices.mesh, optimisation.batch_size // optimisation.accumulate
   )
-  folder = config.folder()
-  _claim(folder, config)
-  try:
-    pretrained = models.open_pretrained(
-      config.model.name, config.model.hub_revision
+  _check_eval_batch(config, layout)
+  pretrained = models.open_pretrained(
+    config.model.name, config.model.hub_revision
+  )
+  data = load_data(config, pretrained, layout)
+  if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
+    raise UsageError(
+      "--samples has a model answer the prompts of conversations (--task "
+      f"instructions); got --task {config.data.task}, which is of labels."
     )
-    data = load_data(config, pretrained, layout)
-    model = _model(config, pretrained, data)
-    inputs = data.objective.inputs(next(data.train_batches()))
-    steps = optimisation.epochs * data.steps_per_epoch
-    method = method_of(config, model, inputs, steps, data.objective)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    axes = pretrained.logical_axes(shapes)
-    memory.check(*lowering.abstract(config, method, layout, shapes, axes))
-    variables = pretrained.variables(
-      model,
-      optimisation.seed,
-      config.model.param_dtype,
-      layout.placer(axes["params"]),
-      method.adapted,
-    )
-    started = starts.started(
-      config.adapter.start,
-      model,
-      variables,
-      method,
-      data.objective,
-      lambda: next(data.train_batches()),
-    )
-  except (ValueError, RuntimeError) as error:
-    with contextlib.suppress(OSError):
-      folder.rmdir()  # if it was made for this run, and is empty
-    raise UsageError(str(error)) from error
-  if processes.is_first():
-    kept.begin(folder, config, data.task)
+  model = _model(config, pretrained, data)
+  inputs = data.objective.inputs(next(data.train_batches()))
+  steps = optimisation.epochs * data.steps_per_epoch
+  method = method_of(config, model, inputs, steps, data.objective)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  axes = pretrained.logical_axes(shapes)
+  base, state = lowering.abstract(config, method, layout, shapes, axes)
+  batch = next(data.train_batches())
+  memory.check(
+    base,
+    state,
+    lowering.logits_bytes(
+      layout, method, data.objective, base, state, batch, eval_rows(config)
+    ),
+  )
+  variables = pretrained.variables(
+    model,
+    optimisation.seed,
+    config.model.param_dtype,
+    layout.placer(axes["params"]),
+    method.adapted,
+  )
+  started = starts.started(
+    config.adapter.start,
+    model,
+    variables,
+    method,
+    data.objective,
+    lambda: next(data.train_batches()),
+  )
   return Prepared(
     config=config,
     folder=folder,
+    opened=pretrained,
     data=data,
     model=model,
     variables=started.variables,
@@ -150,8 +174,7 @@ def load_data(
       config.data,
       pretrained,
       batch_size=optimisation.batch_size,
-      eval_batch_size=config.evaluation.eval_batch_size
-      or optimisation.batch_size // optimisation.accumulate,
+      eval_batch_size=eval_rows(config),
       epochs=optimisation.epochs,
       seed=optimisation.seed,
       multiple=optimisation.accumulate * shared,
@@ -186,8 +209,33 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
   return pretrained.language_model(**options)
 
 
-def _claim(folder: pathlib.Path, config: Config) -> None:
-  """Makes the folder of the run, or refuses one that holds another run."""
+def eval_rows(config: Config) -> int:
+  """Rows that are evaluated together."""
+  optimisation = config.optimisation
+  return (
+    config.evaluation.eval_batch_size
+    or optimisation.batch_size // optimisation.accumulate
+  )
+
+
+def _check_eval_batch(config: Config, layout: mesh_lib.Layout) -> None:
+  if layout.mesh is None:
+    return
+  share = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
+  if eval_rows(config) % share:
+    raise UsageError(
+      f"--eval-batch-size is a multiple of data times fsdp, {share} in --mesh "
+      f"{config.devices.mesh}; got {eval_rows(config)}."
+    )
+
+
+def claim(config: Config) -> pathlib.Path:
+  """Makes the folder of the run, or refuses one that holds another run.
+
+  Raises:
+    UsageError: if it does, or cannot be written.
+  """
+  folder = config.folder()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{os.getpid()}"
@@ -197,8 +245,10 @@ def _claim(folder: pathlib.Path, config: Config) -> None:
     raise UsageError(
       f"the run's folder {folder} cannot be written: {error.strerror}."
     ) from error
-  if not (folder / "config.json").exists():
-    return
+  if not (folder / _CONFIG).exists():
+    if processes.is_first():
+      files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
+    return folder
   changed = config_lib.differences(config_lib.from_run(folder), config)
   if changed:
     listed = "; ".join(
@@ -209,6 +259,14 @@ def _claim(folder: pathlib.Path, config: Config) -> None:
       f"{folder} holds a run of another configuration: {listed}. Give the "
       "same options to resume it, or another --run-dir."
     )
+  return folder
+
+
+def _give_up(folder: pathlib.Path) -> None:
+  """Removes what `claim` made, if nothing of a run is in it."""
+  if [path.name for path in folder.iterdir()] == [_CONFIG]:
+    (folder / _CONFIG).unlink()
+    folder.rmdir()
 
 
 def _use_compilation_cache() -> None:

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..methods import spec as methods
 from ..methods.options import AdapterOptions, OptimisationOptions
 from ..models.options import ModelOptions
+from .loggers import registry as loggers
 from .options import EvaluationOptions, OutputOptions
 
 # What may differ between two calls that are of one run.
@@ -187,6 +188,7 @@ def check(config: Config) -> None:
     )
     raise UsageError(misplaced(sorted(changed)[0][0], spec.name))
   _check_adapter(config)
+  loggers.check(config.output.loggers)
   if config.output.diagnose_every and (
     not spec.has_auxiliary or config.model.quantised
   ):

@@ -14,11 +14,10 @@ import safetensors.numpy
 
 import bilora_jax
 
+from .. import files
 from ..data import registry as tasks
 from ..data.task import Task
 from ..errors import UsageError
-from . import config as config_lib
-from . import journal
 from .config import Config
 
 ADAPTERS = "adapters"
@@ -30,12 +29,11 @@ TEMPLATE = "chat_template.jinja"
 
 
 def begin(folder: pathlib.Path, config: Config, task: Task) -> None:
-  """Writes what a run is of, before its first step; the configuration last."""
-  journal.write_json(folder / TASK, task.description())
+  """Writes what a run is of, before its first step."""
+  files.write_json(folder / TASK, task.description())
   if config.data.chat_template:
     source = pathlib.Path(config.data.chat_template).expanduser()
-    journal.write_atomically(folder / TEMPLATE, source.read_text("utf-8"))
-  journal.write_atomically(folder / "config.json", config_lib.to_json(config))
+    files.write_atomically(folder / TEMPLATE, source.read_text("utf-8"))
 
 
 def task(folder: pathlib.Path, config: Config) -> Task:

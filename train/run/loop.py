@@ -1,6 +1,6 @@
-"""A run: training, validation, checkpoints, the test at the end."""
+"""The training loop, of a run and of a study, and a run from start to end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import os
@@ -8,26 +8,221 @@ import platform
 import resource
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 import bilora_jax
 
+from .. import files
 from ..data import load as data_lib
 from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
-from ..methods import method as methods
-from . import assemble, diagnostics, kept, report, step, watch
+from . import (
+  assemble,
+  diagnostics,
+  kept,
+  report,
+  samples,
+  state_shardings,
+  step,
+  watch,
+)
 from . import checkpoints as checkpoints_lib
 from . import config as config_lib
 from . import journal as journal_lib
 from .assemble import Prepared
 from .config import Config
+from .loggers import jsonl
+from .loggers.logger import Opened
 
 _NONFINITE_IN_A_ROW = 10
+
+Predict = Callable[[Any, str], evaluate.Evaluation]
+"""From what is evaluated, and a split's name, to what the split says of it."""
+
+
+class NonfiniteError(RunError):
+  """Steps were not finite, too many in a row.
+
+  Attributes:
+    step: the last of them.
+    in_a_row: how many.
+  """
+
+  def __init__(self, sentence: str, step: int, in_a_row: int):
+    super().__init__(sentence)
+    self.step, self.in_a_row = step, in_a_row
+
+
+class Programs(NamedTuple):
+  """The compiled functions of a run.
+
+  Attributes:
+    step: `(variables, state, batch)` to the next state and metrics.
+    predict: evaluates a split.
+    diagnose: `(trained, batch)` to scalars, if the configuration asks for it.
+    sample: `(step, evaluated)`: shows what is generated, likewise.
+  """
+
+  step: Callable[..., tuple[step.TrainState, step.Metrics]]
+  predict: Predict
+  diagnose: Callable[[Any, Any], dict[str, float]] | None = None
+  sample: Callable[[int, Any], None] | None = None
+
+
+class Kept(Protocol):
+  """Where weights go: `checkpoints.Checkpoints`, or memory."""
+
+  def save_best(self, step: int, evaluated: Any) -> None:
+    """Keeps what did best on the validation rows so far."""
+    ...
+
+  def save_last(
+    self, step: int, state: step.TrainState, loop: Mapping[str, Any]
+  ) -> None:
+    """Keeps what resuming needs."""
+    ...
+
+
+class Sinks(NamedTuple):
+  """Where what comes of the steps goes.
+
+  Attributes:
+    journal: numbers and sentences.
+    kept: weights.
+    log_every: steps between lines of metrics.
+    interrupted: whether to stop after a step, given whether it is logged.
+  """
+
+  journal: journal_lib.Journal
+  kept: Kept
+  log_every: int
+  interrupted: Callable[[bool], bool] = lambda logs: False
+
+
+class Trained(NamedTuple):
+  """What came of the steps.
+
+  Attributes:
+    state: after the last of them.
+    best: the `step` that did best on the validation rows, its `score`, the
+      `value` of the metric, and all `numbers`.
+    last: the numbers of the last validation of this call.
+    ended: whether the run is over, and not interrupted.
+    stopped_at: the step that it was stopped after, as validations had not
+      been better for `--patience` times.
+  """
+
+  state: step.TrainState
+  best: dict[str, Any]
+  last: dict[str, float]
+  ended: bool
+  stopped_at: int | None
+
+
+def train(
+  prepared: Prepared,
+  programs: Programs,
+  sinks: Sinks,
+  state: step.TrainState,
+  loop: Mapping[str, Any] | None = None,
+) -> Trained:
+  """Runs the steps that are left of a run.
+
+  Args:
+    prepared: what there is before the first step.
+    programs: compiled.
+    sinks: where what comes of the steps goes.
+    state: before the first of the steps.
+    loop: what was last given to `Kept.save_last` beside the state.
+
+  Raises:
+    RunError: if the run cannot go on.
+  """
+  config, data, method = prepared.config, prepared.data, prepared.method
+  journal, layout = sinks.journal, prepared.layout
+  validates_every = config.evaluation.eval_every or data.steps_per_epoch
+  patience = config.evaluation.patience or math.inf
+  loop = loop or {"best": {"score": -math.inf, "step": 0}}
+  best, waited = loop["best"], loop.get("waited", 0)
+  batches = data.train_batches(layout.part())
+  if "iterator" in loop:
+    batches.set_state(loop["iterator"])
+  at, last = int(state.step), {}
+
+  def validate() -> evaluate.Evaluation:
+    evaluated = method.evaluated(state.trained)
+    found = programs.predict(evaluated, "validation")
+    numbers = {"loss": found.loss, **found.metrics}
+    journal.log(at, **{f"validation_{k}": v for k, v in numbers.items()})
+    if programs.sample is not None:
+      programs.sample(at, evaluated)
+    return found
+
+  if config.evaluation.eval_first and not at:
+    validate()
+  window = watch.Window(at)
+  profile = watch.Profile(
+    prepared.folder / "profile", at + sinks.log_every, config.output.profile
+  )
+  interrupted = False
+  try:
+    while at < prepared.steps and waited < patience and not interrupted:
+      profile.before(at)
+      batch = next(batches)
+      if programs.diagnose and (at + 1) % config.output.diagnose_every == 0:
+        # Of the auxiliary as this step meets it, on rows it has not seen.
+        journal.log(at + 1, **programs.diagnose(state.trained, batch))
+        window.spoil()
+      state, metrics = programs.step(
+        prepared.variables, state, layout.rows(batch)
+      )
+      at += 1
+      journal.advance(at)
+      window.add(metrics)
+      if profile.after(at, metrics):
+        window.spoil()
+      ends = at == prepared.steps
+      # Read once: the signal may come at any moment of the step.
+      logs = ends or at % sinks.log_every == 0
+      interrupted = sinks.interrupted(logs)
+      validates = ends or at % validates_every == 0
+      saves = ends or interrupted or at % config.output.checkpoint_every == 0
+      if logs or saves or (validates and patience < math.inf):
+        # Before the save: a run that stops here must not resume beyond.
+        _check_finite(config, at, window.fresh(), journal)
+      if logs:
+        rows, times = window.close(at)
+        journal.log(at, **_means(rows), **times)
+      if validates:
+        found = validate()
+        last = {**found.metrics, "loss": found.loss}
+        score = data.score(found)
+        waited += 1
+        if score > best["score"] or not best["step"]:
+          waited = 0
+          best = {
+            "score": -math.inf if math.isnan(score) else score,
+            "step": at,
+            "value": found.metrics[data.metric],
+            "numbers": last,
+          }
+          sinks.kept.save_best(at, method.evaluated(state.trained))
+        window.spoil()
+      if saves or waited >= patience:
+        sinks.kept.save_last(
+          at,
+          state,
+          {"iterator": batches.get_state(), "best": best, "waited": waited},
+        )
+  finally:
+    profile.close()
+  ended = at == prepared.steps or waited >= patience
+  stopped_at = at if at < prepared.steps and ended else None
+  return Trained(state, best, last, ended, stopped_at)
 
 
 def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
@@ -45,111 +240,91 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
     UsageError: if the request cannot be carried out as it was put.
     RunError: if the run cannot go on.
   """
-  prepared = assemble.prepare(config)
-  done = report.results(prepared.folder)
-  if done is None:
+  config_lib.check(config)
+  folder = assemble.claim(config)
+  done = report.results(folder)
+  if done is not None:
+    if processes.is_first():
+      print(f"{folder} was finished on {done['date']}; nothing is left to do.")
+  else:
+    prepared = assemble.prepare(config)
     with processes.lost_ones_reported():
-      done = _train(prepared, command)
+      done = _run(prepared, command)
   if done is not None and processes.is_first():
-    report.write(prepared.folder)
-    print(report.summary(done, prepared.folder))
+    report.write(folder)
+    print(report.summary(done, folder))
   return done
 
 
-def _train(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
+def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
-  data = prepared.data
   state, shardings = initial(prepared, jax.random.key(config.optimisation.seed))
-  batches = data.train_batches(layout.part())
   checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
-  best: dict[str, Any] = {"score": -math.inf, "step": 0}
-  resumed = checkpoints.resume(state)
-  if resumed is not None:
-    state = resumed.state
-    batches.set_state(resumed.loop["iterator"])
-    best = resumed.loop["best"]
-  at = int(state.step)
-  journal = journal_lib.Silence()
-  if processes.is_first():
-    journal = journal_lib.Journal(prepared.folder, at, prepared.steps)
-  for note in data.notes:
-    journal.say(note)
-  journal.say(_opening(prepared, state.trained))
-  if resumed is not None:
-    journal.say(f"resumed after step {at}")
-
-  train_step = layout.within(
-    step.make_train_step(
-      method,
-      data.objective,
-      shardings and (shardings, layout.replicated),
-      config.optimisation.accumulate,
-    )
-  )
-  predict = _predictor(prepared)
-  diagnose = _diagnoser(prepared) if config.output.diagnose_every else None
-  if config.evaluation.eval_first and not at:
-    _validate(prepared, predict, journal, state, at)
-  window = watch.Window(at)
-  profile = watch.Profile(
-    prepared.folder / "profile",
-    at + config.output.log_every,
-    config.output.profile,
-  )
+  journal = journal_lib.Journal()
   try:
+    resumed = checkpoints.resume(state)
+    loop = None
+    if resumed is not None:
+      state, loop = resumed
+    at = int(state.step)
+    journal = journal_lib.make(
+      Opened(prepared.folder, at, prepared.steps, config_lib.flat(config)),
+      config.output.loggers,
+    )
+    for note in prepared.data.notes:
+      journal.say(note)
+    journal.say(_opening(prepared, state.trained))
+    if resumed is not None:
+      journal.say(f"resumed after step {at}")
+    train_step = layout.within(
+      step.make_train_step(
+        method,
+        prepared.data.objective,
+        shardings and (shardings, layout.replicated),
+        config.optimisation.accumulate,
+      )
+    )
+    predict = _predictor(prepared)
+    programs = Programs(
+      step=train_step,
+      predict=predict,
+      diagnose=diagnoser(
+        prepared,
+        layout.within(diagnostics.make(method, prepared.data.objective)),
+      )
+      if config.output.diagnose_every
+      else None,
+      sample=samples.sampler(prepared, journal, at)
+      if config.evaluation.samples
+      else None,
+    )
     with watch.Interruption() as interruption:
-      while at < prepared.steps:
-        profile.before(at)
-        batch = next(batches)
-        if (
-          diagnose is not None and (at + 1) % config.output.diagnose_every == 0
-        ):
-          # Of the auxiliary as this step meets it, on rows it has not seen.
-          journal.log(at + 1, **diagnose(state.trained, batch))
-          window.spoil()
-        state, metrics = train_step(
-          prepared.variables, state, layout.rows(batch)
-        )
-        at += 1
-        journal.advance(at)
-        window.add(metrics)
-        if profile.after(at, metrics):
-          window.spoil()
-        last = at == prepared.steps
-        # Read once: the signal may come at any moment of the step.
-        logs = last or at % config.output.log_every == 0
-        interrupted = _interrupted(interruption, logs)
-        saves = last or interrupted or at % config.output.checkpoint_every == 0
-        if logs or saves:
-          # Before the save: a run that stops here must not resume beyond.
-          _check_finite(config, at, window.fresh(), journal)
-        if logs:
-          rows, times = window.close(at)
-          journal.log(at, **_means(method, rows), **times)
-        if last or at % _eval_every(prepared) == 0:
-          found = _validate(prepared, predict, journal, state, at)
-          score = data.score(found)
-          if score > best["score"]:
-            best = {"score": score, "step": at}
-            best["value"] = found.metrics[data.metric]
-            checkpoints.save_best(at, method.evaluated(state.trained))
-          window.spoil()
-        if saves:
-          checkpoints.save_last(
-            at, state, {"iterator": batches.get_state(), "best": best}
-          )
-        if interrupted and not last:
-          checkpoints.wait()
-          journal.say(
-            f"interrupted after step {at}, which is saved; the same command "
-            "resumes there."
-          )
-          return None
-    checkpoints.wait()
-    evaluated = checkpoints.best(best["step"], method.evaluated(state.trained))
-    return _finish(prepared, command, evaluated, best, predict, journal)
+      sinks = Sinks(
+        journal,
+        checkpoints,
+        config.output.log_every,
+        functools.partial(_interrupted, interruption),
+      )
+      trained = train(prepared, programs, sinks, state, loop)
+      checkpoints.wait()
+    at, best = int(trained.state.step), trained.best
+    if not trained.ended:
+      journal.say(
+        f"interrupted after step {at}, which is saved; the same command "
+        "resumes there."
+      )
+      return None
+    if trained.stopped_at is not None:
+      journal.say(
+        f"stopped after step {at} of {prepared.steps}: "
+        f"{config.evaluation.patience} validations were no better than that of "
+        f"step {best['step']}"
+      )
+    evaluated = checkpoints.best(
+      best["step"], method.evaluated(trained.state.trained)
+    )
+    return _finish(prepared, command, evaluated, trained, predict, journal)
   finally:
-    profile.close()
     journal.close()
     checkpoints.close()
 
@@ -160,7 +335,8 @@ def initial(
   """The state before the first step, and its shardings if there is a mesh."""
   init = functools.partial(step.init, prepared.method)
   variables = prepared.variables
-  shardings = prepared.layout.state_shardings(
+  shardings = state_shardings.of(
+    prepared.layout,
     prepared.method,
     prepared.axes,
     prepared.shapes,
@@ -170,22 +346,6 @@ def initial(
     return init(key, variables), None
   # Each device makes its own shards.
   return jax.jit(init, out_shardings=shardings)(key, variables), shardings
-
-
-def _validate(
-  prepared: Prepared,
-  predict: Callable[[Any, str], evaluate.Evaluation],
-  journal: journal_lib.Journal | journal_lib.Silence,
-  state: step.TrainState,
-  at: int,
-) -> evaluate.Evaluation:
-  found = predict(prepared.method.evaluated(state.trained), "validation")
-  journal.log(
-    at,
-    validation_loss=found.loss,
-    **{f"validation_{k}": v for k, v in found.metrics.items()},
-  )
-  return found
 
 
 def _interrupted(interruption: watch.Interruption, logs: bool) -> bool:
@@ -200,11 +360,12 @@ def _finish(
   prepared: Prepared,
   command: Sequence[str],
   evaluated: Any,
-  best: dict[str, Any],
-  predict: Callable[[Any, str], evaluate.Evaluation],
-  journal: journal_lib.Journal | journal_lib.Silence,
+  trained: Trained,
+  predict: Predict,
+  journal: journal_lib.Journal,
 ) -> dict[str, Any]:
   config, data, layout = prepared.config, prepared.data, prepared.layout
+  best = trained.best
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
   whole = layout.gather(evaluated)
@@ -227,7 +388,7 @@ def _finish(
       )
     )
   windows = [
-    row for row in journal_lib.read(prepared.folder) if "step_seconds" in row
+    row for row in jsonl.read(prepared.folder) if "step_seconds" in row
   ]
   results = {
     "command": list(command),
@@ -240,6 +401,7 @@ def _finish(
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,
+    "stopped_at": trained.stopped_at,
     "median_step_seconds": _median(windows, "step_seconds"),
     "median_tokens_per_second": _median(windows, "tokens_per_second"),
     "peak_host_memory_gib": _peak_memory_gib(),
@@ -247,39 +409,58 @@ def _finish(
     "date": time.strftime("%Y-%m-%d"),
   }
   if processes.is_first():
-    journal_lib.write_json(prepared.folder / report.RESULTS, results)
+    files.write_json(prepared.folder / report.RESULTS, results)
   return results
 
 
-def _predictor(
-  prepared: Prepared,
-) -> Callable[[Any, str], evaluate.Evaluation]:
-  layout = prepared.layout
-  eval_step = layout.within(
-    step.make_eval_step(
-      prepared.method, prepared.data.objective, layout.replicated
-    )
+def _predictor(prepared: Prepared) -> Predict:
+  return predictor(
+    prepared,
+    prepared.layout.within(
+      step.make_eval_step(
+        prepared.method, prepared.data.objective, prepared.layout.replicated
+      )
+    ),
   )
 
+
+def predictor(
+  prepared: Prepared,
+  eval_step: Callable[[Any, Any, Any], Any],
+  look: Callable[[Any, Any], None] = lambda batch, items: None,
+) -> Predict:
+  """Evaluates splits by a compiled step.
+
+  Args:
+    prepared: what there is before the first step.
+    eval_step: of `step.make_eval_step`.
+    look: is shown each batch and its items.
+  """
+
   def predict(evaluated: Any, split: str) -> evaluate.Evaluation:
-    return prepared.data.evaluate(
-      lambda batch: eval_step(
-        prepared.variables, evaluated, layout.all_rows(batch)
-      ),
-      split,
-    )
+    def items_of(batch):
+      items = jax.device_get(
+        eval_step(
+          prepared.variables, evaluated, prepared.layout.all_rows(batch)
+        )
+      )
+      look(batch, items)
+      return items
+
+    return prepared.data.evaluate(items_of, split)
 
   return predict
 
 
-def _diagnoser(
-  prepared: Prepared,
+def diagnoser(
+  prepared: Prepared, diagnose: Callable[..., diagnostics.Diagnosis]
 ) -> Callable[[Any, Any], dict[str, float]]:
-  """From what is trained, and a batch, to scalars; it remembers the last."""
-  layout = prepared.layout
-  diagnose = layout.within(
-    diagnostics.make(prepared.method, prepared.data.objective)
-  )
+  """From what is trained, and a batch, to scalars; it remembers the last.
+
+  Args:
+    prepared: what there is before the first step.
+    diagnose: of `diagnostics.make`.
+  """
   before = None
 
   def diagnosis(trained: Any, batch: Any) -> dict[str, float]:
@@ -289,7 +470,7 @@ def _diagnoser(
       prepared.variables,
       trained,
       own if before is None else before,
-      layout.rows(batch),
+      prepared.layout.rows(batch),
     )
     # A copy, since the next step donates it.
     before = jax.tree.map(jnp.copy, own)
@@ -302,7 +483,7 @@ def _check_finite(
   config: Config,
   at: int,
   rows: Sequence[step.Metrics],
-  journal: journal_lib.Journal | journal_lib.Silence,
+  journal: journal_lib.Journal,
 ) -> None:
   """Reports steps that were skipped, and ends a run that skips on."""
   for number, row in enumerate(rows, at - len(rows) + 1):
@@ -317,29 +498,27 @@ def _check_finite(
       config.optimisation.on_nonfinite == "stop"
       or in_a_row >= _NONFINITE_IN_A_ROW
     ):
-      raise RunError(
+      raise NonfiniteError(
         sentence + "; the run stops, and its last checkpoint is whole. A "
-        "smaller --learning-rate or --dtype float32 may help."
+        "smaller --learning-rate or --dtype float32 may help.",
+        number,
+        in_a_row,
       )
     journal.say(sentence + "; skipped.")
 
 
-def _eval_every(prepared: Prepared) -> int:
-  return prepared.config.evaluation.eval_every or prepared.data.steps_per_epoch
-
-
-def _means(
-  method: methods.Method, rows: Sequence[step.Metrics]
-) -> dict[str, float | None]:
-  """Means over the steps, without those that were not finite."""
-  names = ["loss", "accuracy"]
-  if method.rho is not None:
-    names += ["c_over_rho", "clip_factor"]
+def _means(rows: Sequence[step.Metrics]) -> dict[str, float]:
+  """Means over steps, without what is not finite, or not measured."""
   found = {}
-  for name in names:
+  for name in step.Metrics._fields:
+    if name in ("nonfinite", "tokens"):
+      continue
     values = (float(getattr(row, name)) for row in rows)
     finite = [value for value in values if math.isfinite(value)]
-    found[name] = statistics.fmean(finite) if finite else None
+    if finite:
+      found[name] = statistics.fmean(finite)
+  if "c_over_rho" not in found:
+    found.pop("clip_factor", None)
   return found
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..methods.method import Method
-from . import step
+from . import state_shardings, step
 from .config import Config
 
 
@@ -60,8 +60,45 @@ def abstract(
     return base, state
   return (
     _laid_out(base, layout.shardings(base_axes, base)),
-    _laid_out(state, layout.state_shardings(method, axes, variables, state)),
+    _laid_out(
+      state, state_shardings.of(layout, method, axes, variables, state)
+    ),
   )
+
+
+def logits_bytes(
+  layout: mesh_lib.Layout,
+  method: Method,
+  objective: Objective,
+  variables: Any,
+  state: step.TrainState,
+  batch: Mapping[str, Any],
+  rows: int,
+) -> int:
+  """Bytes on a device of the logits of a batch to evaluate, in float32.
+
+  Args:
+    layout: of the run.
+    method: what is trained.
+    objective: what is learned from a batch.
+    variables: from `abstract`.
+    state: from `abstract`.
+    batch: of training; shapes are enough.
+    rows: of a batch to evaluate.
+  """
+  eval_batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), dict(batch)
+  )
+
+  def logits(variables, trained, batch):
+    evaluated = method.evaluated(trained)
+    return method.apply(variables, evaluated, *objective.inputs(batch))
+
+  found = layout.within(jax.eval_shape)(
+    logits, variables, state.trained, eval_batch
+  )
+  devices = 1 if layout.mesh is None else layout.mesh.size
+  return found.size * 4 // devices
 
 
 def lower(
@@ -86,16 +123,41 @@ def lower(
   """
   shardings = None
   if layout.mesh is not None:
-    rows = jax.sharding.PartitionSpec("batch")
     shardings = jax.tree.map(lambda x: x.sharding, state), layout.replicated
-    batch = {
-      name: _laid_out(x, layout.sharding(rows, x.shape))
-      for name, x in batch.items()
-    }
   train_step: Any = step.make_train_step(
     method, objective, shardings, accumulate
   )
-  return layout.within(train_step.lower)(variables, state, batch)
+  return layout.within(train_step.lower)(
+    variables, state, _split(layout, batch)
+  )
+
+
+def lower_eval(
+  layout: mesh_lib.Layout,
+  method: Method,
+  objective: Objective,
+  variables: Any,
+  state: step.TrainState,
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+) -> jax.stages.Lowered:
+  """The step of `step.make_eval_step`; the arguments are `lower`'s."""
+  eval_step: Any = step.make_eval_step(method, objective, layout.replicated)
+  evaluated = method.evaluated(state.trained)
+  return layout.within(eval_step.lower)(
+    variables, evaluated, _split(layout, batch)
+  )
+
+
+def _split(
+  layout: mesh_lib.Layout, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+  if layout.mesh is None:
+    return batch
+  rows = jax.sharding.PartitionSpec("batch")
+  return {
+    name: _laid_out(x, layout.sharding(rows, x.shape))
+    for name, x in batch.items()
+  }
 
 
 def _laid_out(tree: Any, shardings: Any) -> Any:

@@ -18,8 +18,8 @@ class EvaluationOptions:
   """Validations without a better one after which the run stops; 0: it never
   stops early."""
   samples: int = option(0, least=0)
-  """Answers that a decoder generates at each validation, to its first
-  validation rows; 0: none."""
+  """Answers that a model of conversations generates at each validation, to the
+  first validation prompts, of at most 64 tokens; 0: none."""
   eval_first: bool = option(False)
   """Also validate before the first step."""
   baseline: bool = option(True)
@@ -35,7 +35,7 @@ class OutputOptions:
   """Folder of the run; empty: runs/TASK-METHOD-seedN."""
   loggers: str = option("")
   """More loggers beside JSONL, TensorBoard and the terminal, with commas: wandb
-  and mlflow, where they are installed."""
+  and mlflow, where they are installed, and those that --plugins add."""
   log_every: int = option(10, least=1)
   """Steps between lines of metrics."""
   checkpoint_every: int = option(50, least=1)

@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib
 from matplotlib import figure
 
-from . import journal
+from .. import files
+from . import config as config_lib
+from .loggers import jsonl
 
 RESULTS = "results.json"
 
@@ -22,18 +24,17 @@ def results(folder: pathlib.Path) -> dict[str, Any] | None:
 def summary(found: dict[str, Any], folder: pathlib.Path) -> str:
   """The outcome in two or three lines."""
   test, metric = found["test"], found["metric"]
-  lines = [
-    f"test accuracy {test['accuracy']:.4f} ({_interval(test)}) with "
-    f"{found['config']['method']}"
-  ]
-  if metric != "accuracy":
-    lines.append(f"test {metric} {test[metric]:.4f}")
+  # The interval is of the accuracy, which values do not have.
+  first = "accuracy" if "accuracy" in test else metric
+
+  def line(row, method):
+    return f"test {first} {_known(row[first])} ({_interval(row)}) with {method}"
+
+  lines = [line(test, found["config"]["method"])]
+  if metric != first:
+    lines.append(f"test {metric} {_known(test[metric])}")
   if found["baseline"]:
-    lines.append(
-      f"test accuracy {found['baseline']['accuracy']:.4f} "
-      f"({_interval(found['baseline'])}) with logistic regression on the "
-      "frozen features"
-    )
+    lines.append(line(found["baseline"], _baseline(test)))
   lines.append(f"report: {folder / 'report.md'}")
   return "\n".join(lines)
 
@@ -46,6 +47,11 @@ def _interval(found: dict[str, Any]) -> str:
   return f"95% {low:.4f} to {high:.4f}, {count}"
 
 
+def _baseline(found: dict[str, Any]) -> str:
+  kind = "ridge" if found["unit"] == "values" else "logistic"
+  return f"{kind} regression on the frozen features"
+
+
 def write(folder: pathlib.Path) -> None:
   """Writes `report.md` and `report.png` of a finished run.
 
@@ -54,9 +60,9 @@ def write(folder: pathlib.Path) -> None:
   """
   found = results(folder)
   assert found is not None
-  rows = journal.read(folder)
+  rows = jsonl.read(folder)
   _plot(rows, found, folder / "report.png")
-  journal.write_atomically(folder / "report.md", _markdown(found))
+  files.write_atomically(folder / "report.md", _markdown(found))
 
 
 def _markdown(found: dict[str, Any]) -> str:
@@ -67,26 +73,31 @@ def _markdown(found: dict[str, Any]) -> str:
   has_interval = test["accuracy_95"] is not None
 
   def cells(label, x):
-    values = [f"{x[name]:.4f}" for name in names]
+    values = [_known(x[name]) for name in names]
     if has_interval:
       low, high = x["accuracy_95"]
       values.append(f"{low:.4f} to {high:.4f}")
-    return f"| {label} | {' | '.join(values)} | {x['loss']:.4f} |"
+    return f"| {label} | {' | '.join(values)} | {_known(x['loss'])} |"
 
-  heads = [*names, *["accuracy, 95% (Wilson)"] * has_interval, "loss (nats)"]
+  loss = "loss" if test["unit"] == "values" else "loss (nats)"
+  heads = [*names, *["accuracy, 95% (Wilson)"] * has_interval, loss]
   table = [
     f"| on {test['rows']} test {test['unit']} | {' | '.join(heads)} |",
     "|---|" + "---|" * len(heads),
     cells(config["method"], test),
   ]
   if baseline:
-    table.append(cells("logistic regression on the frozen features", baseline))
+    table.append(cells(_baseline(test), baseline))
   trained, base = found["trained_parameters"], found["base_parameters"]
+  spec = config_lib.build(config_lib.fitting(config)).method.spec
+  stopped = found.get("stopped_at")
   costs = [
     "| cost | |",
     "|---|---|",
     f"| parameters kept after training | {trained:,} of {base:,} |",
-    f"| steps | {found['steps']} |",
+    f"| steps | {found['steps']}"
+    + (f", stopped after {stopped}" if stopped else "")
+    + " |",
     f"| median step | {_known(found['median_step_seconds'], '.3f')} s |",
     "| median speed | "
     f"{_known(found['median_tokens_per_second'], ',.0f')} tokens/s |",
@@ -98,10 +109,10 @@ def _markdown(found: dict[str, Any]) -> str:
       "",
       f"{found['date']}, {found['machine']}. The checkpoint of step "
       f"{found['best_step']}, the best on the validation rows "
-      f"({found['metric']} {found['validation']:.4f}), was tested once"
+      f"({found['metric']} {_known(found['validation'])}), was tested once"
       + (
         ", without the auxiliary."
-        if "auxiliary_rank" in config and not config.get("keep_auxiliary")
+        if spec.has_auxiliary and not config.get("keep_auxiliary")
         else "."
       ),
       "",
@@ -121,7 +132,7 @@ def _markdown(found: dict[str, Any]) -> str:
   )
 
 
-def _known(value: float | None, form: str) -> str:
+def _known(value: float | None, form: str = ".4f") -> str:
   return "unknown" if value is None else format(value, form)
 
 
@@ -132,7 +143,7 @@ def _plot(rows, found: dict[str, Any], path: pathlib.Path) -> None:
 
   metric = found["metric"]
   panels = [
-    ("loss (nats)", {"train": "loss", "validation": "validation_loss"}),
+    ("loss", {"train": "loss", "validation": "validation_loss"}),
     (
       metric.replace("_", " "),
       {"train": "accuracy", "validation": f"validation_{metric}"}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import command
 from ..errors import UsageError
 from . import plan, spec, workers
 from .spec import Cell, Study
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     OSError: if a file cannot be written.
   """
   place, rest = _place().parse_known_args(argv)
-  options = tyro.cli(Options, args=rest, prog="python -m train study")
+  options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
   study = spec.read(options.study)
   cells = select(study, options.only)
   if options.workers < 1:

@@ -14,7 +14,7 @@ from matplotlib import figure
 from matplotlib import lines as mpl_lines
 import numpy as np
 
-from ..run import journal
+from .. import files
 from . import estimates, tables
 from .results import Result
 from .spec import Study
@@ -51,7 +51,7 @@ def save(canvas: Figure, path: pathlib.Path) -> None:
     canvas.savefig(text, format="svg", metadata=nothing)
   # A hundredth of a point is not to be seen, and is half of a file.
   short = re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue())
-  journal.write_atomically(path, short)
+  files.write_atomically(path, short)
 
 
 def figures(

@@ -114,7 +114,7 @@ def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
 
 def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
   """What two runs have in common that share a program, but for some fields."""
-  ignored = ("seed", "run_dir", "eval_every", "log_every", *but)
+  ignored = ("seed", "run_dir", "eval_every", "log_every", "patience", *but)
   same = config_lib.flat(prepared.config)
   for name in ignored:
     same.pop(name, None)

@@ -4,7 +4,7 @@ import pathlib
 import re
 from typing import Any
 
-from ..run import journal
+from .. import files
 from . import drawn, plan, plots, record, results, tables
 from .results import Result, Results
 from .spec import Study
@@ -35,7 +35,7 @@ def write(study: Study) -> pathlib.Path:
     pictures = _pictures(study, task, of_task, lines_of.get(task, {}), folder)
     lines += ["", f"## {task}", "", *_task(study, of_task, pictures)]
   path = study.folder / REPORT
-  journal.write_atomically(path, "\n".join([*lines, ""]))
+  files.write_atomically(path, "\n".join([*lines, ""]))
   return path
 
 

@@ -8,7 +8,7 @@ import pathlib
 import tomllib
 from typing import Any, Literal
 
-from .. import options
+from .. import options, plugins
 from ..errors import UsageError
 from ..run import config as config_lib
 from ..run.config import Config
@@ -19,6 +19,8 @@ _SET_BY_THE_STUDY = {
   "run_dir": "the study's folder",
   "mesh": "the workers, of one device each",
   "profile": "nothing: a study traces no steps",
+  "loggers": "nothing: a study keeps rows",
+  "samples": "nothing: a study keeps rows",
   "baseline": "nothing: a study fits no logistic regression",
   "checkpoint_every": "nothing: a run of a study is short, and starts anew",
 }
@@ -197,6 +199,7 @@ def parse(found: Mapping[str, Any]) -> Study:
         if kind is dict
         else f"{name} is written as [[{name}]], once for each."
       )
+  plugins.load(str(found.get("defaults", {}).get("plugins", "")))
   head = found.get("study", {})
   options.known("[study]", head, ("name", "folder", "seeds", "reference"))
   name = _text("[study]", head, "name")

@@ -1,14 +1,14 @@
-"""A run of a study: the steps of `run.loop` without what a study ignores.
+"""A run of a study: `run.loop`'s, whose numbers and weights stay in memory.
 
-No checkpoints, TensorBoard or report of its own: the best weights stay in
-memory, a run that is killed starts anew, and all that is kept is a row.
+It has no checkpoints and no report of its own: one that is killed starts anew,
+and all that is kept is a row.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import hashlib
-import math
 import os
 import pathlib
 import platform
@@ -21,44 +21,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import files
 from ..data import load as data_lib
-from ..data import scores as evaluate
-from ..errors import RunError, UsageError
+from ..errors import UsageError
 from ..models import load as models
 from ..run import assemble, loop, step
 from ..run import config as config_lib
 from ..run.assemble import Prepared
 from ..run.config import Config
+from ..run.journal import Journal
+from ..run.loggers.logger import Logger
 from . import measure, plan, programs
 from .programs import Kept, Programs
 
 _POINTS = 48
-_BROKEN = 10
 _DIGESTED = 8
 
 
-class Trained(NamedTuple):
-  """What came of the steps.
+class Curves(Logger):
+  """Keeps what is logged: [step, value] by its name, of 6 digits."""
 
-  Attributes:
-    best: what is evaluated of the step that did best on the validation rows.
-    last: of the last step.
-    score: of the best; higher is better.
-    best_step: of it.
-    validation: at the best and at the last step.
-    curves: [step, value] by the name of what is logged.
-    times: seconds of each step.
-    tokens: in all steps.
-  """
+  def __init__(self):
+    self.found: dict[str, list[list[float]]] = {}
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      # A study has times of its own, of steps that are waited for.
+      if name not in ("step_seconds", "tokens_per_second"):
+        rounded = float(f"{value:.6g}")
+        self.found.setdefault(name, []).append([step, rounded])
+
+
+class Memory:
+  """Keeps the best weights, and nothing to resume from."""
+
+  best: Any = None
+
+  def save_best(self, step: int, evaluated: Any) -> None:
+    """As `run.loop.Kept.save_best`."""
+    # A copy, since the next step donates it.
+    self.best = jax.tree.map(jnp.copy, evaluated)
+
+  def save_last(
+    self, step: int, state: step.TrainState, loop: Mapping[str, Any]
+  ) -> None:
+    """As `run.loop.Kept.save_last`."""
+
+
+class Timed:
+  """A step that is waited for: the seconds of each, and the tokens of all."""
+
+  def __init__(self, train_step: Callable[..., Any]):
+    self._step = train_step
+    self.seconds: list[float] = []
+    self.tokens = 0
+
+  def __call__(self, *arguments: Any) -> tuple[step.TrainState, step.Metrics]:
+    start = time.perf_counter()
+    state, metrics = jax.block_until_ready(self._step(*arguments))
+    self.seconds.append(time.perf_counter() - start)
+    self.tokens += int(metrics.tokens)
+    return state, metrics
+
+
+class Weights(NamedTuple):
+  """What is evaluated at the best step, and at the last."""
 
   best: Any
   last: Any
-  score: float
-  best_step: int
-  validation: dict[str, dict[str, float]]
-  curves: dict[str, list[list[float]]]
-  times: list[float]
-  tokens: int
 
 
 def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
@@ -106,7 +136,7 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
     "jax": jax.__version__,
     "date": time.strftime("%Y-%m-%d"),
   }
-  return _finite(row)
+  return files.finite(row)
 
 
 def steps(config: Config) -> int:
@@ -116,7 +146,9 @@ def steps(config: Config) -> int:
     UsageError: if the data are not to be had.
   """
   try:
-    pretrained = models.open_pretrained(config.model.name)
+    pretrained = models.open_pretrained(
+      config.model.name, config.model.hub_revision
+    )
     data = assemble.load_data(config, pretrained)
   except (ValueError, RuntimeError) as error:
     raise UsageError(str(error)) from error
@@ -132,165 +164,87 @@ def digest(data: data_lib.Data) -> str:
   return found.hexdigest()[:16]
 
 
-def correct_rows(packed: str, rows: int) -> np.ndarray:
-  """Which rows were right, `[rows]` bool, from the text of a row."""
-  bits = np.frombuffer(base64.b64decode(packed), np.uint8)
-  return np.unpackbits(bits, count=rows).astype(bool)
-
-
 def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
   compiled = programs.of(prepared, task, kept)
+  config = prepared.config
+  values = config_lib.flat(config)
+  numbers = {name: values[name] for name in compiled.traced}
+  timed = Timed(functools.partial(compiled.step, numbers))
+  curves, memory = Curves(), Memory()
+  state, _ = loop.initial(prepared, jax.random.key(config.optimisation.seed))
   try:
-    trained = _train(prepared, compiled)
-  except RunError as error:
-    return {"failed": str(error), "score": None}
+    trained = loop.train(
+      prepared,
+      loop.Programs(
+        timed,
+        loop.predictor(prepared, compiled.predict),
+        compiled.diagnose and loop.diagnoser(prepared, compiled.diagnose),
+      ),
+      loop.Sinks(Journal([curves]), memory, max(1, prepared.steps // _POINTS)),
+      state,
+    )
+  except loop.NonfiniteError as error:
+    sentence = (
+      f"the loss or gradient of step {error.step} is not finite, "
+      f"{error.in_a_row} in a row"
+    )
+    return {"failed": sentence, "score": None}
+  weights = Weights(
+    memory.best, prepared.method.evaluated(trained.state.trained)
+  )
   # The second half: by then every length has been compiled.
-  times = trained.times[len(trained.times) // 2 :]
+  times = timed.seconds[len(timed.seconds) // 2 :]
   found = {
     "failed": None,
-    "score": trained.score,
-    "best_step": trained.best_step,
-    "validation": trained.validation,
+    "score": trained.best["score"],
+    "best_step": trained.best["step"],
+    "validation": {"best": trained.best["numbers"], "last": trained.last},
     "step_seconds": statistics.median(times),
-    "tokens": trained.tokens,
-    "curves": trained.curves,
+    "tokens": timed.tokens,
+    "curves": curves.found,
   }
+  if config.evaluation.patience:
+    found["stopped_at"] = trained.stopped_at
   if task.stage == "final":
-    test, correct = _evaluated(prepared, compiled, trained.best, "test")
-    found |= {
-      "test": _numbers(test) | {"rows": test.rows, "unit": test.unit},
-      "correct": correct,
-    }
+    found |= _tested(prepared, compiled, weights.best)
     if compiled.measure is not None:
       start = time.perf_counter()
-      found["sharpness"] = _measured(task, prepared, compiled, trained)
+      found["sharpness"] = _measured(task, prepared, compiled, weights)
       found["sharpness_seconds"] = time.perf_counter() - start
     if compiled.draw is not None:
-      found["landscape"] = _drawn(task, prepared, compiled, trained)
+      found["landscape"] = _drawn(task, prepared, compiled, weights)
   return found
 
 
-def _train(prepared: Prepared, compiled: Programs) -> Trained:
-  config, data, method = prepared.config, prepared.data, prepared.method
-  state, _ = loop.initial(prepared, jax.random.key(config.optimisation.seed))
-  numbers_of = config_lib.flat(config)
-  numbers = {name: numbers_of[name] for name in compiled.traced}
-  every = config.evaluation.eval_every or data.steps_per_epoch
-  width = max(1, prepared.steps // _POINTS)
-  best, best_step, score = None, 0, -math.inf
-  validation: dict[str, dict[str, float]] = {}
-  curves: dict[str, list[list[float]]] = {}
-  window: list[step.Metrics] = []
-  times, tokens, before = [], 0, None
-  for at, batch in enumerate(data.train_batches(), 1):
-    if compiled.diagnose is not None and at % config.output.diagnose_every == 0:
-      # Of the auxiliary as this step meets it, on rows that it has not seen.
-      own = state.trained["auxiliary"]
-      diagnosis = compiled.diagnose(
-        prepared.variables,
-        state.trained,
-        own if before is None else before,
-        batch,
-      )
-      _add(curves, at, jax.tree.map(float, diagnosis._asdict()))
-      # A copy, since the next step donates it.
-      before = jax.tree.map(jnp.copy, own)
-    start = time.perf_counter()
-    state, metrics = jax.block_until_ready(
-      compiled.step(numbers, prepared.variables, state, batch)
-    )
-    times.append(time.perf_counter() - start)
-    metrics = jax.device_get(metrics)
-    tokens += int(metrics.tokens)
-    _check_finite(at, metrics, config.optimisation.on_nonfinite)
-    window.append(metrics)
-    last = at == prepared.steps
-    if last or at % width == 0:
-      _add(curves, at, _means(window))
-      window = []
-    if last or at % every == 0:
-      now = method.evaluated(state.trained)
-      found, _ = _evaluated(prepared, compiled, now, "validation")
-      numbers_now = _numbers(found)
-      _add(curves, at, {f"validation_{k}": v for k, v in numbers_now.items()})
-      if data.score(found) > score or best is None:
-        score, best_step = data.score(found), at
-        # A copy, since the next step donates it.
-        best = jax.tree.map(jnp.copy, now)
-        validation["best"] = numbers_now
-      validation["last"] = numbers_now
-  return Trained(
-    best=best,
-    last=method.evaluated(state.trained),
-    score=score,
-    best_step=best_step,
-    validation=validation,
-    curves=curves,
-    times=times,
-    tokens=tokens,
-  )
+def _tested(
+  prepared: Prepared, compiled: Programs, evaluated: Any
+) -> dict[str, Any]:
+  """The test, and which of its rows were right, a bit each, if it has rows."""
+  right = np.zeros(prepared.data.rows["test"], bool)
 
-
-def _check_finite(at: int, metrics: step.Metrics, rule: str) -> None:
-  in_a_row = int(metrics.nonfinite)
-  if in_a_row >= _BROKEN or (in_a_row and rule == "stop"):
-    raise RunError(
-      f"the loss or gradient of step {at} is not finite, {in_a_row} in a row"
-    )
-
-
-def _means(window: Sequence[step.Metrics]) -> dict[str, float]:
-  """Means over some steps, without what is not finite, or not measured."""
-  found = {}
-  for name in step.Metrics._fields:
-    if name in ("nonfinite", "tokens"):
-      continue
-    values = [float(getattr(metrics, name)) for metrics in window]
-    finite = [value for value in values if math.isfinite(value)]
-    if finite:
-      found[name] = statistics.fmean(finite)
-  if "c_over_rho" not in found:
-    found.pop("clip_factor", None)
-  return found
-
-
-def _add(
-  curves: dict[str, list[list[float]]], at: int, values: Mapping[str, float]
-) -> None:
-  for name, value in values.items():
-    curves.setdefault(name, []).append([at, float(f"{value:.6g}")])
-
-
-def _evaluated(
-  prepared: Prepared, compiled: Programs, evaluated: Any, split: str
-) -> tuple[evaluate.Evaluation, str | None]:
-  """A split's evaluation, and which of its rows were right."""
-  right = np.zeros(prepared.data.rows[split], bool)
-
-  def predict(batch):
-    items = jax.device_get(
-      compiled.predict(prepared.variables, evaluated, batch)
-    )
+  def look(batch, items):
     if "index" in batch:
       real = batch["weights"] > 0
       right[batch["index"][real]] = items.right[real] > 0
-    return items
 
-  found = prepared.data.evaluate(predict, split)
-  if found.unit != "rows":
-    return found, None
-  return found, base64.b64encode(np.packbits(right).tobytes()).decode()
+  test = loop.predictor(prepared, compiled.predict, look)(evaluated, "test")
+  packed = base64.b64encode(np.packbits(right).tobytes()).decode()
+  numbers = {**test.metrics, "loss": test.loss}
+  return {
+    "test": numbers | {"rows": test.rows, "unit": test.unit},
+    "correct": packed if test.unit == "rows" else None,
+  }
 
 
 def _measured(
-  task: plan.Run, prepared: Prepared, compiled: Programs, trained: Trained
+  task: plan.Run, prepared: Prepared, compiled: Programs, weights: Weights
 ) -> dict[str, Any]:
   options = task.sharpness
   assert compiled.measure is not None and options is not None
   rows = _rows(prepared, options.rows)
   found = compiled.measure(
     prepared.variables,
-    trained.last if options.at == "last" else trained.best,
+    weights.last if options.at == "last" else weights.best,
     rows,
     jax.random.key(prepared.config.optimisation.seed),
   )
@@ -298,13 +252,13 @@ def _measured(
 
 
 def _drawn(
-  task: plan.Run, prepared: Prepared, compiled: Programs, trained: Trained
+  task: plan.Run, prepared: Prepared, compiled: Programs, weights: Weights
 ) -> dict[str, Any]:
   assert compiled.draw is not None and task.landscape is not None
   return _lists(
     compiled.draw(
       prepared.variables,
-      trained.last,
+      weights.last,
       _rows(prepared, task.landscape.rows),
       jax.random.key(prepared.config.optimisation.seed),
     )
@@ -321,22 +275,6 @@ def _lists(found: Any) -> Any:
   return jax.tree.map(
     lambda x: np.asarray(x).astype(float).tolist(), jax.device_get(found)
   )
-
-
-def _numbers(found: evaluate.Evaluation) -> dict[str, float]:
-  return {**found.metrics, "loss": found.loss}
-
-
-def _finite(value: Any) -> Any:
-  """JSON has no NaN and no infinity: None."""
-  match value:
-    case float():
-      return value if math.isfinite(value) else None
-    case dict():
-      return {key: _finite(x) for key, x in value.items()}
-    case list() | tuple():
-      return [_finite(x) for x in value]
-  return value
 
 
 def _machine() -> str:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+from ..command import PACKAGE
+
 
 def start(study: pathlib.Path, only: str, count: int) -> int:
   """Starts workers and waits for them.
@@ -26,7 +28,7 @@ def start(study: pathlib.Path, only: str, count: int) -> int:
     flush=True,
   )
   cores = None if devices else shares(_cores(), count)
-  command = [sys.executable, "-m", "train", "study", str(study)]
+  command = [sys.executable, "-m", PACKAGE, "study", str(study)]
   if only:
     command += ["--only", only]
   running: list[subprocess.Popen] = []

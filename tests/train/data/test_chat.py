@@ -308,3 +308,55 @@ def test_a_broken_tokenizer_config_is_refused(text, message, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(text)
   with pytest.raises(ValueError, match=message):
     templates.load_template(tmp_path)
+
+
+def test_a_plain_text_is_learned_whole():
+  ids, loss = _encode((Message("text", "the cat sat"),))
+  assert byte_level.decode(TOKENIZER, ids) == "the cat sat<|im_end|>"
+  assert loss == [False, *[True] * (len(ids) - 1)]
+  ids, loss = _encode((Message("text", "the cat sat"),), max_length=2)
+  assert loss == [False, True]
+
+
+CALL = (("tool_calls", [{"function": {"name": "clock"}}]),)
+WITH_TOOLS = (
+  Message("user", "when?"),
+  Message("assistant", "", CALL),
+  Message("tool", "noon"),
+  Message("assistant", "At 12."),
+)
+TOOLS = CHATML.replace(
+  "{{ '<|im_end|>'",
+  "{% for call in message.tool_calls %}[{{ call.function.name }}]{% endfor %}"
+  "{{ '<|im_end|>'",
+)
+
+
+def test_calls_of_tools_are_learned_and_their_answers_are_not():
+  assert _pieces(*_encode(WITH_TOOLS, TOOLS)) == [
+    (False, "<|im_start|>user\nwhen?<|im_end|>\n<|im_start|>assistant\n"),
+    (True, "[clock]<|im_end|>"),
+    (False, "\n<|im_start|>tool\nnoon<|im_end|>\n<|im_start|>assistant\n"),
+    (True, "At 12.<|im_end|>"),
+    (False, "\n"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("template", "lost"),
+  [
+    (CHATML, "clock"),
+    (
+      TOOLS.replace(
+        "message['content']",
+        "(message.content if message.role != 'tool' else '')",
+      ),
+      "noon",
+    ),
+  ],
+)
+def test_a_template_without_tools_is_refused(template, lost):
+  with pytest.raises(
+    ValueError, match=rf"writes nothing of the tools .*'{lost}'.*--chat-templ"
+  ):
+    _encode(WITH_TOOLS, template)

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 import tensorflow_datasets as tfds
 
@@ -226,3 +228,155 @@ def test_a_prepared_tfds_dataset_is_read(tmp_path):
   ).download_and_prepare()
   rows = _load("tfds:tiny_instructions", data_dir=tmp_path)
   assert sorted(rows) == [_turns(f"é{i}", f"{i}") for i in range(4)]
+
+
+def _saved(role, content, **more):
+  return {"role": role, "content": content, **more}
+
+
+CALLS = [{"function": {"name": "clock", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+  ("row", "wanted"),
+  [
+    ({"prompt": "a", "completion": "b"}, _turns("a", "b")),
+    (
+      {
+        "prompt": [_saved("user", "a")],
+        "completion": [_saved("assistant", "b")],
+      },
+      _turns("a", "b"),
+    ),
+    (
+      {
+        "conversations": [
+          {"from": "system", "value": "s"},
+          {"from": "human", "value": "a"},
+          {"from": "gpt", "value": "b", "weight": 1},
+        ]
+      },
+      (Message("system", "s"), *_turns("a", "b")),
+    ),
+    ({"text": "All of it.", "id": 3}, (Message("text", "All of it."),)),
+    (
+      {
+        "messages": [
+          _saved(
+            "user",
+            [{"type": "text", "text": "a"}, {"type": "text", "text": "!"}],
+          ),
+          _saved("assistant", "b"),
+        ]
+      },
+      _turns("a!", "b"),
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", None, tool_calls=CALLS),
+          _saved("tool", "noon", name="clock"),
+          _saved("assistant", "b", tool_calls=None),
+        ]
+      },
+      (
+        Message("user", "a"),
+        Message("assistant", "", (("tool_calls", CALLS),)),
+        Message("tool", "noon", (("name", "clock"),)),
+        Message("assistant", "b"),
+      ),
+    ),
+  ],
+)
+def test_published_forms_of_a_row_are_read(row, wanted, tmp_path):
+  assert _load(_write(tmp_path, row)) == [wanted]
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    (
+      {"messages": [_saved("user", [{"type": "image_url"}])]},
+      "no assistant message",
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", [{"type": "image_url"}]),
+          _saved("assistant", "b"),
+        ]
+      },
+      "the user's content has a part of the type 'image_url'; a part must be",
+    ),
+    ({"conversations": [{"from": "human"}]}, "conversations must be a list of"),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", "", tool_calls=CALLS),
+        ]
+      },
+      None,
+    ),
+    (
+      {
+        "messages": [
+          _saved("user", "a"),
+          _saved("assistant", "b"),
+          _saved("tool", "c"),
+          _saved("assistant", "b"),
+        ]
+      },
+      "has the roles",
+    ),
+  ],
+)
+def test_forms_that_are_not_whole_are_refused(row, message, tmp_path):
+  path = _write(tmp_path, row)
+  if message is None:
+    assert len(_load(path)) == 1  # a call is an answer to be learned
+    return
+  with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1.*{message}"):
+    _load(path)
+
+
+def test_tables_of_other_forms_hold_conversations(tmp_path):
+  rows = [{"prompt": f"{i}", "response": f"It is {i}."} for i in range(9)]
+  wanted = _load(_write(tmp_path, *rows))
+  parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+  assert _load(tmp_path / "rows.parquet") == wanted
+  messages = json.dumps([_saved("user", "a"), _saved("assistant", "b")])
+  path = tmp_path / "rows.csv"
+  path.write_text('messages\n"' + messages.replace('"', '""') + '"\n')
+  assert _load(path) == [_turns("a", "b")]
+
+
+def test_few_rows_are_in_all_splits_and_that_is_said(tmp_path):
+  rows = [{"prompt": f"{i}", "response": f"It is {i}."} for i in range(20)]
+  found, notes = instructions.splits(str(_write(tmp_path, *rows)))
+  assert {k: len(v) for k, v in found.items()} == {
+    "train": 16,
+    "validation": 2,
+    "test": 2,
+  }
+  assert notes == [
+    "Of 20 rows, 2 for validation and 2 for the test are held out, by a hash of"
+    " the text; 16 are to train on."
+  ]
+  assert len({row for part in found.values() for _, row in part}) == 20
+
+
+def test_the_splits_of_many_rows_are_those_of_a_share_of_hashes(tmp_path):
+  path = _many(tmp_path)
+  found, _ = instructions.splits(str(path))
+  for split, rows in found.items():
+    assert [row for _, row in rows] == _load(path, split, held_out=0.02)
+    drawn = instructions.drawn(rows, 5, seed=3)
+    assert drawn == _load(path, split, held_out=0.02, limit=5, seed=3)
+  (tmp_path / "other").mkdir()
+  own = _write(tmp_path / "other", {"prompt": "a", "response": "b"})
+  found, notes = instructions.splits(
+    str(path), validation=str(own), test=str(own)
+  )
+  assert (len(found["train"]), len(found["test"]), notes) == (1000, 1, [])

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from train import options as options_lib
 from train.data import columns, divide, hashing, load, pipeline, tables
 from train.data import registry as tasks
 from train.data.options import DataOptions, check
@@ -221,7 +222,7 @@ def test_files_of_their_own_are_the_splits(tmp_path):
   [
     ({"path": ""}, "--data names the rows of --task classification, regress"),
     ({"task": "snippets"}, "belongs to no other task; got 'a' with --task sn"),
-    ({"held_out": 0.5}, "--held-out is from 0 to 0.4; got 0.5"),
+    ({"held_out": 0.5}, r"--held-out is in \[0, 0.45\); got 0.5"),
     ({"text_pair": "b"}, "--text-pair is the second text .* --text-pair b al"),
     ({"chat_template": "a"}, "--chat-template is of --task instructions; got"),
     ({"held_out": 0.1, "validation": "a", "test": "b"}, "--held-out is for"),
@@ -229,8 +230,10 @@ def test_files_of_their_own_are_the_splits(tmp_path):
   ],
 )
 def test_options_that_cannot_be_are_named(options, message):
+  found = DataOptions(**({"task": "classification", "path": "a"} | options))
   with pytest.raises(ValueError, match=message):
-    check(DataOptions(**({"task": "classification", "path": "a"} | options)))
+    options_lib.check(found)
+    check(found)
 
 
 def _load(pretrained, path, task="classification", batch_size=8, **options):
@@ -405,9 +408,7 @@ def test_new_rows_are_read_by_a_description(tiny_model, tmp_path):
     by_hand.examples.tokens, given_rows.examples.tokens
   )
   # Rows with labels have the run's, and are refused others.
-  with pytest.raises(
-    ValueError, match=r"There is no column 'label'; .* id, te"
-  ):
+  with pytest.raises(ValueError, match=r"There is no column 'label'; .* id, t"):
     load.rows_for(task, path, pretrained, max_length=24, labelled=True)
   path = str(_csv(tmp_path, [{"sentence": "a", "class": "good"}], "one.csv"))
   one = load.rows_for(task, path, pretrained, max_length=24, labelled=True)
@@ -480,7 +481,63 @@ def test_tables_name_their_splits(tmp_path):
     (tmp_path / split / "a").mkdir(parents=True)
     PIL.Image.new("RGB", (2, 2)).save(tmp_path / split / "a" / "0.png")
   assert tables.one(tmp_path, "test").path == str(tmp_path / "test")
-  with pytest.raises(
-    ValueError, match=r"has the splits .* and none is validat"
-  ):
+  with pytest.raises(ValueError, match=r"has the splits .* and none is val"):
     tables.one(tmp_path, "validation")
+
+
+def _talk(folder, count=20):
+  path = folder / "talk.jsonl"
+  rows = (
+    {"prompt": f"{i}?", "completion": f"It is {i}."} for i in range(count)
+  )
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def test_twenty_conversations_train_with_any_template(tiny_decoder, tmp_path):
+  template = tmp_path / "template.jinja"
+  template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+  options = {"task": "instructions", "batch_size": 32, "pack": False}
+  data = _load(
+    tiny_decoder, _talk(tmp_path), chat_template=str(template), **options
+  )
+  assert data.rows == {"train": 16, "validation": 2, "test": 2}
+  assert (data.steps_per_epoch, data.order.batch_size) == (1, 16)
+  assert data.notes[1] == (
+    "--batch-size is 32; there are 16 rows to train on: a batch has 16."
+  )
+  tokenizer = models.open_pretrained(str(tiny_decoder)).tokenizer
+  assert tokenizer.decode(next(data.train_batches())["tokens"][0]).startswith(
+    "["
+  )
+  template.write_text("{% for")
+  with pytest.raises(ValueError, match=r"--chat-template .* cannot be read"):
+    _load(tiny_decoder, _talk(tmp_path), chat_template=str(template), **options)
+
+
+def test_a_loss_beyond_floats_is_an_infinite_perplexity(tiny_decoder, tmp_path):
+  data = _load(tiny_decoder, _talk(tmp_path), "instructions", batch_size=1)
+
+  def lost(batch):
+    shape = batch["tokens"].shape
+    return load.Items(
+      np.full(shape, 800.0), batch["weights"], np.zeros(shape), np.zeros(shape)
+    )
+
+  found = data.evaluate(lost, "test")
+  assert found.metrics["perplexity"] == np.inf
+  assert data.score(found) == -800
+
+
+def test_rows_longer_than_the_old_buckets_are_read(tiny_decoder, tmp_path):
+  rows = [row | {"text": row["text"] * 90} for row in _rows()]
+  data = load.load(
+    DataOptions(
+      task="classification", path=str(_csv(tmp_path, rows)), max_length=512
+    ),
+    models.open_pretrained(str(tiny_decoder)),
+    batch_size=8,
+    epochs=1,
+    seed=0,
+  )
+  assert 256 < next(data.train_batches())["tokens"].shape[1] <= 512

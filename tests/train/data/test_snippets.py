@@ -118,13 +118,12 @@ def test_a_limit_takes_rows_by_seed_and_smaller_ones_are_nested(snippets_dir):
   assert len(set(load(50, 0))) == 50
 
 
-@pytest.mark.parametrize(
-  ("limit", "message"),
-  [(0, "limit must be at least 1; got 0"), (7_000, "has 6500 rows in train")],
-)
-def test_a_limit_that_cannot_be_met_is_refused(snippets_dir, limit, message):
-  with pytest.raises(ValueError, match=message):
-    pipeline.load(TASK, "train", snippets_dir, limit)
+def test_a_limit_of_no_rows_is_refused_and_one_of_too_many_takes_all(
+  snippets_dir,
+):
+  with pytest.raises(ValueError, match="limit must be at least 1; got 0"):
+    pipeline.load(TASK, "train", snippets_dir, 0)
+  assert len(pipeline.load(TASK, "train", snippets_dir, 7_000)) == 6_500
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
 
 def test_two_processes_may_prepare_at_once(tmp_path):
   code = (
-    "import sys; from train import tasks; from train.tasks import pipeline;"
+    "import sys; from train.data import pipeline, registry as tasks;"
     "print(len(pipeline.load(tasks.get(), 'validation', sys.argv[1])))"
   )
   command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
@@ -223,3 +222,10 @@ def test_an_unknown_task_or_split_is_refused():
     tasks.get("sst")
   with pytest.raises(ValueError, match="no split 'dev'; it has train, valid"):
     pipeline.load(TASK, "dev")
+
+
+def test_a_file_that_is_not_there_is_told_where_to_find(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"not installed .* repository, in train"
+  ):
+    movie_reviews.read(tmp_path / "none.tsv.gz")

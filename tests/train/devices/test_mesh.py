@@ -60,7 +60,9 @@ def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
 @pytest.mark.parametrize(
   ("method", "mesh"), [("lora", "data=8"), ("full", CUBE)]
 )
-def test_other_methods_run_on_a_mesh(run, tmp_path, method, mesh):
+def test_lora_and_full_end_on_a_mesh_where_one_device_does(
+  run, tmp_path, method, mesh
+):
   left, right = (tmp_path / name for name in ("mesh", "device"))
   options = ("--method", method, "--no-baseline", "--learning-rate", "1e-3")
   assert run(left, *options, "--mesh", mesh) == 0
@@ -255,7 +257,7 @@ jax.distributed.initialize = functools.partial(
 # After a checkpoint, that is whole, and before the next.
 KILLED_AT_9 = """
 import signal
-from train import checkpoints, journal
+from train.run import checkpoints, journal
 save_last = checkpoints.Checkpoints.save_last
 def save_and_wait(self, *arguments):
   save_last(self, *arguments)
@@ -318,7 +320,7 @@ def test_when_one_process_is_killed_the_other_ends_and_one_can_resume(
 # The second is asked to stop; the first hears of it at the next line.
 INTERRUPTED_AT_7 = """
 import signal
-from train import journal
+from train.run import journal
 def advance(self, step):
   if step == 7:
     os.kill(os.getpid(), signal.SIGTERM)

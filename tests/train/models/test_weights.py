@@ -160,6 +160,8 @@ def test_a_hub_name_is_downloaded(folder, monkeypatch):
   assert not any(".bin" in pattern for pattern in asked["patterns"])
   load.open_pretrained("org/name", revision="v1.2")
   assert asked["revision"] == "v1.2"
+  with pytest.raises(weights.WeightsError, match=r"--hub-revision .* 'v1\.2'"):
+    weights.locate(str(folder), "v1.2")
 
 
 @pytest.mark.parametrize(

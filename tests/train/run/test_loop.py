@@ -19,10 +19,11 @@ from outcomes import (
 )
 import pytest
 
+from train import files as files_lib
 from train.data import scores as evaluate
+from train.methods import spec
 from train.run import checkpoints as checkpoints_lib
-from train.run import journal as journal_lib
-from train.run import loop, step
+from train.run import loop, report, step
 
 STEPS = 24
 
@@ -95,15 +96,26 @@ def test_a_finished_run_prints_its_results_and_trains_nothing(
   assert ours == theirs
 
 
-def test_all_methods_run_to_the_end(run, tmp_path, capsys):
-  for method in ("lora", "lora_sam", "full"):
-    folder = tmp_path / method
-    assert run(folder, "--method", method, "--no-baseline") == 0
-    results = json.loads((folder / "results.json").read_text())
-    assert results["config"]["method"] == method
-    assert results["baseline"] is None
-    assert "logistic" not in (folder / "report.md").read_text()
-    assert (folder / "adapters").is_dir() is (method != "full")
+@pytest.mark.parametrize("method", spec.every())
+def test_every_method_learns_a_batch_and_runs_to_its_end(
+  run, tmp_path, monkeypatch, method
+):
+  # Matplotlib takes as long as all else.
+  monkeypatch.setattr(report, "_plot", lambda *arguments: None)
+  one = ("--train-rows", "8", "--eval-rows", "8", "--epochs", "20")
+  more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "20")
+  assert run(tmp_path, "--method", method, *one, *more, "--no-baseline") == 0
+  # From about ln 2; a step of the schedule is too small for less than a tenth.
+  losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+  assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results["config"]["method"] == method
+  assert results["steps"] == 20 and results["baseline"] is None
+  assert 0 <= results["test"]["accuracy"] <= 1
+  assert "logistic" not in (tmp_path / "report.md").read_text()
+  # What another program can take: adapters, or nothing but the checkpoint.
+  kept = (tmp_path / "adapters").is_dir()
+  assert kept is (method not in ("full", "full_sam", "head"))
 
 
 def _poison(monkeypatch, bad):
@@ -229,7 +241,7 @@ def test_a_disk_that_is_full_at_once_is_a_sentence(
     raise OSError(28, "No space left on device", str(path))
 
   with monkeypatch.context() as patch:
-    patch.setattr(journal_lib, "write_atomically", no_space)
+    patch.setattr(files_lib, "write_atomically", no_space)
     assert run(tmp_path / "run") == 1
   shown = capsys.readouterr().err
   assert "No space left on device" in shown
@@ -263,7 +275,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_the_run_resumes(
 
 SLOW_STEPS = """
 import time
-from train import journal
+from train.run import journal
 advance = journal.Journal.advance
 def slow(self, step):
   advance(self, step)
@@ -295,7 +307,7 @@ def test_sigterm_to_the_program_saves_says_so_and_exits_0(
 # and TensorStore find it in their own threads, after the save was begun.
 SMALL_FILES = """
 import resource
-from train import checkpoints
+from train.run import checkpoints
 save = checkpoints.Checkpoints.save_last
 def save_then_limit(self, *arguments):
   save(self, *arguments)

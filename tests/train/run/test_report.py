@@ -11,6 +11,7 @@ from train.run import report
 KEYS = {
   *("command", "config", "metric", "best_step", "validation", "test"),
   *("baseline", "trained_parameters", "base_parameters", "steps"),
+  "stopped_at",
   *("median_step_seconds", "median_tokens_per_second"),
   *("peak_host_memory_gib", "machine", "date"),
 }

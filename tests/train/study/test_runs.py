@@ -1,5 +1,6 @@
 """A study that is killed and resumed has the rows of one that was not."""
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.run import config as config_lib
 from train.study import drawn, plan, record, report, runs, training
 
 
@@ -87,7 +89,9 @@ def test_a_landscape_asked_for_later_changes_no_row(
   assert not asked
   after = study(tmp_path)
   runs.work(after, after.cells)
-  assert [(run.cell.label, run.config.seed) for run in asked] == [("LoRA", 0)]
+  assert [(run.cell.label, run.config.optimisation.seed) for run in asked] == [
+    ("LoRA", 0)
+  ]
   assert record.read(tmp_path / record.RUNS) == rows
   assert record.read(tmp_path / drawn.FILE) == landscapes
 
@@ -155,7 +159,8 @@ def test_the_test_is_what_the_packed_rows_say(done):
   _, rows = done
   for row in rows:
     if row["stage"] == "final":
-      right = training.correct_rows(row["correct"], row["rows"]["test"])
+      packed = np.frombuffer(base64.b64decode(row["correct"]), np.uint8)
+      right = np.unpackbits(packed, count=row["rows"]["test"])
       assert np.isclose(right.mean(), row["test"]["accuracy"])
 
 
@@ -180,12 +185,12 @@ def test_the_final_runs_are_at_the_point_of_the_best_mean(done):
 def test_a_run_is_that_of_the_program(done, run, tmp_path):
   """The same numbers as `python -m train`, of which it leaves much out."""
   own, rows = done
-  defaults = own.cells[0].config
+  defaults = config_lib.flat(own.cells[0].config)
   names = ("train_rows", "epochs", "learning_rate", "eval_every")
   options = [
     word
     for name in names
-    for word in (f"--{name.replace('_', '-')}", str(getattr(defaults, name)))
+    for word in (f"--{name.replace('_', '-')}", str(defaults[name]))
   ]
   folder = tmp_path / "run"
   options += ["--method", "lora", "--group-by-length", "0", "--no-baseline"]

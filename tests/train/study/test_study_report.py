@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from train.run import config as config_lib
 from train.study import plan, plots, record, report
 from train.study.main import main
 
@@ -15,13 +16,13 @@ METHODS = [
 
 
 def _row(run, score, **others):
-  config = dataclasses.asdict(run.config)
+  config = config_lib.flat(run.config)
   row = {
     "key": run.key,
     "label": run.cell.label,
     "task": run.cell.task,
     "stage": run.stage,
-    "seed": run.config.seed,
+    "seed": run.config.optimisation.seed,
     "point": dict(run.point),
     "failed": None,
     "score": score,
@@ -57,7 +58,7 @@ def made(study, tmp_path):
     point = plan.winner(own, cell, done)
     assert point is not None
     for run in plan.finals(own, cell, point):
-      done[run.key] = _row(run, 0.7 + 0.1 * run.config.seed)
+      done[run.key] = _row(run, 0.7 + 0.1 * run.config.optimisation.seed)
   return own, list(done.values())
 
 
@@ -253,9 +254,9 @@ def test_a_point_may_be_another_method_s_or_that_of_another_task(
     run.key: _row(run, 0.5 + 0.1 * i)
     for i, run in enumerate(plan.trials(own, tuned))
   }
-  assert [run.config.rho for run in plan.remaining(own, [sam], done)] == [
-    *(0.5, 0.5)
-  ]
+  assert [
+    run.config.method.options.rho for run in plan.remaining(own, [sam], done)
+  ] == [0.5, 0.5]
   for cell in own.cells:
     assert plan.winner(own, cell, done) == {"rho": 0.5}
     for run in plan.finals(own, cell, {"rho": 0.5}):
@@ -266,4 +267,4 @@ def test_a_point_may_be_another_method_s_or_that_of_another_task(
   assert "With the point that won for LoRA: SAM." in text
   assert "With the point that won for LoRA/snippets: LoRA." in text
   assert text.count("| LoRA | rho 0.5 | 1 | 60.00 | won |") == 1
-  assert few.config.task == "snippets"
+  assert few.config.data.task == "snippets"

@@ -19,12 +19,12 @@ BAD = {
     "[[method]] 'LoRA': clip is one of",
   ),
   "a range": (
-    {"method": [LORA | {"rho": -1.0}]},
-    "'LoRA' on the task 'snippets': --rho is in [0",
+    {"method": [LORA | {"learning_rate": -1.0}]},
+    "'LoRA' on the task 'snippets': --learning-rate is in [0",
   ),
   "a point": (
-    {"method": [LORA | {"tune": {"rho": [0.1, -1.0]}}]},
-    "tuned with {'rho': -1.0}: --rho is in [0",
+    {"method": [LORA | {"tune": {"learning_rate": [0.1, -1.0]}}]},
+    "tuned with {'learning_rate': -1.0}: --learning-rate is in [0",
   ),
   "no task": ({"task": []}, "there is no [[task]]"),
   "no method": ({"method": []}, "there is no [[method]]"),
@@ -39,7 +39,7 @@ BAD = {
     "seed cannot be set; it is up to the seeds of the study",
   ),
   "the budget": (
-    {"method": [LORA | {"tune": {"rho": [0.1, 0.2, 0.3]}}]},
+    {"method": [LORA | {"tune": {"learning_rate": [0.1, 0.2, 0.3]}}]},
     "tune has 3 points, and [tuning] gives each method 2 trials",
   ),
   "no budget": (
@@ -54,7 +54,12 @@ BAD = {
     "the seeds [1] are to be run at the end, and are in [tuning] seeds too",
   ),
   "whose point": (
-    {"method": [LORA | {"tune": {"rho": [0.1, 0.2]}}, SAM | {"point_of": "L"}]},
+    {
+      "method": [
+        LORA | {"tune": {"learning_rate": [0.1, 0.2]}},
+        SAM | {"point_of": "L"},
+      ]
+    },
     "point_of names a method that is tuned, or METHOD/TASK; that is "
     "LoRA/snippets; got 'L'",
   ),
@@ -110,7 +115,8 @@ def test_a_cell_has_the_fields_of_the_method_over_the_task_s(tables, tmp_path):
     )
   )
   cells = {
-    x.name: (x.config.epochs, x.config.rank, x.seeds) for x in found.cells
+    x.name: (x.config.optimisation.epochs, x.config.adapter.rank, x.seeds)
+    for x in found.cells
   }
   assert cells == {
     "LoRA/short": (1, 3, (7,)),

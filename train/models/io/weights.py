@@ -67,9 +67,22 @@ def locate(
     files: ends of the names of files that are models.
 
   Raises:
-    WeightsError: there is no such model, or the hub does not answer.
+    WeightsError: there is no such model, the hub does not answer, or a revision
+      is given of a model that is not on it.
   """
-  name = _ALIASES.get(name, name)
+  found = _locate_here(_ALIASES.get(name, name), files)
+  if found is None:
+    return _download(name, revision)
+  if revision:
+    raise WeightsError(
+      "--hub-revision is of a model on the Hugging Face hub; got "
+      f"{revision!r} with {name!r}, which is at {found}."
+    )
+  return found
+
+
+def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
+  """On this machine; None if it has to be downloaded."""
   if name.startswith("package:"):
     return _locate_package(name.removeprefix("package:"), files)
   folder = pathlib.Path(name).expanduser()
@@ -86,7 +99,7 @@ def locate(
       f"There is no folder {name!r}, and it is not a name on the Hugging Face "
       f"hub, 'org/name'; the model must be {_CHOICES}."
     )
-  return _download(name, revision)
+  return None
 
 
 def origin(name: str) -> tuple[str, str]:

@@ -1,0 +1,47 @@
+"""The logger of `metrics.jsonl`, a step a line."""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+from ... import files, jsonl
+from .logger import Logger, Opened
+
+FILE = "metrics.jsonl"
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a run's metrics; a last line cut by a kill is left out.
+
+  Raises:
+    UsageError: if another line than the last is no JSON.
+  """
+  return jsonl.read_log(folder / FILE)
+
+
+class Rows(Logger):
+  """Writes each step's scalars as a line of JSON, at once.
+
+  A run that resumes at a step first drops what was written after it, so that
+  no step stands in the file twice.
+  """
+
+  def __init__(self, opened: Opened):
+    path = opened.folder / FILE
+    kept = [row for row in read(opened.folder) if row["step"] <= opened.step]
+    files.write_atomically(path, "".join(map(_line, kept)))
+    self._file = path.open("a", buffering=1)
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    self._file.write(_line({"step": step, **values}))
+
+  def close(self) -> None:
+    # Each line went out as it came; what is left is one that `log` refused.
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  return json.dumps(files.finite(row)) + "\n"

@@ -1,0 +1,30 @@
+"""The logger of MLflow, if `mlflow` or `mlflow-skinny` is installed."""
+
+from collections.abc import Mapping
+import importlib
+from typing import Any
+
+from .logger import Logger, Opened
+
+
+class Mlflow(Logger):
+  """A run of MLflow's, where MLFLOW_TRACKING_URI says; the same after a resume.
+
+  Its experiment is MLFLOW_EXPERIMENT_NAME's, or MLflow's default.
+  """
+
+  def __init__(self, opened: Opened):
+    self._mlflow: Any = importlib.import_module("mlflow")
+    name = opened.folder / "mlflow_id"
+    if name.exists():
+      self._mlflow.start_run(run_id=name.read_text())
+      return
+    run = self._mlflow.start_run(run_name=opened.folder.name)
+    self._mlflow.log_params(dict(opened.config))
+    name.write_text(run.info.run_id)
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    self._mlflow.log_metrics(dict(values), step=step)
+
+  def close(self) -> None:
+    self._mlflow.end_run()

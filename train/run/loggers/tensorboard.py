@@ -1,0 +1,43 @@
+"""The logger of TensorBoard's event files."""
+
+from collections.abc import Mapping
+import contextlib
+import time
+from typing import Any
+
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
+
+from .logger import Logger, Opened
+
+# Its classes are made as it is imported.
+_events: Any = event_pb2
+
+
+class Board(Logger):
+  """An event file, that forgets what others have after the step of a resume.
+
+  tensorboardX's own SummaryWriter writes in a thread, which dies of a full
+  disk; then its queue fills up, and the run hangs.
+  """
+
+  def __init__(self, opened: Opened):
+    folder, first = opened.folder / "tensorboard", opened.step + 1
+    folder.mkdir(exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / "events"), f".{first}"
+    )
+    start = _events.SessionLog(status=_events.SessionLog.START)
+    self._add(step=first, session_log=start)
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._add(step=step, summary=summary.scalar(name, value))
+    self._writer.flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      self._writer.close()
+
+  def _add(self, **fields: Any) -> None:
+    self._writer.write_event(_events.Event(wall_time=time.time(), **fields))
