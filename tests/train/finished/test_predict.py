@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import PIL.Image
 from pyarrow import parquet
 import pytest
 import vit_cases
