@@ -393,7 +393,7 @@ def rows_for(
   Args:
     task: of the run, with its columns and labels; it needs no source.
     data: a path, as `tables.read` takes it (of several splits, the test), or
-      texts, or pairs of them.
+      texts, or pairs of them; or, of a task of images, their paths.
     pretrained: the run's model.
     max_length: the run's.
     labelled: whether the rows have labels, which are then the task's.
@@ -408,6 +408,9 @@ def rows_for(
     task = columns.refit(task, table)
     part = columns.rows(task, table, labelled)
     whole, rows, places = table.rows, part.rows, part.places
+  elif task.image:
+    whole = rows = [{task.image: path} for path in data]
+    places = [str(path) for path in data]
   else:
     task = dataclasses.replace(
       task, texts=tuple((name,) for name in _NAMES[: len(task.texts)])

@@ -17,7 +17,6 @@ import tyro
 
 from bilora_jax import peft
 
-from .. import command
 from ..errors import UsageError
 from ..models.io import weights
 from . import card, hub
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       the hub refuses it.
     OSError: if a file cannot be written, or the hub is not reached.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
+  options = tyro.cli(Options, args=argv, prog="python -m train export")
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
     raise UsageError("--private is of --push-to-hub, which is missing.")
@@ -242,7 +241,7 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
 
 
 def _open_to_others(folder: pathlib.Path) -> None:
-  """Gives the rights of new files; some writers give the owner alone rights."""
+  """Gives the rights of new files; some writers' are for the owner alone."""
   # There is no other way to read it.
   mask = os.umask(0)
   os.umask(mask)

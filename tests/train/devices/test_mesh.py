@@ -60,7 +60,9 @@ def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
 @pytest.mark.parametrize(
   ("method", "mesh"), [("lora", "data=8"), ("full", CUBE)]
 )
-def test_other_methods_run_on_a_mesh(run, tmp_path, method, mesh):
+def test_lora_and_full_end_on_a_mesh_where_one_device_does(
+  run, tmp_path, method, mesh
+):
   left, right = (tmp_path / name for name in ("mesh", "device"))
   options = ("--method", method, "--no-baseline", "--learning-rate", "1e-3")
   assert run(left, *options, "--mesh", mesh) == 0
