@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import PIL.Image
 from pyarrow import parquet
 import pytest
 import vit_cases
@@ -40,7 +41,7 @@ def test_rows_keep_their_order_in_every_format(
   out = tmp_path / f"out{suffix}"
   assert _predict("--run", folder, "--data", data, "--out", out) == 0
   if suffix == ".csv":
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
   elif suffix == ".jsonl":
     rows = list(map(json.loads, out.read_text().splitlines()))
   else:
@@ -100,7 +101,11 @@ def test_what_cannot_be_labelled_is_refused_in_a_sentence(
 
 
 def test_pairs_of_texts_have_values(run, tmp_path, capsys):
-  rows = [("a film", "a movie", 4.5), ("good", "bad", 0.5)] * 10
+  rows = [
+    row
+    for word in "the a and of to is in it that as".split()
+    for row in ((f"{word} film", "good", 4.5), (f"{word} story", "bad", 0.5))
+  ]
   data = tmp_path / "pairs.csv"
   with data.open("w", newline="") as file:
     csv.writer(file).writerows([("sentence1", "sentence2", "score"), *rows])
@@ -137,7 +142,7 @@ def test_images_are_labelled_by_file_and_by_folder(tmp_path, capsys):
   assert program.main(["evaluate", "--run", str(folder)]) == 0
   out = tmp_path / "out.csv"
   assert _predict("--run", folder, "--data", images / "dark", "--out", out) == 0
-  whole = list(csv.DictReader(out.open()))
+  whole = list(csv.DictReader(out.read_text().splitlines()))
   assert len(whole) == 10
   capsys.readouterr()
   assert _predict("--run", folder, "--image", images / "dark" / "0.png") == 0
