@@ -123,7 +123,9 @@ def test_what_generates_is_stored_and_computed_in_as_the_run_was(
 ):
   folder = tmp_path / "run"
   more = ("--base-dtype", "nf4", "--dtype", "bfloat16", "--epochs", "1")
-  assert run(folder, *more) == 0
+  assert run(folder, *more, "--samples", "2") == 0
+  samples = (folder / "samples.jsonl").read_text().splitlines()
+  assert len(samples) == 2 and json.loads(samples[0])["answer"]
   made = []
   variables = Pretrained.variables
 
@@ -173,7 +175,7 @@ def test_a_profile_is_written_when_asked_for(run, tmp_path):
 @pytest.mark.parametrize(
   ("line", "part"),
   [
-    ("{", "line 3 is not JSON"),
+    ("{", "line 3, is no JSON"),
     ('{"prompt": "a"}', "line 3"),
     ('{"prompt": "a", "response": ""}', "line 3"),
   ],
@@ -196,11 +198,10 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
     (("--data", ""), "--data names the rows"),
     (("--task", "snippets"), "belongs to no other task"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
-    (("--batch-size", "4096"), "--batch-size is 4096"),
-    (("--method", "full", "--base-dtype", "bfloat16"), "frozen weights"),
+    (("--method", "full"), "--rank is of adapters"),
     (
       ("--max-length", "24", "--on-long", "error"),
-      "tokens, but max_length is 24",
+      "tokens, but --max-length is 24",
     ),
     (("--max-length", "8"), "160 were left out, as they have more than 8"),
     (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
@@ -265,7 +266,7 @@ def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
   ("arguments", "part"),
   [
     ((), "--model or --run names the weights"),
-    (("--run", "no/such"), "no/such is not a run"),
+    (("--run", "no/such"), "no/such is not there"),
     (("--model", "no-such"), "There is no folder 'no-such'"),
     (("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"), "top_p"),
     (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),

@@ -1,5 +1,6 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -264,9 +265,10 @@ def claim(config: Config) -> pathlib.Path:
 
 def _give_up(folder: pathlib.Path) -> None:
   """Removes what `claim` made, if nothing of a run is in it."""
-  if [path.name for path in folder.iterdir()] == [_CONFIG]:
-    (folder / _CONFIG).unlink()
-    folder.rmdir()
+  with contextlib.suppress(OSError):  # another process was first
+    if [path.name for path in folder.iterdir()] == [_CONFIG]:
+      (folder / _CONFIG).unlink()
+      folder.rmdir()
 
 
 def _use_compilation_cache() -> None:

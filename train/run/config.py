@@ -22,7 +22,7 @@ from .options import EvaluationOptions, OutputOptions
 # What may differ between two calls that are of one run.
 _NEUTRAL = {
   *("run_dir", "data_dir", "compilation_cache", "log_every", "mesh", "profile"),
-  *("checkpoint_every", "eval_batch_size", "loggers", "samples"),
+  *("checkpoint_every", "eval_batch_size", "loggers", "samples", "plugins"),
 }
 
 

@@ -284,7 +284,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
         config.optimisation.accumulate,
       )
     )
-    predict = _predictor(prepared)
+    predict = predictor(prepared)
     programs = Programs(
       step=train_step,
       predict=predict,
@@ -413,36 +413,30 @@ def _finish(
   return results
 
 
-def _predictor(prepared: Prepared) -> Predict:
-  return predictor(
-    prepared,
-    prepared.layout.within(
-      step.make_eval_step(
-        prepared.method, prepared.data.objective, prepared.layout.replicated
-      )
-    ),
-  )
-
-
 def predictor(
   prepared: Prepared,
-  eval_step: Callable[[Any, Any, Any], Any],
+  eval_step: Callable[[Any, Any, Any], Any] | None = None,
   look: Callable[[Any, Any], None] = lambda batch, items: None,
 ) -> Predict:
-  """Evaluates splits by a compiled step.
+  """Evaluates splits.
 
   Args:
     prepared: what there is before the first step.
-    eval_step: of `step.make_eval_step`.
+    eval_step: of `step.make_eval_step`; None makes it.
     look: is shown each batch and its items.
   """
+  layout = prepared.layout
+  if eval_step is None:
+    eval_step = layout.within(
+      step.make_eval_step(
+        prepared.method, prepared.data.objective, layout.replicated
+      )
+    )
 
   def predict(evaluated: Any, split: str) -> evaluate.Evaluation:
     def items_of(batch):
       items = jax.device_get(
-        eval_step(
-          prepared.variables, evaluated, prepared.layout.all_rows(batch)
-        )
+        eval_step(prepared.variables, evaluated, layout.all_rows(batch))
       )
       look(batch, items)
       return items

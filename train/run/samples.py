@@ -13,7 +13,6 @@ import bilora_jax
 
 from .. import files, jsonl
 from ..data import load as data_lib
-from ..models.decoder import generate
 from . import journal as journal_lib
 from .assemble import Prepared
 
@@ -84,7 +83,10 @@ def _generator(
     # Adapters are active in the methods that they were planned for.
     inputs = prepared.data.objective.inputs(next(prepared.data.train_batches()))
     adapted = bilora_jax.adapt(
-      model, adapted.spec, *inputs, methods=("__call__", "decode")
+      model,
+      adapted.spec,
+      *inputs,
+      methods=("__call__", *opened.family.generate_methods),
     )
 
   def answer(evaluated, rows):
@@ -100,10 +102,8 @@ def _generator(
     for i, row in enumerate(rows):
       tokens[i, : len(row)], mask[i, : len(row)] = row, True
     room = model.config.max_positions - width
-    say = functools.partial(generate.generate, eos_id=opened.eos_id)
-    found = layout.within(say)(
-      model, apply, tokens, mask, min(_NEW_TOKENS, room)
-    )
+    say = opened.generator(model, apply, max_new_tokens=min(_NEW_TOKENS, room))
+    found = layout.within(say)(tokens, mask)
     return np.asarray(layout.gather(found)).tolist()
 
   return answer

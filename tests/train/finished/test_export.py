@@ -229,7 +229,7 @@ def test_a_run_is_exported_for_peft(ended, exported):
   assert (config["r"], config["lora_alpha"]) == (4, 16)
   assert config["task_type"] == "TOKEN_CLS"
   assert config["modules_to_save"] == ["classifier"]
-  assert config["base_model_name_or_path"] == ended.ready.config.model
+  assert config["base_model_name_or_path"] == ended.ready.config.model.name
 
 
 def test_a_run_starts_from_an_adapter(ended, exported, prepared):
@@ -307,7 +307,7 @@ def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
 
 
 def test_a_run_without_adapters_is_refused(tmp_path, capsys):
-  config = config_lib.Config(method="full")
+  config = config_lib.build({"method": "full"})
   (tmp_path / "config.json").write_text(config_lib.to_json(config))
   options = ["--run", str(tmp_path), "--out", str(tmp_path / "out")]
   assert export.main(options) == 2
@@ -333,8 +333,7 @@ def test_an_adapter_of_another_model_is_refused_before_any_step(prepared):
 )
 def test_an_adapter_that_cannot_be_is_refused_at_once(fields, parts):
   start = {"adapter": str(DATA / "peft_bert" / "adapter")}
-  config = config_lib.Config(**start | fields)
   with pytest.raises(ValueError) as error:
-    config_lib.check(config)
+    config_lib.check(config_lib.build(start | fields))
   for part in parts:
     assert part in str(error.value)

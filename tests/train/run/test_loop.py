@@ -216,7 +216,7 @@ def test_the_best_is_tested_and_not_the_last(run, tmp_path, monkeypatch):
 
     return predict
 
-  monkeypatch.setattr(loop, "_predictor", predictor)
+  monkeypatch.setattr(loop, "predictor", predictor)
   folder = tmp_path / "run"
   assert run(folder, "--no-baseline") == 0
   results = json.loads((folder / "results.json").read_text())

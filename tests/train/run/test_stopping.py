@@ -26,7 +26,7 @@ def validations(monkeypatch):
 
       return predict
 
-    monkeypatch.setattr(loop, "_predictor", predictor)
+    monkeypatch.setattr(loop, "predictor", predictor)
 
   return install
 
