@@ -9,6 +9,7 @@ import pytest
 import qwix
 
 from train import __main__ as program
+from train.finished import finished as finished_lib
 from train.models.family import Pretrained
 
 pytestmark = pytest.mark.slow
@@ -281,3 +282,37 @@ def test_what_cannot_be_said_is_refused(
   assert program.main(["generate", "--prompt", "a", *arguments]) == 2
   (error,) = capsys.readouterr().err.splitlines()
   assert part in error
+
+
+def test_conversations_are_evaluated_and_have_no_labels(
+  finished, conversations, tmp_path, capsys
+):
+  run = ("--run", str(finished))
+  out = tmp_path / "found.json"
+  assert program.main(["evaluate", *run, "--json", str(out)]) == 0
+  results = json.loads((finished / "results.json").read_text())
+  assert json.loads(out.read_text()) == results["test"]
+  capsys.readouterr()
+  assert program.main(["evaluate", *run, "--data", str(conversations)]) == 0
+  assert "perplexity" in capsys.readouterr().out
+  assert program.main(["predict", *run, "--text", "a"]) == 2
+  (error,) = capsys.readouterr().err.splitlines()
+  assert "generate --run" in error
+  base = ("--out", str(tmp_path / "out"), "--base-model", "some/base")
+  assert program.main(["export", *run, *base]) == 0
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "AutoModelForCausalLM" in card and "apply_chat_template" in card
+
+
+def test_a_run_is_heard_in_its_own_dtypes(run, tmp_path, capsys):
+  folder = tmp_path / "run"
+  dtypes = ("--dtype", "bfloat16", "--base-dtype", "nf4")
+  assert run(folder, *dtypes, "--epochs", "1", "--eval-rows", "4") == 0
+  opened = finished_lib.open_run(folder)
+  layer = opened.variables["params"]["layers_0"]
+  assert (
+    opened.variables["params"]["embed_tokens"]["embedding"].dtype == "bfloat16"
+  )
+  assert not hasattr(layer["mlp"]["up_proj"]["kernel"], "at")  # quantised
+  capsys.readouterr()
+  assert "> hello" in _says(capsys, "--run", str(folder), "--prompt", "hello")

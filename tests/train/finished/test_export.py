@@ -229,7 +229,8 @@ def test_a_run_is_exported_for_peft(ended, exported):
   assert (config["r"], config["lora_alpha"]) == (4, 16)
   assert config["task_type"] == "TOKEN_CLS"
   assert config["modules_to_save"] == ["classifier"]
-  assert config["base_model_name_or_path"] == ended.ready.config.model.name
+  # Nobody else has the folder of this one's base.
+  assert config["base_model_name_or_path"] == "local model; give --base-model"
 
 
 def test_a_run_starts_from_an_adapter(ended, exported, prepared):
@@ -278,6 +279,7 @@ def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):
   assert config["torch_dtype"] == "float32"
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
   names = {"tokenizer.json", "model.safetensors", "config.json"}
+  names |= {"tokenizer_config.json", "README.md"}
   assert {path.name for path in folder.iterdir()} == names
   found = safetensors.numpy.load_file(folder / "model.safetensors")
   merged = ended.ready.method.adapted.merge(ended.ready.variables, ended.kept)
@@ -286,8 +288,9 @@ def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
   # A folder with something in it is left alone.
-  assert export.main(options) == 2
+  assert program.main(["export", *options]) == 2
   assert "a new or an empty folder" in capsys.readouterr().err
+  assert program.main(["export", *options, "--overwrite"]) == 0
 
 
 def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
@@ -304,16 +307,6 @@ def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
   assert set(got) == set(wanted)
   for name, value in wanted.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
-def test_a_run_without_adapters_is_refused(tmp_path, capsys):
-  config = config_lib.build({"method": "full"})
-  (tmp_path / "config.json").write_text(config_lib.to_json(config))
-  options = ["--run", str(tmp_path), "--out", str(tmp_path / "out")]
-  assert export.main(options) == 2
-  assert "--method full" in capsys.readouterr().err
-  assert export.main(["--run", str(tmp_path / "no"), "--out", "x"]) == 2
-  assert "is not a run" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_model_is_refused_before_any_step(prepared):

@@ -20,6 +20,7 @@ TEXTS = ["a lovely film", "a dull film", "the film , and the rest of it"]
 
 def _told(capsys, *arguments):
   """What `predict` prints, as rows."""
+  capsys.readouterr()
   assert program.main(["predict", *map(str, arguments)]) == 0
   return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 

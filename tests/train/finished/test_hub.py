@@ -101,7 +101,7 @@ def test_an_export_is_uploaded_as_it_is(hub, finished_by, tmp_path, capsys):
   assert f"{hub.address}/me/model has it." in capsys.readouterr().out
   (created,) = hub.created
   assert (created["organization"], created["name"]) == ("me", "model")
-  assert created["private"] is True
+  assert created["visibility"] == "private"
   assert hub.tokens == {"Bearer a-token"}
   assert hub.files == {x.name: x.read_bytes() for x in out.iterdir()}
   card = hub.files["README.md"].decode()
