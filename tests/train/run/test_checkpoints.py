@@ -239,9 +239,11 @@ def test_checkpoints_never_hold_the_base(finished, tiny_model):
   for item in ("state", "evaluated"):
     found = checkpoint(finished, item)
     shapes = {x.shape for x in found.values()}
-    # Of the head, (16, 2) and (2,); of the factors, one side is the rank, 4.
-    # The base's are (16,), (32,), and (m, n) of both greater than 4.
-    assert shapes <= {(), (2,), (16, 2), (16, 4), (4, 16), (32, 4), (4, 32)}
+    # Of the head, (16, 2) and (2,); of the factors, one side is a rank, 4 or
+    # 8. The base has (16,), (32,), and (m, n) of both greater.
+    factors = {(m, r) for m in (16, 32) for r in (4, 8)}
+    factors |= {(r, m) for m, r in factors}
+    assert shapes <= {(), (2,), (16, 2), *factors}
   assert not any("auxiliary" in name for name in found)
   size = sum(x.nbytes for x in found.values())
   assert size < (tiny_model / "model.safetensors").stat().st_size / 4
