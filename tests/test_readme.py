@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from train import config as command_line
-from train.finished import generate
+from train.finished import export, generate, predict
 from train.planning import compile as compile_lib
 from train.run import config as config_lib
 from train.study import main as study
@@ -63,6 +63,8 @@ def test_every_command_has_options_that_exist(command):
   own = {
     "compile": compile_lib.Options,
     "generate": generate.Options,
+    "predict": predict.Options,
+    "export": export.Options,
     "study": study.Options,
   }
   if arguments[0] in own:

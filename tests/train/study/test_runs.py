@@ -182,6 +182,25 @@ def test_the_final_runs_are_at_the_point_of_the_best_mean(done):
   assert plan.winner(own, cell, trials) == cell.grid[0]
 
 
+def test_a_run_stops_as_its_validations_get_no_better(study, tmp_path):
+  still = {"learning_rate": 1e-12, "eval_every": 1, "patience": 2}
+  own = study(
+    tmp_path,
+    method=[{"name": "LoRA", "method": "lora", **still}],
+    tuning=None,
+    sharpness={"rows": 0},
+    recovery=None,
+    landscape=None,
+  )
+  run = plan.finals(own, own.cells[0], {})[0]
+  row = training.run(run, tmp_path / "run", {})
+  assert (row["steps"], row["best_step"], row["stopped_at"]) == (8, 1, 3)
+  assert row["validation"]["last"]["loss"] == pytest.approx(
+    row["validation"]["best"]["loss"]
+  )
+  assert [step for step, _ in row["curves"]["loss"]] == [1, 2, 3]
+
+
 def test_a_run_is_that_of_the_program(done, run, tmp_path):
   """The same numbers as `python -m train`, of which it leaves much out."""
   own, rows = done
