@@ -62,7 +62,8 @@ def test_each_room_imports_only_rooms_below_it(imports):
 
 def test_only_the_command_line_knows_planning(imports):
   knowing = {x for x, imported in imports if _room(imported) == "planning"}
-  assert {_room(x) for x in knowing} == {"planning", "__main__"}
+  # The command line imports its commands by name.
+  assert {_room(x) for x in knowing} <= {"planning", "__main__"}
 
 
 def test_no_module_outside_models_imports_a_family(imports):

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..run import assemble, kept
 from ..run import config as config_lib
 from . import predict
-from .finished import Finished, open_run
+from .finished import Finished, open_run, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _own(options: Options, finished: Finished, size: int) -> data_lib.Data:
     changes |= dict.fromkeys(("data", "validation", "test"), options.data)
     changes |= {"held_out": 0.0, "train_rows": 0, "eval_rows": 0}
   config = config_lib.replace(finished.config, **changes)
-  return assemble.load_data(config, finished.pretrained)
+  with reading():
+    return assemble.load_data(config, finished.pretrained)
 
 
 def _lines(found: Evaluation) -> list[str]:

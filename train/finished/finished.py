@@ -1,6 +1,7 @@
 """A run opened again: its model as it was tested, its labels, its tokenizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -117,14 +118,15 @@ class Finished:
     self, data: str | Sequence[Text], task: Task, labelled: bool = False
   ) -> data_lib.Given:
     """New rows, as the model reads them; see `data.load.rows_for`."""
-    return data_lib.rows_for(
-      task,
-      data,
-      self.pretrained,
-      max_length=self.config.data.max_length,
-      labelled=labelled,
-      data_dir=self.config.data.data_dir or None,
-    )
+    with reading():
+      return data_lib.rows_for(
+        task,
+        data,
+        self.pretrained,
+        max_length=self.config.data.max_length,
+        labelled=labelled,
+        data_dir=self.config.data.data_dir or None,
+      )
 
   def predict(
     self, data: str | Sequence[Text], batch_size: int = 0
@@ -152,6 +154,15 @@ class Finished:
       self.config.evaluation.eval_batch_size
       or optimisation.batch_size // optimisation.accumulate
     )
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+  """Says of data that cannot be had what is said of data that are wrong."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise UsageError(str(error)) from error
 
 
 def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:

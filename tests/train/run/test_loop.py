@@ -23,7 +23,7 @@ from train import files as files_lib
 from train.data import scores as evaluate
 from train.methods import spec
 from train.run import checkpoints as checkpoints_lib
-from train.run import loop, report, step
+from train.run import loop, step
 
 STEPS = 24
 
@@ -97,25 +97,20 @@ def test_a_finished_run_prints_its_results_and_trains_nothing(
 
 
 @pytest.mark.parametrize("method", spec.every())
-def test_every_method_learns_a_batch_and_runs_to_its_end(
-  run, tmp_path, monkeypatch, method
-):
-  # Matplotlib takes as long as all else.
-  monkeypatch.setattr(report, "_plot", lambda *arguments: None)
-  one = ("--train-rows", "8", "--eval-rows", "8", "--epochs", "20")
-  more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "20")
-  assert run(tmp_path, "--method", method, *one, *more, "--no-baseline") == 0
+def test_every_method_learns_a_batch_and_runs_to_its_end(finished_by, method):
+  folder = finished_by(method)
   # From about ln 2; a step of the schedule is too small for less than a tenth.
-  losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+  losses = [row["loss"] for row in rows(folder) if "loss" in row]
   assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
-  results = json.loads((tmp_path / "results.json").read_text())
+  results = json.loads((folder / "results.json").read_text())
   assert results["config"]["method"] == method
   assert results["steps"] == 20 and results["baseline"] is None
   assert 0 <= results["test"]["accuracy"] <= 1
-  assert "logistic" not in (tmp_path / "report.md").read_text()
-  # What another program can take: adapters, or nothing but the checkpoint.
-  kept = (tmp_path / "adapters").is_dir()
+  assert "logistic" not in (folder / "report.md").read_text()
+  # What it is gone on with: adapters, or parameters.
+  kept = (folder / "adapters").is_dir()
   assert kept is (method not in ("full", "full_sam", "head"))
+  assert (folder / "parameters.safetensors").is_file() is not kept
 
 
 def _poison(monkeypatch, bad):
