@@ -8,10 +8,10 @@ from flax import traverse_util
 
 from benchmarks.workloads import Workload
 from bilora_jax import Factors
-from train.methods import estimators
 from train.methods import method as methods
+from train.methods import spec
+from train.run import assemble
 from train.run import config as config_lib
-from train.run.config import METHODS
 
 BASE = "LoRA r=8"
 _SEPARATE = "Bi-LoRA 8+8, separate branches"
@@ -26,7 +26,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = tuple(_OPTIONS)
 """What is timed unless more is asked for."""
 _TIMED = {fields["method"] for fields in _OPTIONS.values()}
-_OTHERS = {name: {"method": name} for name in METHODS if name not in _TIMED}
+_OTHERS = {
+  name: {"method": name} for name in spec.every() if name not in _TIMED
+}
 ALL = (*NAMES, *_OTHERS)
 """With every other method of the program, by its own name."""
 _PARTS = ("primary", "auxiliary")
@@ -35,7 +37,7 @@ _PARTS = ("primary", "auxiliary")
 def method(name: str, workload: Workload) -> methods.Method:
   """One of `ALL`, with AdamW and adapters on every linear layer."""
   config = _config(name)
-  found = methods.build(
+  found = assemble.method_of(
     config, workload.model, workload.inputs, 1000, workload.objective
   )
   if name == _SEPARATE:
@@ -45,12 +47,12 @@ def method(name: str, workload: Workload) -> methods.Method:
 
 def gradients(name: str) -> float:
   """Gradients over the batch that a step of one of `ALL` takes."""
-  return estimators.gradients(_config(name))
+  return _config(name).method.gradients
 
 
 def _config(name: str) -> config_lib.Config:
   # Without a warm-up, so that steps are alike from the first.
-  return config_lib.Config(warmup_ratio=0.0, **(_OPTIONS | _OTHERS)[name])
+  return config_lib.build({"warmup_ratio": 0.0, **(_OPTIONS | _OTHERS)[name]})
 
 
 def separate(model: nn.Module, dtype: Any) -> Callable[..., Any]:

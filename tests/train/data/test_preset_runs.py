@@ -75,7 +75,7 @@ def test_cola_is_learned_and_scored_by_a_t5(put, tiny_t5, tmp_path, capsys):
   assert program.main(options) == 0
   losses = [row["loss"] for row in metrics(folder) if "loss" in row]
   assert len(losses) == 2 * (36 // 8)
-  assert losses[-1] < losses[0]
+  assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
   results = json.loads((folder / "results.json").read_text())
   assert results["metric"] == "matthews_correlation"
   assert results["test"]["rows"] == 2
@@ -104,7 +104,7 @@ def test_a_t5_tells_three_classes_with_lora_sam(put, tiny_t5, tmp_path):
   assert found.rows == 5
   assert set(found.metrics) == {"accuracy"}
   # Padding is no token of a source either: wider batches score alike.
-  batch = next(iter(ready.data.whole(ready.data.examples["test"], 5)))
+  batch = next(iter(ready.data.reader.whole(ready.data.examples["test"], 5)))
   width = batch["tokens"].shape[1]
   wider = {
     **batch,
@@ -247,7 +247,7 @@ def test_questions_are_asked_and_scored(tiny_decoder, tmp_path, capsys):
     (("--score", "gsm8k", "--prompt", "a"), "needs --questions"),
     ((), "got neither"),
     (("--prompt", "a", "--questions", str(path)), "got both"),
-    (("--questions", str(tmp_path / "no.jsonl")), "cannot be read"),
+    (("--questions", str(tmp_path / "no.jsonl")), "no.jsonl is not there"),
     (("--prompt", "a", "--batch-size", "0"), "--batch-size is at least 1"),
   ):
     assert program.main(["generate", *model, *wrong]) == 2
