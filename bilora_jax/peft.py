@@ -291,9 +291,11 @@ def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
   if not pairs and not faults:
     faults.append("no tensor is a lora_A or a lora_B")
   if faults:
-    more = f"; ... ({len(faults)} in all)" if len(faults) > 8 else ""
+    if len(faults) > 8:
+      # The last are of another kind than the first.
+      faults = [*faults[:6], f"... ({len(faults)} in all)", *faults[-2:]]
     raise ValueError(
-      f"{folder} holds no adapter of this model: {'; '.join(faults[:8])}{more}."
+      f"{folder} holds no adapter of this model: {'; '.join(faults)}."
     )
   return _Stored(config, places, pairs, extra)
 

@@ -266,7 +266,7 @@ checkpoints.Checkpoints.save_last = save_and_wait
 def advance(self, step):
   if step == 9:
     os.kill(os.getpid(), signal.SIGKILL)
-journal.Silence.advance = journal.Journal.advance = advance
+journal.Journal.advance = advance
 """
 
 
@@ -324,7 +324,7 @@ from train.run import journal
 def advance(self, step):
   if step == 7:
     os.kill(os.getpid(), signal.SIGTERM)
-journal.Silence.advance = advance
+journal.Journal.advance = advance
 """
 
 
