@@ -36,6 +36,9 @@ from .task import STORED, Task, Text
 
 _SPLITS = ("train", "validation", "test")
 _MOST_NATS = 709  # e to more is no float
+# As vision transformers are mostly tested; those of DINOv2 learned their
+# positions at 518, where attention takes thirty times the memory.
+_IMAGE_SIDE = 224
 
 Predict = Callable[[Batch], Items]
 
@@ -364,6 +367,7 @@ def load(
   notes: list[str] = []
   if task.source is None:
     task, notes = columns.fit(task, options)
+  task = _sized(task, options.image_size, pretrained)
   found = reader(task, pretrained, options.max_length)
   examples = {}
   for split in _SPLITS:
@@ -435,6 +439,30 @@ def _named(task: Task, text: Text) -> dict[str, str]:
   return dict(zip(_NAMES, texts))
 
 
+def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
+  """The task with the size of its images, if it is of images without one.
+
+  Raises:
+    UsageError: if the model cannot be given images of the size asked for.
+  """
+  family = pretrained.family
+  if not task.image or family.reads != "images" or task.side:
+    if size:
+      raise UsageError(
+        f"--image-size is of images whose task leaves it open; got {size} with"
+        f" --task {task.name} and a model that reads {family.reads}."
+      )
+    return task
+  patch, grid = pretrained.config.patch_size, pretrained.config.grid
+  side = size or patch * min(grid, _IMAGE_SIDE // patch)
+  if side % patch:
+    raise UsageError(
+      f"--image-size is a multiple of the {patch} pixels of a patch of"
+      f" {pretrained.path}; got {size}."
+    )
+  return dataclasses.replace(task, side=side)
+
+
 def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
   """Returns how a model reads a labelled task, and learns it.
 
@@ -457,13 +485,11 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
         f"--task {task.name} is of images, for a --model that reads them; got"
         f" {pretrained.path}, which reads {family.reads}."
       )
-    config: Any = pretrained.config
-    side = task.side or config.patch_size * config.grid
     return Reader(
-      examples=functools.partial(images.decoded, task, side=side),
+      examples=functools.partial(images.decoded, task, side=task.side),
       ordered=images.train_batches,
       whole=images.eval_batches,
-      objective=objectives.images(side, objective),
+      objective=objectives.images(task.side, objective),
     )
   text_tokenizer = pretrained.tokenizer
   encode: pipeline.Encode

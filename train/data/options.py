@@ -49,6 +49,9 @@ class DataOptions:
   """Rows to draw for validation, and for the test; 0: all."""
   max_length: int = option(256, least=3)
   """Tokens in an example; longer ones are cut."""
+  image_size: int = option(0, least=0)
+  """Pixels along the side of the square that images are resized to; 0: 224, or
+  what the model's positions were learned at if that is less."""
   pack: bool = True
   """Put several conversations in a row of max_length tokens (instructions)."""
   on_long: OnLong = "cut"
@@ -79,6 +82,7 @@ def check(options: DataOptions) -> None:
   allowed = {
     ("text", "text_pair", "label"): _COLUMNS,
     ("validation", "test", "held_out"): (*_COLUMNS, INSTRUCTIONS),
+    ("image_size",): _COLUMNS,
     ("chat_template",): (INSTRUCTIONS,),
   }
   for names, tasks in allowed.items():

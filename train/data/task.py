@@ -74,8 +74,8 @@ class Task:
       fields, or a tuple of fields, which are joined by newlines.
     image: in place of texts, the field that holds an image: uint8 (height,
       width) or (height, width, 3), a file's path, or its bytes.
-    side: pixels along the side of the square that a model is given; 0 for the
-      one that the model's positions were learned at.
+    side: pixels along the side of the square that a model is given; 0 until
+      the model is known.
     label: the field of the label: of a class, its number; of a regression, a
       float.
     labels: the classes' names; a label is an index into them.

@@ -200,8 +200,7 @@ def _examples(run: Finished) -> tuple[str, ...]:
 
 
 def _image(run: Finished) -> str:
-  (side,) = {x.shape[1] for x in run.pretrained.example_inputs()}
-  side = run.task.side or side
+  side = run.task.side
   return (
     "image = Image.new('RGB', (64, 64))  # or Image.open(...).convert('RGB')\n"
     f"image = image.resize(({side}, {side}), Image.Resampling.BICUBIC)\n"

@@ -4,6 +4,8 @@ import collections
 import csv
 import dataclasses
 import json
+import types
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -351,9 +353,11 @@ class _Sizes:
 @dataclasses.dataclass
 class _ReadsImages:
   config: _Sizes = dataclasses.field(default_factory=_Sizes)
-  is_decoder: bool = False
-  is_t5: bool = False
-  is_vision: bool = True
+  family: Any = dataclasses.field(
+    default_factory=lambda: types.SimpleNamespace(
+      name="eye", reads="images", has_new_head=True
+    )
+  )
   path: str = "sees"
 
 
@@ -383,6 +387,13 @@ def test_a_folder_of_images_is_a_task(tiny_model, tmp_path):
     ValueError, match="is of images, for a --model that reads"
   ):
     load.load(options, models.open_pretrained(str(tiny_model)), **more)
+  # Of another size, that whole patches make up.
+  small = dataclasses.replace(options, image_size=8)
+  batch = next(load.load(small, _ReadsImages(), **more).train_batches())
+  assert batch["images"].shape == (8, 8, 8, 3)
+  wrong = dataclasses.replace(options, image_size=7)
+  with pytest.raises(ValueError, match=r"multiple of the 4 pixels"):
+    load.load(wrong, _ReadsImages(), **more)
   (folder / "cat" / "9.png").write_bytes(b"no")
   with pytest.raises(ValueError, match=r"9\.png cannot be read as an image"):
     load.load(options, _ReadsImages(), **more)
