@@ -67,7 +67,7 @@ def test_an_interrupted_run_resumes_and_keeps_adapters_for_the_original(
   inputs = plain.data.objective.inputs(batch)
   folder = tmp_path / "run" / "adapters"
   spec = bilora_jax.load_spec(folder)
-  assert spec.rank == 2 * plain.config.rank
+  assert spec.rank == 2 * plain.config.adapter.rank
   adapted = bilora_jax.adapt(plain.model, spec, *inputs)
   loaded = bilora_jax.load_adapters(folder, adapted)
   logits = adapted.apply(plain.variables, loaded, *inputs)
@@ -94,7 +94,7 @@ def _best(ready, folder):
 @pytest.mark.parametrize(
   ("more", "part"),
   [
-    (("--method", "full", "--start", "pissa"), "pissa with --method full"),
+    (("--method", "full", "--start", "pissa"), "--start is of adapters"),
     (("--start", "pissa", "--mesh", "data=8"), "got it with --mesh"),
     (("--start", "olora", "--base-dtype", "nf4"), "got it with --base-dtype"),
     (("--start", "lora_ga", "--dora"), "got it with --dora"),
