@@ -22,6 +22,7 @@ from benchmarks import (
   workloads,
 )
 from train.data.objectives import CLASSIFICATION
+from train.models.bert import model as bert
 from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
 
@@ -42,13 +43,16 @@ _DECODER = decoder.Decoder(
 )
 
 
-class _Classifier(nn.Module):
-  """The mean of embedded tokens, a hidden layer, and a head."""
-
-  @nn.compact
-  def __call__(self, tokens, mask, token_types):
-    x = nn.Embed(20000, 4)(tokens).mean(1)
-    return nn.Dense(2, name="head")(nn.tanh(nn.Dense(5, name="hidden")(x)))
+_CLASSIFIER = bert.BertClassifier(
+  bert.BertConfig(
+    vocab_size=20000,
+    hidden_size=4,
+    num_layers=1,
+    num_heads=1,
+    intermediate_size=5,
+  ),
+  num_classes=2,
+)
 
 
 def _of_decoder() -> workloads.Workload:
@@ -59,7 +63,7 @@ def _of_decoder() -> workloads.Workload:
 
 
 def _of_classifier() -> workloads.Workload:
-  batch, model = workloads.labelled(4, 6), _Classifier()
+  batch, model = workloads.labelled(4, 6), _CLASSIFIER
   variables = model.init(jax.random.key(0), *CLASSIFICATION.inputs(batch))
   return workloads.Workload(
     model, lambda: variables, CLASSIFICATION, batch, jnp.float32, 0

@@ -98,8 +98,6 @@ def _sentence(capsys: pytest.CaptureFixture[str]) -> str:
     (["--targets", "nothing"], ["targets", "'nothing'", "layer_0/query"]),
     (["--targets", "("], ["targets", "'('"]),
     (["--model", "absent"], ["'absent'", "minilm"]),
-    (["--train-rows", "4"], ["4 rows", "batch of 8"]),
-    (["--train-rows", "129"], ["129", "128 rows in train"]),
   ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(

@@ -152,14 +152,16 @@ def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
   columns, rows, places = None, [], []
   # A byte order mark is no part of the first column's name.
   with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-    head = file.readline()
-    file.seek(0)
-    if delimiter == "," and "," not in head and ";" in head:
-      # As spreadsheets write it where a comma is in numbers.
-      delimiter = ";"
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
     line = 1
     try:
+      head = file.readline()
+      file.seek(0)
+      if delimiter == "," and "," not in head and ";" in head:
+        # As spreadsheets write it where a comma is in numbers.
+        delimiter = ";"
+      reader = csv.reader(
+        file, delimiter=delimiter, quoting=quoting, strict=True
+      )
       for values in reader:
         where, line = f"{path}, line {line}", reader.line_num + 1
         if not values:

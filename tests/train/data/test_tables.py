@@ -203,6 +203,13 @@ def test_what_is_no_table_is_named(name, text, message, tmp_path):
     tables.read(path)
 
 
+def test_semicolons_separate_where_no_comma_does(tmp_path):
+  path = tmp_path / "a.csv"
+  path.write_text('text;label\n"good; and, well";1\n')
+  (row,) = tables.one(path).rows
+  assert row == {"text": "good; and, well", "label": "1"}
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"none\.csv is not there; rows are a"):
     tables.read(tmp_path / "none.csv")

@@ -8,11 +8,10 @@ import pytest
 
 from train.data import objectives
 from train.devices import mesh as mesh_lib
-from train.methods import method as methods
 from train.models.bert import model as bert
 from train.planning import hlo
-from train.run import lowering
-from train.run.config import Config
+from train.run import assemble, lowering
+from train.run import config as config_lib
 
 # Of the auxiliary's rank is nothing else: what is (5, 5) is a Gram.
 R1, R2 = 3, 5
@@ -58,8 +57,8 @@ def _step(mesh: str, **fields) -> Step:
     }.items()
   }
   inputs = objective.inputs(batch)
-  config = Config(targets=TARGETS, **fields)
-  method = methods.build(config, model, inputs, 10, objective)
+  config = config_lib.build({"targets": TARGETS, **fields})
+  method = assemble.method_of(config, model, inputs, 10, objective)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   variables, state = lowering.abstract(
     config, method, layout, shapes, bert.logical_axes(shapes)

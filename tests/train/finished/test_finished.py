@@ -8,6 +8,7 @@ import shutil
 import tarfile
 
 import numpy as np
+from outcomes import rows as logged
 import pytest
 
 from train import __main__ as program
@@ -32,6 +33,23 @@ def table(tmp_path_factory):
     "sentence,label\n" + "".join(f'"{x}",positive\n' for x in TEXTS)
   )
   return path
+
+
+@pytest.mark.parametrize("method", spec.every())
+def test_every_method_learns_a_batch_and_runs_to_its_end(finished_by, method):
+  folder = finished_by(method)
+  # From about ln 2; a step of the schedule is too small for less than a tenth.
+  losses = [row["loss"] for row in logged(folder) if "loss" in row]
+  assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
+  results = json.loads((folder / "results.json").read_text())
+  assert results["config"]["method"] == method
+  assert results["steps"] == 20 and results["baseline"] is None
+  assert 0 <= results["test"]["accuracy"] <= 1
+  assert "logistic" not in (folder / "report.md").read_text()
+  # What it is gone on with: adapters, or parameters.
+  kept = (folder / "adapters").is_dir()
+  assert kept is (method not in ("full", "full_sam", "head"))
+  assert (folder / "parameters.safetensors").is_file() is not kept
 
 
 @pytest.mark.parametrize("method", spec.every())
