@@ -11,9 +11,27 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from train import __main__ as program
+from train.data import registry as tasks
+from train.methods import spec
+from train.models import registry as families
+from train.run.loggers import registry as loggers
 
 _PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 _NAMES = ("method", "task", "logger", "family")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registries():
+  """Other tests do not see what is registered here."""
+  known = (
+    *(families._families, tasks._BY_NAME),
+    *(spec._ADDED, loggers._FACTORIES),
+  )
+  before = [dict(one) for one in known]
+  yield
+  for one, old in zip(known, before):
+    one.clear()
+    one.update(old)
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +41,14 @@ def folder(tmp_path_factory) -> pathlib.Path:
   blocks = re.findall(r"```python\n(.*?)```", _PAGE.read_text(), re.DOTALL)
   for name, text in zip(_NAMES, blocks, strict=True):
     (found / f"{name}.py").write_text(text)
-  bag = found / "bag"
-  bag.mkdir()
+  model = found / "mean"
+  model.mkdir()
   ids = {"[PAD]": 0, "0": 1, "1": 2}
   tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, "[PAD]"))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-  tokenizer.save(str(bag / "tokenizer.json"))
-  sizes = {"model_type": "bag", "vocab_size": 3, "hidden_size": 16}
-  (bag / "config.json").write_text(json.dumps(sizes))
+  tokenizer.save(str(model / "tokenizer.json"))
+  sizes = {"model_type": "mean", "vocab_size": 3, "hidden_size": 16}
+  (model / "config.json").write_text(json.dumps(sizes))
   draws = np.random.default_rng(0)
   shapes = {
     "word.weight": (3, 16),
@@ -39,7 +57,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   }
   st_numpy.save_file(
     {name: draws.normal(size=x).astype("f") for name, x in shapes.items()},
-    bag / "model.safetensors",
+    model / "model.safetensors",
   )
   return found
 
@@ -50,7 +68,7 @@ def test_a_model_a_task_a_method_and_a_logger_of_a_file_each_run(
   plugins = ",".join(str(folder / f"{name}.py") for name in _NAMES)
   run = tmp_path / "run"
   options = [
-    *("--plugins", plugins, "--model", str(folder / "bag")),
+    *("--plugins", plugins, "--model", str(folder / "mean")),
     *("--task", "parity", "--method", "lora_lion", "--loggers", "csv"),
     *("--lion-b1", "0.8", "--rank", "2", "--batch-size", "16"),
     *("--learning-rate", "0.01", "--epochs", "2", "--log-every", "2"),
