@@ -23,6 +23,7 @@ _NAMES = ("method", "task", "logger", "family")
 @pytest.fixture(scope="module", autouse=True)
 def registries():
   """Other tests do not see what is registered here."""
+  tasks.names()  # has those of the program registered
   known = (
     *(families._families, tasks._BY_NAME),
     *(spec._ADDED, loggers._FACTORIES),
