@@ -80,14 +80,13 @@ _KINDS = {
   "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
+_CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
-  "bert": config_lib.build({"method": "lora"}),
-  "llama": config_lib.Config(task="instructions", data="x", method="lora"),
-  "qwen2": config_lib.Config(
-    task="instructions", data="x", method="lora", scan_layers=True
-  ),
-  "t5": config_lib.Config(method="lora", scan_layers=True),
-  "t5 v1.1": config_lib.build({"method": "lora"}),
+  "bert": {},
+  "llama": _CHATS,
+  "qwen2": {**_CHATS, "scan_layers": True},
+  "t5": {"scan_layers": True},
+  "t5 v1.1": {},
 }
 
 
@@ -152,7 +151,8 @@ def _bert(case, model):
 def _decoder(case, _):
   _decoder_inputs(case)
   pretrained = load.open_pretrained(str(case.folder))
-  case.model = pretrained.language_model(scan=_RUNS[case.name].scan_layers)
+  scans = _RUNS[case.name].get("scan_layers", False)
+  case.model = pretrained.language_model(scan=scans)
   case.variables = pretrained.variables(case.model, 0)
 
 
@@ -208,7 +208,9 @@ def _blind(classifier):
 
 
 def _save_tokenizer(folder):
-  ids = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "a", "b"])}
+  # With the labels of the runs' task, by which a T5 answers.
+  words = ["[PAD]", "[UNK]", "a", "b", "negative", "positive"]
+  ids = {token: i for i, token in enumerate(words)}
   own = tokenizers.Tokenizer(models.WordLevel(ids, "[UNK]"))
   own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   own.save(str(folder / "tokenizer.json"))
@@ -350,7 +352,8 @@ def test_a_merged_model_loads_in_transformers(case, tmp_path):
 def _export(case, adapters, run, out):
   """As of a run of the program."""
   run.mkdir()
-  config = dataclasses.replace(_RUNS[case.name], model=str(case.folder))
+  given = {"method": "lora", "model": str(case.folder), **_RUNS[case.name]}
+  config = config_lib.build(given)
   (run / "config.json").write_text(config_lib.to_json(config))
   bilora_jax.save_adapters(run / "adapters", case.adapted, adapters)
   options = ["--run", str(run), "--out", str(out), "--merged"]
