@@ -1,6 +1,7 @@
 """`python -m train`, or `bilora` where it is installed: the command line."""
 
 from collections.abc import Sequence
+import difflib
 import importlib
 import sys
 
@@ -29,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   name = argv[0] if argv and argv[0] in _COMMANDS else ""
   try:
+    if not name and argv and not argv[0].startswith("-"):
+      near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
+      hint = f" Did you mean {near[0]}?" if near else ""
+      raise UsageError(
+        f"There is no command {argv[0]!r}; the commands are"
+        f" {', '.join(_COMMANDS)}, and options alone train.{hint}"
+      )
     if not name:
       return _train(argv)
     # Imported late, so that --help and a typo answer at once.

@@ -1,11 +1,24 @@
 """Files that are written whole or not at all, and JSON that all can read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import math
 import os
 import pathlib
 from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file to write, which takes the place of another when it is whole."""
+  part = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    yield part
+    os.replace(part, path)
+  except BaseException:
+    part.unlink(missing_ok=True)
+    raise
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -14,16 +27,10 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   Raises:
     OSError: if it cannot be written; the old file is then as it was.
   """
-  part = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with part.open("w") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    part.replace(path)
-  except BaseException:
-    part.unlink(missing_ok=True)
-    raise
+  with replacing(path) as part, part.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -127,6 +127,18 @@ def test_what_cannot_be_parsed_is_named(capsys, arguments, parts):
     assert part in shown
 
 
+@pytest.mark.parametrize(
+  "arguments, meant",
+  [
+    (["pretict", "--run", "x"], "predict"),
+    (["--task", "clasification", "--data", "rows.csv"], "classification"),
+  ],
+)
+def test_a_typo_gets_the_nearest_there_is(capsys, arguments, meant):
+  assert program.main(arguments) == 2
+  assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
 def test_a_cut_weights_file_is_named(run, tiny_model, tmp_path, capsys):
   model = shutil.copytree(tiny_model, tmp_path / "model")
   weights = model / "model.safetensors"

@@ -1,10 +1,12 @@
 """The options of data: what is learned from, and how rows become batches."""
 
 import dataclasses
+import difflib
 from typing import Literal
 
 from ..errors import UsageError
 from ..options import option, spelt
+from . import registry
 
 OnLong = Literal["cut", "skip", "error"]
 
@@ -72,6 +74,13 @@ def check(options: DataOptions) -> None:
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
+  if options.task not in (tasks := registry.names()):
+    near = difflib.get_close_matches(options.task, tasks, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise UsageError(
+      f"There is no task {options.task!r}; the tasks are {', '.join(tasks)}."
+      + hint
+    )
   needs = options.task in (*_COLUMNS, INSTRUCTIONS)
   if needs is not bool(options.path):
     raise UsageError(
@@ -85,12 +94,12 @@ def check(options: DataOptions) -> None:
     ("image_size",): _COLUMNS,
     ("chat_template",): (INSTRUCTIONS,),
   }
-  for names, tasks in allowed.items():
+  for names, takers in allowed.items():
     for name in names:
-      if getattr(options, name) and options.task not in tasks:
+      if getattr(options, name) and options.task not in takers:
         raise UsageError(
-          f"{spelt(name)} is of --task {' or '.join(tasks)}; got it with --task"
-          f" {options.task}."
+          f"{spelt(name)} is of --task {' or '.join(takers)}; got it with"
+          f" --task {options.task}."
         )
   if options.text_pair and not options.text:
     raise UsageError(

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import tyro
 
-from .. import command
+from .. import command, files
 from ..data import load as data_lib
 from ..data.scores import Evaluation
 from ..errors import UsageError
-from ..run import assemble, kept
+from ..run import assemble
 from ..run import config as config_lib
 from . import predict
 from .finished import Finished, open_run, reading
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   found = _evaluation(options, finished)
   print("\n".join(_lines(found)))
   if options.json:
-    with kept.replacing(out) as part:
-      part.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    files.write_json(out, found.to_json())
   return 0
 
 

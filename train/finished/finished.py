@@ -23,8 +23,8 @@ from ..errors import UsageError
 from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
+from ..run import assemble, kept
 from ..run import config as config_lib
-from ..run import kept
 from ..run.config import Config
 
 
@@ -149,11 +149,7 @@ class Finished:
   @property
   def batch_size(self) -> int:
     """Rows that the run evaluated together."""
-    optimisation = self.config.optimisation
-    return (
-      self.config.evaluation.eval_batch_size
-      or optimisation.batch_size // optimisation.accumulate
-    )
+    return assemble.eval_rows(self.config)
 
 
 @contextlib.contextmanager

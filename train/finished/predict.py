@@ -12,11 +12,10 @@ import numpy as np
 from rich import console, table
 import tyro
 
-from .. import command
+from .. import command, files
 from ..data.load import Given
 from ..data.task import Task, Text
 from ..errors import UsageError
-from ..run import kept
 from .finished import Finished, open_run
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -158,7 +157,7 @@ def read(finished: Finished, data: str, columns: Columns, labelled: bool):
 
 def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """Writes rows, in the format of the name, whole or not at all."""
-  with kept.replacing(out) as part:
+  with files.replacing(out) as part:
     if out.suffix == ".parquet":
       import pyarrow as pa
       from pyarrow import parquet

@@ -1,9 +1,6 @@
 """What a run leaves for later: what its task was, and what it has trained."""
 
-from collections.abc import Iterator
-import contextlib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -60,7 +57,7 @@ def save_parameters(folder: pathlib.Path, parameters: Any) -> None:
   """
   flat = traverse_util.flatten_dict(parameters, sep="/")
   arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-  with replacing(folder / PARAMETERS) as part:
+  with files.replacing(folder / PARAMETERS) as part:
     safetensors.numpy.save_file(arrays, part)
 
 
@@ -88,15 +85,3 @@ def save(
     save_parameters(folder, trained)
   else:
     bilora_jax.save_adapters(folder / ADAPTERS, adapted, trained)
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write, which takes the place of another when it is whole."""
-  part = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    yield part
-    os.replace(part, path)
-  except BaseException:
-    part.unlink(missing_ok=True)
-    raise
