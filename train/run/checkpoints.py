@@ -209,15 +209,22 @@ def _quiet_orbax() -> None:
   """Has a failure told once, by what is raised.
 
   Orbax logs its traceback in each thread on the way, and closes an event loop
-  that TensorStore's threads still report to.
+  that TensorStore's threads still report to. Of several arrays that fail, it
+  awaits the first, and asyncio logs the others when they are collected.
   """
   logging.getLogger("absl").addFilter(_is_not_of_orbax)
+  logging.getLogger("asyncio").addFilter(_is_not_of_a_checkpoint)
   if getattr(sys.unraisablehook, "func", None) is not _unraisable:
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
   return "orbax" not in record.pathname
+
+
+def _is_not_of_a_checkpoint(record: logging.LogRecord) -> bool:
+  raised = record.exc_info[1] if record.exc_info else None
+  return "orbax" not in f"{record.getMessage()} {raised}"
 
 
 def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:

@@ -171,7 +171,7 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     for _ in range(2)
   ]
   for process in processes:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (0, "1000\n", "")
   assert not list(tmp_path.glob(".preparing-*"))
 

@@ -1,5 +1,7 @@
 """Checkpoints: what they hold, refuse, and keep through a failure."""
 
+import asyncio
+import gc
 import shutil
 
 import jax
@@ -247,3 +249,26 @@ def test_checkpoints_never_hold_the_base(finished, tiny_model):
   assert not any("auxiliary" in name for name in found)
   size = sum(x.nbytes for x in found.values())
   assert size < (tiny_model / "model.safetensors").stat().st_size / 4
+
+
+@pytest.mark.parametrize(
+  ("why", "heard"),
+  [("/run/10.orbax-checkpoint-tmp: File too large", False), ("else", True)],
+)
+def test_of_several_arrays_that_fail_the_others_are_not_logged(
+  tmp_path, caplog, why, heard
+):
+  """Orbax awaits the first; asyncio tells the others' failures, if at all."""
+
+  async def fail():
+    raise ValueError(why)
+
+  async def never_awaited():
+    task = asyncio.get_running_loop().create_task(fail())
+    await asyncio.sleep(0)
+    del task
+
+  checkpoints_lib.Checkpoints(tmp_path).close()
+  asyncio.run(never_awaited())
+  gc.collect()
+  assert bool(caplog.records) == heard

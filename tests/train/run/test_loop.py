@@ -271,7 +271,7 @@ def test_sigterm_to_the_program_saves_says_so_and_exits_0(
     if line.startswith("step"):
       break
   process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   assert "is saved; the same command resumes there." in out
   assert run(folder) == 0
@@ -300,7 +300,7 @@ def test_a_write_that_fails_in_the_background_is_one_sentence_too(
 ):
   folder = tmp_path / "run"
   process = spawn(folder, driver=SMALL_FILES)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=600)
   assert process.returncode == 1, err
   assert err.startswith("error: a checkpoint could not be written to")
   assert err.count("\n") == 1
