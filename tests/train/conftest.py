@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import outcomes
 import pytest
 import safetensors.numpy
 import tokenizers
@@ -29,7 +30,7 @@ from train import config as command_line
 from train.data import hashing, movie_reviews, pipeline
 from train.data import registry as tasks
 from train.data.objectives import CLASSIFICATION
-from train.run import assemble, journal, report, step
+from train.run import assemble, journal, step
 from train.run import config as config_lib
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -322,7 +323,7 @@ def run(options: list[str]) -> Run:
 
   def run_here(folder: pathlib.Path, *more: str) -> int:
     own = _without_adapters(options) if _NO_ADAPTERS & {*more} else options
-    return program.main([*own, "--run-dir", str(folder), *more])
+    return outcomes.main([*own, "--run-dir", str(folder), *more])
 
   return run_here
 
@@ -378,10 +379,10 @@ def spawn(options: list[str], tmp_path_factory) -> Spawn:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, run: Run):
-  """The folder of a finished Bi-LoRA run; not to be written to."""
+def finished(tmp_path_factory: pytest.TempPathFactory, options: list[str]):
+  """The folder of a finished Bi-LoRA run, plot and all; not to be written."""
   folder = tmp_path_factory.mktemp("finished") / "run"
-  assert run(folder) == 0
+  assert program.main([*options, "--run-dir", str(folder)]) == 0
   return folder
 
 
@@ -396,10 +397,7 @@ def finished_by(
     folder = tmp_path_factory.mktemp("by") / method
     few = ("--train-rows", "8", "--eval-rows", "8", "--epochs", "20")
     more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "20")
-    with pytest.MonkeyPatch.context() as patch:
-      # Matplotlib takes as long as all else.
-      patch.setattr(report, "_plot", lambda *arguments: None)
-      assert run(folder, "--method", method, *few, *more, "--no-baseline") == 0
+    assert run(folder, "--method", method, *few, *more, "--no-baseline") == 0
     return folder
 
   return trained

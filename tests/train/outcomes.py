@@ -1,5 +1,6 @@
-"""What the tests of the program read from the folders of runs."""
+"""Runs of the program, and what the tests read from their folders."""
 
+from collections.abc import Sequence
 import json
 import pathlib
 from typing import Any
@@ -7,7 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import safetensors.numpy
+
+from train import __main__ as program
+from train.run import report
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the program without the plot, which takes a third of a tiny run."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, "_plot", lambda *arguments: None)
+    return program.main(arguments)
 
 
 def adapters(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import outcomes
 from outcomes import adapters, rows
 import pytest
 import qwix
@@ -48,7 +49,7 @@ def options(tiny_decoder, conversations, data_dir):
 @pytest.fixture(scope="module")
 def run(options):
   def run_here(folder, *more):
-    return program.main([*options, "--run-dir", str(folder), *more])
+    return outcomes.main([*options, "--run-dir", str(folder), *more])
 
   return run_here
 

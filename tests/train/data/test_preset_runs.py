@@ -7,7 +7,7 @@ import shutil
 import glue_files
 import jax
 import numpy as np
-from outcomes import rows as metrics
+import outcomes
 import pytest
 from safetensors import numpy as st_numpy
 import super_glue_files
@@ -72,8 +72,8 @@ def test_cola_is_learned_and_scored_by_a_t5(put, tiny_t5, tmp_path, capsys):
     *("--batch-size", "8", "--epochs", "2", "--learning-rate", "0.02"),
     *("--log-every", "1", "--scan-layers", "--no-compilation-cache"),
   ]
-  assert program.main(options) == 0
-  losses = [row["loss"] for row in metrics(folder) if "loss" in row]
+  assert outcomes.main(options) == 0
+  losses = [row["loss"] for row in outcomes.rows(folder) if "loss" in row]
   assert len(losses) == 2 * (36 // 8)
   assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
   results = json.loads((folder / "results.json").read_text())

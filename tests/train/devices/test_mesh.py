@@ -246,7 +246,7 @@ def test_one_of_several_processes_joins_the_others_by_itself(
 # JAX's own patience with a process that is gone is 100 seconds.
 FOUR_DEVICES = """
 import functools, os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.distributed.initialize = functools.partial(

@@ -2,10 +2,9 @@
 
 import json
 
+import outcomes
 import pytest
 import vit_cases
-
-from train import __main__ as program
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +18,7 @@ def tiny_vit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tiny_vit):
   def run_here(folder, *more):
-    return program.main(
+    return outcomes.main(
       [
         *("--task", "digits", "--model", str(tiny_vit)),
         *("--train-rows", "60", "--eval-rows", "40", "--batch-size", "20"),

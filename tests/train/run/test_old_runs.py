@@ -8,10 +8,9 @@ import pathlib
 import tarfile
 
 import numpy as np
-from outcomes import adapters
+import outcomes
 import pytest
 
-from train import __main__ as program
 from train.models import load as models
 
 _RUNS = pathlib.Path(__file__).parents[1] / "old_runs.tar.gz"
@@ -34,10 +33,10 @@ def _command(folder):
 def test_a_stopped_run_resumes_and_ends_as_one_that_was_not(old, capsys):
   command = _command(old / "encoder-whole")
   assert command[-2:] == ["--run-dir", "encoder-whole"]
-  assert program.main([*command[:-1], "encoder-stopped"]) == 0
+  assert outcomes.main([*command[:-1], "encoder-stopped"]) == 0
   assert "resumed after step 11" in capsys.readouterr().out
-  expected = adapters(old / "encoder-whole")
-  found = adapters(old / "encoder-stopped")
+  expected = outcomes.adapters(old / "encoder-whole")
+  found = outcomes.adapters(old / "encoder-stopped")
   assert found.keys() == expected.keys()
   for name, x in found.items():
     # To the bit on one machine; others add up in another order.
@@ -50,7 +49,7 @@ def test_a_finished_run_is_told_of_and_nothing_is_loaded(
 ):
   monkeypatch.setattr(models, "open_pretrained", None)
   results = json.loads((old / name / "results.json").read_text())
-  assert program.main(_command(old / name)) == 0
+  assert outcomes.main(_command(old / name)) == 0
   shown = capsys.readouterr().out
   assert f"{name} was finished on {results['date']}" in shown
   assert f"test accuracy {results['test']['accuracy']:.4f}" in shown

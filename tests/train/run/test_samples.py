@@ -2,6 +2,7 @@
 
 import json
 
+import outcomes
 import pytest
 
 from train import __main__ as program
@@ -23,7 +24,7 @@ def sampled(tmp_path_factory, tiny_decoder):
     *("--epochs", "1", "--no-compilation-cache", "--samples", "2"),
     *("--run-dir", str(folder / "run")),
   ]
-  assert program.main(command) == 0
+  assert outcomes.main(command) == 0
   return folder / "run"
 
 
