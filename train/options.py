@@ -9,11 +9,17 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
 import math
-from typing import Any, Literal, get_args, get_origin
+import reprlib
+import sys
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
 from .errors import UsageError
 
 _SHOWN = 8
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlevel = 3
 
 
 def option(
@@ -82,15 +88,29 @@ def check(group: Any) -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-  """Whether a value of JSON or TOML is of an option's type."""
+  """Whether a value of JSON, TOML or YAML is of a type.
+
+  Args:
+    value: any.
+    kind: `int`, `float` (finite, whole or not), `str`, `bool`, `dict`, `list`,
+      `None`, a Literal, a tuple of one of these, `|` of some, or `object`.
+  """
   if get_origin(kind) is Literal:
     return value in get_args(kind)
   if get_origin(kind) is tuple:
     return isinstance(value, list | tuple) and all(
       fits(item, get_args(kind)[0]) for item in value
     )
+  if get_origin(kind) in (Union, types.UnionType):
+    return any(fits(value, one) for one in get_args(kind))
+  if kind in (None, types.NoneType):
+    return value is None
   # Not isinstance: to JSON, true is no number.
-  return type(value) in ((int, float) if kind is float else (kind,))
+  if kind is float:
+    # What is no float is infinite as one; NaN is not in any bounds.
+    most = sys.float_info.max
+    return type(value) in (int, float) and -most <= value <= most
+  return kind is object or type(value) is kind
 
 
 def wanted(kind: Any) -> str:
@@ -100,12 +120,27 @@ def wanted(kind: Any) -> str:
   if get_origin(kind) is tuple:
     many = {int: "whole numbers", float: "numbers", str: "texts"}
     return f"a list of {many[get_args(kind)[0]]}"
+  if get_origin(kind) in (Union, types.UnionType):
+    return " or ".join(wanted(one) for one in get_args(kind))
   return {
     int: "a whole number",
     float: "a number",
     str: "a text",
     bool: "true or false",
+    dict: "an object (a table of keys and values)",
+    list: "a list",
+    None: "null",
+    types.NoneType: "null",
+    object: "anything",
   }[kind]
+
+
+def shown(value: Any) -> str:
+  """A value for a sentence, which is short whatever the value is."""
+  try:
+    return _REPR.repr(value)
+  except ValueError:  # of more digits than Python writes
+    return f"a number of {value.bit_length():,} bits"
 
 
 def checked(where: str, name: str, value: Any, kind: Any) -> Any:
@@ -115,7 +150,7 @@ def checked(where: str, name: str, value: Any, kind: Any) -> Any:
     UsageError: if it is of another type.
   """
   if not fits(value, kind):
-    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {value!r}.")
+    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {shown(value)}.")
   if get_origin(kind) is tuple:
     inner = get_args(kind)[0]
     return tuple(float(x) if inner is float else x for x in value)
@@ -131,13 +166,13 @@ def known(
     UsageError: with the names that are nearest.
   """
   if not isinstance(row, Mapping):
-    raise UsageError(f"{where} is a table; got {row!r}.")
+    raise UsageError(f"{where} is a table; got {shown(row)}.")
   names = list(names)
   for key in row:
     if key not in names:
       near = difflib.get_close_matches(str(key), names, n=3) or sorted(names)
       raise UsageError(
-        f"{where} has no {what} {key!r}; perhaps {listed(near, 'or')}?"
+        f"{where} has no {what} {shown(key)}; perhaps {listed(near, 'or')}?"
       )
 
 
