@@ -159,6 +159,20 @@ def field(
   return default
 
 
+def truth(table: Mapping[str, Any], name: str, default: bool) -> bool:
+  """A flag in other people's config.json, where null says nothing.
+
+  Raises:
+    UsageError: if it is neither true nor false.
+  """
+  value = table.get(name)
+  if not options.fits(value, bool | None):
+    raise UsageError(
+      f"{name} must be true or false, got {options.shown(value)}."
+    )
+  return default if value is None else value
+
+
 def is_file(path: Path) -> bool:
   """Whether there is anything at a path, which has to be a file if so.
 

@@ -118,7 +118,12 @@ def wanted(kind: Any) -> str:
   if get_origin(kind) is Literal:
     return f"one of {', '.join(map(repr, get_args(kind)))}"
   if get_origin(kind) is tuple:
-    many = {int: "whole numbers", float: "numbers", str: "texts"}
+    many = {
+      int: "whole numbers",
+      float: "numbers",
+      str: "texts",
+      dict: "objects",
+    }
     return f"a list of {many[get_args(kind)[0]]}"
   if get_origin(kind) in (Union, types.UnionType):
     return " or ".join(wanted(one) for one in get_args(kind))

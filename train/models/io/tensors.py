@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
+from ... import checked
 from . import weights
 
 
@@ -40,9 +41,9 @@ def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
   folder = pathlib.Path(folder)
   single = folder / "model.safetensors"
   index = folder / "model.safetensors.index.json"
-  if single.is_file():
+  if checked.is_file(single):
     return _open_file(single)
-  if index.is_file():
+  if checked.is_file(index):
     return _open_shards(index)
   pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
   if pickled:
@@ -107,7 +108,7 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
   tensors: dict[str, Tensor] = {}
   for shard in sorted(set(shards.values())):
     path = index.parent / shard
-    if not path.is_file():
+    if not checked.is_file(path):
       raise weights.WeightsError(
         f"{index.parent} lacks the shard {shard} that {index.name} lists."
       )
