@@ -159,6 +159,29 @@ def field(
   return default
 
 
+def fields(
+  where: str,
+  table: Mapping[str, Any],
+  required: Mapping[str, Any],
+  optional: Mapping[str, Any] | None = None,
+) -> None:
+  """Refuses a JSON object that lacks a key, or has another type at one.
+
+  Args:
+    where: the object is, in words, for a message.
+    table: the object; other keys than these are not looked at.
+    required: the types of keys that must be there.
+    optional: the types of keys that may be.
+
+  Raises:
+    UsageError: as `field`.
+  """
+  for name, kind in required.items():
+    field(where, table, name, kind)
+  for name, kind in (optional or {}).items():
+    field(where, table, name, kind, None)
+
+
 def truth(table: Mapping[str, Any], name: str, default: bool) -> bool:
   """A flag in other people's config.json, where null says nothing.
 

@@ -17,6 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from .errors import UsageError
 
 _SHOWN = 8
+# What a number is below that says no more: steps are counted in int32, and
+# arrays are of float32, in which products of two such numbers are finite.
+_BELOW = {int: 2**31, float: 1e9}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
 _REPR.maxlevel = 3
@@ -27,6 +30,7 @@ def option(
   *,
   flag: str = "",
   least: float = -math.inf,
+  above: float = -math.inf,
   below: float = math.inf,
 ) -> Any:
   """A field of a group.
@@ -35,9 +39,11 @@ def option(
     default: its value if nothing is given.
     flag: what it is called outside, if not by the field's own name.
     least: the least value of a number.
-    below: what a number is below.
+    above: what a number is above, in place of the least.
+    below: what a number is below; if it is not given, 2**31 for whole numbers
+      and 1e9 for others.
   """
-  metadata = {"flag": flag, "least": least, "below": below}
+  metadata = {"flag": flag, "least": least, "above": above, "below": below}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,23 +74,48 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
 
 
 def check(group: Any) -> None:
-  """Refuses a number that is out of its bounds, and what is not finite.
+  """Refuses a number that is out of its bounds, and a text that is none.
+
+  NaN is in no bounds. A text with a NUL or half of a surrogate pair can be no
+  part of a path, nor be written into a run's files.
 
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
   for name, field in fields(group).items():
     value = getattr(group, field.name)
-    if type(value) not in (int, float):
-      continue
-    least = field.metadata.get("least", -math.inf)
-    below = field.metadata.get("below", math.inf)
-    if least <= value < below:
-      continue
+    if type(value) in _BELOW:
+      _check_bounds(name, value, field.metadata)
+    for text in value if isinstance(value, tuple | list) else [value]:
+      if isinstance(text, str) and not _is_text(text):
+        raise UsageError(
+          f"{spelt(name)} is a text of Unicode's characters without NUL; got "
+          f"{shown(text)}."
+        )
+
+
+def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+  least = bounds.get("least", -math.inf)
+  above = bounds.get("above", -math.inf)
+  below = bounds.get("below", math.inf)
+  below = min(below, _BELOW[type(value)]) if below == math.inf else below
+  if least <= value < below and value > above:
+    return
+  if type(value) is int:
+    allowed = f"at least {least}" if value < least else f"below {below}"
+  elif above > -math.inf:
+    allowed = f"in ({above:g}, {below:g})"
+  else:
     allowed = f"in [{least:g}, {below:g})"
-    if type(value) is int:
-      allowed = f"at least {least}" if value < least else f"below {below}"
-    raise UsageError(f"{spelt(name)} is {allowed}; got {value}.")
+  raise UsageError(f"{spelt(name)} is {allowed}; got {shown(value)}.")
+
+
+def _is_text(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return "\0" not in text
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -124,7 +155,8 @@ def wanted(kind: Any) -> str:
       str: "texts",
       dict: "objects",
     }
-    return f"a list of {many[get_args(kind)[0]]}"
+    inner = get_args(kind)[0]
+    return f"a list of {many.get(inner) or wanted(inner)}"
   if get_origin(kind) in (Union, types.UnionType):
     return " or ".join(wanted(one) for one in get_args(kind))
   return {

@@ -363,7 +363,7 @@ def _tuning(row: Mapping[str, Any] | None) -> Tuning | None:
 
 
 def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
-  found = _plain("[sharpness]", Sharpness, {} if row is None else row)
+  found = plain("[sharpness]", Sharpness, {} if row is None else row)
   spaces = ("full", "lora")
   if not set(found.spaces) <= set(spaces):
     raise UsageError(
@@ -392,7 +392,7 @@ def _landscape(
 ) -> Landscape | None:
   if row is None:
     return None
-  found = _plain("[landscape]", Landscape, row)
+  found = plain("[landscape]", Landscape, row)
   for label in found.methods:
     _label("[landscape] methods", label, labels)
   _at_least("[landscape]", found, points=2, seed=0, rows=1)
@@ -411,8 +411,12 @@ def _at_least(where: str, found: Any, **least: int) -> None:
       )
 
 
-def _plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
-  """A dataclass of a table, whose values are of the fields' types."""
+def plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
+  """A dataclass of a table, whose values are of the fields' types.
+
+  Raises:
+    UsageError: if a key is unknown, or a value of another type.
+  """
   fields = {field.name: field for field in dataclasses.fields(kind)}
   options.known(where, row, fields)
   return kind(

@@ -191,8 +191,8 @@ def _download(name: str, revision: str) -> pathlib.Path:
     raise WeightsError(
       f"{name!r} is not a local folder and could not be had from the Hugging "
       f"Face hub{f' at the revision {revision!r}' if revision else ''} "
-      f"({type(error).__name__}: {_first_line(error)}); check the name and the network, "
-      f"or give {_CHOICES}."
+      f"({type(error).__name__}: {_first_line(error)}); check the name and the "
+      f"network, or give {_CHOICES}."
     ) from error
   return pathlib.Path(folder)
 
