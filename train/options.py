@@ -87,7 +87,7 @@ def check(group: Any) -> None:
     if type(value) in _BELOW:
       _check_bounds(name, value, field.metadata)
     for text in value if isinstance(value, tuple | list) else [value]:
-      if isinstance(text, str) and not _is_text(text):
+      if isinstance(text, str) and not is_text(text):
         raise UsageError(
           f"{spelt(name)} is a text of Unicode's characters without NUL; got "
           f"{shown(text)}."
@@ -110,7 +110,8 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
   raise UsageError(f"{spelt(name)} is {allowed}; got {shown(value)}.")
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
+  """Whether a text can be written to a file, and be part of a path."""
   try:
     text.encode()
   except UnicodeEncodeError:

@@ -9,6 +9,7 @@ of an adapter is split over the mesh axes of both sides of its kernel.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
+import re
 from typing import Any
 
 from flax import linen as nn

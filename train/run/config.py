@@ -316,7 +316,9 @@ def from_run(folder: pathlib.Path) -> Config:
     raise UsageError(f"{folder} is not a run: {path} is missing.")
   tables = checked.read_json(path)
   if isinstance(tables.get("plugins"), Mapping):
-    plugins_lib.load(str(tables["plugins"].get("plugins", "")))
+    plugins_lib.load(
+      checked.field(str(path), tables["plugins"], "plugins", str, "")
+    )
   # Older runs have all options in one table, of all methods.
   given = from_tables(str(path), tables)
   method = {"method": given.get("method", methods.DEFAULT)}
