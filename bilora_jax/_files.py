@@ -132,7 +132,10 @@ def load_adapters(
       f"{folder / _TENSORS} has a name that is the beginning of another, and "
       "no model has both."
     ) from error
-  adapted.check(adapters)
+  try:
+    adapted.check(adapters)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
   return adapters
 
 
@@ -230,7 +233,7 @@ def read_tensors(
     AttributeError,
   ) as error:
     raise ValueError(
-      f"{path} is not a whole safetensors file: {error}."
+      f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
 
 
@@ -262,7 +265,9 @@ def _parse(content: str | bytes, where: str) -> Any:
   try:
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     return json.loads(text, object_pairs_hook=_object)
-  except (ValueError, RecursionError) as error:
+  except RecursionError as error:
+    raise ValueError(f"{where} is nested too deeply.") from error
+  except ValueError as error:
     raise ValueError(f"{where} is not JSON: {error}.") from error
 
 

@@ -128,7 +128,9 @@ def from_file(path: pathlib.Path) -> Config:
   try:
     tables = yaml.safe_load(text)
   # It constructs dates and numbers, and goes into what is nested, by Python.
-  except (yaml.YAMLError, ValueError, RecursionError) as error:
+  except RecursionError as error:
+    raise UsageError(f"--config {path} is nested too deeply.") from error
+  except (yaml.YAMLError, ValueError) as error:
     raise UsageError(
       f"--config {path} is no YAML: {' '.join(str(error).split())}."
     ) from error

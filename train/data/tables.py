@@ -240,7 +240,13 @@ def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
     for name, feature in features.items()
     if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
   }
-  rows = _pyarrow(lambda _: whole.to_pylist(), path)
+
+  def listed(_: pathlib.Path) -> list[Any]:
+    # Its offsets are where Arrow reads, inside the file's memory or not.
+    whole.validate(full=True)
+    return whole.to_pylist()
+
+  rows = _pyarrow(listed, path)
   return _table(path, rows, columns=tuple(whole.column_names), names=names)
 
 

@@ -320,10 +320,18 @@ def from_run(folder: pathlib.Path) -> Config:
       checked.field(str(path), tables["plugins"], "plugins", str, "")
     )
   # Older runs have all options in one table, of all methods.
-  given = from_tables(str(path), tables)
-  method = {"method": given.get("method", methods.DEFAULT)}
-  build(method, str(path))
-  return build(fitting(given), str(path))
+  return from_any(str(path), tables)
+
+
+def from_any(where: str, tables: Any) -> Config:
+  """The configuration in tables, without options of other methods.
+
+  Raises:
+    UsageError: if an option is unknown, of another type or out of its bounds.
+  """
+  given = from_tables(where, tables)
+  build({"method": given.get("method", methods.DEFAULT)}, where)
+  return build(fitting(given), where)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -78,12 +78,12 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
   except (safetensors.SafetensorError, OSError) as error:
     raise UsageError(
-      f"{path} is not a whole safetensors file: {error}."
+      f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
   # Of a dtype that NumPy has not; of a name that is the beginning of another.
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UsageError(
-      f"{path} does not hold the parameters of a model: {error}."
+      f"{path} does not hold the parameters of a model: {str(error)[:300]}."
     ) from error
 
 

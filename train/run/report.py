@@ -59,7 +59,7 @@ def results(folder: pathlib.Path) -> dict[str, Any] | None:
   checked.fields(
     f"{path}, config,", found["config"], {"method": str, "task": str}
   )
-  config_lib.from_tables(str(path), found["config"])
+  config_lib.from_any(str(path), found["config"])
   _check_evaluation(f"{path}, test,", found["test"], [found["metric"]])
   if found["baseline"]:
     names = [*found["test"]]

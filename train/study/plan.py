@@ -79,8 +79,7 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if set(row["config"]) <= known:
       measured = row["sharpness_options"]
       where = f"the row {row['key']} of runs.jsonl"
-      given = config_lib.from_tables(where, row["config"])
-      config = config_lib.build(config_lib.fitting(given), where)
+      config = config_lib.from_any(where, row["config"])
       if measured:
         place = f"{where}, sharpness_options"
         measured = spec.plain(place, spec.Sharpness, measured)

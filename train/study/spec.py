@@ -168,8 +168,9 @@ def read(path: pathlib.Path) -> Study:
   text = checked.read_text(path)
   try:
     found = tomllib.loads(text)
-  # A number may have more digits than Python reads, a table be too deep.
-  except (ValueError, RecursionError) as error:
+  except RecursionError as error:
+    raise UsageError(f"{path} is nested too deeply.") from error
+  except ValueError as error:  # a number may have too many digits, too
     raise UsageError(f"{path} is no TOML: {error}.") from error
   try:
     return parse(found)

@@ -90,8 +90,9 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     return {name: _Stored(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError) as error:
     raise weights.WeightsError(
-      f"{path} is not a whole safetensors file ({error}); it may have been cut "
-      f"short at its {path.stat().st_size} bytes, or be another kind of file."
+      f"{path} is not a whole safetensors file ({weights.first_line(error)}); "
+      f"it may have been cut short at its {path.stat().st_size} bytes, or be "
+      "another kind of file."
     ) from error
 
 

@@ -65,14 +65,15 @@ def told_of(what: str) -> Iterator[None]:
   except WeightsError:
     raise
   except Exception as error:
-    raise WeightsError(f"{what} ({_first_line(error)}).") from error
+    raise WeightsError(f"{what} ({first_line(error)}).") from error
   except BaseException as error:
     if type(error).__name__ != "PanicException":
       raise
-    raise WeightsError(f"{what} ({_first_line(error)}).") from error
+    raise WeightsError(f"{what} ({first_line(error)}).") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+  """What an exception says, short; libraries quote what is in the file."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -191,7 +192,7 @@ def _download(name: str, revision: str) -> pathlib.Path:
     raise WeightsError(
       f"{name!r} is not a local folder and could not be had from the Hugging "
       f"Face hub{f' at the revision {revision!r}' if revision else ''} "
-      f"({type(error).__name__}: {_first_line(error)}); check the name and the "
+      f"({type(error).__name__}: {first_line(error)}); check the name and the "
       f"network, or give {_CHOICES}."
     ) from error
   return pathlib.Path(folder)
