@@ -6,6 +6,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import reprlib
+import stat
+import sys
 from typing import Any
 import uuid
 import warnings
@@ -21,6 +24,7 @@ from bilora_jax._factors import Factors, is_factors
 from bilora_jax._spec import LoraSpec
 
 _VERSION = 1
+_MOST = sys.float_info.max
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
 # How the base is stored. Adapters fit it in any form.
 _BASE_FIELDS = {"base_dtype", "tile_size"}
@@ -121,8 +125,17 @@ def load_adapters(
     a, b = map(arrays.pop, ends)
     tree[name] = Factors(a, b, scale)
   tree |= arrays
-  adapters = traverse_util.unflatten_dict(tree, sep="/")
-  adapted.check(adapters)
+  try:
+    adapters = traverse_util.unflatten_dict(tree, sep="/")
+  except (TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{folder / _TENSORS} has a name that is the beginning of another, and "
+      "no model has both."
+    ) from error
+  try:
+    adapted.check(adapters)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
   return adapters
 
 
@@ -131,12 +144,13 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """The configuration and the arrays in a folder."""
   folder = pathlib.Path(folder)
-  config = _config(folder / _CONFIG)
+  config = _checked(str(folder / _CONFIG), read_json(folder / _CONFIG))
   path = folder / _TENSORS
   arrays, metadata = read_tensors(path)
-  header = json.loads(metadata.get("bilora_jax", "null"))
-  if header is None:
+  if "bilora_jax" not in metadata:
     raise ValueError(f"{path} was not written by save_adapters.")
+  where = f"the header of {path}"
+  header = _checked(where, _parse(metadata["bilora_jax"], where))
   if header != config:
     # Where a crash came between the two files' replacements, or someone edited
     # the JSON: the header cannot be of other arrays.
@@ -148,14 +162,30 @@ def _read(
   return header, arrays
 
 
-def _config(path: pathlib.Path) -> dict[str, Any]:
-  config = read_json(path)
+def _checked(where: str, config: Any) -> dict[str, Any]:
+  """A configuration of this version, with a spec and scales.
+
+  Raises:
+    ValueError: if it is another value.
+  """
   version = config.get("version") if isinstance(config, dict) else None
   if version != _VERSION or not {"spec", "scales"} <= set(config):
     raise ValueError(
-      f"{path} is no configuration of adapters of version {_VERSION}; its "
-      f"version is {version!r}."
+      f"{where} is no configuration of adapters of version {_VERSION}; its "
+      f"version is {shown(version)}."
     )
+  for name in ("spec", "scales"):
+    if not isinstance(config[name], dict):
+      raise ValueError(
+        f"{where}: {name} is a JSON object; got {shown(config[name])}."
+      )
+  for path, scale in config["scales"].items():
+    # The bound is also false of NaN.
+    if type(scale) not in (int, float) or not 0 < scale <= _MOST:
+      raise ValueError(
+        f"{where}: scales has positive numbers; got {shown(scale)} of "
+        f"{shown(path)}."
+      )
   return config
 
 
@@ -170,7 +200,10 @@ def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
     )
   # A file has all fields of its time: what it lacks is newer, and at its
   # default, which is what there was before.
-  return LoraSpec(**config["spec"])
+  try:
+    return LoraSpec(**config["spec"])
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -187,15 +220,20 @@ def read_tensors(
   Raises:
     ValueError: if it is missing or damaged.
   """
+  _require_file(path)
   try:
     with safetensors.safe_open(path, "np") as file:  # pyright: ignore
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
       return arrays, file.metadata() or {}
-  except FileNotFoundError:
-    raise ValueError(f"{path} is missing.") from None
-  except safetensors.SafetensorError as error:
+  # Of a dtype that NumPy has not, it is one of the last two.
+  except (
+    safetensors.SafetensorError,
+    OSError,
+    TypeError,
+    AttributeError,
+  ) as error:
     raise ValueError(
-      f"{path} is not a whole safetensors file: {error}."
+      f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
 
 
@@ -205,12 +243,56 @@ def read_json(path: pathlib.Path) -> Any:
   Raises:
     ValueError: if it is missing or damaged.
   """
+  _require_file(path)
   try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
+    content = path.read_bytes()
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+  return _parse(content, str(path))
+
+
+def shown(value: Any) -> str:
+  """A value for a sentence, which is short whatever the value is."""
+  return reprlib.repr(value)
+
+
+def _parse(content: str | bytes, where: str) -> Any:
+  """The value of a JSON text; if bytes, in UTF-8.
+
+  Raises:
+    ValueError: if it is none, or has a key twice with two values.
+  """
+  try:
+    text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    return json.loads(text, object_pairs_hook=_object)
+  except RecursionError as error:
+    raise ValueError(f"{where} is nested too deeply.") from error
+  except ValueError as error:
+    raise ValueError(f"{where} is not JSON: {error}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  for name, value in pairs:
+    if found[name] != value:
+      raise ValueError(f"the key {shown(name)} is there twice")
+  return found
+
+
+def _require_file(path: pathlib.Path) -> None:
+  """Refuses what a reader would wait for, as a pipe, or cannot open.
+
+  Raises:
+    ValueError: if there is no regular file at the path.
+  """
+  try:
+    mode = path.stat().st_mode
+  except (FileNotFoundError, NotADirectoryError):
     raise ValueError(f"{path} is missing.") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+  if not stat.S_ISREG(mode):
+    raise ValueError(f"{path} is not a file, but a folder, a pipe or a device.")
 
 
 def write_all(contents: Mapping[pathlib.Path, bytes]) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from typing import Any
 
 from bilora_jax import _files
@@ -53,6 +54,7 @@ _READ = {
   "use_rslora",
 }
 # Others change the weights that the adapter is added to.
+_FLAGS: tuple[Any, ...] = (True, False, None)
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -187,7 +189,7 @@ def read(folder: pathlib.Path) -> PeftConfig:
   config = _files.read_json(path)
   if not isinstance(config, dict):
     raise ValueError(
-      f"{path} must hold a JSON object; got a {type(config).__name__}."
+      f"{path} must hold a JSON object; got {_files.shown(config)}."
     )
   faults = _faults(config)
   if faults:
@@ -223,24 +225,30 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
   """What cannot be read, a phrase each."""
   faults = []
   if config.get("peft_type") != "LORA":
-    faults.append(f"peft_type is 'LORA'; got {config.get('peft_type')!r}")
+    faults.append(
+      f"peft_type is 'LORA'; got {_files.shown(config.get('peft_type'))}"
+    )
   if config.get("bias") not in (None, "none"):
     faults.append(
       f"bias is 'none', since biases are trained as modules_to_save; got "
-      f"{config['bias']!r}"
+      f"{_files.shown(config['bias'])}"
     )
   init = config.get("init_lora_weights")
   if not any(init is x or init == x for x in _INITS):
     faults.append(
       "init_lora_weights is one that leaves the base's weights alone; got "
-      f"{init!r}, so convert the adapter to a plain LoRA with PEFT first"
+      f"{_files.shown(init)}, so convert the adapter to a plain LoRA with PEFT "
+      "first"
     )
   for key, check, wanted in (
     ("r", _is_rank, "an integer of at least 1"),
     ("lora_alpha", _is_positive, "a positive number"),
+    ("lora_dropout", _is_rate, "a number in [0, 1)"),
+    ("use_rslora", lambda x: x in _FLAGS, "true or false"),
+    ("task_type", lambda x: isinstance(x, str | None), "a name or null"),
   ):
-    if not check(config.get(key, 8)):
-      faults.append(f"{key} is {wanted}; got {config[key]!r}")
+    if key in config and not check(config[key]):
+      faults.append(f"{key} is {wanted}; got {_files.shown(config[key])}")
   for key, check, wanted in (
     ("rank_pattern", _is_rank, "integers of at least 1"),
     ("alpha_pattern", _is_positive, "positive numbers"),
@@ -250,16 +258,18 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
       _is_pattern(name) and check(value) for name, value in pattern.items()
     ):
       faults.append(
-        f"{key} goes from regular expressions to {wanted}; got {pattern!r}"
+        f"{key} goes from regular expressions to {wanted}; got "
+        f"{_files.shown(pattern)}"
       )
   faults += [
-    f"{key} is a list of names{' or one string' * text}; got {config[key]!r}"
+    f"{key} is a list of names{' or one string' * text}; got "
+    f"{_files.shown(config[key])}"
     for key, text in (("target_modules", True), ("modules_to_save", False))
     if not _is_names(config.get(key), text)
   ]
   # A newer PEFT writes keys of features that are off.
   faults += [
-    f"{key} is no part of LoRA as it is here; got {value!r}"
+    f"{key} is no part of LoRA as it is here; got {_files.shown(value)}"
     for key, value in config.items()
     if key not in _NEUTRAL | _READ and value
   ]
@@ -272,7 +282,12 @@ def _is_rank(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
   number = isinstance(value, int | float) and not isinstance(value, bool)
-  return number and 0 < value < math.inf
+  # Not infinity: a whole number may be above all floats.
+  return number and 0 < value <= sys.float_info.max
+
+
+def _is_rate(value: Any) -> bool:
+  return value is None or value == 0 or (_is_positive(value) and value < 1)
 
 
 def _is_names(value: Any, text: bool) -> bool:
@@ -284,7 +299,7 @@ def _is_names(value: Any, text: bool) -> bool:
 def _is_pattern(text: str) -> bool:
   try:
     re.compile(text)
-  except re.error:
+  except (re.error, OverflowError, RecursionError):
     return False
   return True
 

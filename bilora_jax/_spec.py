@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import re
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,23 +73,35 @@ class LoraSpec:
 
   def __post_init__(self):
     _check_sizes(self.rank, self.alpha, self.auxiliary_rank, "")
-    if not 0 <= self.dropout < 1:
+    if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
       raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
     if self.dtype is not None:
       object.__setattr__(self, "dtype", _float_name(self.dtype))
+    for name in ("rslora", "dora"):
+      if not isinstance(getattr(self, name), bool):
+        raise ValueError(
+          f"{name} is True or False; got {getattr(self, name)!r}."
+        )
     if self.base_dtype not in (None, *_quantised.QTYPES):
       raise ValueError(
         f"base_dtype is one of {', '.join(_quantised.QTYPES)}, or None; got "
         f"{self.base_dtype!r}."
       )
     size = self.tile_size
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (not _is_integer(size) or size < 1):
       raise ValueError(
         f"tile_size is an integer of at least 1, or None; got {size!r}."
       )
     if not self.targets:
       raise ValueError("targets is empty: it must name a module to adapt.")
     if not isinstance(self.targets, str | Mapping):
+      if not isinstance(self.targets, Sequence) or not all(
+        isinstance(target, str) for target in self.targets
+      ):
+        raise ValueError(
+          "targets is a regular expression, a sequence of the last parts of "
+          f"paths, or a mapping; got {self.targets!r}."
+        )
       object.__setattr__(self, "targets", tuple(self.targets))
     patterns = [p for p in (self.exclude, self.extra) if p is not None]
     if isinstance(self.targets, str):
@@ -111,7 +124,12 @@ class LoraSpec:
     for pattern in patterns:
       try:
         re.compile(pattern)
-      except (re.error, TypeError) as error:
+      except (
+        re.error,
+        TypeError,
+        OverflowError,
+        RecursionError,
+      ) as error:
         raise ValueError(
           f"{pattern!r} is not a regular expression: {error}."
         ) from error
@@ -161,15 +179,25 @@ class LoraSpec:
 
 
 def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):
-  if not isinstance(rank, int) or rank < 1:
+  if not _is_integer(rank) or rank < 1:
     raise ValueError(f"rank is an integer of at least 1; got {rank!r}{where}.")
-  if not isinstance(auxiliary_rank, int) or auxiliary_rank < 0:
+  if not _is_integer(auxiliary_rank) or auxiliary_rank < 0:
     raise ValueError(
       "auxiliary_rank is an integer of at least 0 (0: plain LoRA); got "
       f"{auxiliary_rank!r}{where}."
     )
-  if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+  if not _is_number(alpha) or alpha <= 0:
     raise ValueError(f"alpha is a positive number; got {alpha!r}{where}.")
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a value is a finite float, or an integer that is one's."""
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and abs(value) <= sys.float_info.max
 
 
 def _float_name(dtype: Any) -> str:

@@ -41,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     action="store_true",
     help="run each of the paper's presets, and not one of each model",
   )
+  parser.addoption(
+    "--long", action="store_true", help="run the long fault suites"
+  )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

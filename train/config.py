@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from . import command, options, plugins, presets
+from . import checked, command, options, plugins, presets
 from .errors import UsageError
 from .methods import spec as methods
 from .run import config as config_lib
@@ -124,13 +124,13 @@ def from_file(path: pathlib.Path) -> Config:
   Raises:
     UsageError: if it cannot be read, or is not a configuration.
   """
+  text = checked.read_text(path)
   try:
-    tables = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UsageError(
-      f"--config {path} cannot be read: {error.strerror}."
-    ) from error
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    tables = yaml.safe_load(text)
+  # It constructs dates and numbers, and goes into what is nested, by Python.
+  except RecursionError as error:
+    raise UsageError(f"--config {path} is nested too deeply.") from error
+  except (yaml.YAMLError, ValueError) as error:
     raise UsageError(
       f"--config {path} is no YAML: {' '.join(str(error).split())}."
     ) from error
@@ -138,7 +138,7 @@ def from_file(path: pathlib.Path) -> Config:
   if isinstance(tables, dict):
     group = tables.get("plugins")
     own = group.get("plugins") if isinstance(group, dict) else group
-    plugins.load(str(own or ""))
+    plugins.load(own if isinstance(own, str) else "")
   return config_lib.build(
     config_lib.from_tables(where, {} if tables is None else tables), where
   )

@@ -1,13 +1,14 @@
 """Reads JSONL, one JSON value a line: users' data, and the program's logs."""
 
 from collections.abc import Iterator
+import contextlib
 import gzip
-import json
 import os
 import pathlib
 from typing import Any
 import zlib
 
+from . import checked, options
 from .errors import UsageError
 
 
@@ -24,26 +25,38 @@ def read(
       the last end of a line was cut by a kill, and is left out.
 
   Raises:
-    UsageError: if a line is no JSON; the sentence names it.
-    RuntimeError: if the file cannot be read.
+    UsageError: if the file cannot be read, or a line is no JSON; the sentence
+      names it.
   """
-  opener = gzip.open if pathlib.Path(path).suffix == ".gz" else open
+  name = os.fspath(path)
   try:
-    with opener(path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+      file: Any = stack.enter_context(checked.open_file(path))
+      if pathlib.Path(path).suffix == ".gz":
+        file = stack.enter_context(gzip.GzipFile(fileobj=file))
       for number, line in enumerate(file, 1):
         if not line.strip() or (log and not line.endswith(b"\n")):
           continue
-        where = f"{os.fspath(path)}, line {number}"
-        try:
-          value = json.loads(line.decode())
-        # What is not UTF-8 is a ValueError, too.
-        except (ValueError, RecursionError) as error:
-          raise UsageError(f"{where}, is no JSON in UTF-8: {error}.") from error
-        yield where, value
+        where = f"{name}, line {number},"
+        value = checked.parse_json(line, where)
+        yield where.removesuffix(","), value
   except (OSError, EOFError, zlib.error) as error:
-    raise RuntimeError(f"{os.fspath(path)} cannot be read: {error}.") from error
+    raise UsageError(f"{name} cannot be read: {error}.") from error
 
 
-def read_log(path: pathlib.Path) -> list[Any]:
-  """The values of a log of the program's own; none if there is no file."""
-  return [value for _, value in read(path, log=True)] if path.exists() else []
+def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects in a log of the program's own; none if there is no file.
+
+  Raises:
+    UsageError: as `read`, or if a line is another value.
+  """
+  if not checked.is_file(path):
+    return []
+  rows = []
+  for where, row in read(path, log=True):
+    if not options.fits(row, dict):
+      raise UsageError(
+        f"{where}, must be {options.wanted(dict)}; got {options.shown(row)}."
+      )
+    rows.append(row)
+  return rows

@@ -9,11 +9,20 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
 import math
-from typing import Any, Literal, get_args, get_origin
+import reprlib
+import sys
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
 from .errors import UsageError
 
 _SHOWN = 8
+# What a number is below that says no more: steps are counted in int32, and
+# arrays are of float32, in which products of two such numbers are finite.
+_BELOW = {int: 2**31, float: 1e9}
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlevel = 3
 
 
 def option(
@@ -21,6 +30,7 @@ def option(
   *,
   flag: str = "",
   least: float = -math.inf,
+  above: float = -math.inf,
   below: float = math.inf,
 ) -> Any:
   """A field of a group.
@@ -29,9 +39,11 @@ def option(
     default: its value if nothing is given.
     flag: what it is called outside, if not by the field's own name.
     least: the least value of a number.
-    below: what a number is below.
+    above: what a number is above, in place of the least.
+    below: what a number is below; if it is not given, 2**31 for whole numbers
+      and 1e9 for others.
   """
-  metadata = {"flag": flag, "least": least, "below": below}
+  metadata = {"flag": flag, "least": least, "above": above, "below": below}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,35 +74,75 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
 
 
 def check(group: Any) -> None:
-  """Refuses a number that is out of its bounds, and what is not finite.
+  """Refuses a number that is out of its bounds, and a text that is none.
+
+  NaN is in no bounds. A text with a NUL or half of a surrogate pair can be no
+  part of a path, nor be written into a run's files.
 
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
   for name, field in fields(group).items():
     value = getattr(group, field.name)
-    if type(value) not in (int, float):
-      continue
-    least = field.metadata.get("least", -math.inf)
-    below = field.metadata.get("below", math.inf)
-    if least <= value < below:
-      continue
+    if type(value) in _BELOW:
+      _check_bounds(name, value, field.metadata)
+    for text in value if isinstance(value, tuple | list) else [value]:
+      if isinstance(text, str) and not is_text(text):
+        raise UsageError(
+          f"{spelt(name)} is a text of Unicode's characters without NUL; got "
+          f"{shown(text)}."
+        )
+
+
+def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+  least = bounds.get("least", -math.inf)
+  above = bounds.get("above", -math.inf)
+  below = bounds.get("below", math.inf)
+  below = min(below, _BELOW[type(value)]) if below == math.inf else below
+  if least <= value < below and value > above:
+    return
+  if type(value) is int:
+    allowed = f"at least {least}" if value < least else f"below {below}"
+  elif above > -math.inf:
+    allowed = f"in ({above:g}, {below:g})"
+  else:
     allowed = f"in [{least:g}, {below:g})"
-    if type(value) is int:
-      allowed = f"at least {least}" if value < least else f"below {below}"
-    raise UsageError(f"{spelt(name)} is {allowed}; got {value}.")
+  raise UsageError(f"{spelt(name)} is {allowed}; got {shown(value)}.")
+
+
+def is_text(text: str) -> bool:
+  """Whether a text can be written to a file, and be part of a path."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return "\0" not in text
 
 
 def fits(value: Any, kind: Any) -> bool:
-  """Whether a value of JSON or TOML is of an option's type."""
+  """Whether a value of JSON, TOML or YAML is of a type.
+
+  Args:
+    value: any.
+    kind: `int`, `float` (finite, whole or not), `str`, `bool`, `dict`, `list`,
+      `None`, a Literal, a tuple of one of these, `|` of some, or `object`.
+  """
   if get_origin(kind) is Literal:
     return value in get_args(kind)
   if get_origin(kind) is tuple:
     return isinstance(value, list | tuple) and all(
       fits(item, get_args(kind)[0]) for item in value
     )
+  if get_origin(kind) in (Union, types.UnionType):
+    return any(fits(value, one) for one in get_args(kind))
+  if kind in (None, types.NoneType):
+    return value is None
   # Not isinstance: to JSON, true is no number.
-  return type(value) in ((int, float) if kind is float else (kind,))
+  if kind is float:
+    # What is no float is infinite as one; NaN is not in any bounds.
+    most = sys.float_info.max
+    return type(value) in (int, float) and -most <= value <= most
+  return kind is object or type(value) is kind
 
 
 def wanted(kind: Any) -> str:
@@ -98,14 +150,35 @@ def wanted(kind: Any) -> str:
   if get_origin(kind) is Literal:
     return f"one of {', '.join(map(repr, get_args(kind)))}"
   if get_origin(kind) is tuple:
-    many = {int: "whole numbers", float: "numbers", str: "texts"}
-    return f"a list of {many[get_args(kind)[0]]}"
+    many = {
+      int: "whole numbers",
+      float: "numbers",
+      str: "texts",
+      dict: "objects",
+    }
+    inner = get_args(kind)[0]
+    return f"a list of {many.get(inner) or wanted(inner)}"
+  if get_origin(kind) in (Union, types.UnionType):
+    return " or ".join(wanted(one) for one in get_args(kind))
   return {
     int: "a whole number",
     float: "a number",
     str: "a text",
     bool: "true or false",
+    dict: "an object (a table of keys and values)",
+    list: "a list",
+    None: "null",
+    types.NoneType: "null",
+    object: "anything",
   }[kind]
+
+
+def shown(value: Any) -> str:
+  """A value for a sentence, which is short whatever the value is."""
+  try:
+    return _REPR.repr(value)
+  except ValueError:  # of more digits than Python writes
+    return f"a number of {value.bit_length():,} bits"
 
 
 def checked(where: str, name: str, value: Any, kind: Any) -> Any:
@@ -115,7 +188,7 @@ def checked(where: str, name: str, value: Any, kind: Any) -> Any:
     UsageError: if it is of another type.
   """
   if not fits(value, kind):
-    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {value!r}.")
+    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {shown(value)}.")
   if get_origin(kind) is tuple:
     inner = get_args(kind)[0]
     return tuple(float(x) if inner is float else x for x in value)
@@ -131,13 +204,13 @@ def known(
     UsageError: with the names that are nearest.
   """
   if not isinstance(row, Mapping):
-    raise UsageError(f"{where} is a table; got {row!r}.")
+    raise UsageError(f"{where} is a table; got {shown(row)}.")
   names = list(names)
   for key in row:
     if key not in names:
       near = difflib.get_close_matches(str(key), names, n=3) or sorted(names)
       raise UsageError(
-        f"{where} has no {what} {key!r}; perhaps {listed(near, 'or')}?"
+        f"{where} has no {what} {shown(key)}; perhaps {listed(near, 'or')}?"
       )
 
 

@@ -9,8 +9,9 @@ _PROGRAM = pathlib.Path(__file__).parents[2] / "train"
 # From the bottom to the top; those of a line do not know each other.
 _FLOORS = (
   {"errors", "command", "files"},
-  {"jsonl"},
   {"options"},
+  {"checked"},
+  {"jsonl"},
   {"plugins"},
   {"models"},
   {"data"},

@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-import pathlib
+import os
 import statistics
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .. import checked
+from .. import options as options_lib
 from ..errors import UsageError
 from . import divide, hashing, tables
 from .options import DataOptions
@@ -92,7 +96,13 @@ def fit(task: Task, options: DataOptions) -> tuple[Task, list[str]]:
   }
   if task.kind == "regression":
     values = [row[task.label] for row in parts["train"].rows]
-    spread = statistics.pstdev(values)
+    try:
+      spread = statistics.pstdev(values)
+    except OverflowError as error:
+      raise UsageError(
+        f"{found['train'].path} has labels in {task.label} that are too large"
+        " to have a spread: their squares are no numbers."
+      ) from error
     if not spread:
       raise UsageError(
         f"{found['train'].path} has the one label {values[0]:g} in all rows; a"
@@ -130,7 +140,8 @@ def rows(task: Task, table: Table, labelled: bool) -> Part:
   for i, row in enumerate(table.rows):
     where = table.where(i)
     if task.image:
-      found: dict[str, Any] = {task.image: _image(row.get(task.image), table)}
+      image = _image(row.get(task.image), table, where)
+      found: dict[str, Any] = {task.image: image}
       if found[task.image] is None:
         raise UsageError(
           f"{where}: {task.image} is empty; it must be an image."
@@ -262,10 +273,8 @@ def _labels(task: Task, table: Table) -> Task:
       for i, row in enumerate(table.rows)
     ]
     different = set(values)
-    if all(name.lstrip("-").isdecimal() for name in different):
-      labels = tuple(sorted(different, key=int))
-    else:
-      labels = tuple(sorted(different))
+    whole = all(map(_is_whole, different))
+    labels = tuple(sorted(different, key=int if whole else None))
     if len(labels) > max(10, len(values) // 2):
       raise UsageError(
         f"{table.path} has {len(labels)} different values of {task.label} in"
@@ -280,6 +289,11 @@ def _labels(task: Task, table: Table) -> Task:
   return dataclasses.replace(task, labels=labels)
 
 
+def _is_whole(name: str) -> bool:
+  # Python converts no more than some thousands of digits.
+  return name.removeprefix("-").isdecimal() and len(name) < 1000
+
+
 def _name(value: Any, column: str, where: str) -> str:
   """A label as a word: of a number, its digits."""
   if isinstance(value, float) and value.is_integer():
@@ -289,8 +303,8 @@ def _name(value: Any, column: str, where: str) -> str:
   if value is None or value == "" or value != value:
     raise UsageError(f"{where}: {column} is empty; every row needs a label.")
   raise UsageError(
-    f"{where}: {column} is {value!r}; labels are words or whole numbers"
-    " (--task regression is for other numbers)."
+    f"{where}: {column} is {options_lib.shown(value)}; labels are words or"
+    " whole numbers (--task regression is for other numbers)."
   )
 
 
@@ -298,12 +312,12 @@ def _label(task: Task, value: Any, table: Table, where: str) -> int | float:
   if task.kind == "regression":
     try:
       number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       number = math.nan
     if not math.isfinite(number):
       raise UsageError(
-        f"{where}: {task.label} is {value!r}; of a regression it must be a"
-        " finite number."
+        f"{where}: {task.label} is {options_lib.shown(value)}; of a regression"
+        " it must be a finite number."
       )
     return number
   names = table.names.get(task.label)
@@ -330,15 +344,19 @@ def _text(value: Any, name: str, where: str) -> str:
   return str(value)
 
 
-def _image(value: Any, table: Table) -> Any:
+def _image(value: Any, table: Table, where: str) -> Any:
   """An array, bytes, or a path; datasets store one of the last two."""
   if isinstance(value, Mapping):
     value = value.get("bytes") or value.get("path")
   if isinstance(value, str):
-    path = pathlib.Path(value)
-    value = path if path.exists() else table.folder / path
-    return str(value)
-  return value
+    # Of a text that is no path at all, this says so, and no more.
+    return value if os.path.exists(value) else str(table.folder / value)
+  if value is None or isinstance(value, bytes | np.ndarray):
+    return value
+  raise UsageError(
+    f"{where}: an image is the path of a file, or what is in one; got "
+    f"{options_lib.shown(value)}."
+  )
 
 
 def key(task: Task, row: Mapping[str, Any]) -> str:
@@ -346,7 +364,7 @@ def key(task: Task, row: Mapping[str, Any]) -> str:
   if task.image:
     image = row[task.image]
     if isinstance(image, str):
-      image = pathlib.Path(image).read_bytes()
+      image = checked.read_bytes(image)
     elif not isinstance(image, bytes):
       image = image.tobytes()
     return hashing.digest(image)

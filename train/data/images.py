@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from .. import checked
 from ..errors import UsageError
 from . import batching, pipeline
 from .batching import Batch
@@ -91,13 +92,12 @@ def _read(image: str | bytes, side: int) -> np.ndarray:
   import PIL.Image
   import PIL.ImageOps
 
+  content = checked.read_bytes(image) if isinstance(image, str) else image
   try:
-    with PIL.Image.open(
-      image if isinstance(image, str) else io.BytesIO(image)
-    ) as opened:
+    with PIL.Image.open(io.BytesIO(content)) as opened:
       turned = PIL.ImageOps.exif_transpose(opened)
       coloured = turned.convert("RGB")
-  except (OSError, SyntaxError, ValueError) as error:
+  except Exception as error:  # each format of Pillow's has its own kinds
     name = image if isinstance(image, str) else "An image"
     raise UsageError(f"{name} cannot be read as an image: {error}.") from error
   return np.asarray(

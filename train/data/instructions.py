@@ -1,10 +1,10 @@
 """Instructions and their responses, read as conversations from any table."""
 
 from collections.abc import Iterator, Mapping, Sequence
-import json
 import os
 from typing import Any
 
+from .. import checked
 from ..errors import UsageError
 from ..models.io.template import Conversation, Message
 from . import divide, hashing, tables
@@ -228,7 +228,7 @@ def conversation(row: Any, where: str) -> Conversation:
     raise UsageError(f"{where} is {_kind(row)}; {_ALLOWED}.")
   for key in ("messages", "conversations"):
     if row.get(key) is not None:
-      return _messages(_listed(row[key]), key, where)
+      return _messages(_listed(row[key], f"{where}: {key}"), key, where)
   for question, more, answer in _FORMS:
     asked, answered = row.get(question), row.get(answer)
     if question not in row or answer not in row:
@@ -246,13 +246,10 @@ def conversation(row: Any, where: str) -> Conversation:
   raise UsageError(f"{where} has the keys {keys}; {_ALLOWED}.")
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any, where: str) -> Any:
   """A list that a CSV file has as the text of a JSON value."""
   if isinstance(value, str) and value.lstrip().startswith("["):
-    try:
-      return json.loads(value)
-    except ValueError:
-      return value
+    return checked.parse_json(value, where)
   return value
 
 

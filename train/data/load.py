@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from .. import checked
 from ..errors import UsageError
 from ..models import registry as families
 from ..models.io import template as templates
@@ -558,9 +559,9 @@ def read_template(path: str, old: templates.Template) -> templates.Template:
     UsageError: if it cannot be read, or is no template.
   """
   try:
-    source = pathlib.Path(path).expanduser().read_text("utf-8")
+    source = checked.read_text(pathlib.Path(path).expanduser())
     return dataclasses.replace(old, source=source)
-  except (OSError, ValueError) as error:
+  except ValueError as error:
     raise UsageError(
       f"--chat-template {path} cannot be read: {error}"
     ) from error

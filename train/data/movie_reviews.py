@@ -6,10 +6,12 @@ import gzip
 import math
 import pathlib
 from typing import Any, NamedTuple
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from .. import checked
 from . import hashing
 
 FILE = pathlib.Path(__file__).parent / "files" / "movie_review_snippets.tsv.gz"
@@ -40,8 +42,8 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
       " in what is installed. --task and --data name what else to train on."
     )
   try:
-    lines = gzip.decompress(path.read_bytes()).splitlines()
-  except (gzip.BadGzipFile, EOFError) as error:
+    lines = gzip.decompress(checked.read_bytes(path)).splitlines()
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
   return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
 

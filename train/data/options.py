@@ -49,9 +49,9 @@ class DataOptions:
   """Training rows to draw by the seed; 0: all."""
   eval_rows: int = option(0, least=0)
   """Rows to draw for validation, and for the test; 0: all."""
-  max_length: int = option(256, least=3)
+  max_length: int = option(256, least=3, below=2**21)
   """Tokens in an example; longer ones are cut."""
-  image_size: int = option(0, least=0)
+  image_size: int = option(0, least=0, below=2**13)
   """Pixels along the side of the square that images are resized to; 0: 224, or
   what the model's positions were learned at if that is less."""
   pack: bool = True

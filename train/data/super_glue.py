@@ -6,13 +6,13 @@ The last has no labels and is left alone.
 """
 
 from collections.abc import Iterator, Mapping
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from .. import checked, options
 from . import registry
 from .task import Task
 
@@ -71,17 +71,20 @@ class SuperGlueJsonl(tfds.core.GeneratorBasedBuilder):
 
   def _parse(self, line: str, where: str) -> dict[str, Any]:
     names = ("idx", "label", *self._task.fields)
-    try:
-      stored = json.loads(line)
-      row = {name: stored[name] for name in names}
-    except (ValueError, KeyError, TypeError) as error:
+    stored = checked.parse_json(line, f"{where},", dict)
+    missing = [name for name in names if name not in stored]
+    if missing:
       raise ValueError(
-        f"{where} must be a JSON object with {', '.join(names)}: {error!r}."
-      ) from error
+        f"{where} must be a JSON object with {', '.join(names)}; it lacks "
+        f"{', '.join(missing)}."
+      )
+    row = {name: stored[name] for name in names}
     label = row["label"]
     if not isinstance(label, str):  # true, false, or the number of a choice
-      in_range = label in range(len(self._task.labels))
-      label = self._task.labels[label] if in_range else str(label)
+      in_range = isinstance(label, int) and (
+        0 <= label < len(self._task.labels)
+      )
+      label = self._task.labels[label] if in_range else options.shown(label)
     if label not in self._task.labels:
       raise ValueError(
         f"{where} has the label {row['label']!r}; the labels are"

@@ -1,16 +1,18 @@
 """Reads a user's rows, whatever they are stored in, as mappings of columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import csv
 import gzip
-import json
+import io
 import os
 import pathlib
 from typing import Any, NamedTuple
+import zlib
 
 import numpy as np
 
-from .. import jsonl
+from .. import checked, jsonl
 from ..errors import UsageError
 
 TFDS = "tfds:"
@@ -78,10 +80,12 @@ def read(
   if name.startswith(TFDS):
     return _tfds(name, data_dir)
   found = pathlib.Path(name).expanduser()
-  if not found.exists():
-    raise UsageError(f"{name} is not there; rows are {_ALLOWED}.")
   try:
-    return _folder(found) if found.is_dir() else {"train": _file(found)}
+    if checked.is_folder(found):
+      return _folder(found)
+    if checked.is_file(found):
+      return {"train": _file(found)}
+    raise UsageError(f"{name} is not there; rows are {_ALLOWED}.")
   except OSError as error:
     raise RuntimeError(f"{found} cannot be read: {error}.") from error
 
@@ -148,10 +152,13 @@ def _csv(path: pathlib.Path, delimiter: str) -> Table:
 
 
 def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
-  opener: Any = gzip.open if path.suffix == ".gz" else open
   columns, rows, places = None, [], []
-  # A byte order mark is no part of the first column's name.
-  with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+  with contextlib.ExitStack() as stack:
+    stored: Any = stack.enter_context(checked.open_file(path))
+    if path.suffix == ".gz":
+      stored = stack.enter_context(gzip.GzipFile(fileobj=stored))
+    # A byte order mark is no part of the first column's name.
+    file = io.TextIOWrapper(stored, encoding="utf-8-sig", newline="")
     line = 1
     try:
       head = file.readline()
@@ -182,7 +189,7 @@ def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
           )
         rows.append(dict(zip(columns, values)))
         places.append(where)
-    except (csv.Error, UnicodeDecodeError, EOFError) as error:
+    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error) as error:
       raise UsageError(
         f"{path}, line {line}, cannot be read: {error}."
       ) from error
@@ -212,38 +219,59 @@ def _table(
 def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
   import pyarrow as pa
 
-  whole = pa.concat_tables(tables)
+  whole = _pyarrow(lambda _: pa.concat_tables(tables), path)
+  features: dict[str, Any] = {}
   stored = (whole.schema.metadata or {}).get(b"huggingface")
-  features = json.loads(stored)["info"].get("features") if stored else {}
+  if stored:
+    where = f"{path}, the features of its schema,"
+    known = checked.parse_json(stored, where, dict)
+    known = checked.field(where, known, "info", dict, {})
+    features = checked.field(where, known, "features", dict | None, None) or {}
   info = path / "dataset_info.json"
-  if info.is_file():
-    features = _json(info).get("features") or features
-  return _table(
-    path,
-    whole.to_pylist(),
-    columns=tuple(whole.column_names),
-    names={
-      name: tuple(feature["names"])
-      for name, feature in (features or {}).items()
-      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    },
-  )
+  if checked.is_file(info):
+    known = checked.read_json(info)
+    features = (
+      checked.field(str(info), known, "features", dict | None, None) or features
+    )
+  names = {
+    name: checked.field(
+      f"{path}, the classes of {name},", feature, "names", tuple[str, ...]
+    )
+    for name, feature in features.items()
+    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+  }
+
+  def listed(_: pathlib.Path) -> list[Any]:
+    # Its offsets are where Arrow reads, inside the file's memory or not.
+    whole.validate(full=True)
+    return whole.to_pylist()
+
+  rows = _pyarrow(listed, path)
+  return _table(path, rows, columns=tuple(whole.column_names), names=names)
 
 
 def _pyarrow(reader: Callable[[Any], Any], path: pathlib.Path) -> Any:
-  import pyarrow as pa
+  """What Arrow reads of a file, with its faults in a sentence.
 
+  Raises:
+    UsageError: if it cannot be read; Arrow raises many types, those of Python
+      for dates and texts among them.
+  """
   try:
     return reader(path)
-  except pa.ArrowException as error:
-    raise UsageError(f"{path} cannot be read: {error}.") from error
+  except Exception as error:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UsageError(f"{path} cannot be read: {line}.") from error
 
 
 def _folder(path: pathlib.Path) -> dict[str, Table]:
-  if (path / "dataset_dict.json").is_file():
-    splits = _json(path / "dataset_dict.json")["splits"]
+  whole = path / "dataset_dict.json"
+  if checked.is_file(whole):
+    splits = checked.field(
+      str(whole), checked.read_json(whole), "splits", tuple[str, ...]
+    )
     return _by_split({name: _saved(path / name) for name in splits}, path)
-  if (path / "state.json").is_file():
+  if checked.is_file(path / "state.json"):
     return {"train": _saved(path)}
   folders = sorted(x for x in path.iterdir() if x.is_dir())
   if folders and all(x.name.lower() in _SPLITS for x in folders):
@@ -275,20 +303,20 @@ def _saved(path: pathlib.Path) -> Table:
   from pyarrow import ipc
 
   def stream(file: pathlib.Path) -> Any:
-    with file.open("rb") as opened:
+    with checked.open_file(file) as opened:
       return ipc.open_stream(opened).read_all()
 
+  state = path / "state.json"
+  items = checked.field(
+    str(state), checked.read_json(state), "_data_files", tuple[dict, ...]
+  )
   files = [
-    item["filename"] for item in _json(path / "state.json")["_data_files"]
+    checked.field(f"{state}, _data_files,", item, "filename", str)
+    for item in items
   ]
+  if not files:
+    raise UsageError(f"{state} lists no files of rows.")
   return _arrow(path, [_pyarrow(stream, path / file) for file in files])
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise UsageError(f"{path} is no JSON in UTF-8: {error}.") from error
 
 
 def images(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -329,7 +357,7 @@ def _tfds(
     read_split: Any = builder.as_data_source
     if not builder.info.splits:
       raise LookupError("it is not prepared.")
-    stored = {split: read_split(split) for split in builder.info.splits}
+    stored = {split: [*read_split(split)] for split in builder.info.splits}
   except Exception as error:  # TFDS raises many types
     first_line = str(error).partition("\n")[0]
     raise RuntimeError(
@@ -349,10 +377,7 @@ def _tfds(
     tables[split] = Table(
       path=name,
       columns=tuple(features),
-      rows=[
-        {key: _text(value) for key, value in rows[i].items()}
-        for i in range(len(rows))
-      ],
+      rows=[{key: _text(value) for key, value in row.items()} for row in rows],
       where=lambda i, label=label: f"{label}, row {i}",
       names=names,
       folder=folder,

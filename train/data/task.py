@@ -5,6 +5,9 @@ import dataclasses
 import string
 from typing import Any, Literal, NamedTuple
 
+from .. import checked, options
+from ..errors import UsageError
+
 Text = str | tuple[str, str]
 Kind = Literal["classification", "regression", "conversations"]
 
@@ -167,19 +170,69 @@ class Task:
     }
 
   @classmethod
-  def from_description(cls, found: Mapping[str, Any]) -> "Task":
+  def from_description(cls, where: str, found: Mapping[str, Any]) -> "Task":
     """Returns a task without a source, for rows that are new.
 
+    Args:
+      where: its description is, in words, for a message.
+      found: its description.
+
     Raises:
-      ValueError: if it is not what `description` gives.
+      UsageError: if it is not what `description` gives.
     """
-    names = {field.name for field in dataclasses.fields(cls)} - _NOT_DESCRIBED
-    if not isinstance(found, Mapping) or set(found) != names:
-      raise ValueError(
-        f"A task's description has the keys {', '.join(sorted(names))}; got"
-        f" {', '.join(sorted(found))}."
+    kinds = {
+      field.name: field.type
+      for field in dataclasses.fields(cls)
+      if field.name not in _NOT_DESCRIBED
+    }
+    options.known(where, found, kinds)
+    task = cls(
+      **{
+        name: _tuples(checked.field(where, found, name, kind))
+        for name, kind in kinds.items()
+      }
+    )
+    _check(where, task)
+    return task
+
+
+def _check(where: str, task: Task) -> None:
+  """Refuses a task that no run could have had.
+
+  Raises:
+    UsageError: that names the key.
+  """
+  faults = {
+    "texts": len(task.texts) > 2 or not all(map(_is_template, task.texts)),
+    "side": task.side < 0,
+    "labels": (task.kind == "classification") is not (len(task.labels) > 1),
+    "metrics": not task.metrics,
+    "words": len(task.words) not in (0, len(task.labels)),
+    "spread": task.spread <= 0,
+    # Of conversations, columns are known by their names.
+    "image": task.kind != "conversations"
+    and bool(task.image) is bool(task.texts),
+  }
+  for name, is_wrong in faults.items():
+    if is_wrong:
+      raise UsageError(
+        f"{where}: {name} cannot be {options.shown(getattr(task, name))} of a "
+        f"task of {task.kind}."
       )
-    return cls(**{name: _tuples(value) for name, value in found.items()})
+
+
+def _is_template(text: str | tuple[str, ...]) -> bool:
+  """Whether a text is made of fields of a row, and of nothing in these."""
+  if isinstance(text, tuple):
+    return bool(text)
+  try:
+    pieces = list(_parse(text))
+  except ValueError:
+    return False
+  return any(field is not None for _, field, _, _ in pieces) and all(
+    field is None or (field.isidentifier() and not form and not conversion)
+    for _, field, form, conversion in pieces
+  )
 
 
 _NOT_DESCRIBED = {"source", "splits", "held_out"}

@@ -9,6 +9,7 @@ of an adapter is split over the mesh axes of both sides of its kernel.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
+import re
 from typing import Any
 
 from flax import linen as nn
@@ -60,7 +61,7 @@ def parse(text: str) -> dict[str, int]:
       problem = f"there is no axis {name!r}"
     elif name in sizes:
       problem = f"{name} comes twice"
-    elif not (size.isascii() and size.isdigit()) or int(size) < 1:
+    elif not re.fullmatch("0*[1-9][0-9]{0,8}", size):
       problem = f"the size of {name} is a positive number, not {size!r}"
     if problem:
       raise UsageError(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -17,6 +18,9 @@ from ..errors import LostError, RunError, UsageError
 # Whoever starts the processes of a run says in these how many there are: srun,
 # mpirun, and what starts TPU pods on Kubernetes.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Digits of other scripts, and a NUL, end the process in JAX's own C++.
+_ADDRESS = re.compile(r"[!-~]+:[0-9]{1,5}")
+_MOST = 2**20
 _TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 
 
@@ -63,16 +67,17 @@ def join(
       "together, or none of them, or --coordinator auto alone; got "
       f"{coordinator}, {processes} and {index}."
     )
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+  if not _ADDRESS.fullmatch(coordinator) or not (
+    0 < int(coordinator.rpartition(":")[2]) < 2**16
+  ):
     raise UsageError(
       "--coordinator is HOST:PORT, the address of process 0, or auto; got "
       f"{coordinator!r}."
     )
-  if not 0 <= index < processes:
+  if not 0 <= index < processes <= _MOST:
     raise UsageError(
-      "--process-id is from 0 to --num-processes less 1; got "
-      f"{index} of {processes}."
+      "--process-id is from 0 to --num-processes less 1, of which there are at "
+      f"most {_MOST:,}; got {index} of {processes}."
     )
   try:
     jax.distributed.initialize(coordinator, processes, index)

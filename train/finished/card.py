@@ -91,12 +91,14 @@ def _metrics(test: Mapping[str, Any]) -> str:
   rows = {
     name: f"{value:.4f}"
     for name, value in test.items()
-    if name not in _NO_METRIC
+    if name not in _NO_METRIC and value is not None
   }
   if test.get("accuracy_95"):
     low, high = test["accuracy_95"]
+    rows["accuracy"] = rows.get("accuracy", "unknown")
     rows["accuracy"] += f" (95%: {low:.4f} to {high:.4f})"
-  rows["loss"] = f"{test['loss']:.4f}"
+  if test["loss"] is not None:
+    rows["loss"] = f"{test['loss']:.4f}"
   return _table(f"on {test['rows']} test {test['unit']}", rows)
 
 
@@ -117,7 +119,7 @@ def _eval_results(
       metric_value=value,
     )
     for metric, value in test.items()
-    if metric not in _NO_METRIC
+    if metric not in _NO_METRIC and value is not None
   ]
 
 

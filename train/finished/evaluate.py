@@ -8,9 +8,11 @@ from typing import Any
 import tyro
 
 from .. import command, files
+from .. import options as options_lib
 from ..data import load as data_lib
 from ..data.scores import Evaluation
 from ..errors import UsageError
+from ..options import option
 from ..run import assemble
 from ..run import config as config_lib
 from . import predict
@@ -33,7 +35,7 @@ class Options:
   """File to write the numbers to, too."""
   overwrite: bool = False
   """Replace --json if it is there."""
-  batch_size: int = 0
+  batch_size: int = option(0, least=0, below=2**20)
   """Rows that are evaluated together; 0: as in the run."""
   columns: tyro.conf.OmitArgPrefixes[predict.Columns] = dataclasses.field(
     default_factory=predict.Columns
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     OSError: if the file cannot be written.
   """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} evaluate")
-  predict.check_batch_size(options.batch_size)
+  options_lib.check(options)
+  options_lib.check(options.columns)
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
     raise UsageError(f"--json {out} is there; --overwrite replaces it.")

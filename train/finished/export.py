@@ -17,6 +17,8 @@ import tyro
 
 from bilora_jax import peft
 
+from .. import checked
+from .. import options as options_lib
 from ..errors import UsageError
 from ..models.io import weights
 from . import card, hub
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     OSError: if a file cannot be written, or the hub is not reached.
   """
   options = tyro.cli(Options, args=argv, prog="python -m train export")
+  options_lib.check(options)
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
     raise UsageError("--private is of --push-to-hub, which is missing.")
@@ -223,8 +226,9 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
     for name in _TOKENIZER:
       if (pretrained.path / name).is_file():
         shutil.copyfile(pretrained.path / name, out / name)
-    if (out / "tokenizer_config.json").is_file():
-      config = json.loads((out / "tokenizer_config.json").read_text())
+    path = out / "tokenizer_config.json"
+    if path.is_file():
+      config = checked.read_json(path)
   elif pretrained.text_tokenizer is not None:
     pretrained.text_tokenizer.save(str(out / "tokenizer.json"))
   if not (out / "tokenizer.json").is_file():

@@ -186,7 +186,10 @@ def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:
       )
     options = dataclasses.replace(options, name=base, hub_revision="")
     config = dataclasses.replace(config, model=options)
-  pretrained = load.open_pretrained(options.name, options.hub_revision)
+  try:
+    pretrained = load.open_pretrained(options.name, options.hub_revision)
+  except ValueError as error:
+    raise UsageError(f"the model of {folder}: {error}") from error
   module = {**options.of_module, "remat": "none"}
   if task.kind == "conversations":
     model = pretrained.language_model(**module)

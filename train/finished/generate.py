@@ -11,12 +11,14 @@ import numpy as np
 import tyro
 
 from .. import command
+from .. import options as options_lib
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
 from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
+from ..options import option
 from . import finished
 
 
@@ -37,9 +39,9 @@ class Options:
   score: Literal["none", "gsm8k"] = "none"
   """Count the answers to --questions that end in the right number: behind ####,
   or else the last one."""
-  limit: int = 0
+  limit: int = option(0, least=0)
   """Questions to ask, the first of the file; 0: all."""
-  batch_size: int = 16
+  batch_size: int = option(16, least=1, below=2**20)
   """Prompts that are answered together."""
   model: str = ""
   """Weights, as in a run, in float32; empty: those of --run."""
@@ -47,15 +49,15 @@ class Options:
   """The folder of a finished run, in whose dtypes its model answers."""
   plain: bool = False
   """Continue the prompts as they are, without a template."""
-  max_new_tokens: int = 128
+  max_new_tokens: int = option(128, least=1, below=2**20)
   """Tokens to add at most; an answer that is cut has no end to be scored."""
-  temperature: float = 0.0
+  temperature: float = option(0.0, least=0)
   """Of the draws; 0 takes the likeliest token."""
-  top_k: int = 0
+  top_k: int = option(0, least=0)
   """Draw from the likeliest k tokens; 0: from all."""
-  top_p: float = 1.0
+  top_p: float = option(1.0, above=0)
   """Draw from the likeliest tokens that make up this share."""
-  seed: int = 0
+  seed: int = option(0, least=0, below=2**63)
   """Of the draws."""
 
 
@@ -92,12 +94,9 @@ def _check(options: Options) -> None:
     raise UsageError(
       f"--score {options.score} needs --questions, with the answers."
     )
-  for name, least in (("limit", 0), ("batch_size", 1)):
-    if getattr(options, name) < least:
-      raise UsageError(
-        f"--{name.replace('_', '-')} is at least {least}; got "
-        f"{getattr(options, name)}."
-      )
+  options_lib.check(options)
+  if options.top_p > 1:
+    raise UsageError(f"--top-p is in (0, 1]; got {options.top_p}.")
 
 
 def _scored(right: int, count: int) -> str:

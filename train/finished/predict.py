@@ -13,9 +13,11 @@ from rich import console, table
 import tyro
 
 from .. import command, files
+from .. import options as options_lib
 from ..data.load import Given
 from ..data.task import Task, Text
 from ..errors import UsageError
+from ..options import option
 from .finished import Finished, open_run
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -78,7 +80,7 @@ class Options:
   """File to write: .csv, .jsonl or .parquet; empty: printed."""
   overwrite: bool = False
   """Replace --out if it is there."""
-  batch_size: int = 0
+  batch_size: int = option(0, least=0, below=2**20)
   """Rows that are labelled together; 0: as in the run."""
   columns: tyro.conf.OmitArgPrefixes[Columns] = dataclasses.field(
     default_factory=Columns
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       "--data, --text or --image says what to label; got "
       f"{'several of them' if given else 'none of them'}."
     )
-  check_batch_size(options.batch_size)
+  options_lib.check(options)
+  options_lib.check(options.columns)
   out = _out(options)
   finished = open_run(options.run)
   check_labelled(finished)
@@ -115,12 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [_name(x) for x in options.image or _texts(options)]
     _print([{"": name, **row} for name, row in zip(names, found)])
   return 0
-
-
-def check_batch_size(size: int) -> None:
-  """Refuses a negative number of rows."""
-  if size < 0:
-    raise UsageError(f"--batch-size is at least 0; got {size}.")
 
 
 def check_labelled(finished: Finished) -> None:

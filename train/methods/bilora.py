@@ -20,20 +20,20 @@ from .spec import Init, MethodSpec, Setting
 class BallOptions:
   """The auxiliary adapter and its ball."""
 
-  rho: float = option(0.05, least=0)
+  rho: float = option(0.05, least=0, below=1e6)
   """Radius of the auxiliary's ball: the largest Frobenius norm, over all layers
   together, of what it adds to the weights."""
-  auxiliary_rank: int = option(8, least=1)
+  auxiliary_rank: int = option(8, least=1, below=2**16)
   """r2, the rank of the auxiliary adapter."""
   clip: Literal["global", "layer", "none"] = option("global")
   """One ball over all layers, one for each, or none."""
   rho_schedule: Literal["constant", "growing", "falling"] = option("constant")
   """The ball's radius over the run: rho, or half a cosine to it from zero or
   from it to zero."""
-  rho_ratio: float = option(0.0, least=0)
+  rho_ratio: float = option(0.0, least=0, below=1e6)
   """If not 0, the ball's radius is this times the norm of what the primary adds
   to the weights, in place of rho."""
-  auxiliary_learning_rate: float = option(0.0, least=0)
+  auxiliary_learning_rate: float = option(0.0, least=0, below=1e6)
   """Peak of the auxiliary's learning rate; 0: that of the primary."""
   auxiliary_schedule: Literal["same", "constant"] = option("same")
   """Whether the auxiliary's learning rate follows the primary's schedule."""

@@ -16,7 +16,7 @@ from .trained import INPUT_AXES, WEIGHTS, primary
 class NoiseOptions:
   """The noise."""
 
-  rho: float = option(0.05, least=0)
+  rho: float = option(0.05, least=0, below=1e6)
   """The noise's standard deviation; over the weights' own size (flat_lora)."""
 
 

@@ -2,16 +2,27 @@
 
 import optax
 
+from ..errors import UsageError
 from .options import OptimisationOptions
 
 
 def schedule(options: OptimisationOptions, steps: int) -> optax.Schedule:
-  """A linear warm-up to the learning rate, then a cosine to zero."""
+  """A linear warm-up to the learning rate, then a cosine to zero.
+
+  Raises:
+    UsageError: if the warm-up takes all of the steps.
+  """
+  warmup = round(options.warmup_ratio * steps)
+  if warmup and warmup >= steps:
+    raise UsageError(
+      "--warmup-ratio leaves a step or more for the learning rate to fall; got "
+      f"{options.warmup_ratio}, which is {warmup} of the {steps} steps."
+    )
   # Scaled outside, so that it may be traced: optax looks at a peak's value.
   unit = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=1.0,
-    warmup_steps=round(options.warmup_ratio * steps),
+    warmup_steps=warmup,
     decay_steps=max(steps, 1),
   )
   return lambda count: options.learning_rate * unit(count)

@@ -10,14 +10,14 @@ from ..options import option
 class AdapterOptions:
   """The adapters (of the methods that train any)."""
 
-  rank: int = option(8, least=1)
+  rank: int = option(8, least=1, below=2**16)
   """r1, the rank of the primary adapter."""
-  alpha: float = option(16.0, least=0)
+  alpha: float = option(16.0, above=0, below=1e6)
   """Adapters are scaled by alpha / rank."""
   targets: str = option(".*")
   """Regular expression for the paths of the modules that get adapters. The
   default is every linear layer; a new head is trained as it is."""
-  dropout: float = option(0.0, least=0, below=1)
+  dropout: float = option(0.0, least=0, below=0.99)
   """Dropout rate at the input of the adapters."""
   path: str = option("", flag="adapter")
   """A folder of Hugging Face PEFT's with a LoRA to start from; its ranks,
@@ -39,17 +39,17 @@ class AdapterOptions:
 class OptimisationOptions:
   """The optimiser, the batches and the seed."""
 
-  learning_rate: float = option(5e-4, least=0)
+  learning_rate: float = option(5e-4, least=0, below=1e6)
   """Peak of the cosine schedule, in AdamW's units; for both adapters."""
-  epochs: int = option(3, least=1)
+  epochs: int = option(3, least=1, below=10**6)
   """Passes over the training rows."""
-  batch_size: int = option(32, least=1)
+  batch_size: int = option(32, least=1, below=2**20)
   """Examples in a step, over all processes."""
   seed: int = option(0, least=0, below=2**63)
   """Of the adapters, the head, the drawn rows and their order."""
   warmup_ratio: float = option(0.03, least=0, below=1)
   """Share of the steps in which the learning rate rises from 0."""
-  weight_decay: float = option(0.0, least=0)
+  weight_decay: float = option(0.0, least=0, below=1e6)
   """AdamW's decoupled weight decay."""
   max_grad_norm: float = option(0.0, least=0)
   """Clips the gradient of what descends to this global norm; 0: no clip."""

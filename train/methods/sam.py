@@ -20,7 +20,7 @@ from .trained import WEIGHTS, primary
 class SamOptions:
   """The perturbation."""
 
-  rho: float = option(0.05, least=0)
+  rho: float = option(0.05, least=0, below=1e6)
   """Norm of the perturbation: of the adapters (the paper's 0.01 or 0.05), of
   the weights (lora_full_sam), of all parameters (full_sam), or of the
   perturbation over the factors (lora_asam)."""
@@ -40,9 +40,9 @@ class LookSamOptions(SamOptions):
 class EsamOptions(SamOptions):
   """The perturbation, of a part of the weights, for a part of the rows."""
 
-  weight_fraction: float = option(0.5)
+  weight_fraction: float = option(0.5, above=0)
   """Share of the weights that is perturbed in a step."""
-  sample_fraction: float = option(0.5)
+  sample_fraction: float = option(0.5, above=0)
   """Share of the rows that the second gradient is taken of."""
 
 
@@ -50,7 +50,7 @@ class EsamOptions(SamOptions):
 class WsamOptions(SamOptions):
   """The perturbation, and the weight of sharpness."""
 
-  sharpness_weight: float = option(0.8, least=0, below=1)
+  sharpness_weight: float = option(0.8, least=0, below=0.999)
   """c in (1 - 2c) / (1 - c) L(w) + c / (1 - c) L(w + e); 0.5 is SAM."""
 
 

@@ -16,7 +16,7 @@ import tokenizers
 
 from bilora_jax import Adapted
 
-from .io import stored, tensors
+from .io import stored, tensors, weights
 from .io import template as templates
 
 Labels = int | Sequence[Sequence[int]]
@@ -243,7 +243,10 @@ class Pretrained:
     """
     if adapted is not None and adapted.spec.base_dtype is not None:
       place = stored.quantising(place, adapted)
-    params = self.family.params(model, self.tensors, dtype, place)
+    try:
+      params = self.family.params(model, self.tensors, dtype, place)
+    except weights.WeightsError as error:
+      raise weights.WeightsError(f"{self.path}: {error}") from error
     if self.family.has_new_head:
       if isinstance(key, int):
         key = jax.random.key(key)

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from .. import checked
 from . import registry
 from .family import Pretrained
 from .io import gguf_file, gguf_tokenizer, quantised, spiece, tensors, weights
@@ -51,8 +52,8 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
   quantised.refuse_tensors(folder, stored)
   text_tokenizer = None
   if found.family.reads == "texts":
-    has_own = (folder / tokenizers_.FILE).is_file()
-    is_spiece = not has_own and (folder / spiece.FILE).is_file()
+    has_own = checked.is_file(folder / tokenizers_.FILE)
+    is_spiece = not has_own and checked.is_file(folder / spiece.FILE)
     text_tokenizer = (spiece if is_spiece else tokenizers_).load_tokenizer(
       folder
     )
@@ -95,8 +96,6 @@ def _opened(
   try:
     family = registry.by_model_type(hf_config.get("model_type"))
     config = family.config.from_hf(hf_config)
-  except weights.WeightsError:
-    raise
   except ValueError as error:
     raise weights.WeightsError(f"{where}: {error}") from error
   return Pretrained(path, family, config, {}, hf_config=hf_config)

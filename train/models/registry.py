@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from .. import options
 from .bert import family as bert
 from .decoder import family as decoder
 from .family import Family
@@ -66,9 +67,10 @@ def by_model_type(
   """
   among = families() if among is None else among
   known = {name: family for family in among for name in family.model_types}
-  if model_type not in known:
+  if not isinstance(model_type, str) or model_type not in known:
     raise ValueError(
-      f"model_type must be one of {', '.join(known)}, got {model_type!r}."
+      f"model_type must be one of {', '.join(known)}, got "
+      f"{options.shown(model_type)}."
     )
   return known[model_type]
 

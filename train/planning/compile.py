@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from .. import command
+from .. import checked, command
+from .. import options as options_lib
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
 from ..models import registry
 from ..models.family import Family
 from ..models.io import weights
+from ..options import option
 from ..run import assemble, lowering
 from ..run import config as config_lib
 from ..run.config import Config
@@ -50,15 +52,15 @@ class Options:
   """What is trained, as in a run; several with commas, to be compared with the
   first."""
 
-  batch_size: int = 128
+  batch_size: int = option(128, least=1, below=2**20)
   """Rows in a step, over all devices."""
-  max_length: int = 256
+  max_length: int = option(256, least=3, below=2**21)
   """Tokens in a row."""
-  accumulate: int = 1
+  accumulate: int = option(1, least=1)
   """Parts that a batch is run in, one after another."""
-  rank: int = 8
+  rank: int = option(8, least=1, below=2**16)
   """r1, the rank of the primary adapter."""
-  auxiliary_rank: int = 8
+  auxiliary_rank: int = option(8, least=1, below=2**16)
   """r2, the rank of the auxiliary adapter (bilora)."""
   targets: str = ".*_proj"
   """Regular expression for the paths of the modules that get adapters."""
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     UsageError: if the options are not as they must be.
   """
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
+  options_lib.check(options)
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
   _check_writable(options.json)
@@ -171,7 +174,7 @@ def _sizes(options: Options) -> tuple[Family, Any]:
   if name in known:
     family = known[name]
     sizes = family.sizes[name]
-  elif folder.is_dir():
+  elif checked.is_folder(folder):
     try:
       config = weights.read_config(folder)
       family = registry.by_model_type(config.get("model_type"), families)

@@ -119,6 +119,12 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   model = _model(config, pretrained, data)
   inputs = data.objective.inputs(next(data.train_batches()))
   steps = optimisation.epochs * data.steps_per_epoch
+  if steps >= 2**31:
+    raise UsageError(
+      "steps are counted in 31 bits; --epochs "
+      f"{optimisation.epochs:,} of {data.steps_per_epoch:,} steps each are "
+      "more."
+    )
   method = method_of(config, model, inputs, steps, data.objective)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)

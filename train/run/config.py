@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from .. import options
+from .. import checked, options
 from .. import plugins as plugins_lib
 from ..data import options as data_options
 from ..data.options import DataOptions
@@ -105,7 +105,8 @@ def build(given: Mapping[str, Any], where: str = "") -> Config:
     where: who gave them, for a message.
 
   Raises:
-    UsageError: if an option is unknown, of another type, or of another method.
+    UsageError: if an option is unknown, out of its bounds, or of another
+      method.
   """
   method = given.get("method", methods.DEFAULT)
   try:
@@ -124,6 +125,11 @@ def build(given: Mapping[str, Any], where: str = "") -> Config:
     name: options.build(known[name], values)
     for name, values in sorted_out.items()
   }
+  for group in built.values():
+    try:
+      options.check(group)
+    except UsageError as error:
+      raise UsageError(f"{where}{where and ': '}{error}") from error
   chosen = methods.Chosen(method, built.pop("method"))
   return Config(method=chosen, **built)
 
@@ -170,9 +176,6 @@ def check(config: Config) -> None:
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
-  for name in groups(config.method.name):
-    group = config.method.options if name == "method" else getattr(config, name)
-    options.check(group)
   data_options.check(config.data)
   adapter, optimisation = config.adapter, config.optimisation
   spec = config.method.spec
@@ -214,9 +217,10 @@ def _check_adapter(config: Config) -> None:
     )
   try:
     re.compile(adapter.targets)
-  except re.error as error:
+  except (re.error, OverflowError, RecursionError) as error:
     raise UsageError(
-      f"--targets is a regular expression; got {adapter.targets!r}: {error}."
+      "--targets is a regular expression; got "
+      f"{options.shown(adapter.targets)}: {error}."
     ) from error
   if adapter.path:
     _check_folder(adapter)
@@ -249,7 +253,7 @@ def _check_folder(adapter: AdapterOptions) -> None:
         "--adapter has ranks, alphas and targets of its own, so that "
         f"{options.spelt(name)} is left out; got {value}."
       )
-  if not (pathlib.Path(adapter.path) / "adapter_config.json").is_file():
+  if not checked.is_file(pathlib.Path(adapter.path) / "adapter_config.json"):
     raise UsageError(
       "--adapter is a folder with adapter_config.json and "
       f"adapter_model.safetensors; got {adapter.path}, which has none."
@@ -292,7 +296,8 @@ def from_tables(where: str, tables: Any) -> dict[str, Any]:
       if row is tables and isinstance(value, Mapping):
         if flag not in (*GROUPS, "method"):
           raise UsageError(
-            f"{where}: {flag} is {options.wanted(every[flag])}; got {value!r}."
+            f"{where}: {flag} is {options.wanted(every[flag])}; got "
+            f"{options.shown(value)}."
           )
         continue
       options.known(where, {flag: value}, every, "option")
@@ -307,19 +312,26 @@ def from_run(folder: pathlib.Path) -> Config:
     UsageError: if there is no such run, or its file cannot be read.
   """
   path = folder / "config.json"
-  try:
-    tables = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UsageError(f"{folder} is not a run: {path} is missing.") from None
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{path} cannot be read: {error}.") from error
-  if isinstance(tables, Mapping) and isinstance(tables.get("plugins"), Mapping):
-    plugins_lib.load(str(tables["plugins"].get("plugins", "")))
+  if not checked.is_file(path):
+    raise UsageError(f"{folder} is not a run: {path} is missing.")
+  tables = checked.read_json(path)
+  if isinstance(tables.get("plugins"), Mapping):
+    plugins_lib.load(
+      checked.field(str(path), tables["plugins"], "plugins", str, "")
+    )
   # Older runs have all options in one table, of all methods.
-  given = from_tables(str(path), tables)
-  method = {"method": given.get("method", methods.DEFAULT)}
-  build(method, str(path))
-  return build(fitting(given), str(path))
+  return from_any(str(path), tables)
+
+
+def from_any(where: str, tables: Any) -> Config:
+  """The configuration in tables, without options of other methods.
+
+  Raises:
+    UsageError: if an option is unknown, of another type or out of its bounds.
+  """
+  given = from_tables(where, tables)
+  build({"method": given.get("method", methods.DEFAULT)}, where)
+  return build(fitting(given), where)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,5 @@
 """What a run leaves for later: what its task was, and what it has trained."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -11,8 +10,9 @@ import safetensors.numpy
 
 import bilora_jax
 
-from .. import files
+from .. import checked, files, options
 from ..data import registry as tasks
+from ..data import scores
 from ..data.task import Task
 from ..errors import UsageError
 from .config import Config
@@ -30,7 +30,7 @@ def begin(folder: pathlib.Path, config: Config, task: Task) -> None:
   files.write_json(folder / TASK, task.description())
   if config.data.chat_template:
     source = pathlib.Path(config.data.chat_template).expanduser()
-    files.write_atomically(folder / TEMPLATE, source.read_text("utf-8"))
+    files.write_atomically(folder / TEMPLATE, checked.read_text(source))
 
 
 def task(folder: pathlib.Path, config: Config) -> Task:
@@ -40,13 +40,17 @@ def task(folder: pathlib.Path, config: Config) -> Task:
     UsageError: if its file cannot be read.
   """
   path = folder / TASK
-  if not path.exists():
+  if not checked.is_file(path):
     # Older runs have none; their tasks come with the program.
     return tasks.get(config.data.task)
-  try:
-    return Task.from_description(json.loads(path.read_text()))
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{path} cannot be read: {error}") from error
+  found = Task.from_description(str(path), checked.read_json(path))
+  unknown = sorted(set(found.metrics) - set(scores.METRICS))
+  if unknown and found.kind != "conversations":
+    raise UsageError(
+      f"{path}: metrics are some of {', '.join(scores.METRICS)}; got "
+      f"{options.listed(unknown)}."
+    )
+  return found
 
 
 def save_parameters(folder: pathlib.Path, parameters: Any) -> None:
@@ -68,13 +72,19 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     UsageError: if their file is damaged.
   """
   path = folder / PARAMETERS
+  checked.is_file(path)
   try:
     flat = safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
+    return traverse_util.unflatten_dict(flat, sep="/")
+  except (safetensors.SafetensorError, OSError) as error:
     raise UsageError(
-      f"{path} is not a whole safetensors file: {error}."
+      f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
-  return traverse_util.unflatten_dict(flat, sep="/")
+  # Of a dtype that NumPy has not; of a name that is the beginning of another.
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UsageError(
+      f"{path} does not hold the parameters of a model: {str(error)[:300]}."
+    ) from error
 
 
 def save(

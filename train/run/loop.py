@@ -534,7 +534,8 @@ def _opening(prepared: Prepared, trained: Any) -> str:
 
 
 def _median(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-  return statistics.median([row[name] for row in rows]) if rows else None
+  known = [row[name] for row in rows if row.get(name) is not None]
+  return statistics.median(known) if known else None
 
 
 def _count(tree: Any) -> int:

@@ -11,13 +11,13 @@ class EvaluationOptions:
 
   eval_every: int = option(0, least=0)
   """Steps between validations, on the primary alone; 0: one an epoch."""
-  eval_batch_size: int = option(0, least=0)
+  eval_batch_size: int = option(0, least=0, below=2**20)
   """Rows that are evaluated together; 0: those of a part of a training batch
   (--batch-size over --accumulate)."""
   patience: int = option(0, least=0)
   """Validations without a better one after which the run stops; 0: it never
   stops early."""
-  samples: int = option(0, least=0)
+  samples: int = option(0, least=0, below=2**20)
   """Answers that a model of conversations generates at each validation, to the
   first validation prompts, of at most 64 tokens; 0: none."""
   eval_first: bool = option(False)

@@ -1,6 +1,6 @@
 """The report at the end of a run: Markdown, a figure, and a line to print."""
 
-import json
+from collections.abc import Iterable
 import pathlib
 import shlex
 from typing import Any
@@ -8,17 +8,78 @@ from typing import Any
 import matplotlib
 from matplotlib import figure
 
-from .. import files
+from .. import checked, files, options
+from ..errors import UsageError
 from . import config as config_lib
 from .loggers import jsonl
 
 RESULTS = "results.json"
 
 
+_NUMBER = float | None
+# What is asked of results.json, of a part of it that is an evaluation, and of
+# its configuration.
+_FIELDS = {
+  "config": dict,
+  "metric": str,
+  "best_step": int,
+  "validation": _NUMBER,
+  "test": dict,
+  "baseline": dict | None,
+  "trained_parameters": int,
+  "base_parameters": int,
+  "steps": int,
+  "median_step_seconds": _NUMBER,
+  "median_tokens_per_second": _NUMBER,
+  "peak_host_memory_gib": float,
+  "machine": str,
+  "date": str,
+  "command": tuple[str, ...],
+}
+_EVALUATION = {
+  "loss": _NUMBER,
+  "rows": int,
+  "unit": str,
+  "accuracy_95": tuple[float, ...] | None,
+}
+
+
 def results(folder: pathlib.Path) -> dict[str, Any] | None:
-  """The results of a finished run, or None."""
+  """The results of a finished run, or None.
+
+  Raises:
+    UsageError: if the file is not as a run writes it.
+  """
   path = folder / RESULTS
-  return json.loads(path.read_text()) if path.exists() else None
+  if not checked.is_file(path):
+    return None
+  # Older runs wrote NaN.
+  found = files.finite(checked.read_json(path))
+  checked.fields(str(path), found, _FIELDS, {"stopped_at": int | None})
+  checked.fields(
+    f"{path}, config,", found["config"], {"method": str, "task": str}
+  )
+  config_lib.from_any(str(path), found["config"])
+  _check_evaluation(f"{path}, test,", found["test"], [found["metric"]])
+  if found["baseline"]:
+    names = [*found["test"]]
+    _check_evaluation(f"{path}, baseline,", found["baseline"], names)
+  return found
+
+
+def _check_evaluation(
+  where: str, found: dict[str, Any], names: Iterable[str]
+) -> None:
+  checked.fields(
+    where, found, _EVALUATION | dict.fromkeys(names, _NUMBER) | _EVALUATION
+  )
+  for name in found.keys() - _EVALUATION:
+    checked.field(where, found, name, _NUMBER)
+  if found["accuracy_95"] is not None and len(found["accuracy_95"]) != 2:
+    raise UsageError(
+      f"{where} accuracy_95 is a list of two numbers; got "
+      f"{options.shown(found['accuracy_95'])}."
+    )
 
 
 def summary(found: dict[str, Any], folder: pathlib.Path) -> str:

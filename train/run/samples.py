@@ -11,7 +11,7 @@ import numpy as np
 
 import bilora_jax
 
-from .. import files, jsonl
+from .. import checked, files, jsonl
 from ..data import load as data_lib
 from . import journal as journal_lib
 from .assemble import Prepared
@@ -36,7 +36,10 @@ def sampler(
   prompts = [tokenizer.decode(row) for row in rows]
   answer = _generator(prepared)
   path = prepared.folder / FILE
-  kept = [row for row in jsonl.read_log(path) if row["step"] <= step]
+  kept = jsonl.read_log(path)
+  for row in kept:
+    checked.field(str(path), row, "step", int)
+  kept = [row for row in kept if row["step"] <= step]
   if journal.is_heard:
     files.write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept))
 

@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+import re
 from typing import Annotated
 
 import tyro
 
 from .. import command
+from .. import options as options_lib
 from ..errors import UsageError
+from ..options import option
 from . import plan, spec, workers
 from .spec import Cell, Study
 
@@ -20,7 +23,7 @@ class Options:
 
   study: Annotated[pathlib.Path, tyro.conf.Positional]
   """The TOML file of the study."""
-  workers: int = 1
+  workers: int = option(1, least=1, below=2**10)
   """Processes that share the runs: of one device each, or of an equal share of
   the CPU's cores."""
   only: str = ""
@@ -45,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   place, rest = _place().parse_known_args(argv)
   options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
+  options_lib.check(options)
   study = spec.read(options.study)
   cells = select(study, options.only)
-  if options.workers < 1:
-    raise UsageError(f"--workers is at least 1; got {options.workers}.")
   if options.dry_run:
     return _dry_run(study, cells)
   study.folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,12 @@ def _run(
 ) -> int:
   if place.worker < 0 and options.workers > 1:
     return workers.start(options.study, options.only, options.workers)
-  workers.bind([int(core) for core in place.cores.split(",") if core])
+  cores = [core for core in place.cores.split(",") if core]
+  if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
+    raise UsageError(
+      f"--cores is a list of numbers of cores; got {place.cores!r}."
+    )
+  workers.bind([int(core) for core in cores])
   from . import runs
 
   runs.work(study, cells, max(place.worker, 0), options.workers)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..run import config as config_lib
 from ..run.config import Config
+from . import spec
 from .spec import Cell, Landscape, Sharpness, Study
 
 Stage = Literal["tune", "final"]
@@ -77,11 +78,11 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   for row in rows:
     if set(row["config"]) <= known:
       measured = row["sharpness_options"]
-      config = config_lib.build(config_lib.fitting(row["config"]))
+      where = f"the row {row['key']} of runs.jsonl"
+      config = config_lib.from_any(where, row["config"])
       if measured:
-        measured = Sharpness(
-          **{k: _tuples(value) for k, value in measured.items()}
-        )
+        place = f"{where}, sharpness_options"
+        measured = spec.plain(place, spec.Sharpness, measured)
       found[key(row["stage"], config, measured)] = row
   return found
 
@@ -174,7 +175,3 @@ def _landscape(study: Study, cell: Cell, seed: int) -> Landscape | None:
     return None
   chosen = options.methods or study.labels
   return options if cell.label in chosen else None
-
-
-def _tuples(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value

@@ -8,18 +8,69 @@ import os
 import pathlib
 from typing import Any
 
-from .. import jsonl
+from .. import checked, jsonl, options
+from ..errors import UsageError
 
 RUNS = "runs.jsonl"
+
+
+# What is asked of the rows of runs.jsonl; and of those that did not break off.
+_ROW = {
+  "key": str,
+  "label": str,
+  "task": str,
+  "stage": str,
+  "seed": int,
+  "point": dict,
+  "config": dict,
+  "sharpness_options": dict | None,
+  "failed": str | bool | None,
+  "score": float | None,
+}
+_FINISHED = {
+  "metric": str,
+  "machine": str,
+  "jax": str,
+  "date": str,
+  "curves": dict,
+}
+_LANDSCAPE = {"key": str}
+_DRAWN = {
+  "line": tuple[float | None, ...],
+  "plane": tuple[tuple[float | None, ...], ...],
+  "steps": tuple[float, ...],
+}
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a JSONL file; a last line cut by a kill is left out.
 
   Raises:
-    UsageError: if another line than the last is no JSON.
+    UsageError: if another line than the last is no JSON, or none of a study's.
   """
-  return jsonl.read_log(path)
+  rows = jsonl.read_log(path)
+  for row in rows:
+    if path.name == RUNS:
+      _check_run(str(path), row)
+    else:
+      checked.fields(str(path), row, _LANDSCAPE, _DRAWN)
+  return rows
+
+
+def _check_run(where: str, row: Mapping[str, Any]) -> None:
+  checked.fields(where, row, _ROW)
+  where += f", the row {row['key']},"
+  if row["failed"]:
+    return
+  checked.fields(where, row, _FINISHED)
+  for name, points in row["curves"].items():
+    kind = tuple[tuple[float | None, ...], ...]
+    checked.field(f"{where} curves,", row["curves"], name, kind)
+    if not all(len(point) == 2 and point[0] is not None for point in points):
+      raise UsageError(
+        f"{where} curves, {name}: a point is a step and a value; got "
+        f"{options.shown(points)}."
+      )
 
 
 def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .. import options
 from . import plan
 from .spec import Cell, Study
 
@@ -44,6 +45,10 @@ class Result(NamedTuple):
       `result.of("test", "accuracy")`
     """
     found = {seed: at(row, *names) for seed, row in self.finals.items()}
+    for seed, value in found.items():
+      # A reader of rows knows no names of metrics.
+      place = f"the row {self.finals[seed]['key']} of runs.jsonl"
+      options.checked(place, ", ".join(map(str, names)), value, float | None)
     return {seed: value for seed, value in found.items() if value is not None}
 
 

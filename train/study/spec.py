@@ -8,11 +8,14 @@ import pathlib
 import tomllib
 from typing import Any, Literal
 
-from .. import options, plugins
+from .. import checked, options, plugins
 from ..errors import UsageError
 from ..run import config as config_lib
 from ..run.config import Config
 
+_MOST = 10**5
+"""Of seeds, points and rows: more take weeks, and their lists the memory."""
+_FAR = 1e6
 _OF_METHODS = ("name", "seeds", "tune", "tasks", "point_of")
 _SET_BY_THE_STUDY = {
   "seed": "the seeds of the study",
@@ -162,12 +165,12 @@ def read(path: pathlib.Path) -> Study:
   Raises:
     UsageError: that names the table and the key, what came and what may.
   """
+  text = checked.read_text(path)
   try:
-    with path.open("rb") as file:
-      found = tomllib.load(file)
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-  except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    found = tomllib.loads(text)
+  except RecursionError as error:
+    raise UsageError(f"{path} is nested too deeply.") from error
+  except ValueError as error:  # a number may have too many digits, too
     raise UsageError(f"{path} is no TOML: {error}.") from error
   try:
     return parse(found)
@@ -199,7 +202,8 @@ def parse(found: Mapping[str, Any]) -> Study:
         if kind is dict
         else f"{name} is written as [[{name}]], once for each."
       )
-  plugins.load(str(found.get("defaults", {}).get("plugins", "")))
+  defaults = found.get("defaults", {})
+  plugins.load(checked.field("[defaults]", defaults, "plugins", str, ""))
   head = found.get("study", {})
   options.known("[study]", head, ("name", "folder", "seeds", "reference"))
   name = _text("[study]", head, "name")
@@ -295,9 +299,12 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
   name = _text("[[method]]", row, "name")
   where = f"[[method]] {name!r}"
   own = row.get("tasks", list(tasks))
-  if not isinstance(own, list) or not own or not set(own) <= set(tasks):
+  if (
+    not isinstance(own, list) or not own or any(x not in [*tasks] for x in own)
+  ):
     raise UsageError(
-      f"{where}: tasks is a list of some of {', '.join(tasks)}; got {own!r}."
+      f"{where}: tasks is a list of some of {', '.join(tasks)}; got "
+      f"{options.shown(own)}."
     )
   tune = row.get("tune", {})
   if not isinstance(tune, dict) or not all(
@@ -305,7 +312,12 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
   ):
     raise UsageError(
       f"{where}: tune is a table of lists, as "
-      f"{{learning_rate = [1e-4, 5e-4]}}; got {tune!r}."
+      f"{{learning_rate = [1e-4, 5e-4]}}; got {options.shown(tune)}."
+    )
+  points = math.prod(map(len, tune.values()))
+  if points > _MOST:
+    raise UsageError(
+      f"{where}: tune is a grid of at most {_MOST:,} points; got {points:,}."
     )
   point_of = _text(where, row, "point_of") if "point_of" in row else None
   if tune and point_of:
@@ -357,24 +369,26 @@ def _tuning(row: Mapping[str, Any] | None) -> Tuning | None:
   trials = row.get("trials")
   if type(trials) is not int or trials < 1:
     raise UsageError(
-      f"[tuning] trials is the number of points of each grid; got {trials!r}."
+      "[tuning] trials is the number of points of each grid; got "
+      f"{options.shown(trials)}."
     )
   return Tuning(trials, _seeds("[tuning]", row.get("seeds")))
 
 
 def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
-  found = _plain("[sharpness]", Sharpness, {} if row is None else row)
+  found = plain("[sharpness]", Sharpness, {} if row is None else row)
   spaces = ("full", "lora")
   if not set(found.spaces) <= set(spaces):
     raise UsageError(
       f"[sharpness] spaces are some of {', '.join(spaces)}; got "
       f"{list(found.spaces)}."
     )
-  if not all(0 < radius < math.inf for radius in found.radii):
+  if not all(0 < radius < _FAR for radius in found.radii):
     raise UsageError(
-      f"[sharpness] radii are greater than 0; got {list(found.radii)}."
+      f"[sharpness] radii are greater than 0, and below {_FAR:g}; got "
+      f"{options.shown(list(found.radii))}."
     )
-  _at_least("[sharpness]", found, rows=0, average=0, low_rank=0)
+  _in_bounds("[sharpness]", found, rows=0, average=0, low_rank=0)
   return found if found.rows and found.radii and found.spaces else None
 
 
@@ -392,27 +406,38 @@ def _landscape(
 ) -> Landscape | None:
   if row is None:
     return None
-  found = _plain("[landscape]", Landscape, row)
+  found = plain("[landscape]", Landscape, row)
   for label in found.methods:
     _label("[landscape] methods", label, labels)
-  _at_least("[landscape]", found, points=2, seed=0, rows=1)
-  if not 0 < found.radius < math.inf:
+  _in_bounds("[landscape]", found, points=2, rows=1)
+  if not 0 <= found.seed < 2**63:
     raise UsageError(
-      f"[landscape] radius is greater than 0; got {found.radius}."
+      "[landscape] seed is at least 0 and below 2**63; got "
+      f"{options.shown(found.seed)}."
+    )
+  if not 0 < found.radius < _FAR:
+    raise UsageError(
+      f"[landscape] radius is greater than 0, and below {_FAR:g}; got "
+      f"{found.radius}."
     )
   return found
 
 
-def _at_least(where: str, found: Any, **least: int) -> None:
+def _in_bounds(where: str, found: Any, **least: int) -> None:
   for key, value in least.items():
-    if getattr(found, key) < value:
+    if not value <= getattr(found, key) <= _MOST:
       raise UsageError(
-        f"{where} {key} is at least {value}; got {getattr(found, key)}."
+        f"{where} {key} is at least {value}, and at most {_MOST:,}; got "
+        f"{options.shown(getattr(found, key))}."
       )
 
 
-def _plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
-  """A dataclass of a table, whose values are of the fields' types."""
+def plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
+  """A dataclass of a table, whose values are of the fields' types.
+
+  Raises:
+    UsageError: if a key is unknown, or a value of another type.
+  """
   fields = {field.name: field for field in dataclasses.fields(kind)}
   options.known(where, row, fields)
   return kind(
@@ -475,8 +500,8 @@ def _fields(
 
 def _text(where: str, row: Any, key: str, default: str | None = None) -> str:
   value = row.get(key, default) if isinstance(row, Mapping) else None
-  if not isinstance(value, str) or not value:
-    raise UsageError(f"{where} {key} is a text; got {value!r}.")
+  if not isinstance(value, str) or not value or not options.is_text(value):
+    raise UsageError(f"{where} {key} is a text; got {options.shown(value)}.")
   return value
 
 
@@ -484,24 +509,25 @@ def _label(where: str, label: Any, labels: Sequence[str]) -> None:
   if label not in labels:
     raise UsageError(
       f"{where} is the name of a [[method]]: {', '.join(labels)}; got "
-      f"{label!r}."
+      f"{options.shown(label)}."
     )
 
 
 def _seeds(where: str, value: Any) -> tuple[int, ...]:
   """Seeds from a list of them, or from 0 if they are a number."""
   seeds: Any = value
-  if type(value) is int and value >= 0:
+  if type(value) is int and 0 <= value <= _MOST:
     seeds = list(range(value))
   good = (
     isinstance(seeds, list)
     and bool(seeds)
-    and all(type(seed) is int and seed >= 0 for seed in seeds)
+    and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     and len(set(seeds)) == len(seeds)
   )
   if not good:
     raise UsageError(
-      f"{where} seeds are a number of them, or a list of different whole "
-      f"numbers, of at least 0; got {value!r}."
+      f"{where} seeds are a number of them, of at most {_MOST:,}, or a list of "
+      "different whole numbers, of at least 0 and below 2**63; got "
+      f"{options.shown(value)}."
     )
   return tuple(seeds)

@@ -297,7 +297,7 @@ def test_a_template_may_have_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("{", "tokenizer_config.json is not JSON in UTF-8"),
+    ("{", "tokenizer_config.json is no JSON in UTF-8"),
     (
       '{"chat_template": [{"name": "rag", "template": "a"}]}',
       "has chat templates named rag; one of them must be named default",

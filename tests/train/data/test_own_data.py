@@ -403,7 +403,7 @@ def test_new_rows_are_read_by_a_description(tiny_model, tmp_path):
   pretrained = models.open_pretrained(str(tiny_model))
   data = _load(tiny_model, _csv(tmp_path, _rows()))
   told = json.loads(json.dumps(data.task.description()))
-  task = Task.from_description(told)
+  task = Task.from_description("task.json", told)
   assert task.description() == data.task.description()
   new = [{"id": str(i), "text": f"New {'x ' * i}"} for i in range(5)]
   path = str(_csv(tmp_path, new, "new.csv"))
@@ -429,8 +429,8 @@ def test_new_rows_are_read_by_a_description(tiny_model, tmp_path):
     load.rows_for(task, path, pretrained, max_length=24, labelled=True)
   with pytest.raises(ValueError, match=r"1 text\(s\) a row; got 2"):
     load.rows_for(task, [("a", "b")], pretrained, max_length=24)
-  with pytest.raises(ValueError, match="A task's description has the keys"):
-    Task.from_description({"name": "a"})
+  with pytest.raises(ValueError, match=r"task\.json lacks kind, which"):
+    Task.from_description("task.json", {"name": "a"})
 
 
 def test_a_task_from_outside_registers_and_loads(tiny_model, monkeypatch):

@@ -65,8 +65,8 @@ def test_a_field_may_hold_braces(put):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{not json", "CB/train.jsonl, line 4 must be a JSON object"),
-    ("[1]", "line 4 must be a JSON object"),
+    ("{not json", "CB/train.jsonl, line 4, is no JSON in UTF-8"),
+    ("[1]", "line 4, must hold an object"),
     ('{"premise": "a", "idx": 3, "label": "neutral"}', "hypothesis"),
     (
       '{"premise": "a", "hypothesis": "b", "idx": 3, "label": "maybe"}',

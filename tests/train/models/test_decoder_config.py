@@ -99,7 +99,7 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
     ({"use_sliding_window": True}, "use_sliding_window must be False"),
     (
       {"layer_types": ["full_attention", "sliding_attention"]},
-      "layer_types must all be 'full_attention'.* got sliding_attention",
+      "layer_types must be a list, of 'full_attention' .*'sliding_attention'",
     ),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be.* got 'yarn'"),
     ({"rope_scaling": {"type": "linear"}}, "rope_type must be.* got 'linear'"),

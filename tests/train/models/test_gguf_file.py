@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from train.errors import UsageError
 from train.models.decoder import config as decoder_config
 from train.models.io import gguf_file, weights
 
@@ -326,8 +327,11 @@ def test_another_kind_of_file_is_named(path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-  for absent in (tmp_path, tmp_path / "none.gguf"):
-    with pytest.raises(weights.WeightsError, match="There is no file"):
+  for absent, told in {
+    tmp_path: "is a folder; it must be a file",
+    tmp_path / "none.gguf": "is not there",
+  }.items():
+    with pytest.raises(UsageError, match=told):
       gguf_file.open_gguf(str(absent))
 
 

@@ -271,10 +271,10 @@ def test_a_folder_without_weights_is_named(tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"", "is not JSON"),
-    (b'{"a": ', "is not JSON"),
-    (b"\xff\xfe\x00", "is not JSON"),
-    (b"[1]", "must hold a JSON object, got a list"),
+    (b"", "is no JSON in UTF-8"),
+    (b'{"a": ', "is no JSON in UTF-8"),
+    (b"\xff\xfe\x00", "is no JSON in UTF-8"),
+    (b"[1]", r"must hold an object .* got \[1\]"),
   ],
 )
 def test_a_garbled_config_is_named(tmp_path, content, message):

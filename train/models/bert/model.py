@@ -6,7 +6,6 @@ Shapes: B batch, L length, N = B·L tokens, D width, H heads, K = D/H.
 import collections.abc
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -15,6 +14,7 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
+from ... import options
 from .. import remat
 
 _ACTIVATIONS: dict[str, collections.abc.Callable[[jax.Array], jax.Array]] = {
@@ -77,19 +77,23 @@ class BertConfig:
     for field, key in _HF_KEYS.items():
       value = getattr(self, field)
       if field == "layer_norm_eps":
-        if not _is_number(value) or not 0 < value < math.inf:
-          raise ValueError(f"{key} must be a positive number, got {value!r}.")
-      elif not _is_integer(value) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}.")
+        if not options.fits(value, float) or value <= 0:
+          raise ValueError(
+            f"{key} must be a positive number, got {options.shown(value)}."
+          )
+      elif not options.fits(value, int) or value < 1:
+        raise ValueError(
+          f"{key} must be a positive integer, got {options.shown(value)}."
+        )
     if self.hidden_size % self.num_heads:
       raise ValueError(
         f"hidden_size must be a multiple of num_attention_heads, got "
         f"{self.hidden_size} and {self.num_heads}."
       )
-    if self.hidden_act not in _ACTIVATIONS:
+    if self.hidden_act not in tuple(_ACTIVATIONS):
       raise ValueError(
         f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got "
-        f"{self.hidden_act!r}."
+        f"{options.shown(self.hidden_act)}."
       )
 
   @classmethod
@@ -105,7 +109,8 @@ class BertConfig:
     """
     if config.get("model_type") != "bert":
       raise ValueError(
-        f"model_type must be 'bert', got {config.get('model_type')!r}."
+        "model_type must be 'bert', got "
+        f"{options.shown(config.get('model_type'))}."
       )
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
@@ -113,12 +118,13 @@ class BertConfig:
     position = config.get("position_embedding_type", "absolute")
     if position != "absolute":
       raise ValueError(
-        f"position_embedding_type must be 'absolute', got {position!r}."
+        "position_embedding_type must be 'absolute', got "
+        f"{options.shown(position)}."
       )
-    if config.get("is_decoder"):
+    if config.get("is_decoder") not in (False, None):
       raise ValueError(
         "is_decoder must be false: this BERT is an encoder, without a causal "
-        f"mask. Got {config['is_decoder']!r}."
+        f"mask. Got {options.shown(config['is_decoder'])}."
       )
     return cls(
       **{field: config[key] for field, key in _HF_KEYS.items()},
@@ -350,11 +356,3 @@ def _check_shapes(
       f"tokens must be at most {config.max_positions} long, the positions "
       f"this BERT has learned, got {tokens.shape[1]}."
     )
-
-
-def _is_integer(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-  return _is_integer(value) or isinstance(value, float)

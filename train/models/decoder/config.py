@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any
+
+from ... import checked, options
 
 # Field of DecoderConfig -> key of Hugging Face's config.json.
 _HF_KEYS = {
@@ -65,7 +66,7 @@ class RopeScaling:
       if not _is_positive(value):
         raise ValueError(
           f"{field.name} of the rotary scaling must be a positive number, got "
-          f"{value!r}."
+          f"{options.shown(value)}."
         )
     if self.low_freq_factor >= self.high_freq_factor:
       raise ValueError(
@@ -115,12 +116,13 @@ class DecoderConfig:
   def __post_init__(self):
     for field, key in _INTEGERS.items():
       value = getattr(self, field)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}.")
+      _check_size(key, value)
     for field in ("rms_norm_eps", "rope_theta"):
       value = getattr(self, field)
       if not _is_positive(value):
-        raise ValueError(f"{field} must be a positive number, got {value!r}.")
+        raise ValueError(
+          f"{field} must be a positive number, got {options.shown(value)}."
+        )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         "num_attention_heads must be a multiple of num_key_value_heads, got "
@@ -149,7 +151,8 @@ class DecoderConfig:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
       raise ValueError(
-        f"model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}."
+        f"model_type must be one of {', '.join(MODEL_TYPES)}, got "
+        f"{options.shown(kind)}."
       )
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
@@ -158,13 +161,15 @@ class DecoderConfig:
       if key in config and config[key] not in allowed:
         raise ValueError(
           f"{key} must be {allowed[0]!r}, the only one that this decoder "
-          f"implements, got {config[key]!r}."
+          f"implements, got {options.shown(config[key])}."
         )
-    layers = config.get("layer_types") or ()
-    if other := sorted({str(x) for x in layers} - {"full_attention"}):
+    layers = config.get("layer_types")
+    if not options.fits(layers, list | None) or any(
+      layer != "full_attention" for layer in layers or ()
+    ):
       raise ValueError(
-        "layer_types must all be 'full_attention', the only one that this "
-        f"decoder implements, got {', '.join(other)}."
+        "layer_types must be a list, of 'full_attention' alone, the only one "
+        f"that this decoder implements, got {options.shown(layers)}."
       )
     theta, scaling = _rope(config)
     sizes = {field: config[key] for field, key in _HF_KEYS.items()}
@@ -179,7 +184,7 @@ class DecoderConfig:
       head_dim=head_dim,
       rope_theta=theta,
       rope_scaling=scaling,
-      tied=bool(config.get("tie_word_embeddings", False)),
+      tied=checked.truth(config, "tie_word_embeddings", False),
       qkv_bias=kind == "qwen2",
     )
 
@@ -189,8 +194,7 @@ def _head_dim(hidden_size: Any, num_heads: Any) -> int:
     ("hidden_size", hidden_size),
     ("num_attention_heads", num_heads),
   ):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise ValueError(f"{key} must be a positive integer, got {value!r}.")
+    _check_size(key, value)
   if hidden_size % num_heads:
     raise ValueError(
       "hidden_size must be a multiple of num_attention_heads where head_dim is "
@@ -201,16 +205,18 @@ def _head_dim(hidden_size: Any, num_heads: Any) -> int:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """The rotary base and scaling, from either generation of config.json."""
+  for key in ("rope_parameters", "rope_scaling"):
+    if not options.fits(config.get(key), dict | None):
+      raise ValueError(
+        f"The rotary parameters, {key}, must be an object or null, got "
+        f"{options.shown(config[key])}."
+      )
   rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-  if not isinstance(rope, Mapping):
-    raise ValueError(
-      f"The rotary parameters must be an object or null, got {rope!r}."
-    )
   partial = rope.get("partial_rotary_factor", 1.0)
   if partial != 1.0:
     raise ValueError(
       "partial_rotary_factor must be 1.0, the only one that this decoder "
-      f"implements, got {partial!r}."
+      f"implements, got {options.shown(partial)}."
     )
   theta = rope.get("rope_theta", config.get("rope_theta", _THETA))
   # Older files say `type`.
@@ -220,7 +226,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   if kind != "llama3":
     raise ValueError(
       "rope_type must be 'default' or 'llama3', the only ones that this "
-      f"decoder implements, got {kind!r}."
+      f"decoder implements, got {options.shown(kind)}."
     )
   names = [field.name for field in dataclasses.fields(RopeScaling)]
   missing = [name for name in names if name not in rope]
@@ -231,12 +237,15 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   return theta, RopeScaling(**{name: rope[name] for name in names})
 
 
+def _check_size(key: str, value: Any) -> None:
+  if not options.fits(value, int) or value < 1:
+    raise ValueError(
+      f"{key} must be a positive integer, got {options.shown(value)}."
+    )
+
+
 def _is_positive(value: Any) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and 0 < value < math.inf
-  )
+  return options.fits(value, float) and value > 0
 
 
 PRESETS: dict[str, DecoderConfig] = {

@@ -14,6 +14,7 @@ import gguf
 from gguf import quants
 import numpy as np
 
+from ... import checked
 from . import weights
 
 # GGUF's module -> Hugging Face's, outside the layers and within one.
@@ -197,22 +198,18 @@ def _read(
   path: pathlib.Path,
 ) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
   """Metadata by key and tensors by name, as the file has them."""
-  if not path.is_file():
-    raise weights.WeightsError(f"There is no file {path}.")
-  with path.open("rb") as file:
+  with checked.open_file(path) as file:
     magic = file.read(4)
   if magic != b"GGUF":
     raise weights.WeightsError(
       f"{path} is not a GGUF file: it must begin with b'GGUF', got {magic!r}."
     )
-  try:
+  with weights.told_of(
+    f"{path} is not a whole GGUF file; it may have been cut short at its "
+    f"{path.stat().st_size} bytes, or be of another version"
+  ):
     reader = gguf.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-  except Exception as error:  # the library raises no narrower type
-    raise weights.WeightsError(
-      f"{path} is not a whole GGUF file ({error}); it may have been cut short "
-      f"at its {path.stat().st_size} bytes, or be of another version."
-    ) from error
   if reader.byte_order == "S":
     raise weights.WeightsError(
       f"{path} was written for machines of the other byte order; convert it "

@@ -82,7 +82,7 @@ def _build(
     for i, (token, kind) in enumerate(zip(tokens, types))
     if kind != _UNUSED
   }
-  try:
+  with weights.told_of("its tokens and merges are not a BPE tokenizer"):
     built = tokenizers.Tokenizer(
       models.BPE(
         vocabulary,
@@ -91,10 +91,6 @@ def _build(
         ignore_merges=pre == "llama-bpe",
       )
     )
-  except Exception as error:  # the library raises no narrower type
-    raise weights.WeightsError(
-      f"its tokens and merges are not a BPE tokenizer ({error})."
-    ) from error
   if pre == "qwen2":
     built.normalizer = normalizers.NFC()
   built.pre_tokenizer = _pre_tokenizer(pre)

@@ -4,6 +4,7 @@ import importlib
 import pathlib
 from typing import Any
 
+from google.protobuf import message
 import tokenizers
 from tokenizers import (
   decoders,
@@ -13,6 +14,7 @@ from tokenizers import (
   processors,
 )
 
+from ... import checked
 from . import weights
 
 FILE = "spiece.model"
@@ -43,6 +45,11 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
       f"{path} is a SentencePiece model of another kind than Unigram, T5's; "
       "put a tokenizer.json beside it."
     )
+  with weights.told_of(f"{path} is no SentencePiece model for a T5"):
+    return _tokenizer(proto, path)
+
+
+def _tokenizer(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
   pieces = [(piece.piece, piece.score) for piece in proto.pieces]
   control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
   eos = proto.trainer_spec.eos_piece
@@ -91,8 +98,8 @@ def _read(path: pathlib.Path) -> Any:
     ) from error
   proto = layout.ModelProto()
   try:
-    proto.ParseFromString(path.read_bytes())
-  except Exception as error:  # protobuf's, or the system's
+    proto.ParseFromString(checked.read_bytes(path))
+  except message.DecodeError as error:
     raise weights.WeightsError(
       f"{path} is not a SentencePiece model that can be read ({error})."
     ) from error

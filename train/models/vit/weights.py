@@ -76,8 +76,14 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     OSError,
   ) as error:
     raise weights.WeightsError(
-      f"{path} is not a whole ONNX file ({error})."
+      f"{path} is not a whole ONNX file ({weights.first_line(error)})."
     ) from error
+  # Of a tensor that is not as it says, ONNX and NumPy raise many types.
+  with weights.told_of(f"{path} has a tensor that cannot be read"):
+    return _found(graph, path)
+
+
+def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
   stored = {tensor.name: tensor for tensor in graph.initializer}
   prefixes = [x.removesuffix(_CLS) for x in stored if x.endswith(_CLS)]
   if len(prefixes) != 1:

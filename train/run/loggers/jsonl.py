@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from ... import files, jsonl
+from ... import checked, files, jsonl
 from .logger import Logger, Opened
 
 FILE = "metrics.jsonl"
@@ -16,9 +16,17 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a run's metrics; a last line cut by a kill is left out.
 
   Raises:
-    UsageError: if another line than the last is no JSON.
+    UsageError: if another line than the last is no JSON, or not of a step and
+      numbers.
   """
-  return jsonl.read_log(folder / FILE)
+  path = folder / FILE
+  rows = jsonl.read_log(path)
+  for row in rows:
+    checked.field(str(path), row, "step", int)
+    for name in row:
+      checked.field(f"{path}, step {row['step']}", row, name, float | None)
+  # Older runs wrote NaN.
+  return rows
 
 
 class Rows(Logger):

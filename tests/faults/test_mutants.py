@@ -1,0 +1,84 @@
+"""A damaged file of any format is read, or refused in a sentence that names it.
+
+A few mutants of each format here; with `--long`, thousands, in processes of
+their own, which a crash of a library would end.
+"""
+
+from collections.abc import Callable
+import functools
+import importlib.util
+
+import formats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+import pytest
+import trial
+import worker
+
+_LONG = 1000
+_QUICK = 15
+_SLOW = {"run": 6, "rows of a study": 10, "yaml": 8}
+_NAMES = [
+  pytest.param(
+    name,
+    marks=pytest.mark.skipif(
+      name == "spiece" and importlib.util.find_spec("sentencepiece") is None,
+      reason="sentencepiece is not installed",
+    ),
+  )
+  for name in formats.FORMATS
+]
+
+Seeds = Callable[[str], trial.Seed]
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+  """The whole folder of each format."""
+
+  @functools.cache
+  def built(name: str) -> trial.Seed:
+    return trial.Seed(name, tmp_path_factory.mktemp("seed") / "whole")
+
+  return built
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_mutant_is_read_or_refused_by_name(name, seeds):
+  seed = seeds(name)
+
+  @settings(
+    max_examples=_SLOW.get(name, _QUICK),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+  )
+  @given(st.integers(0, 2**32))
+  def tried(number):
+    assert not seed.tried(*seed.mutant(number)).fault
+
+  tried()
+
+
+@pytest.mark.parametrize("name", ["bert", "decoder", "t5", "adapters", "peft"])
+def test_json_that_is_written_otherwise_means_the_same(name, seeds):
+  seed = seeds(name)
+  file = next(x for x in seed.format.files if x.endswith(".json"))
+  meant = repr(seed.tried(file, (seed.folder / file).read_bytes()).value)
+  for number in range(12):
+    file, content = seed.same(number)
+    if file != "tokenizer.json":  # another library's, without a mark
+      outcome = seed.tried(file, content)
+      assert outcome.accepted, (file, number, outcome.said)
+      assert repr(outcome.value) == meant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _NAMES)
+def test_thousands_of_mutants_are_read_or_refused(name, request, tmp_path):
+  if not request.config.getoption("--long"):
+    pytest.skip("takes minutes; --long runs it")
+  found = worker.tried(name, tmp_path / "work", _LONG)
+  print(f"{name}: {_LONG} mutants, {found.accepted} of them read")
+  assert not found.faults
