@@ -13,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from bilora_jax import _files
+from bilora_jax import _files, _patterns
 
 NAME = "adapter_config.json"
 
@@ -283,16 +283,18 @@ def _is_names(value: Any, text: bool) -> bool:
 
 def _is_pattern(text: str) -> bool:
   try:
-    re.compile(text)
-  except re.error:
+    _patterns.check(text)
+  except ValueError:
     return False
   return True
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  # As PEFT matches: `get_pattern_key` of peft/utils/other.py.
+  # As PEFT matches, by `(.*\.)?({pattern})$`: `get_pattern_key` of
+  # peft/utils/other.py.
+  starts = [0, *(i for i, x in enumerate(module, 1) if x == ".")]
   for pattern, value in patterns.items():
-    if re.match(rf"(.*\.)?({pattern})$", module):
+    if _patterns.ends(pattern, module, starts):
       return value
   return default
 
