@@ -12,6 +12,7 @@ import warnings
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -96,11 +97,12 @@ def load_adapters(
 
   Raises:
     ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays do not fit the model; every mismatch is named.
+      arrays are no floats or do not fit the model; every mismatch is named.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
   spec = _spec(folder / _CONFIG, config)
+  _require_floats(folder / _TENSORS, arrays)
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
   differences = [
     f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
@@ -157,6 +159,21 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
       f"version is {version!r}."
     )
   return config
+
+
+def _require_floats(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+  others = [
+    f"{name} is of {array.dtype}"
+    for name, array in arrays.items()
+    if not jnp.issubdtype(array.dtype, jnp.floating)
+  ]
+  if others:
+    raise ValueError(
+      f"{path} holds what no adapter is, which has floats: "
+      f"{', '.join(others[:8])}."
+    )
 
 
 def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:

@@ -52,6 +52,8 @@ _READ = {
   "target_modules",
   "use_rslora",
 }
+# Each is matched with each module.
+_MOST = 4096
 # Others change the weights that the adapter is added to.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -246,6 +248,12 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     ("alpha_pattern", _is_positive, "positive numbers"),
   ):
     pattern = config.get(key) or {}
+    if isinstance(pattern, Mapping) and len(pattern) > _MOST:
+      faults.append(
+        f"{key} has {len(pattern):,} regular expressions; at most {_MOST:,} "
+        "are matched"
+      )
+      continue
     if not isinstance(pattern, Mapping) or not all(
       _is_pattern(name) and check(value) for name, value in pattern.items()
     ):
