@@ -11,7 +11,7 @@ _FLOORS = (
   {"errors", "command", "files"},
   {"jsonl"},
   {"options"},
-  {"plugins"},
+  {"plugins", "bounds"},
   {"models"},
   {"data"},
   {"devices"},

@@ -1,6 +1,6 @@
 """Reads a user's rows, whatever they are stored in, as mappings of columns."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import gzip
 import json
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import jsonl
+from .. import bounds, jsonl
 from ..errors import UsageError
 
 TFDS = "tfds:"
@@ -25,6 +25,8 @@ _ALLOWED = (
   f" class, a folder that Hugging Face datasets saved, or {TFDS}NAME"
 )
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ROWS = 1024
+"""Of a Parquet file to read at a time: a few bytes of it may be gigabytes."""
 _SPLITS = {
   "train": "train",
   "training": "train",
@@ -115,6 +117,7 @@ def shown(names: Sequence[Any], most: int = 8) -> str:
 
 
 def _file(path: pathlib.Path) -> Table:
+  bounds.check_gzip(path)
   name = path.name.lower()
   if name.endswith((".csv", ".csv.gz")):
     return _csv(path, ",")
@@ -133,7 +136,11 @@ def _file(path: pathlib.Path) -> Table:
   if name.endswith(".parquet"):
     from pyarrow import parquet
 
-    return _arrow(path, [_pyarrow(parquet.read_table, path)])
+    def whole(file: pathlib.Path) -> Any:
+      with parquet.ParquetFile(file) as stored:
+        return _gathered(file, stored.schema_arrow, stored.iter_batches(_ROWS))
+
+    return _arrow(path, [_pyarrow(whole, path)])
   raise UsageError(f"{path} is no file of rows; rows are {_ALLOWED}.")
 
 
@@ -230,6 +237,23 @@ def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
   )
 
 
+def _gathered(path: pathlib.Path, schema: Any, batches: Iterable[Any]) -> Any:
+  """A table of batches, which are counted as they come.
+
+  Raises:
+    UsageError: if they become far more than their file is.
+  """
+  import pyarrow as pa
+
+  found, size = [], 0
+  for batch in batches:
+    # Rows of nothing take memory as well, once they are Python's.
+    size += batch.nbytes + 16 * batch.num_rows
+    bounds.check(path, size)
+    found.append(batch)
+  return pa.Table.from_batches(found, schema)
+
+
 def _pyarrow(reader: Callable[[Any], Any], path: pathlib.Path) -> Any:
   import pyarrow as pa
 
@@ -276,7 +300,8 @@ def _saved(path: pathlib.Path) -> Table:
 
   def stream(file: pathlib.Path) -> Any:
     with file.open("rb") as opened:
-      return ipc.open_stream(opened).read_all()
+      stored = ipc.open_stream(opened)
+      return _gathered(file, stored.schema, stored)
 
   files = [
     item["filename"] for item in _json(path / "state.json")["_data_files"]
