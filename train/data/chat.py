@@ -157,7 +157,8 @@ def _encoded(
   if max_length <= 0:
     raise ValueError(f"max_length must be at least 1; got {max_length}.")
   if conversation[0].role == TEXT:
-    ids = tokenizer.encode(conversation[0].content).ids
+    with tokenizer_.refusing():
+      ids = tokenizer.encode(conversation[0].content).ids
     if eos is not None and ids[-1:] != [eos]:
       ids = [*ids, eos]
     return _fitted(ids, [True] * len(ids), max_length, on_long, conversation)

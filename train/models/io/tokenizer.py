@@ -1,6 +1,9 @@
 """Loading a tokenizer.json, and token ids of texts and of pairs of texts."""
 
 import collections.abc
+from collections.abc import Iterator
+import contextlib
+import os
 import pathlib
 
 import tokenizers
@@ -8,6 +11,8 @@ import tokenizers
 from . import weights
 
 FILE = "tokenizer.json"
+# Eight times the largest that is published.
+_MOST = 2**28
 _PAD_TOKENS = ("[PAD]", "<pad>")
 
 
@@ -23,15 +28,45 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   path = pathlib.Path(folder) / FILE
   if not path.is_file():
     raise weights.WeightsError(f"{path.parent} has no {FILE}.")
+  if path.stat().st_size > _MOST:
+    raise weights.WeightsError(
+      f"{path} has {path.stat().st_size:,} bytes; at most {_MOST:,} are read."
+    )
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises no narrower type
+  # The library raises no narrower type, and Rust's panics are a wider one.
+  except BaseException as error:
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+      raise
     raise weights.WeightsError(
       f"{path} is not a tokenizer that `tokenizers` can read ({error})."
     ) from error
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer
+
+
+@contextlib.contextmanager
+def refusing(whose: str | os.PathLike[str] = "the model") -> Iterator[None]:
+  """Says what a tokenizer that takes no text does with one, in a sentence.
+
+  A vocabulary without a token for what is unknown raises a bare Exception. A
+  pattern that goes back and forth without an end is stopped after ten million
+  steps by a panic of Rust's, which is no Exception.
+
+  Raises:
+    WeightsError: in place of both.
+  """
+  try:
+    yield
+  except BaseException as error:
+    is_panic = type(error).__name__ == "PanicException"
+    if is_panic or type(error) is Exception:
+      raise weights.WeightsError(
+        f"The tokenizer of {os.fspath(whose)} cannot read a text: "
+        f"{str(error)[:500]}."
+      ) from error
+    raise
 
 
 def encode(
@@ -68,7 +103,8 @@ def encode(
     )
   tokenizer.enable_truncation(max_length, strategy="longest_first")
   try:
-    encoded = tokenizer.encode_batch(list(texts))
+    with refusing():
+      encoded = tokenizer.encode_batch(list(texts))
   finally:
     tokenizer.no_truncation()
   return [(item.ids, item.type_ids) for item in encoded]
@@ -85,7 +121,8 @@ def continuation(
   """
 
   def ids(text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    with refusing():
+      return tokenizer.encode(text, add_special_tokens=False).ids
 
   before, whole = ids(text), ids(text + more)
   if whole[: len(before)] == before:
