@@ -15,6 +15,7 @@ import warnings
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -100,11 +101,12 @@ def load_adapters(
 
   Raises:
     ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays do not fit the model; every mismatch is named.
+      arrays are no floats or do not fit the model; every mismatch is named.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
   spec = _spec(folder / _CONFIG, config)
+  _require_floats(folder / _TENSORS, arrays)
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
   differences = [
     f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
@@ -187,6 +189,21 @@ def _checked(where: str, config: Any) -> dict[str, Any]:
         f"{shown(path)}."
       )
   return config
+
+
+def _require_floats(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+  others = [
+    f"{name} is of {array.dtype}"
+    for name, array in arrays.items()
+    if not jnp.issubdtype(array.dtype, jnp.floating)
+  ]
+  if others:
+    raise ValueError(
+      f"{path} holds what no adapter is, which has floats: "
+      f"{', '.join(others[:8])}."
+    )
 
 
 def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:

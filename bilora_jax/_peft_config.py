@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any
 
-from bilora_jax import _files
+from bilora_jax import _files, _patterns
 
 NAME = "adapter_config.json"
 
@@ -53,6 +53,8 @@ _READ = {
   "target_modules",
   "use_rslora",
 }
+# Each is matched with each module.
+_MOST = 4096
 # Others change the weights that the adapter is added to.
 _FLAGS: tuple[Any, ...] = (True, False, None)
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -254,6 +256,12 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     ("alpha_pattern", _is_positive, "positive numbers"),
   ):
     pattern = config.get(key) or {}
+    if isinstance(pattern, Mapping) and len(pattern) > _MOST:
+      faults.append(
+        f"{key} has {len(pattern):,} regular expressions; at most {_MOST:,} "
+        "are matched"
+      )
+      continue
     if not isinstance(pattern, Mapping) or not all(
       _is_pattern(name) and check(value) for name, value in pattern.items()
     ):
@@ -298,16 +306,18 @@ def _is_names(value: Any, text: bool) -> bool:
 
 def _is_pattern(text: str) -> bool:
   try:
-    re.compile(text)
-  except (re.error, OverflowError, RecursionError):
+    _patterns.check(text)
+  except ValueError:
     return False
   return True
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  # As PEFT matches: `get_pattern_key` of peft/utils/other.py.
+  # As PEFT matches, by `(.*\.)?({pattern})$`: `get_pattern_key` of
+  # peft/utils/other.py.
+  starts = [0, *(i for i, x in enumerate(module, 1) if x == ".")]
   for pattern, value in patterns.items():
-    if re.match(rf"(.*\.)?({pattern})$", module):
+    if _patterns.ends(pattern, module, starts):
       return value
   return default
 

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-import re
 import sys
 from typing import Any
 
 import jax.numpy as jnp
 
-from bilora_jax import _quantised
+from bilora_jax import _patterns, _quantised
 
 _OVERRIDES = ("rank", "alpha", "auxiliary_rank")
 
@@ -52,6 +51,10 @@ class LoraSpec:
       their own; None for all that an output sums over. Where it does not divide
       the input's size, the next lower number that does, or all, if it is under
       half.
+
+  Regular expressions are Python's, less what refers to an earlier match, as
+  `\\1`, and what never goes back, as `a*+`: files bring them, and so they are
+  matched in a time that no pattern can blow up.
 
   Raises:
     ValueError: if a rank, alpha, dropout, pattern, dtype or tile size is out of
@@ -122,17 +125,7 @@ class LoraSpec:
           )
         _check_sizes(*self._sizes(overrides), f" for target {pattern!r}")
     for pattern in patterns:
-      try:
-        re.compile(pattern)
-      except (
-        re.error,
-        TypeError,
-        OverflowError,
-        RecursionError,
-      ) as error:
-        raise ValueError(
-          f"{pattern!r} is not a regular expression: {error}."
-        ) from error
+      _patterns.check(pattern)
 
   def _sizes(self, overrides: Mapping[str, Any]) -> tuple[int, float, int]:
     rank, alpha, auxiliary_rank = (
@@ -158,13 +151,13 @@ class LoraSpec:
 
   def sizes(self, path: str) -> tuple[int, float, int] | None:
     """`(rank, alpha, auxiliary_rank)` of the module at `path`, or None."""
-    if self.exclude is not None and re.fullmatch(self.exclude, path):
+    if self.exclude is not None and _patterns.fullmatch(self.exclude, path):
       return None
     overrides: Mapping[str, Any] = {}
     if isinstance(self.targets, str):
-      found = re.fullmatch(self.targets, path) is not None
+      found = _patterns.fullmatch(self.targets, path)
     elif isinstance(self.targets, Mapping):
-      matching = [t for t in self.targets if re.fullmatch(t, path)]
+      matching = [t for t in self.targets if _patterns.fullmatch(t, path)]
       found = bool(matching)
       overrides = self.targets[matching[0]] if matching else {}
     else:
@@ -175,7 +168,7 @@ class LoraSpec:
 
   def is_extra(self, path: str) -> bool:
     """Whether the parameter at `path` is trained as it is."""
-    return self.extra is not None and bool(re.fullmatch(self.extra, path))
+    return self.extra is not None and _patterns.fullmatch(self.extra, path)
 
 
 def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):

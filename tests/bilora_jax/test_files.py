@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import time
 
 from flax import linen as nn
 import jax
@@ -312,6 +313,34 @@ def test_a_tensor_too_many_is_named(rewrite, adapted):
   folder = rewrite(lambda arrays: arrays.update({"extra/x": np.zeros(1)}))
   message = _error(load_adapters, folder, adapted)
   assert "extra/x: (1,), expected nothing" in message
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_tensors_that_are_no_floats_are_refused(rewrite, adapted, dtype):
+  name = "primary/layers_2/kernel/a"
+  folder = rewrite(
+    lambda arrays: arrays.update({name: arrays[name].astype(dtype)})
+  )
+  message = _error(load_adapters, folder, adapted)
+  assert f"which has floats: {name} is of {dtype}" in message
+
+
+@pytest.mark.parametrize(
+  "pattern", ["(a+)+$", "([a-z_0-9/]+)+!", "(layers_.|.*)*(.*)*!"]
+)
+def test_no_pattern_of_a_file_takes_long(respecify, pattern):
+  folder = respecify(lambda spec: spec.update(targets=pattern, extra=pattern))
+  begin = time.monotonic()
+  spec = load_spec(folder)
+  path = "encoder/layers_0/attention/self/query/" + "a" * 40
+  assert not spec.match(f"{path}!?") and not spec.is_extra(f"{path}!?")
+  assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("pattern", ["[", r"(.)\1", "a++", 3, ["a", 3], [[]]])
+def test_a_pattern_of_a_file_that_is_none_is_refused(respecify, pattern):
+  folder = respecify(lambda spec: spec.update(exclude=pattern))
+  assert "is not a regular expression" in _error(load_spec, folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])

@@ -1,6 +1,7 @@
 """PEFT folders: to the bit there and back, and a sentence for each fault."""
 
 import json
+import time
 
 from flax import linen as nn
 import jax
@@ -293,6 +294,11 @@ def test_scanned_layers_are_adapted_alike(folder):
     ({"r": [4]}, ["r is an integer", "[4]"]),
     ({"lora_alpha": -1}, ["lora_alpha", "-1"]),
     ({"rank_pattern": {"(": 3}}, ["rank_pattern", "'('"]),
+    ({"rank_pattern": {r"(q)\1": 3}}, ["rank_pattern", "(q)"]),
+    (
+      {"rank_pattern": {f"q{i}": 3 for i in range(5000)}},
+      ["rank_pattern has 5,000", "at most 4,096"],
+    ),
     ({"alpha_pattern": {"q": 0}}, ["alpha_pattern", "'q'"]),
     ({"target_modules": 3}, ["target_modules", "list"]),
     ({"modules_to_save": "head"}, ["modules_to_save", "'head'"]),
@@ -312,6 +318,17 @@ def test_a_configuration_that_does_not_fit_is_refused(
     peft.load(folder, adapted, NAMES)
   for part in parts:
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_no_pattern_of_a_folder_takes_long(folder, adapted, key):
+  expected = peft.load(folder, adapted, NAMES)
+  config = json.loads((folder / "adapter_config.json").read_text())
+  hostile = {"([a-z.]+)+!": 3, "(n|e|t|.*)*(.*)*!": 3}
+  _change_config(folder, **{key: hostile | config[key]})
+  begin = time.monotonic()
+  _assert_same_bits(peft.load(folder, adapted, NAMES), expected)
+  assert time.monotonic() - begin < 2
 
 
 def test_keys_of_features_that_are_off_are_let_pass(folder, adapted):

@@ -11,7 +11,7 @@ _FLOORS = (
   {"errors", "command", "files"},
   {"options"},
   {"checked"},
-  {"jsonl"},
+  {"jsonl", "bounds"},
   {"plugins"},
   {"models"},
   {"data"},

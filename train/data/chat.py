@@ -1,7 +1,8 @@
 """Conversations to tokens: chat templates, and a loss on the responses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from ..models.io import tokenizer as tokenizer_
 from ..models.io.template import Conversation, Template
 from .instructions import TEXT
 from .options import OnLong
+
+_AT_ONCE = 64
+"""Conversations that are rendered together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,17 +58,20 @@ def tokenize(
     ValueError: as `encode` does, or if no conversation is left.
   """
   tokens, loss, lengths, skipped = [], [], [], 0
-  for conversation in conversations:
-    encoded = encode(
-      tokenizer, template, conversation, max_length, eos=eos, on_long=on_long
-    )
-    if encoded is None:
-      skipped += 1
-      continue
-    ids, mask = encoded
-    tokens.append(np.asarray(ids, np.int32))
-    loss.append(np.asarray(mask, bool))
-    lengths.append(len(ids))
+  rest = iter(conversations)
+  while some := list(itertools.islice(rest, _AT_ONCE)):
+    texts = iter(template.render_all([x for one in some for x in _parts(one)]))
+    for conversation in some:
+      encoded = _encoded(
+        tokenizer, conversation, texts, max_length, eos, on_long
+      )
+      if encoded is None:
+        skipped += 1
+        continue
+      ids, mask = encoded
+      tokens.append(np.asarray(ids, np.int32))
+      loss.append(np.asarray(mask, bool))
+      lengths.append(len(ids))
   if not lengths:
     raise ValueError(
       f"There are no conversations to learn from: {skipped} were left out, as"
@@ -119,21 +126,50 @@ def encode(
       template is not one that only appends, or writes no response, or nothing
       of tools.
   """
+  texts = iter(template.render_all(_parts(conversation)))
+  return _encoded(tokenizer, conversation, texts, max_length, eos, on_long)
+
+
+def _parts(conversation: Conversation) -> list[tuple[Conversation, bool]]:
+  """What is rendered of a conversation, as `Template.render` takes it.
+
+  Of each response, what is before it, and with it; and all, where there are
+  tools.
+  """
+  if conversation[0].role == TEXT:
+    return []
+  parts: list[tuple[Conversation, bool]] = []
+  for i, message in enumerate(conversation):
+    if message.role == "assistant":
+      parts += [(conversation[:i], True), (conversation[: i + 1], False)]
+  return [*parts, *[(conversation, False)] * bool(_told(conversation))]
+
+
+def _encoded(
+  tokenizer: tokenizers.Tokenizer,
+  conversation: Conversation,
+  texts: Iterator[str],
+  max_length: int,
+  eos: int | None,
+  on_long: OnLong,
+) -> tuple[list[int], list[bool]] | None:
+  """As `encode`, from the texts of a conversation's parts, which it takes."""
   if max_length <= 0:
     raise ValueError(f"max_length must be at least 1; got {max_length}.")
   if conversation[0].role == TEXT:
-    ids = tokenizer.encode(conversation[0].content).ids
+    with tokenizer_.refusing():
+      ids = tokenizer.encode(conversation[0].content).ids
     if eos is not None and ids[-1:] != [eos]:
       ids = [*ids, eos]
     return _fitted(ids, [True] * len(ids), max_length, on_long, conversation)
-  _check_tools(template, conversation)
   text, ids, loss = "", [], []
   for i, message in enumerate(conversation):
     if message.role != "assistant":
       continue
-    prompt = template.render(conversation[:i], add_generation_prompt=True)
-    asked = tokenizer_.continuation(tokenizer, text, _appended(text, prompt))
-    text = template.render(conversation[: i + 1])
+    prompt, before, text = next(texts), text, next(texts)
+    asked = tokenizer_.continuation(
+      tokenizer, before, _appended(before, prompt)
+    )
     if text == prompt:
       raise ValueError(
         f"The chat template writes nothing for the response"
@@ -146,6 +182,8 @@ def encode(
       answered.append(eos)
     ids += asked + answered
     loss += [False] * len(asked) + _until_last(eos, answered)
+  if told := _told(conversation):
+    _check_tools(told, next(texts))
   return _fitted(ids, loss, max_length, on_long, conversation)
 
 
@@ -169,14 +207,16 @@ def _fitted(
   return (ids, loss) if any(loss) else None
 
 
-def _check_tools(template: Template, conversation: Conversation) -> None:
-  """Refuses a template that leaves out what tools are asked and answer."""
+def _told(conversation: Conversation) -> list[str]:
+  """What tools are asked and answer."""
   told = [message.content for message in conversation if message.role == "tool"]
   for message in conversation:
     told += map(_called, dict(message.more).get("tool_calls", ()))
-  if not told:
-    return
-  text = template.render(conversation)
+  return told
+
+
+def _check_tools(told: Sequence[str], text: str) -> None:
+  """Refuses a template that leaves some of it out of its text."""
   for part in told:
     if part.strip() not in text:
       raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 
 from ..models.family import Pretrained
+from ..models.io import tokenizer as tokenizer_
 from .task import Task, Text
 
 _RESULT = "\nresult:"
@@ -87,4 +88,5 @@ def _lines(text: Text) -> list[str]:
 def _pieces(
   tokenizer: tokenizers.Tokenizer, texts: list[str]
 ) -> list[tokenizers.Encoding]:
-  return tokenizer.encode_batch(texts, add_special_tokens=False)
+  with tokenizer_.refusing():
+    return tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -14,13 +14,17 @@ import io
 import os
 import pathlib
 import shutil
+import stat
 import sys
 import tempfile
 from typing import Any, NamedTuple
 import urllib.request
 import zipfile
+import zlib
 
 import tensorflow_datasets as tfds
+
+from .. import bounds
 
 _TIMEOUT_SECONDS = 30
 
@@ -167,9 +171,43 @@ def _unzip(path: pathlib.Path, folder: pathlib.Path) -> None:
     return
   try:
     with zipfile.ZipFile(path) as archive:
+      _check_zip(path, archive)
       archive.extractall(folder)
-  except zipfile.BadZipFile as error:
+  # Of a file in it that is damaged, encrypted, or packed in a way that is not
+  # known, it is one of the others.
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+  ) as error:
     raise RuntimeError(
       f"{path} is not a zip file: {error}. Delete it to have it downloaded"
       " again, or put the right one there."
     ) from error
+
+
+def _check_zip(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+  """Refuses a zip before any of it is unpacked.
+
+  Raises:
+    RuntimeError: if a name in it leads out of its folder, something is no file
+      or folder, or it would become far more than it is.
+  """
+  for info in archive.infolist():
+    name = pathlib.PurePosixPath(info.filename.replace("\\", "/"))
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if name.is_absolute() or ".." in name.parts:
+      fault = "leads out of the folder that it is unpacked to"
+    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+      fault = "is neither a file nor a folder"
+    elif info.flag_bits & 1:
+      fault = "is encrypted"
+    else:
+      continue
+    raise RuntimeError(
+      f"{path} is refused: {info.filename!r:.200} in it {fault}. Delete it to"
+      " have it downloaded again, or put the right one there."
+    )
+  whole = sum(info.file_size for info in archive.infolist())
+  bounds.check(path, whole)

@@ -1,6 +1,6 @@
 """Reads a user's rows, whatever they are stored in, as mappings of columns."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import csv
 import gzip
@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from .. import checked, jsonl
+from .. import bounds, checked, jsonl
 from ..errors import UsageError
 
 TFDS = "tfds:"
@@ -27,6 +27,8 @@ _ALLOWED = (
   f" class, a folder that Hugging Face datasets saved, or {TFDS}NAME"
 )
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ROWS = 1024
+"""Of a Parquet file to read at a time: a few bytes of it may be gigabytes."""
 _SPLITS = {
   "train": "train",
   "training": "train",
@@ -119,6 +121,7 @@ def shown(names: Sequence[Any], most: int = 8) -> str:
 
 
 def _file(path: pathlib.Path) -> Table:
+  bounds.check_gzip(path)
   name = path.name.lower()
   if name.endswith((".csv", ".csv.gz")):
     return _csv(path, ",")
@@ -137,7 +140,11 @@ def _file(path: pathlib.Path) -> Table:
   if name.endswith(".parquet"):
     from pyarrow import parquet
 
-    return _arrow(path, [_pyarrow(parquet.read_table, path)])
+    def whole(file: pathlib.Path) -> Any:
+      with parquet.ParquetFile(file) as stored:
+        return _gathered(file, stored.schema_arrow, stored.iter_batches(_ROWS))
+
+    return _arrow(path, [_pyarrow(whole, path)])
   raise UsageError(f"{path} is no file of rows; rows are {_ALLOWED}.")
 
 
@@ -250,6 +257,23 @@ def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
   return _table(path, rows, columns=tuple(whole.column_names), names=names)
 
 
+def _gathered(path: pathlib.Path, schema: Any, batches: Iterable[Any]) -> Any:
+  """A table of batches, which are counted as they come.
+
+  Raises:
+    UsageError: if they become far more than their file is.
+  """
+  import pyarrow as pa
+
+  found, size = [], 0
+  for batch in batches:
+    # Rows of nothing take memory as well, once they are Python's.
+    size += batch.nbytes + 16 * batch.num_rows
+    bounds.check(path, size)
+    found.append(batch)
+  return pa.Table.from_batches(found, schema)
+
+
 def _pyarrow(reader: Callable[[Any], Any], path: pathlib.Path) -> Any:
   """What Arrow reads of a file, with its faults in a sentence.
 
@@ -304,7 +328,8 @@ def _saved(path: pathlib.Path) -> Table:
 
   def stream(file: pathlib.Path) -> Any:
     with checked.open_file(file) as opened:
-      return ipc.open_stream(opened).read_all()
+      stored = ipc.open_stream(opened)
+      return _gathered(file, stored.schema, stored)
 
   state = path / "state.json"
   items = checked.field(

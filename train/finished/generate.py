@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
+from ..models.io import tokenizer as tokenizer_
 from ..options import option
 from . import finished
 
@@ -112,13 +113,10 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   opened = _opened(options)
   pretrained, template = opened.pretrained, opened.template
   tokenizer = pretrained.tokenizer
-  rows = [
-    tokenizer.encode(
-      _text(options, template, prompt),
-      add_special_tokens=options.plain or template is None,
-    ).ids
-    for prompt in prompts
-  ]
+  texts = [_text(options, template, prompt) for prompt in prompts]
+  special = options.plain or template is None
+  with tokenizer_.refusing():
+    rows = [tokenizer.encode(x, add_special_tokens=special).ids for x in texts]
   say = pretrained.generator(
     opened.model,
     opened.apply(),

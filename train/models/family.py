@@ -44,6 +44,10 @@ def _same(pretrained: "Pretrained") -> "Pretrained":
   return pretrained
 
 
+def _fits(config: Any, tensors: Mapping[str, Any]) -> None:
+  del config, tensors
+
+
 def _nothing(tensors: Mapping[str, Any]) -> dict[str, Any]:
   del tensors
   return {}
@@ -69,6 +73,9 @@ class Family:
     classifier: `(config, labels, **options)` to a model with `features`;
       the options are `dtype`, `param_dtype`, `remat` and, if the family
       `scans`, `scan`.
+    check: of a config and tensors, refuses tensors that are not all there, of
+      the config's sizes and floats, by a WeightsError. It is called when a
+      model is opened: before a model of a billion layers is built, say.
     params: `(model, tensors, dtype, place)` to the parameters that the tensors
       hold: all but a new head.
     example_inputs: of a config, the shapes of what its models are given.
@@ -107,6 +114,7 @@ class Family:
   model_types: tuple[str, ...] = ()
   suffix: str = ""
   read_file: Callable[[pathlib.Path], tuple[Any, Any, Any]] | None = None
+  check: Callable[[Any, Mapping[str, tensors.Tensor]], None] = _fits
   complete: Callable[["Pretrained"], "Pretrained"] = _same
   language_model: Callable[..., nn.Module] | None = None
   label_tokens: Callable[..., tuple[tuple[int, ...], ...]] | None = None

@@ -8,7 +8,15 @@ from typing import Any
 from .. import checked
 from . import registry
 from .family import Pretrained
-from .io import gguf_file, gguf_tokenizer, quantised, spiece, tensors, weights
+from .io import (
+  gguf_file,
+  gguf_tokenizer,
+  quantised,
+  spiece,
+  tensors,
+  token_ids,
+  weights,
+)
 from .io import template as templates
 from .io import tokenizer as tokenizers_
 
@@ -35,12 +43,16 @@ def open_pretrained(name: str, revision: str = "") -> Pretrained:
   else:
     found = _open_file(path)
   if found.text_tokenizer is not None:
-    size = found.text_tokenizer.get_vocab_size()
-    if size > found.config.vocab_size:
-      raise weights.WeightsError(
-        f"The tokenizer of {path} has {size} tokens and the model's vocab_size "
-        f"is {found.config.vocab_size}; they belong to different models."
-      )
+    token_ids.check(
+      found.text_tokenizer,
+      found.config.vocab_size,
+      getattr(found.config, "type_vocab_size", None),
+      path,
+    )
+  try:
+    found.family.check(found.config, found.tensors)
+  except weights.WeightsError as error:
+    raise weights.WeightsError(f"{path}: {error}") from error
   return found
 
 
@@ -48,6 +60,8 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
   hf_config = weights.read_config(folder)
   quantised.refuse_config(folder, hf_config)
   found = _opened(folder, hf_config, folder / "config.json")
+  if found.family.reads == "texts":
+    token_ids.check_folder(folder, found.config.vocab_size)
   stored = tensors.open_safetensors(folder)
   quantised.refuse_tensors(folder, stored)
   text_tokenizer = None
@@ -64,6 +78,15 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
 
 def _open_gguf(path: pathlib.Path) -> Pretrained:
   model = gguf_file.open_gguf(path)
+  token_ids.check_named(
+    {
+      "tokenizer.ggml.bos_token_id": model.bos_id,
+      "tokenizer.ggml.eos_token_id": model.eos_id,
+      "tokenizer.ggml.padding_token_id": model.pad_id,
+    },
+    model.config["vocab_size"],
+    path,
+  )
   text_tokenizer = gguf_tokenizer.tokenizer(model)
   eos_id = model.eos_id
 

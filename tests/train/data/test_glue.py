@@ -4,12 +4,15 @@ import http.client
 import io
 from typing import Any
 import urllib.request
+import zipfile
 
 import glue_files
 import pytest
 
+from train import bounds
 from train.data import hashing, pipeline
 from train.data import registry as tasks
+from train.errors import UsageError
 
 # name: files, all texts of `test`, one row of train or validation
 CASES = {
@@ -142,3 +145,45 @@ def test_a_zip_without_the_tables_is_refused(put):
   data_dir = put("glue/rte", {"RTE/readme.txt": ""})
   with pytest.raises(RuntimeError, match=r"glue/rte cannot be .*train\.tsv"):
     pipeline.load(tasks.get("glue/rte"), "train", data_dir)
+
+
+def _zip(path, *members):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name, content, mode in members:
+      info = zipfile.ZipInfo(name)
+      info.compress_type = zipfile.ZIP_DEFLATED
+      info.external_attr = mode << 16
+      archive.writestr(info, content)
+
+
+@pytest.mark.parametrize(
+  ("member", "fault"),
+  [
+    (("../../evil.tsv", b"", 0o100644), "leads out of the folder"),
+    (("/tmp/evil.tsv", b"", 0o100644), "leads out of the folder"),
+    (("..\\evil.tsv", b"", 0o100644), "leads out of the folder"),
+    (("CoLA/link", b"/etc", 0o120777), "is neither a file nor a folder"),
+    (("CoLA/bomb", bytes(2**22), 0o100644), "becomes more than"),
+  ],
+)
+def test_a_zip_is_checked_before_any_of_it_is_unpacked(
+  tmp_path, monkeypatch, member, fault
+):
+  monkeypatch.setattr(bounds, "_FREE", 2**20)
+  path = tmp_path / "originals" / "CoLA.zip"
+  _zip(path, ("CoLA/train.tsv", b"", 0), member)
+  with pytest.raises((RuntimeError, UsageError), match=fault) as caught:
+    pipeline.load(tasks.get("glue/cola"), "train", tmp_path)
+  assert str(path) in str(caught.value)
+  assert [x.name for x in tmp_path.iterdir()] == ["originals"]
+
+
+def test_a_zip_of_which_a_file_is_damaged_is_refused(tmp_path):
+  path = tmp_path / "originals" / "CoLA.zip"
+  _zip(path, ("CoLA/train.tsv", bytes(range(256)) * 9, 0))
+  blob = bytearray(path.read_bytes())
+  blob[60] ^= 255
+  path.write_bytes(blob)
+  with pytest.raises(RuntimeError, match=r"CoLA\.zip is not a zip file"):
+    pipeline.load(tasks.get("glue/cola"), "train", tmp_path)

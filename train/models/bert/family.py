@@ -65,6 +65,7 @@ FAMILY = Family(
   complete=_complete,
   classifier=_classifier,
   params=_params,
+  check=weights.check,
   # Tokens, and their mask.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2,
   logical_axes=bert.logical_axes,

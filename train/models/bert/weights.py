@@ -7,7 +7,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import stored
+from ..io import stored, weights
 from ..io import tensors as tensors_
 from .model import BertConfig
 
@@ -58,16 +58,26 @@ def params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or in the encoder and unknown to it; and nothing was read.
+      says, no floats, there by two names, or in the encoder and unknown to it;
+      and nothing was read.
   """
-  tensors = {_full_name(name): tensor for name, tensor in tensors.items()}
-  plan = _plan(config)
+  check(config, tensors)
+  return stored.read(_plan(config), _by_full_name(tensors), dtype, place)
+
+
+def check(config: BertConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
+  """Refuses tensors that `params` cannot read.
+
+  Raises:
+    WeightsError: as `params`.
+  """
+  found = _by_full_name(tensors)
 
   def ignored(name: str) -> bool:
     return not name.startswith(_PARTS) or name in _BUFFERS
 
-  stored.check(plan, tensors, ignored, "BERT")
-  return stored.read(plan, tensors, dtype, place)
+  stored.check_layers(config.num_layers, tensors, "BERT")
+  stored.check(_plan(config), found, ignored, "BERT")
 
 
 def tensors(
@@ -123,6 +133,20 @@ def _plan(config: BertConfig) -> dict[stored.Path, stored.Source]:
     for ours, theirs in _NORMS.items():
       norm((layer, ours), f"{source}.{theirs}")
   return plan
+
+
+def _by_full_name(
+  tensors: Mapping[str, tensors_.Tensor],
+) -> dict[str, tensors_.Tensor]:
+  found: dict[str, str] = {}
+  for name in tensors:
+    other = found.setdefault(_full_name(name), name)
+    if other != name:
+      raise weights.WeightsError(
+        f"The tensors do not fit the BERT's configuration: {other} and {name} "
+        "are two names of one."
+      )
+  return {full: tensors[name] for full, name in found.items()}
 
 
 def _full_name(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..family import Family, Kind, Pretrained
 from ..io import template as templates
+from ..io import weights as weights_files
 from . import config as configs
 from . import generate, label_words, weights
 from . import model as decoder
@@ -19,6 +20,11 @@ def _complete(found: Pretrained) -> Pretrained:
   eos_id = None
   if template.eos:
     eos_id = found.tokenizer.token_to_id(template.eos)
+    if eos_id is None:
+      raise weights_files.WeightsError(
+        f"{found.path} has the eos_token {template.eos!r:.100} in "
+        "tokenizer_config.json, and no such token in tokenizer.json."
+      )
   # What stands at padding is never seen nor learned.
   return dataclasses.replace(
     found, pad_id=eos_id or 0, eos_id=eos_id, template=template
@@ -73,6 +79,7 @@ FAMILY = Family(
   label_tokens=_label_tokens,
   language_model=decoder.Decoder,
   params=_params,
+  check=weights.check,
   # Tokens.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),),
   logical_axes=decoder.logical_axes,

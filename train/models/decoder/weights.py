@@ -41,18 +41,29 @@ def params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; the first are named together, and nothing was
-      read.
+      says, no floats, or unknown to it; the first are named together, and
+      nothing was read.
   """
-  plan = _plan(config, scan)
+  check(config, tensors)
+  return stored.read(_plan(config, scan), tensors, dtype, place)
+
+
+def check(
+  config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
+) -> None:
+  """Refuses tensors that `params` cannot read.
+
+  Raises:
+    WeightsError: as `params`.
+  """
 
   def ignored(name: str) -> bool:
     # Some checkpoints hold the head that is tied as well.
     duplicate = config.tied and name == "lm_head.weight"
     return duplicate or _BUFFER.fullmatch(name) is not None
 
-  stored.check(plan, tensors, ignored, "decoder")
-  return stored.read(plan, tensors, dtype, place)
+  stored.check_layers(config.num_layers, tensors, "decoder")
+  stored.check(_plan(config, False), tensors, ignored, "decoder")
 
 
 def tensors(

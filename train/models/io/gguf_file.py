@@ -208,7 +208,7 @@ def _read(
     f"{path} is not a whole GGUF file; it may have been cut short at its "
     f"{path.stat().st_size} bytes, or be of another version"
   ):
-    reader = gguf.GGUFReader(path)
+    reader = _Reader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
   if reader.byte_order == "S":
     raise weights.WeightsError(
@@ -227,6 +227,18 @@ def _read(
     )
   # The reader itself, which keeps an array for every token, is let go here.
   return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+class _Reader(gguf.GGUFReader):
+  """Ends at the end of the file, whatever counts are in it."""
+
+  def _get(
+    self, offset: int, dtype: Any, count: int = 1, *more: Any, **of: Any
+  ):
+    found = super()._get(offset, dtype, count, *more, **of)
+    if len(found) < count:
+      raise ValueError("a count in it goes beyond its end")
+    return found
 
 
 def _config(
@@ -324,7 +336,7 @@ def _rope_scaling(
     return None
   factor = float(factors.max())
   scaling = {**_LLAMA3_SCALING, "factor": factor}
-  pairs = np.arange(0, config["head_dim"], 2)
+  pairs = np.arange(0, 2 * factors.size, 2)
   turns = (
     scaling["original_max_position_embeddings"]
     * config["rope_theta"] ** (-pairs / config["head_dim"])
@@ -334,7 +346,7 @@ def _rope_scaling(
   smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
   expected = 1.0 / ((1.0 - smooth) / factor + smooth)
   # They were computed in float32.
-  if factors.shape != expected.shape or not np.allclose(
+  if 2 * factors.size != config["head_dim"] or not np.allclose(
     factors, expected, rtol=1e-4
   ):
     raise weights.WeightsError(

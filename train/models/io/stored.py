@@ -13,6 +13,8 @@ import numpy as np
 from . import tensors as tensors_
 from . import weights
 
+_FEW = 1000
+
 Path = tuple[str, ...]
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
@@ -128,6 +130,8 @@ def check(
 ) -> None:
   """Refuses a checkpoint that a plan cannot read, before anything is read.
 
+  `check_layers` comes before the plan is made.
+
   Args:
     plan: path in the tree of parameters -> where its values are.
     tensors: by name.
@@ -135,8 +139,8 @@ def check(
     model: what to call it in the message.
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the plan says, or
-      unknown to it; the first are named together.
+    WeightsError: tensors are missing, of another shape than the plan says, no
+      floats, or unknown to it; the first are named together.
   """
   shapes = {
     name: source.tensor_shape
@@ -148,6 +152,11 @@ def check(
     f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
     for name, shape in shapes.items()
     if name in tensors and tuple(tensors[name].shape) != shape
+  ]
+  found += [
+    f"{name} is of {kind}, and weights are floats"
+    for name in shapes
+    if name in tensors and (kind := _other_kind(tensors[name]))
   ]
   # A layer too many beside a configuration of fewer would be dropped in
   # silence.
@@ -161,6 +170,33 @@ def check(
       f"The tensors do not fit the {model}'s configuration: "
       f"{weights.listed(found)}."
     )
+
+
+def check_layers(
+  count: int, tensors: Mapping[str, tensors_.Tensor], model: str
+) -> None:
+  """Refuses a configuration of more layers than there are tensors.
+
+  A plan of them, or a model, would take all the memory there is.
+
+  Raises:
+    WeightsError: that says so.
+  """
+  # Of few, `check` says what is missing.
+  if count > max(len(tensors), _FEW):
+    raise weights.WeightsError(
+      f"The tensors do not fit the {model}'s configuration: it has {count}"
+      f" layers, and there are {len(tensors)} tensors in all."
+    )
+
+
+def _other_kind(tensor: tensors_.Tensor) -> str:
+  """The dtype of a tensor that holds no floats; "" of one that does."""
+  try:
+    dtype = tensor.dtype
+  except weights.WeightsError as error:
+    return str(error)
+  return "" if jnp.issubdtype(dtype, jnp.floating) else dtype.name
 
 
 def _reader(

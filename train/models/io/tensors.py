@@ -36,7 +36,8 @@ def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
 
   Raises:
     WeightsError: no such file, or one that is empty, cut short or garbled; a
-      missing shard; a tensor that the index lists and its shard lacks.
+      missing shard; a tensor that the index lists and its shard lacks, or that
+      two shards have.
   """
   folder = pathlib.Path(folder)
   single = folder / "model.safetensors"
@@ -76,7 +77,11 @@ class _Stored:
 
   @property
   def dtype(self) -> np.dtype:
-    return self[(slice(0, 0),) * len(self.shape)].dtype
+    try:
+      return self[(slice(0, 0),) * len(self.shape)].dtype
+    except (AttributeError, TypeError, safetensors.SafetensorError) as error:
+      # The file's name of a dtype that NumPy has not.
+      raise weights.WeightsError(self.part.get_dtype()) from error
 
   def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:
     return self.part[index]
@@ -113,7 +118,15 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
       raise weights.WeightsError(
         f"{index.parent} lacks the shard {shard} that {index.name} lists."
       )
-    tensors |= _open_file(path)
+    found = _open_file(path)
+    twice = [name for name in found if shards.get(name, shard) != shard]
+    twice += [name for name in found if name in tensors and name not in twice]
+    if twice:
+      raise weights.WeightsError(
+        f"{path} holds tensors that are another shard's, too, or by "
+        f"{index.name}: {weights.listed(twice, ', ')}."
+      )
+    tensors |= found
   missing = sorted(shards.keys() - tensors.keys())
   if missing:
     raise weights.WeightsError(

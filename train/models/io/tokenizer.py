@@ -1,6 +1,9 @@
 """Loading a tokenizer.json, and token ids of texts and of pairs of texts."""
 
 import collections.abc
+from collections.abc import Iterator
+import contextlib
+import os
 import pathlib
 
 import tokenizers
@@ -9,6 +12,8 @@ from ... import checked
 from . import weights
 
 FILE = "tokenizer.json"
+# Eight times the largest that is published.
+_MOST = 2**28
 _PAD_TOKENS = ("[PAD]", "<pad>")
 
 
@@ -24,11 +29,38 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   path = pathlib.Path(folder) / FILE
   if not checked.is_file(path):
     raise weights.WeightsError(f"{path.parent} has no {FILE}.")
+  if path.stat().st_size > _MOST:
+    raise weights.WeightsError(
+      f"{path} has {path.stat().st_size:,} bytes; at most {_MOST:,} are read."
+    )
   with weights.told_of(f"{path} is not a tokenizer that `tokenizers` can read"):
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer
+
+
+@contextlib.contextmanager
+def refusing(whose: str | os.PathLike[str] = "the model") -> Iterator[None]:
+  """Says what a tokenizer that takes no text does with one, in a sentence.
+
+  A vocabulary without a token for what is unknown raises a bare Exception. A
+  pattern that goes back and forth without an end is stopped after ten million
+  steps by a panic of Rust's, which is no Exception.
+
+  Raises:
+    WeightsError: in place of both.
+  """
+  try:
+    yield
+  except BaseException as error:
+    is_panic = type(error).__name__ == "PanicException"
+    if is_panic or type(error) is Exception:
+      raise weights.WeightsError(
+        f"The tokenizer of {os.fspath(whose)} cannot read a text: "
+        f"{str(error)[:500]}."
+      ) from error
+    raise
 
 
 def encode(
@@ -65,7 +97,8 @@ def encode(
     )
   tokenizer.enable_truncation(max_length, strategy="longest_first")
   try:
-    encoded = tokenizer.encode_batch(list(texts))
+    with refusing():
+      encoded = tokenizer.encode_batch(list(texts))
   finally:
     tokenizer.no_truncation()
   return [(item.ids, item.type_ids) for item in encoded]
@@ -82,7 +115,8 @@ def continuation(
   """
 
   def ids(text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    with refusing():
+      return tokenizer.encode(text, add_special_tokens=False).ids
 
   before, whole = ids(text), ids(text + more)
   if whole[: len(before)] == before:

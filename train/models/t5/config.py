@@ -25,6 +25,8 @@ _INTEGERS = {
   "max_distance": "relative_attention_max_distance",
 }
 
+_FARTHEST = 2**16
+
 MODEL_TYPE = "t5"
 """What `T5Config.from_hf` reads."""
 
@@ -90,6 +92,12 @@ class T5Config:
       raise ValueError(
         "relative_attention_num_buckets must be a multiple of 4, got "
         f"{self.num_buckets}."
+      )
+    # A table has a place for each distance.
+    if self.max_distance > _FARTHEST:
+      raise ValueError(
+        f"relative_attention_max_distance must be at most {_FARTHEST}, got "
+        f"{self.max_distance}."
       )
     if self.max_distance <= self.num_buckets // 2:
       raise ValueError(

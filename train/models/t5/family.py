@@ -71,6 +71,7 @@ FAMILY = Family(
   label_tokens=_label_tokens,
   language_model=t5.T5,
   params=_params,
+  check=weights.check,
   # The source's tokens, their mask, and the target's.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 3,
   logical_axes=t5.logical_axes,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from ..io import tokenizer as tokenizer_
 from . import model as t5
 
 
@@ -76,7 +77,8 @@ def tokens(
   """
   by_tokens: dict[tuple[int, ...], str] = {}
   for word in words:
-    encoded = tokenizer.encode(word, add_special_tokens=False)
+    with tokenizer_.refusing():
+      encoded = tokenizer.encode(word, add_special_tokens=False)
     if not encoded.ids:
       raise ValueError(f"The label {word!r} has no tokens in this vocabulary.")
     ids = (*encoded.ids, eos_id)

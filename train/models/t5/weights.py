@@ -60,14 +60,34 @@ def params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; the first are named together, and nothing was
-      read.
+      says, no floats, or unknown to it; the first are named together, and
+      nothing was read.
   """
-  table = next((name for name in _TABLES if name in tensors), _TABLES[0])
-  plan = _plan(config, scan, table)
+  check(config, tensors)
+  return stored.read(
+    _plan(config, scan, _table(tensors)), tensors, dtype, place
+  )
+
+
+def check(config: T5Config, tensors: Mapping[str, tensors_.Tensor]) -> None:
+  """Refuses tensors that `params` cannot read.
+
+  Raises:
+    WeightsError: as `params`.
+  """
   duplicates = (*_TABLES, *([_HEAD] if config.tied else []), _UNUSED)
-  stored.check(plan, tensors, lambda name: name in duplicates, "T5")
-  return stored.read(plan, tensors, dtype, place)
+  layers = config.num_layers + config.num_decoder_layers
+  stored.check_layers(layers, tensors, "T5")
+  stored.check(
+    _plan(config, False, _table(tensors)),
+    tensors,
+    lambda name: name in duplicates,
+    "T5",
+  )
+
+
+def _table(tensors: Mapping[str, tensors_.Tensor]) -> str:
+  return next((name for name in _TABLES if name in tensors), _TABLES[0])
 
 
 def tensors(

@@ -30,7 +30,7 @@ def _read_file(path: pathlib.Path) -> tuple[Any, Any, Any]:
   tensors = weights.read(path)
   try:
     config = weights.config(tensors)
-  except files.WeightsError as error:
+  except ValueError as error:
     raise files.WeightsError(f"{path}: {error}") from error
   return config, tensors, weights.hf_config(config)
 
@@ -98,6 +98,7 @@ FAMILY = Family(
   read_file=_read_file,
   classifier=_classifier,
   params=_params,
+  check=weights.check,
   example_inputs=_example_inputs,
   logical_axes=vit.logical_axes,
   kind=_kind,

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import traverse_util
 from google.protobuf import message
+import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -94,7 +95,7 @@ def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
   prefix = prefixes[0]
   parts = tuple(f"{prefix}{part}." for part in _PARTS)
   found = {
-    name.removeprefix(prefix): numpy_helper.to_array(tensor)
+    name.removeprefix(prefix): _array(path, tensor)
     for name, tensor in stored.items()
     if name.startswith(parts)
   }
@@ -105,7 +106,7 @@ def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
       continue
     module = module.removeprefix(prefix)
     nameless = [
-      numpy_helper.to_array(stored[name])
+      _array(path, stored[name])
       for name in node.input
       if name in stored and not name.startswith(parts)
     ]
@@ -115,8 +116,18 @@ def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
       positions += nameless
   if _POSITIONS not in found and {x.ndim for x in positions} == {3}:
     positions.sort(key=lambda x: x.shape[1])  # that of the class token first
-    found[_POSITIONS] = np.concatenate(positions, 1)
+    if len({x.shape[2] for x in positions}) == 1:
+      found[_POSITIONS] = np.concatenate(positions, 1)
   return found
+
+
+def _array(path: pathlib.Path, tensor: onnx.TensorProto) -> np.ndarray:
+  try:
+    return numpy_helper.to_array(tensor)
+  except (ValueError, TypeError, KeyError) as error:
+    raise weights.WeightsError(
+      f"{path} has a tensor, {tensor.name}, that cannot be read: {error}."
+    ) from error
 
 
 def config(tensors: Mapping[str, Any]) -> vit.VitConfig:
@@ -192,27 +203,11 @@ def vit_params(
 
   Raises:
     WeightsError: tensors are missing, of another shape than the configuration
-      says, or unknown to it; the first are named together.
+      says, no floats, or unknown to it; the first are named together.
   """
-  plan = _plan(config)
-  faults = [f"{name} is missing" for name in plan if name not in tensors]
-  faults += [
-    f"{name} has shape {tensors[name].shape}, expected {shape}"
-    for name, (_, shape) in plan.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  faults += [
-    f"{name} has no place in it"
-    for name in tensors
-    if name not in plan and name != _UNUSED
-  ]
-  if faults:
-    raise weights.WeightsError(
-      "The tensors do not fit the ViT's configuration: "
-      f"{weights.listed(faults)}."
-    )
+  check(config, tensors)
   flat: dict[tuple[str, ...], np.ndarray] = {}
-  for name, (path, _) in plan.items():
+  for name, (path, _) in _plan(config).items():
     value = np.asarray(tensors[name], np.float32)
     if name == _POSITIONS:
       flat["embeddings", "cls_position"] = value[0, 0]
@@ -226,6 +221,36 @@ def vit_params(
       value = value.T
     flat[path] = value
   return traverse_util.unflatten_dict(flat)
+
+
+def check(config: vit.VitConfig, tensors: Mapping[str, Any]) -> None:
+  """Refuses tensors that `vit_params` cannot read.
+
+  Raises:
+    WeightsError: as `vit_params`.
+  """
+  plan = _plan(config)
+  faults = [f"{name} is missing" for name in plan if name not in tensors]
+  faults += [
+    f"{name} has shape {tensors[name].shape}, expected {shape}"
+    for name, (_, shape) in plan.items()
+    if name in tensors and tensors[name].shape != shape
+  ]
+  faults += [
+    f"{name} is of {tensors[name].dtype}, and weights are floats"
+    for name in plan
+    if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
+  ]
+  faults += [
+    f"{name} has no place in it"
+    for name in tensors
+    if name not in plan and name != _UNUSED
+  ]
+  if faults:
+    raise weights.WeightsError(
+      "The tensors do not fit the ViT's configuration: "
+      f"{weights.listed(faults)}."
+    )
 
 
 def vit_tensors(
