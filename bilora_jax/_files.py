@@ -96,10 +96,11 @@ def load_adapters(
 
   Raises:
     ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays do not fit the model; every mismatch is named.
+      arrays are not finite or do not fit the model; every mismatch is named.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
+  require_finite(folder / _TENSORS, arrays)
   spec = _spec(folder / _CONFIG, config)
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
   differences = [
@@ -197,6 +198,22 @@ def read_tensors(
     raise ValueError(
       f"{path} is not a whole safetensors file: {error}."
     ) from error
+
+
+def require_finite(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+  """Refuses arrays with NaN or infinity in them.
+
+  Raises:
+    ValueError: that names those arrays.
+  """
+  faults = [name for name, x in arrays.items() if not np.isfinite(x).all()]
+  if faults:
+    more = f", ... ({len(faults)} in all)" if len(faults) > 8 else ""
+    raise ValueError(
+      f"{path} has values that are not finite in {', '.join(faults[:8])}{more}."
+    )
 
 
 def read_json(path: pathlib.Path) -> Any:
