@@ -1,5 +1,6 @@
 """What a run leaves for later: what its task was, and what it has trained."""
 
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
@@ -15,6 +16,7 @@ from .. import files
 from ..data import registry as tasks
 from ..data.task import Task
 from ..errors import UsageError
+from . import fingerprint as fingerprints
 from .config import Config
 
 ADAPTERS = "adapters"
@@ -25,9 +27,15 @@ TEMPLATE = "chat_template.jinja"
 """Of the conversations, if the run has its own."""
 
 
-def begin(folder: pathlib.Path, config: Config, task: Task) -> None:
+def begin(
+  folder: pathlib.Path,
+  config: Config,
+  task: Task,
+  fingerprint: Mapping[str, Any],
+) -> None:
   """Writes what a run is of, before its first step."""
   files.write_json(folder / TASK, task.description())
+  fingerprints.begin(folder, fingerprint)
   if config.data.chat_template:
     source = pathlib.Path(config.data.chat_template).expanduser()
     files.write_atomically(folder / TEMPLATE, source.read_text("utf-8"))
@@ -65,7 +73,7 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
   """Parameters, nested as a model has them, in the dtypes they were saved in.
 
   Raises:
-    UsageError: if their file is damaged.
+    UsageError: if their file is damaged, or one is not finite.
   """
   path = folder / PARAMETERS
   try:
@@ -74,6 +82,9 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     raise UsageError(
       f"{path} is not a whole safetensors file: {error}."
     ) from error
+  for name, x in flat.items():
+    if not np.isfinite(x).all():
+      raise UsageError(f"{path}: {name} has values that are not finite.")
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
