@@ -101,10 +101,12 @@ def load_adapters(
 
   Raises:
     ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays are no floats or do not fit the model; every mismatch is named.
+      arrays are no finite floats or do not fit the model; every mismatch is
+      named.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
+  require_finite(folder / _TENSORS, arrays)
   spec = _spec(folder / _CONFIG, config)
   _require_floats(folder / _TENSORS, arrays)
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
@@ -252,6 +254,22 @@ def read_tensors(
     raise ValueError(
       f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
+
+
+def require_finite(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+  """Refuses arrays with NaN or infinity in them.
+
+  Raises:
+    ValueError: that names those arrays.
+  """
+  faults = [name for name, x in arrays.items() if not np.isfinite(x).all()]
+  if faults:
+    more = f", ... ({len(faults)} in all)" if len(faults) > 8 else ""
+    raise ValueError(
+      f"{path} has values that are not finite in {', '.join(faults[:8])}{more}."
+    )
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -315,6 +315,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} is not PEFT's, whose names begin with {_PREFIX}; got "
       f"{', '.join(other)}."
     )
+  _files.require_finite(path, found)
   return {name.removeprefix(_PREFIX): value for name, value in found.items()}
 
 

@@ -37,6 +37,8 @@ class Options:
   """Replace --json if it is there."""
   batch_size: int = option(0, least=0, below=2**20)
   """Rows that are evaluated together; 0: as in the run."""
+  accept_changes: bool = False
+  """Go on though the run's model is not the one that it was trained on."""
   columns: tyro.conf.OmitArgPrefixes[predict.Columns] = dataclasses.field(
     default_factory=predict.Columns
   )
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
     raise UsageError(f"--json {out} is there; --overwrite replaces it.")
-  finished = open_run(options.run)
+  finished = open_run(options.run, accept_changes=options.accept_changes)
   found = _evaluation(options, finished)
   print("\n".join(_lines(found)))
   if options.json:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -17,7 +16,7 @@ import tyro
 
 from bilora_jax import peft
 
-from .. import checked
+from .. import checked, files
 from .. import options as options_lib
 from ..errors import UsageError
 from ..models.io import weights
@@ -67,6 +66,8 @@ class Options:
   push_to_hub: str = ""
   """Upload the folder to this repository of the Hugging Face hub, as
   user/name."""
+  accept_changes: bool = False
+  """Go on though the run's model is not the one that it was trained on."""
   private: bool = False
   """If the repository is new, only you and your organisation see it."""
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if options.push_to_hub:
     hub.check(options.push_to_hub)
   _check_out(out, options.overwrite)
-  run = open_run(options.run)
+  run = open_run(options.run, accept_changes=options.accept_changes)
   _check_other(out, run)
   whole = options.merged or run.adapted is None
   base, note = options.base_model, ""
@@ -191,7 +192,7 @@ def _write_model(out: pathlib.Path, run: Finished) -> None:
     labels = run.labels or ("value",)
   config = run.pretrained.exported_config(run.model, tensors, labels)
   _write_tensors(out, tensors)
-  (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  files.write_json(out / "config.json", config)
 
 
 def _write_tensors(
@@ -215,9 +216,7 @@ def _write_tensors(
       "metadata": split.metadata,
       "weight_map": split.tensor_to_filename,
     }
-    (out / "model.safetensors.index.json").write_text(
-      json.dumps(index, indent=2) + "\n"
-    )
+    files.write_json(out / "model.safetensors.index.json", index)
 
 
 def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
@@ -240,8 +239,7 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
     config.setdefault("bos_token", template.bos or None)
     config.setdefault("eos_token", template.eos or None)
     (out / "chat_template.jinja").unlink(missing_ok=True)
-  text = json.dumps(config, indent=2) + "\n"
-  (out / "tokenizer_config.json").write_text(text)
+  files.write_json(out / "tokenizer_config.json", config)
 
 
 def _open_to_others(folder: pathlib.Path) -> None:

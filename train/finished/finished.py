@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
-from ..run import assemble, kept
+from ..run import assemble, fingerprint, kept
 from ..run import config as config_lib
 from ..run.config import Config
 
@@ -161,16 +161,19 @@ def reading() -> Iterator[None]:
     raise UsageError(str(error)) from error
 
 
-def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:
+def open_run(
+  folder: str | pathlib.Path, base: str = "", accept_changes: bool = False
+) -> Finished:
   """Opens a run that has ended.
 
   Args:
     folder: of the run, by this version of the program or an older.
     base: the model that its adapters are put on; empty: the run's.
+    accept_changes: whether the run's model may be another than it was.
 
   Raises:
     ValueError: if there is no such run, it has not ended or kept nothing, or
-      its model cannot be had.
+      its model cannot be had, or has changed.
   """
   folder = pathlib.Path(folder).expanduser()
   _check_folder(folder)
@@ -186,8 +189,11 @@ def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:
       )
     options = dataclasses.replace(options, name=base, hub_revision="")
     config = dataclasses.replace(config, model=options)
+  begun = {} if base else fingerprint.read(folder)
   try:
-    pretrained = load.open_pretrained(options.name, options.hub_revision)
+    pretrained = load.open_pretrained(
+      options.name, options.hub_revision, str(begun.get("commit") or "")
+    )
   except ValueError as error:
     raise UsageError(f"the model of {folder}: {error}") from error
   module = {**options.of_module, "remat": "none"}
@@ -207,7 +213,13 @@ def open_run(folder: str | pathlib.Path, base: str = "") -> Finished:
       *jax.eval_shape(objective.inputs, _BATCH),
       methods=("__call__", *pretrained.family.generate_methods),
     )
-  return Finished(folder, config, pretrained, task, model, adapted, objective)
+  finished = Finished(
+    folder, config, pretrained, task, model, adapted, objective
+  )
+  if begun and not accept_changes:
+    template = finished.template if task.kind == "conversations" else None
+    fingerprint.require_same_base(folder, config, begun, pretrained, template)
+  return finished
 
 
 # One of each kind; an objective takes what its model reads.

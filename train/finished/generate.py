@@ -60,6 +60,8 @@ class Options:
   """Draw from the likeliest tokens that make up this share."""
   seed: int = option(0, least=0, below=2**63)
   """Of the draws."""
+  accept_changes: bool = False
+  """Go on though the run's model is not the one that it was trained on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +151,7 @@ class _Opened(NamedTuple):
 
 def _opened(options: Options) -> _Opened:
   if options.run:
-    run = finished.open_run(options.run, options.model)
+    run = finished.open_run(options.run, options.model, options.accept_changes)
     _check_generates(run.pretrained)
     return _Opened(run.pretrained, run.template, run.model, run.apply)
   pretrained = load.open_pretrained(options.model)

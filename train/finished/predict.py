@@ -82,6 +82,8 @@ class Options:
   """Replace --out if it is there."""
   batch_size: int = option(0, least=0, below=2**20)
   """Rows that are labelled together; 0: as in the run."""
+  accept_changes: bool = False
+  """Go on though the run's model is not the one that it was trained on."""
   columns: tyro.conf.OmitArgPrefixes[Columns] = dataclasses.field(
     default_factory=Columns
   )
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options)
   options_lib.check(options.columns)
   out = _out(options)
-  finished = open_run(options.run)
+  finished = open_run(options.run, accept_changes=options.accept_changes)
   check_labelled(finished)
   rows = _rows(options, finished)
   size = options.batch_size or finished.batch_size
@@ -161,7 +163,7 @@ def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
       parquet.write_table(pa.Table.from_pylist(rows), part)
     elif out.suffix == ".jsonl":
-      part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+      part.write_text("".join(json.dumps(files.finite(x)) + "\n" for x in rows))
     else:
       part.write_text(_csv(rows))
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 import bilora_jax
 from bilora_jax import initializers
@@ -48,7 +49,8 @@ def started(
     batch: the first one, for the gradient that `lora_ga` starts along.
 
   Raises:
-    ValueError: if a rank is above what a weight has.
+    ValueError: if a rank is above what a weight has, or what is found is not
+      finite.
   """
   init, adapted = method.init, method.adapted
   if name == "uniform" or adapted is None:
@@ -70,6 +72,11 @@ def started(
   # Of the primary alone, whatever the key.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, name)(adapted, variables, new, *more)
+  if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start)):
+    raise ValueError(
+      f"--start {name} has found factors that are not finite; another --start "
+      "may do, as uniform does."
+    )
 
   def with_start(key, variables):
     return {**init(key, variables), "primary": start["primary"]}

@@ -23,19 +23,22 @@ from .io import tokenizer as tokenizers_
 __all__ = ["Pretrained", "open_pretrained"]
 
 
-def open_pretrained(name: str, revision: str = "") -> Pretrained:
+def open_pretrained(
+  name: str, revision: str = "", commit: str = ""
+) -> Pretrained:
   """Finds a model and reads all but its weights.
 
   Args:
     name: a folder, a GGUF or ONNX file, 'minilm', 'smollm2', 'vit',
       'package:NAME' or a hub name; see `weights.locate`.
     revision: of a hub name, a branch, a tag or a commit; empty: the newest.
+    commit: of a hub name, what `revision` stood for when it was first used.
 
   Raises:
     WeightsError: the model cannot be found, read, or fitted together.
   """
   files = [x.suffix for x in registry.families() if x.suffix]
-  path = weights.locate(name, revision, (".gguf", *files))
+  path = weights.locate(name, revision, (".gguf", *files), commit)
   if path.is_dir():
     found = _open_folder(path)
   elif path.suffix == ".gguf":

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from .. import checked, command
+from .. import checked, command, files
 from .. import options as options_lib
 from ..data import objectives
 from ..devices import mesh as mesh_lib
@@ -282,13 +281,10 @@ def _write(
   too_large: Mapping[str, str],
   memory: int | None,
 ) -> None:
-  text = json.dumps(
-    {
-      "options": dataclasses.asdict(options),
-      "usable_bytes": memory,
-      "does_not_fit": dict(too_large),
-      "figures": [dataclasses.asdict(x) for x in found],
-    },
-    indent=2,
-  )
-  pathlib.Path(options.json).write_text(text + "\n")
+  told = {
+    "options": dataclasses.asdict(options),
+    "usable_bytes": memory,
+    "does_not_fit": dict(too_large),
+    "figures": [dataclasses.asdict(x) for x in found],
+  }
+  files.write_json(pathlib.Path(options.json), told)

@@ -22,7 +22,8 @@ from ..methods import starts
 from ..models import load as models
 from ..models.family import Pretrained
 from . import config as config_lib
-from . import kept, lowering, memory
+from . import fingerprint as fingerprints
+from . import lowering, memory
 from .config import Config
 
 _CONFIG = "config.json"
@@ -38,6 +39,8 @@ class Prepared:
     shapes: of the variables, before they are quantised.
     axes: a tree like `shapes` of the names of their axes.
     start: the adapters at the start, if they were taken out of the variables.
+    fingerprint: of what the run begins or goes on with.
+    changed: a sentence, if that is not what it was begun with.
   """
 
   config: Config
@@ -51,6 +54,8 @@ class Prepared:
   layout: mesh_lib.Layout
   method: methods.Method
   start: Any = None
+  fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+  changed: str = ""
 
   @property
   def steps(self) -> int:
@@ -93,8 +98,6 @@ def prepare(config: Config) -> Prepared:
     if isinstance(error, ValueError | RuntimeError):
       raise UsageError(str(error)) from error
     raise
-  if processes.is_first():
-    kept.begin(folder, config, prepared.data.task)
   return prepared
 
 
@@ -108,9 +111,11 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   )
   _check_eval_batch(config, layout)
   pretrained = models.open_pretrained(
-    config.model.name, config.model.hub_revision
+    config.model.name, config.model.hub_revision, fingerprints.commit(folder)
   )
   data = load_data(config, pretrained, layout)
+  fingerprint = fingerprints.of(config, pretrained, data)
+  changed = fingerprints.require_same(folder, config, fingerprint)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
     raise UsageError(
       "--samples has a model answer the prompts of conversations (--task "
@@ -164,6 +169,8 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     layout=layout,
     method=started.method,
     start=started.start,
+    fingerprint=fingerprint,
+    changed=changed,
   )
 
 

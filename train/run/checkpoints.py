@@ -1,8 +1,10 @@
 """Checkpoints of a run with Orbax: the last, to resume; the best, to keep."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import pathlib
 import shutil
@@ -13,40 +15,66 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from .. import files
+from ..devices import processes
 from ..errors import RunError, UsageError
 from .step import TrainState
 
 # Orbax writes arrays twice, first by process, then merged; and JSON about each.
 _SPACE_FACTOR = 2
 _SPACE_BESIDE = 2**20
+# The second is for when the first is damaged.
+_LASTS = 2
+FOLDER = "checkpoints"
+"""Of a run's folder."""
+
+
+class DamagedError(UsageError):
+  """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Resumed(NamedTuple):
-  """What the last checkpoint holds.
+  """What the last whole checkpoint holds.
 
   Attributes:
     state: the training state.
     loop: the loop's own, JSON: the data iterator's state, the best so far.
+    damaged: why later checkpoints were passed over, a sentence each.
   """
 
   state: TrainState
   loop: dict[str, Any]
+  damaged: tuple[str, ...] = ()
 
 
 class Checkpoints:
   """Two folders of checkpoints; neither ever holds the frozen base.
 
   Saving runs in the background. Orbax writes beside and renames, so that a
-  kill at any moment leaves the checkpoint before it whole.
+  kill at any moment leaves the checkpoint before it whole. What is read is
+  compared with checksums from the time of the save.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(
+    self, folder: pathlib.Path, begun: Mapping[str, Any] | None = None
+  ):
+    """Opens the folders, or makes them.
+
+    Args:
+      folder: of both.
+      begun: what the run is of, JSON, which each checkpoint keeps (`stored`).
+    """
     _quiet_orbax()
     self._folder = folder.absolute()
-    self._last = _manager(self._folder / "last", keep=2)
-    # Two, since a kill may come after a new best and before the checkpoint that
-    # names it.
-    self._best = _manager(self._folder / "best", keep=2)
+    self._begun = dict(begun or {})
+    # The best that each of the last names, which must stay as long as it does.
+    self._named: dict[int, int] = {}
+    self._digests: dict[int, str | None] = {}
+    for step, found in stored(self._folder):
+      self._name(step, found)
+    self._last = _manager(self._folder / "last", keep=_LASTS)
+    self._best = _manager(self._folder / "best", keep=None)
+    self._damaged: list[int] = []
 
   def save_last(
     self, step: int, state: TrainState, loop: Mapping[str, Any]
@@ -60,15 +88,26 @@ class Checkpoints:
       # It names the best, which must not be lost to a kill in between.
       self._best.wait_until_finished()
       self._require_space(state)
+      while self._damaged:
+        self._last.delete(self._damaged.pop())
+      best = loop.get("best", {}).get("step")
+      found = _sealed(
+        {
+          "loop": dict(loop),
+          "shapes": _shapes(state),
+          "begun": self._begun,
+          "state": _digest(state),
+          "best": self._digests.get(best),
+        }
+      )
       self._last.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(_copy(state)),
-          loop=ocp.args.JsonSave(
-            {"loop": dict(loop), "shapes": _shapes(state)}
-          ),
+          loop=ocp.args.JsonSave(found),
         ),
       )
+      self._name(step, found)
 
   def save_best(self, step: int, evaluated: Any) -> None:
     """Starts to save what is evaluated, after it was the best so far.
@@ -77,11 +116,17 @@ class Checkpoints:
       RunError: as `save_last`.
     """
     with self._writing():
+      self._last.wait_until_finished()
       self._best.wait_until_finished()
-      # From a run that was killed after them, and went on from before them.
-      for stale in [s for s in self._best.all_steps() if s >= step]:
-        self._best.delete(stale)
       self._require_space(evaluated)
+      lasts = sorted(self._named)[-_LASTS:]
+      kept = {self._named[last] for last in lasts}
+      # Those after it are from a run that was killed after them, and went on
+      # from before them.
+      for old in self._best.all_steps():
+        if old >= step or old not in kept:
+          self._best.delete(old)
+      self._digests[step] = _digest(evaluated)
       self._best.save(
         step,
         args=ocp.args.Composite(
@@ -99,44 +144,57 @@ class Checkpoints:
       self._last.wait_until_finished()
       self._best.wait_until_finished()
 
-  def resume(self, like: TrainState) -> Resumed | None:
-    """The last checkpoint, or None if there is none.
+  def resume(
+    self, like: TrainState, evaluated: Callable[[Any], Any] | None = None
+  ) -> Resumed | None:
+    """The last checkpoint that is whole, or None if there is none at all.
+
+    One that is damaged, or names a best that is, is passed over; the next save
+    removes it.
 
     Args:
       like: a state of the same method, model and spec.
+      evaluated: from what is trained to what `save_best` is given; None looks
+        at no best.
 
     Raises:
-      UsageError: if the checkpoint is of another method, model or spec, or
-        cannot be read.
+      UsageError: if a checkpoint is of another method, model or spec, or all
+        are damaged; they are left as they are.
     """
-    step = self._last.latest_step()
-    if step is None:
-      return None
-    found = self._restore(self._last, step, loop=ocp.args.JsonRestore())["loop"]
-    # Orbax would say so too, of one array and in four kinds of exceptions.
-    there, here = found["shapes"], _shapes(like)
-    for name in {**there, **here}:
-      if there.get(name) != here.get(name):
-        raise UsageError(
-          f"the checkpoint {self._folder / 'last' / str(step)} does not fit "
-          f"this run: {name} has the shape {there.get(name)} there and "
-          f"{here.get(name)} here. It is left as it is."
-        )
-    state = ocp.args.StandardRestore(_abstract(like))
-    found |= self._restore(self._last, step, state=state)
-    return Resumed(found["state"], found["loop"])
+    damaged: dict[int, str] = {}
+    for step in sorted(self._last.all_steps(), reverse=True):
+      try:
+        found, state = self._whole(step, like)
+        if evaluated is not None:
+          self._require_best(step, found["loop"], evaluated(state.trained))
+      except DamagedError as error:
+        damaged[step] = str(error)
+        continue
+      self._damaged = list(damaged)
+      for later in damaged:
+        self._named.pop(later, None)
+      return Resumed(state, found["loop"], tuple(damaged.values()))
+    if damaged:
+      first, *others = damaged.values()
+      left = "It is left as it is."
+      if others:
+        left = "So is the one before it. Both are left as they are."
+      raise UsageError(f"{first} {left}")
+    return None
 
   def best(self, step: int, like: Any) -> Any:
     """What was evaluated best, at that step.
 
     Raises:
-      UsageError: as `resume`.
+      UsageError: if it is not there, or is damaged.
     """
+    where = self._folder / "best" / str(step)
     if step not in self._best.all_steps():
-      raise UsageError(f"{self._folder / 'best'} lacks the one of step {step}.")
-    return self._restore(
-      self._best, step, evaluated=ocp.args.StandardRestore(_abstract(like))
-    )["evaluated"]
+      raise DamagedError(f"{where.parent} lacks the one of step {step}.")
+    args = ocp.args.StandardRestore(_abstract(like))
+    found = _restore(self._best, step, evaluated=args)["evaluated"]
+    _require_digest(where, found, self._digests.get(step))
+    return found
 
   def close(self) -> None:
     """Ends the background threads; `wait` says whether they succeeded."""
@@ -146,15 +204,46 @@ class Checkpoints:
         manager.wait_until_finished()
       manager.close()
 
-  def _restore(self, manager, step, **args):
-    where = pathlib.Path(manager.directory) / str(step)
+  def _name(self, step: int, found: Mapping[str, Any]) -> None:
+    best = found["loop"].get("best", {}).get("step")
+    if best:
+      self._named[step] = best
+      self._digests.setdefault(best, found.get("best"))
+
+  def _whole(
+    self, step: int, like: TrainState
+  ) -> tuple[dict[str, Any], TrainState]:
+    """The JSON and the state of a checkpoint."""
+    where = self._folder / "last" / str(step)
+    found = _read(where)
+    # Orbax would say so too, of one array and in four kinds of exceptions.
+    there, here = found["shapes"], _shapes(like)
+    for name in {**there, **here}:
+      if there.get(name) != here.get(name):
+        raise UsageError(
+          f"the checkpoint {where} does not fit this run: {name} has the shape "
+          f"{there.get(name)} there and {here.get(name)} here. It is left as "
+          "it is."
+        )
+    args = ocp.args.StandardRestore(_abstract(like))
+    state = _restore(self._last, step, state=args)["state"]
+    _require_digest(where, state, found.get("state"))
+    return found, state
+
+  def _require_best(
+    self, step: int, loop: Mapping[str, Any], evaluated: Any
+  ) -> None:
+    """Refuses a checkpoint whose best is damaged, and cannot be made again."""
+    best = loop.get("best", {}).get("step")
+    if not best:
+      return
     try:
-      return manager.restore(step, args=ocp.args.Composite(**args))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-      raise UsageError(
-        f"the checkpoint {where} is damaged; it is left as it is. Orbax says: "
-        f"{_first_line(error)}"
-      ) from error
+      self.best(best, evaluated)
+    except DamagedError:
+      if best != step:
+        raise
+      # It is that of the state.
+      self.save_best(step, evaluated)
 
   def _require_space(self, tree):
     # Orbax too finds a disk full, but late, and its threads are loud about it.
@@ -178,7 +267,102 @@ class Checkpoints:
       ) from error
 
 
-def _manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+def stored(folder: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields the JSON of each checkpoint of a run, the last first, by its step.
+
+  Those whose JSON is damaged are left out. Nothing is written.
+
+  Args:
+    folder: of `Checkpoints`.
+  """
+  steps = [
+    int(path.name)
+    for path in (folder / "last").glob("*")
+    if path.name.isdecimal()
+  ]
+  for step in sorted(steps, reverse=True):
+    with contextlib.suppress(DamagedError):
+      yield step, _read(folder / "last" / str(step))
+
+
+def _read(where: pathlib.Path) -> dict[str, Any]:
+  """The JSON of a checkpoint."""
+  try:
+    found = json.loads((where / "loop" / "metadata").read_bytes())
+    # Those of older versions have no seal.
+    if set(found) == {"loop", "shapes"}:
+      return found
+    if found != _sealed({k: x for k, x in found.items() if k != "seal"}):
+      raise ValueError("its JSON is not what was saved.")
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise _damage(where, error) from error
+  return found
+
+
+def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+  """The value as JSON has it, with a digest of itself."""
+  found = json.loads(json.dumps(files.finite(dict(value))))
+  text = json.dumps(found, sort_keys=True)
+  return {**found, "seal": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _digest(tree: Any) -> str:
+  """Of the bits of all arrays, wherever they are."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+  sums = jax.device_get([_checksum(x) for _, x in paths])
+  names = [jax.tree_util.keystr(path) for path, _ in paths]
+  text = json.dumps(sorted(zip(names, map(int, sums))))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """Of the bits of an array, a uint32 scalar.
+
+  Every word counts an odd number of times, modulo 2^32: a flipped bit always
+  changes the sum. It is made where the array is, and does not depend on how
+  that is sharded, so that a run may resume on another mesh.
+  """
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  place, stride = jnp.uint32(0), 1
+  for axis in reversed(range(words.ndim)):
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    place += along * jnp.uint32(stride % 2**32)
+    stride *= words.shape[axis]
+  return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _require_digest(where: pathlib.Path, tree: Any, digest: str | None) -> None:
+  # Those of older versions have none.
+  if digest is not None and _digest(tree) != digest:
+    raise _damage(where, ValueError("its arrays are not what was saved."))
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
+  found = why = None
+  try:
+    found = manager.restore(step, args=ocp.args.Composite(**args))
+  except MemoryError:
+    raise
+  except Exception as error:  # Orbax raises many kinds
+    why = error
+  # A process reads its own shards alone, and all go on from one step.
+  if processes.any_of(why is not None):
+    why = why or ValueError("another process cannot read it.")
+    raise _damage(pathlib.Path(manager.directory) / str(step), why) from why
+  return found
+
+
+def _damage(where: pathlib.Path, error: BaseException) -> DamagedError:
+  return DamagedError(
+    f"the checkpoint {where} is damaged: {_first_line(error).rstrip('.')}."
+  )
+
+
+def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
     folder,
     options=ocp.CheckpointManagerOptions(
@@ -224,10 +408,15 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 def _is_not_of_a_checkpoint(record: logging.LogRecord) -> bool:
   raised = record.exc_info[1] if record.exc_info else None
-  return "orbax" not in f"{record.getMessage()} {raised}"
+  told = f"{record.getMessage()} {raised}"
+  return "orbax" not in told and "tensorstore" not in told
 
 
 def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:
+  # Of several arrays that cannot be read, too, it awaits the first.
+  code = getattr(unraisable.object, "cr_code", None)
+  if code is not None and "orbax" in code.co_filename:
+    return
   if str(unraisable.exc_value) != "Event loop is closed":
     otherwise(unraisable)
 

@@ -23,6 +23,7 @@ from .options import EvaluationOptions, OutputOptions
 _NEUTRAL = {
   *("run_dir", "data_dir", "compilation_cache", "log_every", "mesh", "profile"),
   *("checkpoint_every", "eval_batch_size", "loggers", "samples", "plugins"),
+  "accept_changes",
 }
 
 
@@ -190,6 +191,12 @@ def check(config: Config) -> None:
       options.values(adapter).items() - options.values(AdapterOptions()).items()
     )
     raise UsageError(misplaced(sorted(changed)[0][0], spec.name))
+  if optimisation.learning_rate * optimisation.weight_decay >= 1:
+    raise UsageError(
+      "--learning-rate times --weight-decay is the share of a weight that a "
+      "step takes away, and below 1; got "
+      f"{optimisation.learning_rate:g} times {optimisation.weight_decay:g}."
+    )
   _check_adapter(config)
   loggers.check(config.output.loggers)
   if config.output.diagnose_every and (
@@ -330,6 +337,8 @@ def from_any(where: str, tables: Any) -> Config:
     UsageError: if an option is unknown, of another type or out of its bounds.
   """
   given = from_tables(where, tables)
+  # It was of that command.
+  given.pop("accept_changes", None)
   build({"method": given.get("method", methods.DEFAULT)}, where)
   return build(fitting(given), where)
 

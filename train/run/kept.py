@@ -1,5 +1,6 @@
 """What a run leaves for later: what its task was, and what it has trained."""
 
+from collections.abc import Mapping
 import pathlib
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..data import registry as tasks
 from ..data import scores
 from ..data.task import Task
 from ..errors import UsageError
+from . import fingerprint as fingerprints
 from .config import Config
 
 ADAPTERS = "adapters"
@@ -25,9 +27,15 @@ TEMPLATE = "chat_template.jinja"
 """Of the conversations, if the run has its own."""
 
 
-def begin(folder: pathlib.Path, config: Config, task: Task) -> None:
+def begin(
+  folder: pathlib.Path,
+  config: Config,
+  task: Task,
+  fingerprint: Mapping[str, Any],
+) -> None:
   """Writes what a run is of, before its first step."""
   files.write_json(folder / TASK, task.description())
+  fingerprints.begin(folder, fingerprint)
   if config.data.chat_template:
     source = pathlib.Path(config.data.chat_template).expanduser()
     files.write_atomically(folder / TEMPLATE, checked.read_text(source))
@@ -69,13 +77,13 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
   """Parameters, nested as a model has them, in the dtypes they were saved in.
 
   Raises:
-    UsageError: if their file is damaged.
+    UsageError: if their file is damaged, or one is not finite.
   """
   path = folder / PARAMETERS
   checked.is_file(path)
   try:
     flat = safetensors.numpy.load_file(path)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    nested = traverse_util.unflatten_dict(flat, sep="/")
   except (safetensors.SafetensorError, OSError) as error:
     raise UsageError(
       f"{path} is not a whole safetensors file: {str(error)[:300]}."
@@ -85,6 +93,10 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     raise UsageError(
       f"{path} does not hold the parameters of a model: {str(error)[:300]}."
     ) from error
+  for name, x in flat.items():
+    if not np.isfinite(x).all():
+      raise UsageError(f"{path}: {name} has values that are not finite.")
+  return nested
 
 
 def save(

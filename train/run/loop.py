@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import bilora_jax
 
@@ -23,6 +24,7 @@ from ..errors import RunError
 from . import (
   assemble,
   diagnostics,
+  fingerprint,
   kept,
   report,
   samples,
@@ -39,6 +41,9 @@ from .loggers import jsonl
 from .loggers.logger import Opened
 
 _NONFINITE_IN_A_ROW = 10
+_MAY_HELP = "A smaller --learning-rate or --dtype float32 may help."
+# Of float32, whose fraction has so many bits.
+_DROWNS = 2.0**24
 
 Predict = Callable[[Any, str], evaluate.Evaluation]
 """From what is evaluated, and a split's name, to what the split says of it."""
@@ -55,6 +60,10 @@ class NonfiniteError(RunError):
   def __init__(self, sentence: str, step: int, in_a_row: int):
     super().__init__(sentence)
     self.step, self.in_a_row = step, in_a_row
+
+
+class NothingLearnedError(RunError):
+  """A run has ended, and no weights that are of use came of it."""
 
 
 class Programs(NamedTuple):
@@ -140,18 +149,18 @@ def train(
     loop: what was last given to `Kept.save_last` beside the state.
 
   Raises:
-    RunError: if the run cannot go on.
+    RunError: if the run cannot go on, or nothing has come of it.
   """
   config, data, method = prepared.config, prepared.data, prepared.method
   journal, layout = sinks.journal, prepared.layout
   validates_every = config.evaluation.eval_every or data.steps_per_epoch
   patience = config.evaluation.patience or math.inf
-  loop = loop or {"best": {"score": -math.inf, "step": 0}}
+  loop = loop or {"best": {"score": None, "step": 0}}
   best, waited = loop["best"], loop.get("waited", 0)
   batches = data.train_batches(layout.part())
-  if "iterator" in loop:
-    batches.set_state(loop["iterator"])
   at, last = int(state.step), {}
+  if "iterator" in loop and at < prepared.steps:
+    batches.set_state(loop["iterator"])
 
   def validate() -> evaluate.Evaluation:
     evaluated = method.evaluated(state.trained)
@@ -200,12 +209,14 @@ def train(
       if validates:
         found = validate()
         last = {**found.metrics, "loss": found.loss}
-        score = data.score(found)
+        # Of what is not finite, an accuracy is that of the first label.
+        score = data.score(found) if math.isfinite(found.loss) else math.nan
+        known = -math.inf if best["score"] is None else best["score"]
         waited += 1
-        if score > best["score"] or not best["step"]:
+        if score > known or not best["step"]:
           waited = 0
           best = {
-            "score": -math.inf if math.isnan(score) else score,
+            "score": score if math.isfinite(score) else None,
             "step": at,
             "value": found.metrics[data.metric],
             "numbers": last,
@@ -220,7 +231,10 @@ def train(
         )
   finally:
     profile.close()
-  ended = at == prepared.steps or waited >= patience
+  # With --accept-changes there may be fewer steps than were taken.
+  ended = at >= prepared.steps or waited >= patience
+  if ended:
+    _require_learned(state, best)
   stopped_at = at if at < prepared.steps and ended else None
   return Trained(state, best, last, ended, stopped_at)
 
@@ -241,6 +255,7 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
     RunError: if the run cannot go on.
   """
   config_lib.check(config)
+  fingerprint.require_same_run(config)
   folder = assemble.claim(config)
   done = report.results(folder)
   if done is not None:
@@ -259,14 +274,20 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
 def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
   config, method, layout = prepared.config, prepared.method, prepared.layout
   state, shardings = initial(prepared, jax.random.key(config.optimisation.seed))
-  checkpoints = checkpoints_lib.Checkpoints(prepared.folder / "checkpoints")
+  checkpoints = checkpoints_lib.Checkpoints(
+    prepared.folder / checkpoints_lib.FOLDER, prepared.fingerprint
+  )
   journal = journal_lib.Journal()
   try:
-    resumed = checkpoints.resume(state)
+    resumed = checkpoints.resume(state, method.evaluated)
     loop = None
     if resumed is not None:
-      state, loop = resumed
+      state, loop = resumed.state, resumed.loop
     at = int(state.step)
+    if processes.is_first():
+      kept.begin(
+        prepared.folder, config, prepared.data.task, prepared.fingerprint
+      )
     journal = journal_lib.make(
       Opened(prepared.folder, at, prepared.steps, config_lib.flat(config)),
       config.output.loggers,
@@ -275,6 +296,8 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       journal.say(note)
     journal.say(_opening(prepared, state.trained))
     if resumed is not None:
+      for note in filter(None, (*resumed.damaged, prepared.changed)):
+        journal.say(note)
       journal.say(f"resumed after step {at}")
     train_step = layout.within(
       step.make_train_step(
@@ -323,6 +346,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     evaluated = checkpoints.best(
       best["step"], method.evaluated(trained.state.trained)
     )
+    require_useful(evaluated)
     return _finish(prepared, command, evaluated, trained, predict, journal)
   finally:
     journal.close()
@@ -493,12 +517,50 @@ def _check_finite(
       or in_a_row >= _NONFINITE_IN_A_ROW
     ):
       raise NonfiniteError(
-        sentence + "; the run stops, and its last checkpoint is whole. A "
-        "smaller --learning-rate or --dtype float32 may help.",
+        f"{sentence}; the run stops, and its last checkpoint is whole. "
+        f"{_MAY_HELP}",
         number,
         in_a_row,
       )
     journal.say(sentence + "; skipped.")
+
+
+def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
+  """Refuses to call a success what took no step, or was never finite."""
+  at = int(state.step)
+  if int(optax.tree.get(state.opt_state, "total_notfinite")) >= at:
+    raise NothingLearnedError(
+      f"nothing was learned: the loss or gradient of all {at} steps was not "
+      f"finite, and none was taken. {_MAY_HELP}"
+    )
+  # Runs of older versions have no numbers.
+  loss = best.get("numbers", {}).get("loss", 0.0)
+  if loss is None or not math.isfinite(loss):
+    raise NothingLearnedError(
+      "nothing was learned: the loss of the validation rows was never finite. "
+      f"{_MAY_HELP}"
+    )
+
+
+def require_useful(evaluated: Any) -> None:
+  """Refuses weights that are not finite, or drown those they are added to.
+
+  Raises:
+    NothingLearnedError: if there is one.
+  """
+  found = jax.device_get(jax.tree.map(_largest, jax.tree.leaves(evaluated)))
+  largest = max(map(float, found), key=lambda x: math.inf if x != x else x)
+  if not largest < _DROWNS:
+    raise NothingLearnedError(
+      f"nothing of use was learned: the largest weight that was trained is "
+      f"{largest:.4g}, and one of {_DROWNS:.3g} or more drowns in float32 what "
+      f"it is added to. {_MAY_HELP}"
+    )
+
+
+@jax.jit
+def _largest(x: jax.Array) -> jax.Array:
+  return jnp.max(jnp.abs(x), initial=0)
 
 
 def _means(rows: Sequence[step.Metrics]) -> dict[str, float]:

@@ -40,6 +40,9 @@ class OutputOptions:
   """Steps between lines of metrics."""
   checkpoint_every: int = option(50, least=1)
   """Steps between checkpoints, from which the same command resumes."""
+  accept_changes: bool = option(False)
+  """Resume though rows, weights, tokenizer, template or plugins are not those
+  that the run was begun with, which is refused otherwise."""
   diagnose_every: int = option(0, least=0)
   """Steps between diagnoses of the auxiliary: its cosine with the gradient, its
   overlap with the gradient's top directions and with the primary, its turnover;

@@ -20,6 +20,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 _NEUTRAL = (
   *("run_dir", "data_dir", "compilation_cache", "mesh", "profile"),
   *("baseline", "checkpoint_every", "eval_batch_size", "plugins"),
+  "accept_changes",
 )
 
 

@@ -25,6 +25,7 @@ _SET_BY_THE_STUDY = {
   "loggers": "nothing: a study keeps rows",
   "samples": "nothing: a study keeps rows",
   "baseline": "nothing: a study fits no logistic regression",
+  "accept_changes": "nothing: a run of a study starts anew",
   "checkpoint_every": "nothing: a run of a study is short, and starts anew",
 }
 

@@ -183,12 +183,15 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
       loop.Sinks(Journal([curves]), memory, max(1, prepared.steps // _POINTS)),
       state,
     )
+    loop.require_useful(memory.best)
   except loop.NonfiniteError as error:
     sentence = (
       f"the loss or gradient of step {error.step} is not finite, "
       f"{error.in_a_row} in a row"
     )
     return {"failed": sentence, "score": None}
+  except loop.NothingLearnedError as error:
+    return {"failed": str(error), "score": None}
   weights = Weights(
     memory.best, prepared.method.evaluated(trained.state.trained)
   )

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import random
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from train.errors import RunError, UsageError
 from train.run import checkpoints as checkpoints_lib
 from train.run.step import TrainState
 
-LOOP = {"iterator": {"next_index": 7}, "best": {"metric": 0.5, "step": 4}}
+LOOP = {"iterator": {"next_index": 7}, "best": {"metric": 0.5, "step": 0}}
 
 
 def _state(value: float, width: int = 3) -> TrainState:
@@ -28,6 +29,14 @@ def _state(value: float, width: int = 3) -> TrainState:
     (jnp.float32(value), {"mu": trained}),
     (),
     jnp.zeros(2, jnp.uint32),
+  )
+
+
+def _save(checkpoints, step):
+  """A step that is the best so far."""
+  checkpoints.save_best(step, _state(step).trained)
+  checkpoints.save_last(
+    step, _state(step), LOOP | {"best": {"metric": 0.5, "step": step}}
   )
 
 
@@ -63,18 +72,28 @@ def test_the_last_checkpoint_comes_back_whole(open_at, tmp_path):
   assert resumed.loop == LOOP | {"at": 3}
 
 
-def test_the_last_two_and_the_best_two_are_kept(open_at, tmp_path):
-  checkpoints = open_at(tmp_path)
-  for step in (1, 2, 3):
-    checkpoints.save_best(step, _state(step).trained)
-    checkpoints.save_last(step, _state(step), LOOP)
-  checkpoints.wait()
-  kept = {
-    kind: sorted(int(path.name) for path in (tmp_path / kind).iterdir())
+def _kept(folder):
+  return {
+    kind: sorted(int(path.name) for path in (folder / kind).iterdir())
     for kind in ("last", "best")
   }
-  assert kept == {"last": [2, 3], "best": [2, 3]}
+
+
+def test_the_last_two_are_kept_and_each_best_that_they_name(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  for step in (1, 2, 3):
+    _save(checkpoints, step)
+  # Better and better, and none of them named yet.
+  for step in (4, 5, 6):
+    checkpoints.save_best(step, _state(step).trained)
+  checkpoints.wait()
+  assert _kept(tmp_path) == {"last": [2, 3], "best": [2, 3, 6]}
   _same(checkpoints.best(2, _state(0).trained), _state(2).trained)
+  # As after a kill.
+  again = open_at(tmp_path)
+  again.save_best(7, _state(7).trained)
+  again.wait()
+  assert _kept(tmp_path) == {"last": [2, 3], "best": [2, 3, 7]}
 
 
 def test_a_best_that_comes_again_after_a_kill_is_there(open_at, tmp_path):
@@ -89,7 +108,7 @@ def test_a_best_that_comes_again_after_a_kill_is_there(open_at, tmp_path):
 
 def test_an_earlier_best_after_a_kill_replaces_the_later_one(open_at, tmp_path):
   checkpoints = open_at(tmp_path)
-  checkpoints.save_best(2, _state(2).trained)
+  _save(checkpoints, 2)
   checkpoints.save_best(6, _state(6).trained)
   checkpoints.wait()
   again = open_at(tmp_path)  # of a machine that does not repeat its bits
@@ -170,9 +189,129 @@ def test_a_damaged_checkpoint_is_refused(open_at, tmp_path, damage):
       path.write_bytes(path.read_bytes()[:20])
     if damage == "lost":
       path.unlink()
-  with pytest.raises(UsageError, match="is damaged") as error:
+  before = files(tmp_path)
+  with pytest.raises(
+    UsageError, match=r"is damaged: .* It is left as"
+  ) as error:
     open_at(tmp_path).resume(_state(0))
   assert str(saved) in str(error.value)
+  assert files(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """Checkpoints of the steps 5 and 8, whose best are of 4 and 7."""
+  folder = tmp_path_factory.mktemp("two")
+  checkpoints = checkpoints_lib.Checkpoints(folder)
+  for step in (5, 8):
+    checkpoints.save_best(step - 1, _state(step - 1).trained)
+    checkpoints.save_last(step, _state(step), _loop(step, step - 1))
+  checkpoints.wait()
+  checkpoints.close()
+  return folder
+
+
+def _loop(step, best):
+  return {"iterator": {"next_index": step}, "best": {"step": best}}
+
+
+def _flip(path, draws):
+  content = bytearray(path.read_bytes())
+  if content:
+    content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["lost", "flipped"])
+@pytest.mark.parametrize("kind", ["best", "last"])
+def test_with_any_file_damaged_a_run_goes_on_with_bits_that_were_saved(
+  open_at, two, tmp_path, kind, how
+):
+  draws, went_back = random.Random(0), 0
+  paths = [x.relative_to(two) for x in two.rglob("*") if x.is_file()]
+  for i, path in enumerate(x for x in sorted(paths) if x.parts[0] == kind):
+    folder = shutil.copytree(two, tmp_path / str(i))
+    if how == "lost":
+      (folder / path).unlink()
+    else:
+      _flip(folder / path, draws)
+    checkpoints = open_at(folder)
+    resumed = checkpoints.resume(_state(0), lambda trained: trained)
+    assert resumed is not None
+    step = int(resumed.state.step)
+    assert step == (5 if resumed.damaged else 8)
+    _same(resumed.state, _state(step))
+    assert resumed.loop == _loop(step, step - 1)
+    best = checkpoints.best(step - 1, _state(0).trained)
+    _same(best, _state(step - 1).trained)
+    if resumed.damaged:
+      went_back += 1
+      (sentence,) = resumed.damaged
+      assert "is damaged" in sentence and "\n" not in sentence
+      # It is whole again once the run is beyond it.
+      checkpoints.save_best(7, _state(7).trained)
+      checkpoints.save_last(8, _state(8), _loop(8, 7))
+      checkpoints.wait()
+      again = open_at(folder).resume(_state(0), lambda trained: trained)
+      assert again is not None and not again.damaged
+      _same(again.state, _state(8))
+    shutil.rmtree(folder)
+  assert went_back
+
+
+def test_arrays_that_orbax_takes_for_whole_are_compared(open_at, two, tmp_path):
+  folder = shutil.copytree(two, tmp_path / "two")
+  # Of another run: Orbax cannot tell.
+  shutil.rmtree(folder / "last" / "8" / "state")
+  shutil.copytree(
+    folder / "last" / "5" / "state", folder / "last" / "8" / "state"
+  )
+  checkpoints = open_at(folder)
+  resumed = checkpoints.resume(_state(0))
+  assert resumed is not None and int(resumed.state.step) == 5
+  assert "its arrays are not what was saved" in resumed.damaged[0]
+
+
+def test_a_best_of_the_last_step_is_made_again_of_the_state(open_at, tmp_path):
+  checkpoints = open_at(tmp_path)
+  _save(checkpoints, 3)
+  checkpoints.wait()
+  shutil.rmtree(tmp_path / "best" / "3" / "evaluated")
+  again = open_at(tmp_path)
+  resumed = again.resume(_state(0), lambda trained: trained)
+  assert resumed is not None and not resumed.damaged
+  again.wait()
+  _same(again.best(3, _state(0).trained), _state(3).trained)
+
+
+def test_only_where_no_checkpoint_is_whole_is_it_an_error(
+  open_at, two, tmp_path
+):
+  folder = shutil.copytree(two, tmp_path / "two")
+  (folder / "best" / "4" / "evaluated" / "manifest.ocdbt").unlink()
+  (folder / "last" / "8" / "loop" / "metadata").unlink()
+  before = files(folder)
+  with pytest.raises(UsageError, match=r"last/8 is damaged: .* So is the one"):
+    open_at(folder).resume(_state(0), lambda trained: trained)
+  assert files(folder) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_a_checksum_is_of_every_bit_and_of_no_layout(dtype):
+  x = jnp.arange(24).reshape(4, 6).astype(dtype)
+  before = int(checkpoints_lib._checksum(x))
+  devices = jax.sharding.Mesh(np.array(jax.devices()[:2]), "d")
+  split = jax.sharding.NamedSharding(devices, jax.P("d"))
+  assert int(checkpoints_lib._checksum(jax.device_put(x, split))) == before
+  if dtype == "bool":
+    assert int(checkpoints_lib._checksum(~x)) != before
+    return
+  words = np.asarray(x).view(np.uint8)
+  for place in range(words.size):
+    flipped = words.copy()
+    flipped.flat[place] ^= 1 << (place % 8)
+    other = jnp.asarray(flipped.view(np.asarray(x).dtype))
+    assert int(checkpoints_lib._checksum(other)) != before
 
 
 def test_what_a_kill_left_half_written_is_not_resumed(open_at, tmp_path):

@@ -14,15 +14,21 @@ from train.run import loop
 
 @pytest.fixture
 def validations(monkeypatch):
-  """Has validations find these accuracies, in order; the test finds NaN."""
+  """Has validations find these accuracies, in order; the test finds NaN.
+
+  The loss is a number where the accuracy is.
+  """
 
   def install(*accuracies):
     left = iter(accuracies)
 
     def predictor(prepared):
       def predict(evaluated, split):
-        found = 0.25 if split == "test" else next(left)
-        return evaluate.Evaluation({"accuracy": found}, math.nan, 1, 4)
+        if split == "test":
+          return evaluate.Evaluation({"accuracy": 0.25}, math.nan, 1, 4)
+        found = next(left)
+        loss = math.nan if math.isnan(found) else 0.5
+        return evaluate.Evaluation({"accuracy": found}, loss, 1, 4)
 
       return predict
 
@@ -56,9 +62,17 @@ def test_what_is_no_number_is_null_in_json(run, tmp_path, validations):
   folder = tmp_path / "run"
   validations(*[math.nan, 0.5, math.nan, 0.25, 0.25, 0.25])
   assert run(folder, "--no-baseline") == 0
+  texts = {
+    path: path.read_text()
+    for path in (
+      *folder.rglob("*.json*"),
+      *folder.glob("checkpoints/last/*/loop/metadata"),
+    )
+  }
+  assert not any("NaN" in x or "Infinity" in x for x in texts.values())
+  assert len(texts) >= 7
   for name in ("results.json", "metrics.jsonl"):
-    text = (folder / name).read_text()
-    assert "NaN" not in text and "null" in text
+    assert "null" in texts[folder / name]
   results = json.loads((folder / "results.json").read_text())
   assert results["test"]["loss"] is None and results["stopped_at"] is None
   # What came before a number is worse than any.

