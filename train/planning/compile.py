@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from .. import command
+from .. import command, files
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
@@ -88,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
-  _check_writable(options.json)
+  if options.json:
+    files.check_place("--json", pathlib.Path(options.json))
   used = jax.devices()[:1] if layout.mesh is None else layout.mesh.devices.flat
   memory = topology.memory(used[0])
   found: list[figures.Figures] = []
@@ -139,17 +139,6 @@ def _layout(options: Options) -> mesh_lib.Layout:
   return mesh_lib.make(
     options.mesh, options.batch_size // options.accumulate, devices
   )
-
-
-def _check_writable(path: str) -> None:
-  if not path:
-    return
-  try:
-    pathlib.Path(path).touch()
-  except OSError as error:
-    raise UsageError(
-      f"--json {path} cannot be written: {error.strerror}."
-    ) from error
 
 
 def _config(options: Options, method: str) -> Config:
@@ -279,13 +268,12 @@ def _write(
   too_large: Mapping[str, str],
   memory: int | None,
 ) -> None:
-  text = json.dumps(
+  files.write_json(
+    pathlib.Path(options.json),
     {
       "options": dataclasses.asdict(options),
       "usable_bytes": memory,
       "does_not_fit": dict(too_large),
       "figures": [dataclasses.asdict(x) for x in found],
     },
-    indent=2,
   )
-  pathlib.Path(options.json).write_text(text + "\n")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from .. import command
+from .. import command, locks
+from ..devices import processes
 from ..errors import UsageError
-from . import plan, spec, workers
+from . import plan, record, spec, workers
 from .spec import Cell, Study
 
 
@@ -51,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise UsageError(f"--workers is at least 1; got {options.workers}.")
   if options.dry_run:
     return _dry_run(study, cells)
-  study.folder.mkdir(parents=True, exist_ok=True)
   code = 0
   if not options.report:
     code = _run(options, place, study, cells)
@@ -78,12 +78,21 @@ def _run(
   study: Study,
   cells: Sequence[Cell],
 ) -> int:
-  if place.worker < 0 and options.workers > 1:
-    return workers.start(options.study, options.only, options.workers)
-  workers.bind([int(core) for core in place.cores.split(",") if core])
-  from . import runs
+  if place.worker >= 0:
+    # Of the command that holds the folder.
+    processes.end_with_parent()
+    workers.bind([int(core) for core in place.cores.split(",") if core])
+    from . import runs
 
-  runs.work(study, cells, max(place.worker, 0), options.workers)
+    runs.work(study, cells, place.worker, options.workers)
+    return 0
+  with locks.held(study.folder / locks.FILE, f"the folder {study.folder}"):
+    record.sweep(study.folder)
+    if options.workers > 1:
+      return workers.start(options.study, options.only, options.workers)
+    from . import runs
+
+    runs.work(study, cells)
   return 0
 
 
