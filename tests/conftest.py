@@ -33,6 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     action="store_true",
     help="run each of the paper's presets, and not one of each model",
   )
+  parser.addoption(
+    "--long",
+    type=int,
+    nargs="?",
+    const=10**9,
+    default=0,
+    help="tests/faults: try every moment, or so many, and not a few",
+  )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
