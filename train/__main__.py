@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 import difflib
+import errno
 import importlib
 import sys
 
 from . import command
 
-with command.needing_the_extra():
+with command.interruptible(), command.needing_the_extra():
   from . import config as config_lib
   from .devices import processes
   from .errors import LostError, RunError, UsageError
@@ -21,8 +22,8 @@ _COMMANDS = {
   "study": ".study.main",
 }
 """The modules whose `main` takes the rest of the command line."""
-_LONG = ("", "study")
-"""Those that train, which go on where they were stopped."""
+_LONG = {"": command.RESUMES, "study": "the same command runs what is left."}
+"""Those that train, and what comes of them after they were stopped."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,10 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except OSError as error:
-    # A full disk, mostly: what is written whole stays whole.
-    resumes = "; the same command resumes." * (name in _LONG)
-    print(f"error: {error}{resumes}", file=sys.stderr)
+    print(f"error: {_told(name, error)}", file=sys.stderr)
     return 1
+
+
+def _told(name: str, error: OSError) -> str:
+  """What is the matter with which file, and what helps."""
+  sentence = str(error)
+  if error.strerror and error.filename:
+    sentence = f"{error.filename}: {error.strerror}."
+  if name in _LONG and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    # What is written whole stays whole.
+    sentence += f" When there is space, {_LONG[name]}"
+  return sentence
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -71,11 +81,20 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def program() -> int:
-  """What the program runs: `main`, watched if it is one of several."""
-  place, _ = config_lib.start().parse_known_args()
-  several = place.coordinator or processes.in_cluster()
-  with command.needing_the_extra():
-    return processes.watched(main) if several else main()
+  """What the program runs: `main`, watched if it is one of several.
+
+  Returns:
+    As `main`; 130 after a Ctrl-C.
+  """
+  try:
+    with command.interruptible(), command.needing_the_extra():
+      place, _ = config_lib.start().parse_known_args()
+      several = place.coordinator or processes.in_cluster()
+      return processes.watched(main) if several else main()
+  except SystemExit as end:
+    if end.code == command.INTERRUPTED:
+      command.leave()
+    raise
 
 
 if __name__ == "__main__":

@@ -2,23 +2,74 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import glob
 import json
 import math
 import os
 import pathlib
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
+
+from . import locks
+from .errors import UsageError
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write, which takes the place of another when it is whole."""
-  part = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
+  """A file to write, which takes the place of another when it is whole.
+
+  It is locked meanwhile: what kills have left of others, which no process
+  holds, is removed first.
+  """
+  for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    with contextlib.suppress(OSError):
+      _remove_unheld(left)
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  with contextlib.ExitStack() as stack:
+    stack.callback(part.unlink, missing_ok=True)
+    descriptor = locks.take(part)
+    if descriptor is not None:
+      stack.callback(os.close, descriptor)
+    stack.enter_context(naming(path, part))
     yield part
     os.replace(part, path)
-  except BaseException:
-    part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path, part: pathlib.Path) -> Iterator[None]:
+  """Has what cannot be written be called by its own name, and not its part's.
+
+  Python gives an error in the middle of a file no name at all.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.strerror and str(error.filename or part).startswith(str(part)):
+      error.filename, error.filename2 = str(path), None
     raise
+
+
+def check_place(flag: str, path: pathlib.Path) -> None:
+  """Refuses a file that could not be written, before there is work for it.
+
+  Raises:
+    UsageError: that names the option.
+  """
+  if path.is_dir():
+    raise UsageError(f"{flag} is a file; got {path}, which is a folder.")
+  if not path.parent.is_dir():
+    raise UsageError(f"{flag} {path} is in a folder that is not there.")
+  if not os.access(path.parent, os.W_OK):
+    raise UsageError(f"{flag} {path} is in a folder that cannot be written to.")
+
+
+def _remove_unheld(path: pathlib.Path) -> None:
+  descriptor = locks.take(path)
+  if descriptor is not None:
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -31,6 +82,27 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
+
+
+def save_tensors(
+  path: pathlib.Path,
+  tensors: Mapping[str, np.ndarray],
+  metadata: dict[str, str] | None = None,
+) -> None:
+  """Replaces a safetensors file whole, or not at all.
+
+  Raises:
+    OSError: if it cannot be written; the old file is then as it was.
+  """
+  with replacing(path) as part:
+    try:
+      safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(x) for name, x in tensors.items()},
+        part,
+        metadata,
+      )
+    except safetensors.SafetensorError as error:
+      raise OSError(f"{path} cannot be written: {error}.") from error
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

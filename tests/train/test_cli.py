@@ -187,6 +187,9 @@ def test_checkpoints_of_another_spec_are_refused_and_left_as_they_are(
 ):
   folder = tmp_path / "run"
   shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+  config = (finished / "config.json").read_text()
+  assert '"rank": 4' in config
+  (folder / "config.json").write_text(config.replace('"rank": 4', '"rank": 3'))
   assert run(folder, "--rank", "3") == 2
   sentence = _sentence(capsys)
   assert f"{folder / 'checkpoints' / 'last' / '24'} does not fit" in sentence

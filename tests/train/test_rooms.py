@@ -8,7 +8,9 @@ import pytest
 _PROGRAM = pathlib.Path(__file__).parents[2] / "train"
 # From the bottom to the top; those of a line do not know each other.
 _FLOORS = (
-  {"errors", "command", "files"},
+  {"errors", "command"},
+  {"locks"},
+  {"files"},
   {"options"},
   {"checked"},
   {"jsonl", "bounds"},

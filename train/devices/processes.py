@@ -13,6 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from .. import command
 from ..errors import LostError, RunError, UsageError
 
 # Whoever starts the processes of a run says in these how many there are: srun,
@@ -127,7 +128,7 @@ def watched(run: Callable[[], int]) -> int:
   """
   child = os.fork()
   if not child:
-    _end_with_parent()
+    end_with_parent()
     return run()
   # The terminal sends Ctrl-C to both; a scheduler its signal to one of them.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -136,23 +137,22 @@ def watched(run: Callable[[], int]) -> int:
   if status == -signal.SIGABRT:
     print(
       "error: JAX aborted this process, most likely since another one is gone "
-      "(see above); start all of them again and the run resumes from its last "
-      "checkpoint.",
+      f"(see above); start all of them again: {command.RESUMES}",
       file=sys.stderr,
     )
     return 1
   if status < 0:
     print(
       f"error: this process was ended by {signal.Signals(-status).name}, as "
-      "happens where memory is short; start all processes again and the run "
-      "resumes from its last checkpoint.",
+      f"happens where memory is short; start all processes again: "
+      f"{command.RESUMES}",
       file=sys.stderr,
     )
     return 128 - status
   return status
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
   """Has Linux end this process when its parent is killed."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -176,8 +176,8 @@ def lost_ones_reported() -> Iterator[None]:
     ):
       raise
     raise LostError(
-      "another process is gone, or cannot be reached; start all of them again "
-      "and the run resumes from its last checkpoint. JAX says: "
+      "another process is gone, or cannot be reached; start all of them again: "
+      f"{command.RESUMES} JAX says: "
       f"{str(found).splitlines()[0][:300]}"
     ) from error
 

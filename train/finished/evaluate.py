@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
     raise UsageError(f"--json {out} is there; --overwrite replaces it.")
+  if options.json:
+    files.check_place("--json", out)
   finished = open_run(options.run, accept_changes=options.accept_changes)
   found = _evaluation(options, finished)
   print("\n".join(_lines(found)))

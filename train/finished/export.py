@@ -7,16 +7,14 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
 
 import huggingface_hub
 import numpy as np
-import safetensors.numpy
 import tyro
 
 from bilora_jax import peft
 
-from .. import checked, files
+from .. import checked, files, locks
 from .. import options as options_lib
 from ..errors import UsageError
 from ..models.io import weights
@@ -87,7 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise UsageError("--private is of --push-to-hub, which is missing.")
   if options.push_to_hub:
     hub.check(options.push_to_hub)
-  _check_out(out, options.overwrite)
+  with locks.held(out.with_name(f".{out.name}.lock"), f"--out {out}"):
+    _sweep(out)
+    _check_out(out, options.overwrite)
+    return _export(options, out)
+
+
+def _export(options: Options, out: pathlib.Path) -> int:
   run = open_run(options.run, accept_changes=options.accept_changes)
   _check_other(out, run)
   whole = options.merged or run.adapted is None
@@ -156,23 +160,38 @@ def _check_other(out: pathlib.Path, run: Finished) -> None:
 
 @contextlib.contextmanager
 def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write, which is at its place at once when all is there."""
-  out.parent.mkdir(parents=True, exist_ok=True)
-  part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-  old = part.with_name(f"{part.name}.old")
+  """A folder to write, which is at its place at once when all is there.
+
+  Its lock is held.
+  """
+  part, old = _beside(out)
   try:
-    yield part
-    _open_to_others(part)
-    if out.exists():
-      os.replace(out, old)
-    os.replace(part, out)
-  except BaseException:
-    if old.exists() and not out.exists():
-      os.replace(old, out)
-    with contextlib.suppress(OSError):
-      shutil.rmtree(part)
-    raise
-  shutil.rmtree(old, ignore_errors=True)
+    with files.naming(out, part):
+      part.mkdir()
+      yield part
+      _open_to_others(part)
+      if out.exists():
+        os.replace(out, old)
+      os.replace(part, out)
+  finally:
+    _sweep(out)
+
+
+def _beside(out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Where the folder is while it is written, and where the one before goes."""
+  return out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+
+
+def _sweep(out: pathlib.Path) -> None:
+  """Removes what is beside the folder, after a kill too, which loses nothing.
+
+  Between two renames the one before is nowhere else.
+  """
+  part, old = _beside(out)
+  if old.exists() and not out.exists():
+    os.replace(old, out)
+  for path in (part, old):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_model(out: pathlib.Path, run: Finished) -> None:
@@ -206,10 +225,8 @@ def _write_tensors(
     max_shard_size=_SHARD,
   )
   for file, names in split.filename_to_tensors.items():
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(tensors[name]) for name in names},
-      out / file,
-      metadata={"format": "pt"},
+    files.save_tensors(
+      out / file, {name: tensors[name] for name in names}, {"format": "pt"}
     )
   if split.is_sharded:
     index = {
@@ -229,7 +246,9 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
     if path.is_file():
       config = checked.read_json(path)
   elif pretrained.text_tokenizer is not None:
-    pretrained.text_tokenizer.save(str(out / "tokenizer.json"))
+    # Its own `save` raises an Exception where the disk is full.
+    text = pretrained.text_tokenizer.to_str(pretty=True)
+    (out / "tokenizer.json").write_text(text, "utf-8")
   if not (out / "tokenizer.json").is_file():
     return
   config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")

@@ -179,8 +179,7 @@ def _out(options: Options) -> pathlib.Path | None:
     )
   if out.exists() and not options.overwrite:
     raise UsageError(f"--out {out} is there; --overwrite replaces it.")
-  if not out.parent.is_dir():
-    raise UsageError(f"--out {out} is in a folder that is not there.")
+  files.check_place("--out", out)
   return out
 
 

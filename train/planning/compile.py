@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options)
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
-  _check_writable(options.json)
+  if options.json:
+    files.check_place("--json", pathlib.Path(options.json))
   used = jax.devices()[:1] if layout.mesh is None else layout.mesh.devices.flat
   memory = topology.memory(used[0])
   found: list[figures.Figures] = []
@@ -141,17 +142,6 @@ def _layout(options: Options) -> mesh_lib.Layout:
   return mesh_lib.make(
     options.mesh, options.batch_size // options.accumulate, devices
   )
-
-
-def _check_writable(path: str) -> None:
-  if not path:
-    return
-  try:
-    pathlib.Path(path).touch()
-  except OSError as error:
-    raise UsageError(
-      f"--json {path} cannot be written: {error.strerror}."
-    ) from error
 
 
 def _config(options: Options, method: str) -> Config:
@@ -281,10 +271,12 @@ def _write(
   too_large: Mapping[str, str],
   memory: int | None,
 ) -> None:
-  told = {
-    "options": dataclasses.asdict(options),
-    "usable_bytes": memory,
-    "does_not_fit": dict(too_large),
-    "figures": [dataclasses.asdict(x) for x in found],
-  }
-  files.write_json(pathlib.Path(options.json), told)
+  files.write_json(
+    pathlib.Path(options.json),
+    {
+      "options": dataclasses.asdict(options),
+      "usable_bytes": memory,
+      "does_not_fit": dict(too_large),
+      "figures": [dataclasses.asdict(x) for x in found],
+    },
+  )

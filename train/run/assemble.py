@@ -1,6 +1,5 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,7 +9,6 @@ import jax
 
 import bilora_jax
 
-from .. import files
 from ..data import label_words
 from ..data import load as data_lib
 from ..data.objectives import Objective
@@ -25,8 +23,6 @@ from . import config as config_lib
 from . import fingerprint as fingerprints
 from . import lowering, memory
 from .config import Config
-
-_CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +82,17 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
   """Checks a configuration, and loads data, weights and method.
 
+  Args:
+    config: of a run whose folder is claimed; see `claim.claimed`.
+
   Raises:
-    UsageError: if any of them is not to be had, or the run's folder holds
-      another run; a folder that was made for this one is gone then.
+    UsageError: if any of them is not to be had.
   """
-  folder = claim(config)
+  folder = config.folder()
   try:
     prepared = _prepared(config, folder)
-  except BaseException as error:
-    _give_up(folder)
-    if isinstance(error, ValueError | RuntimeError):
-      raise UsageError(str(error)) from error
-    raise
+  except (ValueError, RuntimeError) as error:
+    raise UsageError(str(error)) from error
   return prepared
 
 
@@ -241,47 +236,6 @@ def _check_eval_batch(config: Config, layout: mesh_lib.Layout) -> None:
       f"--eval-batch-size is a multiple of data times fsdp, {share} in --mesh "
       f"{config.devices.mesh}; got {eval_rows(config)}."
     )
-
-
-def claim(config: Config) -> pathlib.Path:
-  """Makes the folder of the run, or refuses one that holds another run.
-
-  Raises:
-    UsageError: if it does, or cannot be written.
-  """
-  folder = config.folder()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise UsageError(
-      f"the run's folder {folder} cannot be written: {error.strerror}."
-    ) from error
-  if not (folder / _CONFIG).exists():
-    if processes.is_first():
-      files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
-    return folder
-  changed = config_lib.differences(config_lib.from_run(folder), config)
-  if changed:
-    listed = "; ".join(
-      f"{name} is {old!r} there and {new!r} here"
-      for name, (old, new) in changed.items()
-    )
-    raise UsageError(
-      f"{folder} holds a run of another configuration: {listed}. Give the "
-      "same options to resume it, or another --run-dir."
-    )
-  return folder
-
-
-def _give_up(folder: pathlib.Path) -> None:
-  """Removes what `claim` made, if nothing of a run is in it."""
-  with contextlib.suppress(OSError):  # another process was first
-    if [path.name for path in folder.iterdir()] == [_CONFIG]:
-      (folder / _CONFIG).unlink()
-      folder.rmdir()
 
 
 def _use_compilation_cache() -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from .. import files
+from .. import command, files
 from ..devices import processes
 from ..errors import RunError, UsageError
 from .step import TrainState
@@ -263,7 +263,7 @@ class Checkpoints:
     except Exception as error:  # Orbax raises many kinds
       raise RunError(
         f"a checkpoint could not be written to {self._folder}; earlier ones "
-        f"are whole, and the same command resumes. {_first_line(error)}"
+        f"are whole: {command.RESUMES} {_first_line(error)}"
       ) from error
 
 

@@ -77,31 +77,18 @@ def commit(folder: pathlib.Path) -> str:
   return str(_begun(folder)[1].get("commit") or "")
 
 
-def require_same_run(config: Config) -> None:
-  """Refuses the folder of a run of another configuration.
+def configuration(folder: pathlib.Path) -> Config | None:
+  """The configuration that a run was begun with, if that is known.
 
-  That is for a folder that has lost its config.json.
+  It stands in for a config.json that is missing.
 
   Raises:
-    UsageError: if there is one.
+    UsageError: if it cannot be read.
   """
-  folder = config.folder()
-  _, begun = _begun(folder)
-  if (folder / "config.json").exists() or "config" not in begun:
-    return
-  where = f"what {folder} was begun with"
-  there = config_lib.from_tables(where, begun["config"])
-  changed = config_lib.differences(config_lib.build(there, where), config)
-  if changed:
-    listed = "; ".join(
-      f"{name} is {old!r} there and {new!r} here"
-      for name, (old, new) in changed.items()
-    )
-    raise UsageError(
-      f"{folder} holds a run of another configuration, though its config.json "
-      f"is missing: {listed}. Give the same options to resume it, or another "
-      "--run-dir."
-    )
+  begun = _begun(folder)[1]
+  if "config" not in begun:
+    return None
+  return config_lib.from_any(f"what {folder} was begun with", begun["config"])
 
 
 def require_same(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import contextlib
 
+from .. import command
 from ..devices import processes
 from ..errors import RunError
 from .loggers import jsonl, registry, tensorboard, terminal
@@ -40,7 +41,7 @@ class Journal:
       except OSError as error:
         raise RunError(
           f"the metrics of step {step} of {self._name} could not be written: "
-          f"{error.strerror or error}. The same command resumes."
+          f"{error.strerror or error}; {command.RESUMES}"
         ) from error
 
   def say(self, sentence: str) -> None:

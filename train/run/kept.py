@@ -68,9 +68,7 @@ def save_parameters(folder: pathlib.Path, parameters: Any) -> None:
     OSError: if they cannot be written; there is then no file.
   """
   flat = traverse_util.flatten_dict(parameters, sep="/")
-  arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-  with files.replacing(folder / PARAMETERS) as part:
-    safetensors.numpy.save_file(arrays, part)
+  files.save_tensors(folder / PARAMETERS, flat)
 
 
 def load_parameters(folder: pathlib.Path) -> dict[str, Any]:

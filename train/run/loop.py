@@ -23,8 +23,8 @@ from ..devices import processes
 from ..errors import RunError
 from . import (
   assemble,
+  claim,
   diagnostics,
-  fingerprint,
   kept,
   report,
   samples,
@@ -255,20 +255,21 @@ def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
     RunError: if the run cannot go on.
   """
   config_lib.check(config)
-  fingerprint.require_same_run(config)
-  folder = assemble.claim(config)
-  done = report.results(folder)
-  if done is not None:
-    if processes.is_first():
-      print(f"{folder} was finished on {done['date']}; nothing is left to do.")
-  else:
-    prepared = assemble.prepare(config)
-    with processes.lost_ones_reported():
-      done = _run(prepared, command)
-  if done is not None and processes.is_first():
-    report.write(folder)
-    print(report.summary(done, folder))
-  return done
+  with claim.claimed(config) as folder:
+    done = report.results(folder)
+    if done is not None:
+      if processes.is_first():
+        print(
+          f"{folder} was finished on {done['date']}; nothing is left to do."
+        )
+    else:
+      prepared = assemble.prepare(config)
+      with processes.lost_ones_reported():
+        done = _run(prepared, command)
+    if done is not None and processes.is_first():
+      report.write(folder)
+      print(report.summary(done, folder))
+    return done
 
 
 def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:

@@ -230,7 +230,5 @@ def _plot(rows, found: dict[str, Any], path: pathlib.Path) -> None:
     axes = canvas.axes
     if len(panels) == 3:
       axes[2].axhline(1.0, color="grey", linewidth=0.8)
-    # Written beside and renamed: a report is whole or not there.
-    part = path.with_name(f".{path.name}")
-    canvas.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    with files.replacing(path) as part:
+      canvas.savefig(part, dpi=150, format="png")

@@ -1,5 +1,6 @@
 """What watches the steps: times and metrics of a window, traces, signals."""
 
+import os
 import pathlib
 import signal
 import time
@@ -7,6 +8,11 @@ import time
 import jax
 
 from . import step
+
+_STOPS = (
+  b"stopping: the step is finished and saved first; a second Ctrl-C stops at "
+  b"once.\n"
+)
 
 
 class Window:
@@ -89,7 +95,11 @@ class Profile:
 
 
 class Interruption:
-  """SIGTERM and the first Ctrl-C ask the loop to save and to stop."""
+  """SIGTERM and the first Ctrl-C ask the loop to save and to stop.
+
+  A second Ctrl-C ends the run at once, as one does that comes before the steps
+  or after them; the last checkpoint is whole.
+  """
 
   def __init__(self):
     self.asked = False
@@ -106,7 +116,10 @@ class Interruption:
       signal.signal(number, handler)
 
   def _ask(self, number, frame):
-    del frame
-    if self.asked and number == signal.SIGINT:
-      raise KeyboardInterrupt
+    if number == signal.SIGINT:
+      handler = self._before[number]
+      if self.asked and callable(handler):
+        handler(number, frame)
+      # Not print, which the signal may have come in the middle of.
+      os.write(2, _STOPS)
     self.asked = True

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from .. import command
+from .. import command, locks
 from .. import options as options_lib
+from ..devices import processes
 from ..errors import UsageError
 from ..options import option
-from . import plan, spec, workers
+from . import plan, record, spec, workers
 from .spec import Cell, Study
 
 
@@ -53,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   cells = select(study, options.only)
   if options.dry_run:
     return _dry_run(study, cells)
-  study.folder.mkdir(parents=True, exist_ok=True)
   code = 0
   if not options.report:
     code = _run(options, place, study, cells)
@@ -80,17 +80,26 @@ def _run(
   study: Study,
   cells: Sequence[Cell],
 ) -> int:
-  if place.worker < 0 and options.workers > 1:
-    return workers.start(options.study, options.only, options.workers)
-  cores = [core for core in place.cores.split(",") if core]
-  if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
-    raise UsageError(
-      f"--cores is a list of numbers of cores; got {place.cores!r}."
-    )
-  workers.bind([int(core) for core in cores])
-  from . import runs
+  if place.worker >= 0:
+    # Of the command that holds the folder.
+    processes.end_with_parent()
+    cores = [core for core in place.cores.split(",") if core]
+    if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
+      raise UsageError(
+        f"--cores is a list of numbers of cores; got {place.cores!r}."
+      )
+    workers.bind([int(core) for core in cores])
+    from . import runs
 
-  runs.work(study, cells, max(place.worker, 0), options.workers)
+    runs.work(study, cells, place.worker, options.workers)
+    return 0
+  with locks.held(study.folder / locks.FILE, f"the folder {study.folder}"):
+    record.sweep(study.folder)
+    if options.workers > 1:
+      return workers.start(options.study, options.only, options.workers)
+    from . import runs
+
+    runs.work(study, cells)
   return 0
 
 

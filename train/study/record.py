@@ -1,17 +1,21 @@
 """The rows of a study: what is finished, kept whole, and who runs what."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
-from .. import checked, jsonl, options
+from .. import checked, jsonl, locks, options
 from ..errors import UsageError
 
 RUNS = "runs.jsonl"
+RUNNING = "running"
+"""The folder of what runs write meanwhile."""
+_LOCKS = "locks"
 
 
 # What is asked of the rows of runs.jsonl; and of those that did not break off.
@@ -105,34 +109,25 @@ def _whole(file: Any, end: int) -> int:
   return 0
 
 
-@contextlib.contextmanager
-def claimed(folder: pathlib.Path, key: str) -> Iterator[bool]:
+def claimed(
+  folder: pathlib.Path, key: str
+) -> contextlib.AbstractContextManager[bool]:
   """Whether a run is this process's to do, for as long as the context lasts.
 
-  A claim is a lock on a file, that the system takes back when its process is
-  gone, however it went: no claim is ever stale. The file says whose it is.
+  No claim is ever stale: its lock goes with its process, however that went.
+
+  Args:
+    folder: of the study.
+    key: of the run.
   """
-  path = folder / f"{key}.lock"
-  folder.mkdir(parents=True, exist_ok=True)
-  descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-  try:
-    mine = _lock(descriptor, path)
-    if mine:
-      os.ftruncate(descriptor, 0)
-      os.write(descriptor, f"{os.getpid()}\n".encode())
-    yield mine
-    if mine:
-      path.unlink(missing_ok=True)
-  finally:
-    os.close(descriptor)
+  return locks.taken(folder / _LOCKS / f"{key}.lock")
 
 
-def _lock(descriptor: int, path: pathlib.Path) -> bool:
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  # Its last holder may have removed the file after it was opened here.
-  with contextlib.suppress(FileNotFoundError):
-    return os.path.samestat(os.fstat(descriptor), path.stat())
-  return False
+def sweep(folder: pathlib.Path) -> None:
+  """Removes what killed processes have left of their runs."""
+  left = [path.name for path in (folder / RUNNING).glob("*")]
+  left += [path.stem for path in (folder / _LOCKS).glob("*.lock")]
+  for key in left:
+    with claimed(folder, key) as mine:
+      if mine:
+        shutil.rmtree(folder / RUNNING / key, ignore_errors=True)

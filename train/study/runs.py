@@ -38,7 +38,7 @@ def work(
     if plan.complete(study, mine, done):
       return
     for run in plan.remaining(study, mine, done):
-      with record.claimed(study.folder / "locks", run.key) as claimed:
+      with record.claimed(study.folder, run.key) as claimed:
         # It may have been finished since the rows were read.
         if not claimed or run.key in load(study):
           continue
@@ -80,7 +80,7 @@ def _rows(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _run(study: Study, run: plan.Run, kept: training.Kept) -> dict[str, Any]:
-  folder = study.folder / "running" / run.key
+  folder = study.folder / record.RUNNING / run.key
   try:
     return training.run(run, folder, kept)
   except UsageError as error:

@@ -25,7 +25,7 @@ from .. import files
 from ..data import load as data_lib
 from ..errors import UsageError
 from ..models import load as models
-from ..run import assemble, loop, step
+from ..run import assemble, claim, loop, step
 from ..run import config as config_lib
 from ..run.assemble import Prepared
 from ..run.config import Config
@@ -108,11 +108,12 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
   """
   start = time.perf_counter()
   config = config_lib.replace(task.config, run_dir=str(folder))
-  prepared = assemble.prepare(config)
-  try:
-    found = _outcome(task, prepared, kept)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
+  with claim.claimed(config):
+    try:
+      prepared = assemble.prepare(config)
+      found = _outcome(task, prepared, kept)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
   row = {
     "key": task.key,
     "label": task.cell.label,

@@ -42,11 +42,10 @@ def start(study: pathlib.Path, only: str, count: int) -> int:
       own = [*command, "--workers", str(count), "--worker", str(i)]
       if cores is not None:
         own += ["--cores", ",".join(map(str, cores[i]))]
-      running.append(subprocess.Popen(own, env=environment))
+      # Apart, so that Ctrl-C comes to this process alone, which ends them.
+      running.append(subprocess.Popen(own, env=environment, process_group=0))
     codes = [process.wait() for process in running]
     return 2 if 2 in codes else int(any(codes))
-  except KeyboardInterrupt:
-    return 1
   finally:
     for process in running:
       if process.poll() is None:

@@ -29,6 +29,7 @@ _SMALL = {
 
 def _prepared(config):
   """A prepared run, what makes its state, and its step."""
+  config.folder().mkdir(exist_ok=True)
   ready = assemble.prepare(config)
   init = functools.partial(step.init, ready.method, jax.random.key(0))
   return (

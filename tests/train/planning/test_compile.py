@@ -102,7 +102,7 @@ def test_operations_are_those_of_the_equations(found):
     (("--max-length", "65"), ("at most 64", "got 65")),
     (("--rank", "0"), ("--rank is at least 1; got 0",)),
     (("--targets", "nothing"), ("match no module", "q_proj")),
-    (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "cannot be")),
+    (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "not there")),
   ],
 )
 def test_what_cannot_be_compiled_is_told_in_a_sentence(

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import numpy as np
-from outcomes import rows
+from outcomes import files, rows
 import pytest
 
+from train import locks
 from train.models import load as models
 from train.run import config as config_lib
 from train.run import memory
@@ -26,6 +27,48 @@ def test_a_run_is_claimed_before_its_model_is_opened_and_given_up_after_it(
   assert "no such model" in capsys.readouterr().err
   assert there == [3]
   assert not folder.exists()
+
+
+def test_a_folder_that_another_command_is_in_is_refused_and_left_as_it_is(
+  run, finished, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(models, "open_pretrained", None)  # it is not asked
+  folder = shutil.copytree(finished, tmp_path / "run")
+  with locks.held(folder / locks.FILE, "it"):
+    before = files(folder)
+    assert run(folder) == 2
+    assert files(folder) == before
+  shown = capsys.readouterr().err
+  assert f"error: the run's folder {folder} is in use by process" in shown
+  assert shown.count("\n") == 1
+  assert files(folder) == files(finished)
+
+
+@pytest.mark.parametrize(
+  "left", ["checkpoints", "adapters", "results.json", "metrics.jsonl"]
+)
+def test_a_folder_that_lost_its_configuration_is_not_taken_for_another_run(
+  run, finished, tmp_path, capsys, left
+):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  copy = shutil.copytree if (finished / left).is_dir() else shutil.copy
+  copy(finished / left, folder / left)
+  before = files(folder)
+  assert run(folder) == 2
+  shown = capsys.readouterr().err
+  for part in (f"{folder} has {left} of a run", "no config.json", "--run-dir"):
+    assert part in shown
+  assert files(folder) == before
+
+
+def test_parts_of_adapters_that_a_kill_left_are_removed(
+  run, finished, tmp_path
+):
+  folder = shutil.copytree(finished, tmp_path / "run")
+  (folder / "adapters" / f".{'0' * 32}").touch()
+  assert run(folder) == 0
+  assert files(folder).keys() == files(finished).keys()
 
 
 def test_a_run_that_has_begun_is_not_given_up(

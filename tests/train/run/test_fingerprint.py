@@ -165,7 +165,7 @@ def test_a_lost_config_does_not_make_one_run_of_another(place, capsys):
   before = files(place)
   assert _run("--seed", "7") == 2
   said = capsys.readouterr().err
-  assert "config.json is missing: seed is 0 there and 7 here" in said
+  assert "another configuration: seed is 0 there and 7 here" in said
   assert files(place) == before
 
 

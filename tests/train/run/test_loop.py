@@ -52,7 +52,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 def test_the_first_ctrl_c_saves(run, tmp_path, capsys, signal_at):
   signal_at(signal.SIGINT, 2)
   assert run(tmp_path / "run") == 0
-  assert "interrupted after step 2, which is saved" in capsys.readouterr().out
+  shown = capsys.readouterr()
+  assert "interrupted after step 2, which is saved" in shown.out
   assert (tmp_path / "run" / "checkpoints" / "last" / "2").is_dir()
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -244,7 +243,7 @@ def test_a_claim_is_one_process_s_until_it_ends(tmp_path):
     assert mine
     with record.claimed(tmp_path, "x") as twice:
       assert not twice
-  assert not os.listdir(tmp_path)
+  assert not any(tmp_path.glob("*/*"))
 
 
 def test_rows_of_many_writers_are_whole_and_a_torn_tail_is_dropped(tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import importlib
 from typing import Any
 
+from ... import files
 from .logger import Logger, Opened
 
 
@@ -21,7 +22,7 @@ class Mlflow(Logger):
       return
     run = self._mlflow.start_run(run_name=opened.folder.name)
     self._mlflow.log_params(dict(opened.config))
-    name.write_text(run.info.run_id)
+    files.write_atomically(name, run.info.run_id)
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
     self._mlflow.log_metrics(dict(values), step=step)

@@ -5,6 +5,7 @@ import importlib
 import secrets
 from typing import Any
 
+from ... import files
 from .logger import Logger, Opened
 
 
@@ -18,7 +19,7 @@ class Wandb(Logger):
     wandb: Any = importlib.import_module("wandb")
     name = opened.folder / "wandb_id"
     if not name.exists():
-      name.write_text(secrets.token_hex(4))
+      files.write_atomically(name, secrets.token_hex(4))
     self._run = wandb.init(
       project=wandb.Settings().project or "bilora",
       name=opened.folder.name,

@@ -1,0 +1,97 @@
+"""The folder of a run, which is one job's at a time, and of one run for good.
+
+Several processes of a job are one holder: the first takes the lock for all.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+import re
+
+from .. import files, locks
+from ..devices import processes
+from ..errors import UsageError
+from . import config as config_lib
+from . import fingerprint, kept, report
+from .config import Config
+from .loggers import jsonl
+
+_CONFIG = "config.json"
+_OF_A_RUN = (
+  *("checkpoints", kept.ADAPTERS, kept.PARAMETERS),
+  *(report.RESULTS, jsonl.FILE),
+)
+"""What is there of a run that has begun, beside its configuration."""
+# As `bilora_jax.save_adapters` calls a file that is not whole yet.
+_PART = re.compile(r"\.[0-9a-f]{32}")
+
+
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[pathlib.Path]:
+  """The folder of a run, for this job alone as long as the context lasts.
+
+  It is made, and its `config.json` is written at once. If the context fails
+  before anything else of the run is in it, it is gone again.
+
+  Raises:
+    UsageError: if another command is in it, it holds another run, or it cannot
+      be written; in all processes alike.
+  """
+  folder, refusal = config.folder(), None
+  with contextlib.ExitStack() as stack:
+    with processes.first_before_others():
+      try:
+        if processes.is_first():
+          stack.enter_context(
+            locks.held(folder / locks.FILE, f"the run's folder {folder}")
+          )
+          _begin(folder, config, stack)
+        _require_same(folder, config_lib.from_run(folder), config)
+      except (UsageError, OSError) as error:
+        refusal = error
+    if processes.any_of(refusal is not None):
+      raise refusal or UsageError(
+        f"another process of this job was refused {folder}, and says why."
+      )
+    yield folder
+
+
+def _begin(
+  folder: pathlib.Path, config: Config, stack: contextlib.ExitStack
+) -> None:
+  """Writes the configuration where there is none; removes what kills left."""
+  for path in (folder / kept.ADAPTERS).glob(".*"):
+    if _PART.fullmatch(path.name):
+      path.unlink()
+  if (folder / _CONFIG).exists():
+    return
+  there = [name for name in _OF_A_RUN if (folder / name).exists()]
+  begun = fingerprint.configuration(folder) if there else None
+  if begun is not None:
+    _require_same(folder, begun, config)
+  elif there:
+    raise UsageError(
+      f"{folder} has {' and '.join(there)} of a run and no {_CONFIG}, which "
+      f"says of which. Put {_CONFIG} back, or give another --run-dir."
+    )
+  stack.push(lambda kind, *_: kind and _give_up(folder))
+  files.write_atomically(folder / _CONFIG, config_lib.to_json(config))
+
+
+def _require_same(folder: pathlib.Path, begun: Config, config: Config) -> None:
+  changed = config_lib.differences(begun, config)
+  if changed:
+    listed = "; ".join(
+      f"{name} is {old!r} there and {new!r} here"
+      for name, (old, new) in changed.items()
+    )
+    raise UsageError(
+      f"{folder} holds a run of another configuration: {listed}. Give the "
+      "same options to resume it, or another --run-dir."
+    )
+
+
+def _give_up(folder: pathlib.Path) -> None:
+  """Removes the configuration, if nothing else of a run is there."""
+  if {path.name for path in folder.glob("*")} <= {_CONFIG, locks.FILE}:
+    (folder / _CONFIG).unlink(missing_ok=True)
