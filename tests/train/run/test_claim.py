@@ -44,9 +44,7 @@ def test_a_folder_that_another_command_is_in_is_refused_and_left_as_it_is(
   assert files(folder) == files(finished)
 
 
-@pytest.mark.parametrize(
-  "left", ["checkpoints", "adapters", "results.json", "metrics.jsonl"]
-)
+@pytest.mark.parametrize("left", ["adapters", "results.json", "metrics.jsonl"])
 def test_a_folder_that_lost_its_configuration_is_not_taken_for_another_run(
   run, finished, tmp_path, capsys, left
 ):

@@ -221,6 +221,7 @@ def test_a_run_stays_at_the_commit_that_it_was_begun_at(
   )
   prepared = assemble.prepare(config)
   assert prepared.fingerprint["commit"] == _COMMIT
+  folder.mkdir()
   fingerprint.begin(folder, prepared.fingerprint)
   commits[None] = "f" * 40
   assert assemble.prepare(config).opened.path.name == _COMMIT
