@@ -8,6 +8,8 @@ import collections
 from collections.abc import Callable
 import functools
 import importlib.util
+import os
+import pathlib
 
 import formats
 from hypothesis import HealthCheck, given, settings
@@ -61,6 +63,20 @@ def test_a_mutant_is_read_or_refused_by_name(name, seeds):
     assert not seed.tried(*seed.mutant(number)).fault
 
   tried()
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_what_is_no_file_is_refused_by_name(name, seeds):
+  seed = seeds(name)
+  files = list(seed.format.files)
+  for file in files[:2] if name in ("images", "run") else files:
+    for put in (pathlib.Path.mkdir, os.mkfifo, pathlib.Path.touch, _nothing):
+      outcome = seed.without(file, put)
+      assert not outcome.fault, (file, put, outcome.said)
+
+
+def _nothing(path: pathlib.Path) -> None:
+  del path
 
 
 @pytest.mark.parametrize("name", ["bert", "decoder", "t5", "adapters", "peft"])
