@@ -6,6 +6,7 @@ that names the file.
 """
 
 from collections.abc import Mapping
+import errno
 import json
 import os
 import pathlib
@@ -36,7 +37,10 @@ def open_file(path: Path) -> BinaryIO:
   except FileNotFoundError:
     raise UsageError(f"{_told(path)} is not there.") from None
   except OSError as error:
-    # A socket cannot be opened, either.
+    if error.errno in (errno.ENXIO, errno.ENODEV):  # of a socket, say
+      raise UsageError(
+        f"{_told(path)} is a pipe or a device; it must be a file."
+      ) from error
     raise UsageError(
       f"{_told(path)} cannot be read: {error.strerror}."
     ) from error

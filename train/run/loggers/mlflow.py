@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import importlib
 from typing import Any
 
+from ... import checked
 from .logger import Logger, Opened
 
 
@@ -17,7 +18,7 @@ class Mlflow(Logger):
     self._mlflow: Any = importlib.import_module("mlflow")
     name = opened.folder / "mlflow_id"
     if name.exists():
-      self._mlflow.start_run(run_id=name.read_text())
+      self._mlflow.start_run(run_id=checked.read_text(name))
       return
     run = self._mlflow.start_run(run_name=opened.folder.name)
     self._mlflow.log_params(dict(opened.config))

@@ -5,6 +5,7 @@ import importlib
 import secrets
 from typing import Any
 
+from ... import checked
 from .logger import Logger, Opened
 
 
@@ -22,7 +23,7 @@ class Wandb(Logger):
     self._run = wandb.init(
       project=wandb.Settings().project or "bilora",
       name=opened.folder.name,
-      id=name.read_text(),
+      id=checked.read_text(name),
       resume="allow",
       dir=str(opened.folder),
       config=dict(opened.config),
