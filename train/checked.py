@@ -6,6 +6,7 @@ that names the file.
 """
 
 from collections.abc import Mapping
+import errno
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from .errors import UsageError
 
 _MOST = 2**28
 _DEEPEST = 100
+_LONGEST = 1000
 _REQUIRED: Any = object()
 
 Path = str | os.PathLike[str]
@@ -33,21 +35,22 @@ def open_file(path: Path) -> BinaryIO:
   try:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except FileNotFoundError:
-    raise UsageError(f"{os.fspath(path)} is not there.") from None
+    raise UsageError(f"{_told(path)} is not there.") from None
   except OSError as error:
-    # A socket cannot be opened, either.
+    if error.errno in (errno.ENXIO, errno.ENODEV):  # of a socket, say
+      raise UsageError(
+        f"{_told(path)} is a pipe or a device; it must be a file."
+      ) from error
     raise UsageError(
-      f"{os.fspath(path)} cannot be read: {error.strerror}."
+      f"{_told(path)} cannot be read: {error.strerror}."
     ) from error
   except ValueError as error:  # a NUL, or half of a surrogate pair
-    raise UsageError(
-      f"{options.shown(os.fspath(path))} is no path: {error}."
-    ) from error
+    raise UsageError(f"{_told(path)} is no path: {error}.") from error
   mode = os.fstat(descriptor).st_mode
   if not stat.S_ISREG(mode):
     os.close(descriptor)
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-    raise UsageError(f"{os.fspath(path)} is {kind}; it must be a file.")
+    raise UsageError(f"{_told(path)} is {kind}; it must be a file.")
   return os.fdopen(descriptor, "rb")
 
 
@@ -62,10 +65,10 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
       content = file.read(most + 1)
   except OSError as error:
     raise UsageError(
-      f"{os.fspath(path)} cannot be read: {error.strerror}."
+      f"{_told(path)} cannot be read: {error.strerror}."
     ) from error
   if len(content) > most:
-    raise UsageError(f"{os.fspath(path)} has more than {most:,} bytes.")
+    raise UsageError(f"{_told(path)} has more than {most:,} bytes.")
   return content
 
 
@@ -78,7 +81,7 @@ def read_text(path: Path) -> str:
   try:
     return read_bytes(path).decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise UsageError(f"{os.fspath(path)} is not UTF-8: {error}.") from error
+    raise UsageError(f"{_told(path)} is not UTF-8: {error}.") from error
 
 
 def read_json(path: Path, kind: Any = dict) -> Any:
@@ -91,7 +94,7 @@ def read_json(path: Path, kind: Any = dict) -> Any:
   Raises:
     UsageError: as `read_bytes` and `parse_json`.
   """
-  return parse_json(read_bytes(path), os.fspath(path), kind)
+  return parse_json(read_bytes(path), _told(path), kind)
 
 
 def parse_json(text: str | bytes, where: str, kind: Any = object) -> Any:
@@ -207,12 +210,10 @@ def is_file(path: Path) -> bool:
   except (FileNotFoundError, NotADirectoryError):
     return False
   except (OSError, ValueError) as error:
-    raise UsageError(
-      f"{options.shown(os.fspath(path))} cannot be read: {error}."
-    ) from error
+    raise UsageError(f"{_told(path)} cannot be read: {error}.") from error
   if not stat.S_ISREG(mode):
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-    raise UsageError(f"{os.fspath(path)} is {kind}; it must be a file.")
+    raise UsageError(f"{_told(path)} is {kind}; it must be a file.")
   return True
 
 
@@ -225,9 +226,15 @@ def is_folder(path: Path) -> bool:
   try:
     return pathlib.Path(path).is_dir()
   except (OSError, ValueError) as error:
-    raise UsageError(
-      f"{options.shown(os.fspath(path))} cannot be read: {error}."
-    ) from error
+    raise UsageError(f"{_told(path)} cannot be read: {error}.") from error
+
+
+def _told(path: Path) -> str:
+  """A path in a sentence: whole, unless it is of no use."""
+  text = os.fspath(path)
+  if len(text) > _LONGEST or not options.is_text(text):
+    return options.shown(text)
+  return text
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tries mutants of a format, one by one: what is read, or how it is refused."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import pathlib
@@ -64,13 +65,29 @@ class Seed:
 
   def tried(self, file: str, content: bytes) -> Outcome:
     """Reads the folder with another file in it, and puts back the old one."""
+    return self._tried(file, lambda path: path.write_bytes(content))
+
+  def without(self, file: str, put: Callable[[pathlib.Path], Any]) -> Outcome:
+    """Reads the folder with something else where a file was."""
+
+    def replace(path: pathlib.Path) -> None:
+      path.unlink()
+      put(path)
+
+    return self._tried(file, replace)
+
+  def _tried(self, file: str, put: Callable[[pathlib.Path], Any]) -> Outcome:
     path = self.folder / file
-    path.write_bytes(content)
-    before = {**self._whole, file: content}
+    put(path)
+    before = _contents(self.folder)
     try:
       outcome = self._opened(file)
       changed = _contents(self.folder) != before
     finally:
+      if path.is_dir():
+        path.rmdir()
+      elif not path.is_file():
+        path.unlink(missing_ok=True)
       path.write_bytes(self._whole[file])
     if changed:
       _restore(self.folder, self._whole)
@@ -115,13 +132,19 @@ def _limited():
   def late(*_):
     raise _Late
 
-  old = signal.signal(signal.SIGALRM, late)
-  signal.alarm(SECONDS)
+  # Of the processor's time, for machines that do other things too; and of the
+  # clock's, for what waits.
+  for name, timer, seconds in (
+    (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+    (signal.SIGALRM, signal.ITIMER_REAL, 6 * SECONDS),
+  ):
+    signal.signal(name, late)
+    signal.setitimer(timer, seconds)
   try:
     yield
   finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _contents(folder: pathlib.Path) -> dict[str, bytes]:

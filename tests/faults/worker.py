@@ -1,101 +1,113 @@
 """Tries many mutants in a process of its own, which one of them may end.
 
-`python worker.py FORMAT FOLDER FIRST END` prints, as JSON, what became of each
-mutant.
+`python worker.py FOLDER FORMAT FIRST END ...` prints, as JSON, what became of
+each mutant.
 """
 
+from collections.abc import Iterator, Mapping
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import sys
+import tempfile
 import threading
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
-# An alarm ends what is slow in Python; this what is slow elsewhere.
-_SILENT_SECONDS = 60
+# `trial` ends what is slow in Python; this is for what is slow elsewhere. The
+# first answer comes after all of the program is imported.
+_SILENT_SECONDS, _STARTING_SECONDS = 120, 600
 
 
-class Found(NamedTuple):
-  """What became of many mutants.
-
-  Attributes:
-    accepted: how many were read.
-    faults: what is wrong, by the numbers of mutants.
-  """
-
-  accepted: int
-  faults: dict[int, str]
-
-
-def tried(name: str, folder: pathlib.Path, count: int) -> Found:
-  """Tries the first mutants of a format; the process may end at each.
+def tried(
+  counts: Mapping[str, int], folder: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+  """Tries the first mutants of formats; the process may end at each.
 
   Args:
-    name: of the format.
-    folder: to work in, which is new.
-    count: how many.
+    counts: how many, by the format.
+    folder: to work in.
+
+  Yields:
+    `format`, `mutant` (its number), `accepted`, and `fault`, which is empty if
+    all is well.
   """
-  accepted, faults, first = 0, {}, 0
-  while first < count:
-    folder.mkdir(parents=True, exist_ok=True)
-    own = folder / str(first)
-    process = subprocess.Popen(
-      [sys.executable, __file__, name, str(own), str(first), str(count)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-      env=os.environ | {"PYTHONPATH": str(_REPOSITORY), "JAX_PLATFORMS": "cpu"},
-    )
-    lines = _lines(process, own)
-    faults |= {line["mutant"]: line["fault"] for line in lines if line["fault"]}
-    accepted += sum(line["accepted"] for line in lines)
-    done = lines[-1]["mutant"] + 1 if lines else first
-    if process.returncode or done < count:
-      faults[done] = f"the process ended with {process.returncode}"
-      done += 1
-    first = done
-  return Found(accepted, faults)
+  left = {name: 0 for name, count in counts.items() if count}
+  while left:
+    for line in _lines(left, counts, folder):
+      _done(left, line["format"], line["mutant"], counts)
+      yield line
+    if left:
+      # It was at the first that is left.
+      name, number = next(iter(left.items()))
+      fault = "it ended the process, or gave no answer"
+      place = {"format": name, "mutant": number}
+      yield place | {"accepted": False, "fault": fault}
+      _done(left, name, number, counts)
+
+
+def _done(
+  left: dict[str, int], name: str, number: int, counts: Mapping[str, int]
+) -> None:
+  left[name] = number + 1
+  if left[name] == counts[name]:
+    del left[name]
 
 
 def _lines(
-  process: subprocess.Popen, folder: pathlib.Path
-) -> list[dict[str, Any]]:
-  """What a worker printed until it ended, or was silent for too long."""
-  assert process.stdout is not None
-  lines: list[dict[str, Any]] = []
-  heard = [time.monotonic()]
+  left: Mapping[str, int], counts: Mapping[str, int], folder: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+  """What a worker prints until it ends, or is silent for too long."""
+  plan = [str(x) for name, at in left.items() for x in (name, at, counts[name])]
+  process = subprocess.Popen(
+    [sys.executable, __file__, str(folder), *plan],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+    env=_environment(),
+  )
+  lines: queue.Queue[str] = queue.Queue()
 
-  def read():
+  def read() -> None:
+    assert process.stdout is not None
     for line in process.stdout:
-      lines.append(json.loads(line))
-      heard[0] = time.monotonic()
+      lines.put(line)
+    lines.put("")
 
-  reader = threading.Thread(target=read)
+  reader = threading.Thread(target=read, daemon=True)
   reader.start()
-  while process.poll() is None:
-    if time.monotonic() - heard[0] > _SILENT_SECONDS:
-      process.kill()
-    time.sleep(0.2)
-  reader.join()
-  return lines
+  seconds = _STARTING_SECONDS
+  try:
+    while line := lines.get(timeout=seconds):
+      yield json.loads(line)
+      seconds = _SILENT_SECONDS
+  except queue.Empty:
+    pass
+  finally:
+    process.kill()
+    process.wait()
 
 
-def main(name: str, folder: str, first: str, end: str) -> None:
+def _environment() -> dict[str, str]:
+  found = os.environ | {"JAX_PLATFORMS": "cpu"}
+  path = (str(_REPOSITORY), found.get("PYTHONPATH"))
+  return found | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def main(folder: str, *plan: str) -> None:
   """Tries mutants, and prints a line of each."""
-  import trial
+  import trial  # which imports all of the program
 
-  seed = trial.Seed(name, pathlib.Path(folder))
-  for number in range(int(first), int(end)):
-    outcome = seed.tried(*seed.mutant(number))
-    line = {
-      "mutant": number,
-      "accepted": outcome.accepted,
-      "fault": outcome.fault,
-    }
-    print(json.dumps(line), flush=True)
+  for name, first, end in zip(plan[::3], plan[1::3], plan[2::3]):
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+      seed = trial.Seed(name, pathlib.Path(own) / "whole")
+      for number in range(int(first), int(end)):
+        outcome = seed.tried(*seed.mutant(number))
+        found = {"accepted": outcome.accepted, "fault": outcome.fault}
+        line = {"format": name, "mutant": number, **found}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

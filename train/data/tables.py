@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from .. import bounds, checked, jsonl
+from .. import bounds, checked, jsonl, options
 from ..errors import UsageError
 
 TFDS = "tfds:"
@@ -294,6 +294,8 @@ def _folder(path: pathlib.Path) -> dict[str, Table]:
     splits = checked.field(
       str(whole), checked.read_json(whole), "splits", tuple[str, ...]
     )
+    for name in splits:
+      _check_name(str(whole), name)
     return _by_split({name: _saved(path / name) for name in splits}, path)
   if checked.is_file(path / "state.json"):
     return {"train": _saved(path)}
@@ -341,7 +343,18 @@ def _saved(path: pathlib.Path) -> Table:
   ]
   if not files:
     raise UsageError(f"{state} lists no files of rows.")
+  for name in files:
+    _check_name(str(state), name)
   return _arrow(path, [_pyarrow(stream, path / file) for file in files])
+
+
+def _check_name(where: str, name: str) -> None:
+  """Refuses a name that leads out of the folder."""
+  if pathlib.PurePath(name).name != name:
+    raise UsageError(
+      f"{where} lists what is in the same folder by its name; got "
+      f"{options.shown(name)}."
+    )
 
 
 def images(path: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -194,6 +194,20 @@ def open_gguf(path: str | pathlib.Path) -> GgufModel:
   )
 
 
+class _Reader(gguf.GGUFReader):
+  """Reads no further than the file goes.
+
+  `gguf` reads nothing there, as often as a damaged count of an array says, and
+  keeps all of it.
+  """
+
+  def _get(self, offset, dtype, count=1, override_order=None):
+    size = np.dtype(dtype).itemsize * int(count)
+    if int(offset) + size > len(self.data):
+      raise ValueError(f"it has no {size} bytes at {offset}")
+    return super()._get(offset, dtype, count, override_order)
+
+
 def _read(
   path: pathlib.Path,
 ) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:

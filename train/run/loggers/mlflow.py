@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import importlib
 from typing import Any
 
-from ... import files
+from ... import checked, files
 from .logger import Logger, Opened
 
 
@@ -18,7 +18,7 @@ class Mlflow(Logger):
     self._mlflow: Any = importlib.import_module("mlflow")
     name = opened.folder / "mlflow_id"
     if name.exists():
-      self._mlflow.start_run(run_id=name.read_text())
+      self._mlflow.start_run(run_id=checked.read_text(name))
       return
     run = self._mlflow.start_run(run_name=opened.folder.name)
     self._mlflow.log_params(dict(opened.config))

@@ -5,7 +5,7 @@ import importlib
 import secrets
 from typing import Any
 
-from ... import files
+from ... import checked, files
 from .logger import Logger, Opened
 
 
@@ -23,7 +23,7 @@ class Wandb(Logger):
     self._run = wandb.init(
       project=wandb.Settings().project or "bilora",
       name=opened.folder.name,
-      id=name.read_text(),
+      id=checked.read_text(name),
       resume="allow",
       dir=str(opened.folder),
       config=dict(opened.config),
