@@ -193,6 +193,20 @@ def open_gguf(path: str | pathlib.Path) -> GgufModel:
   )
 
 
+class _Reader(gguf.GGUFReader):
+  """Reads no further than the file goes.
+
+  `gguf` reads nothing there, as often as a damaged count of an array says, and
+  keeps all of it.
+  """
+
+  def _get(self, offset, dtype, count=1, override_order=None):
+    size = np.dtype(dtype).itemsize * int(count)
+    if int(offset) + size > len(self.data):
+      raise ValueError(f"it has no {size} bytes at {offset}")
+    return super()._get(offset, dtype, count, override_order)
+
+
 def _read(
   path: pathlib.Path,
 ) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
@@ -230,18 +244,6 @@ def _read(
     )
   # The reader itself, which keeps an array for every token, is let go here.
   return metadata, {tensor.name: tensor for tensor in reader.tensors}
-
-
-class _Reader(gguf.GGUFReader):
-  """Ends at the end of the file, whatever counts are in it."""
-
-  def _get(
-    self, offset: int, dtype: Any, count: int = 1, *more: Any, **of: Any
-  ):
-    found = super()._get(offset, dtype, count, *more, **of)
-    if len(found) < count:
-      raise ValueError("a count in it goes beyond its end")
-    return found
 
 
 def _config(
