@@ -267,6 +267,8 @@ def _gathered(path: pathlib.Path, schema: Any, batches: Iterable[Any]) -> Any:
 
   found, size = [], 0
   for batch in batches:
+    # Before its offsets are looked at.
+    batch.validate()
     # Rows of nothing take memory as well, once they are Python's.
     size += batch.nbytes + 16 * batch.num_rows
     bounds.check(path, size)

@@ -243,18 +243,6 @@ def _read(
   return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
-class _Reader(gguf.GGUFReader):
-  """Ends at the end of the file, whatever counts are in it."""
-
-  def _get(
-    self, offset: int, dtype: Any, count: int = 1, *more: Any, **of: Any
-  ):
-    found = super()._get(offset, dtype, count, *more, **of)
-    if len(found) < count:
-      raise ValueError("a count in it goes beyond its end")
-    return found
-
-
 def _config(
   metadata: collections.abc.Mapping[str, Any],
   stored: collections.abc.Mapping[str, gguf.ReaderTensor],

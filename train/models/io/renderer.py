@@ -6,7 +6,7 @@ back to Python to be counted. `template.py` keeps one such process and sends it
 a conversation at a time. It imports Jinja alone, so that it starts at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 import contextlib
 import datetime
 import functools
@@ -69,7 +69,7 @@ def _size(operator: str, left: Any, right: Any) -> float:
       bits = left.bit_length() * max(right, 0)
     return 0 if bits <= _BITS else CHARACTERS + 1
   for count, many in ((left, right), (right, left)):
-    if isinstance(count, int) and hasattr(many, "__len__"):
+    if isinstance(count, int) and isinstance(many, Sized):
       return count * len(many)
   return 0
 

@@ -52,9 +52,9 @@ def check(
   # What is added to all texts, which no vocabulary has to have. Segments are of
   # what is in them.
   text = "" if segments is None else "a"
-  for texts in ((text,), (text, text)):
+  for pair in (None, text):
     with tokenizer_.refusing(path):
-      added = tokenizer.encode(*texts)
+      added = tokenizer.encode(text, pair)
     for found, limit, what, size_name in (
       (added.ids, rows, "id", "vocab_size"),
       (added.type_ids, segments, "segment", "type_vocab_size"),

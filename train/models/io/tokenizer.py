@@ -57,8 +57,8 @@ def refusing(whose: str | os.PathLike[str] = "the model") -> Iterator[None]:
     is_panic = type(error).__name__ == "PanicException"
     if is_panic or type(error) is Exception:
       raise weights.WeightsError(
-        f"The tokenizer of {os.fspath(whose)} cannot read a text: "
-        f"{str(error)[:500]}."
+        f"The tokenizer of {os.fspath(whose)} cannot read a text "
+        f"({str(error)[:300]})."
       ) from error
     raise
 
