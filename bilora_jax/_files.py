@@ -101,12 +101,10 @@ def load_adapters(
 
   Raises:
     ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays are no finite floats or do not fit the model; every mismatch is
-      named.
+      arrays are no floats or do not fit the model; every mismatch is named.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
-  require_finite(folder / _TENSORS, arrays)
   spec = _spec(folder / _CONFIG, config)
   _require_floats(folder / _TENSORS, arrays)
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))

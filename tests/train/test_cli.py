@@ -192,7 +192,8 @@ def test_checkpoints_of_another_spec_are_refused_and_left_as_they_are(
   (folder / "config.json").write_text(config.replace('"rank": 4', '"rank": 3'))
   assert run(folder, "--rank", "3") == 2
   sentence = _sentence(capsys)
-  assert f"{folder / 'checkpoints' / 'last' / '24'} does not fit" in sentence
+  assert f"{folder} holds a run of another configuration" in sentence
+  assert "config.json is missing: rank is 4 there and 3 here" in sentence
   assert files(folder / "checkpoints") == files(finished / "checkpoints")
 
 

@@ -113,6 +113,13 @@ def any_of(flag: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def summed(values: np.ndarray) -> np.ndarray:
+  """The sum of all processes' arrays; all have to give one, of one shape."""
+  if jax.process_count() == 1:
+    return values
+  return np.sum(multihost_utils.process_allgather(values), axis=0)
+
+
 def watched(run: Callable[[], int]) -> int:
   """Runs a function in a child process, whose end by a signal is explained.
 

@@ -68,7 +68,11 @@ class Finished:
     """The run's; empty if it trained parameters."""
     if self.adapted is None:
       return {}
-    return bilora_jax.load_adapters(self.folder / kept.ADAPTERS, self.adapted)
+    folder = self.folder / kept.ADAPTERS
+    found = bilora_jax.load_adapters(folder, self.adapted)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+      raise UsageError(f"the adapters in {folder} are not finite.")
+    return found
 
   @functools.cached_property
   def variables(self) -> dict[str, Any]:

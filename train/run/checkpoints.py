@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from .. import command, files
@@ -307,31 +308,50 @@ def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(tree: Any) -> str:
-  """Of the bits of all arrays, wherever they are."""
+  """Of the bits of all arrays, on whichever devices they are."""
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-  sums = jax.device_get([_checksum(x) for _, x in paths])
+  # Shard by shard: a sum over devices would be a program of all of them, and
+  # many of these at once can hang on a CPU.
+  parts = [_checksums(jnp.asarray(x)) for _, x in paths]
+  sums = [sum(map(int, part)) % 2**32 for part in jax.device_get(parts)]
+  totals = processes.summed(np.array(sums, np.int64)) % 2**32
   names = [jax.tree_util.keystr(path) for path, _ in paths]
-  text = json.dumps(sorted(zip(names, map(int, sums))))
+  text = json.dumps(sorted(zip(names, totals.tolist())))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-  """Of the bits of an array, a uint32 scalar.
+def _checksums(x: jax.Array) -> list[jax.Array]:
+  """Of the bits of an array, uint32 scalars whose sum modulo 2^32 is meant.
 
-  Every word counts an odd number of times, modulo 2^32: a flipped bit always
-  changes the sum. It is made where the array is, and does not depend on how
-  that is sharded, so that a run may resume on another mesh.
+  Every word counts an odd number of times, by its place in the whole array: a
+  flipped bit always changes the sum, and the sharding never does, so that a run
+  may resume on another mesh.
   """
+  strides = np.cumprod([1, *x.shape[:0:-1]])[: x.ndim][::-1] % 2**32
+  return [
+    _checksum(
+      shard.data,
+      np.array([part.start or 0 for part in shard.index], np.uint32),
+      strides.astype(np.uint32),
+    )
+    for shard in x.addressable_shards
+    if shard.replica_id == 0
+  ]
+
+
+@jax.jit
+def _checksum(x: jax.Array, start: jax.Array, strides: jax.Array) -> jax.Array:
+  """Of a shard that begins at `start` of an array with these strides."""
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-  place, stride = jnp.uint32(0), 1
-  for axis in reversed(range(words.ndim)):
-    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    place += along * jnp.uint32(stride % 2**32)
-    stride *= words.shape[axis]
+  if words.ndim > x.ndim:
+    words = jnp.sum(words, axis=-1, dtype=jnp.uint32)
+  place = jnp.uint32(0)
+  for axis in range(x.ndim):
+    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    place += (along + start[axis]) * strides[axis]
   return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
@@ -357,9 +377,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
 
 
 def _damage(where: pathlib.Path, error: BaseException) -> DamagedError:
-  return DamagedError(
-    f"the checkpoint {where} is damaged: {_first_line(error).rstrip('.')}."
-  )
+  # TensorStore adds all of its options.
+  why = _first_line(error, " [tensorstore_spec")
+  return DamagedError(f"the checkpoint {where} is damaged: {why.rstrip('.')}.")
 
 
 def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
@@ -421,7 +441,8 @@ def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:
     otherwise(unraisable)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException, end: str = "\n") -> str:
   line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  line = line.partition(end)[0]
   # TensorStore says where at the start and why at the end.
   return line if len(line) <= 300 else f"{line[:100]} ... {line[-195:]}"

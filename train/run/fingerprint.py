@@ -166,7 +166,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     found = json.loads(path.read_bytes())
     if not _is_fingerprint(found):
       raise ValueError("it is not what the program writes there")
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return {}
   except (OSError, ValueError, RecursionError) as error:
     raise UsageError(f"{path} cannot be read: {error}.") from error

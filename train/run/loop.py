@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bilora_jax
@@ -347,7 +348,6 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     evaluated = checkpoints.best(
       best["step"], method.evaluated(trained.state.trained)
     )
-    require_useful(evaluated)
     return _finish(prepared, command, evaluated, trained, predict, journal)
   finally:
     journal.close()
@@ -391,9 +391,10 @@ def _finish(
 ) -> dict[str, Any]:
   config, data, layout = prepared.config, prepared.data, prepared.layout
   best = trained.best
+  whole = layout.gather(evaluated)
+  require_useful(whole)
   journal.say(f"testing the best, of step {best['step']}")
   test = predict(evaluated, "test")
-  whole = layout.gather(evaluated)
   if processes.is_first():
     kept.save(prepared.folder, *prepared.saved(whole))
   baseline = None
@@ -549,19 +550,17 @@ def require_useful(evaluated: Any) -> None:
   Raises:
     NothingLearnedError: if there is one.
   """
-  found = jax.device_get(jax.tree.map(_largest, jax.tree.leaves(evaluated)))
-  largest = max(map(float, found), key=lambda x: math.inf if x != x else x)
+  found = [
+    float(np.max(np.abs(x), initial=0))
+    for x in jax.tree.leaves(jax.device_get(evaluated))
+  ]
+  largest = max(found, key=lambda x: math.inf if math.isnan(x) else x)
   if not largest < _DROWNS:
     raise NothingLearnedError(
       f"nothing of use was learned: the largest weight that was trained is "
       f"{largest:.4g}, and one of {_DROWNS:.3g} or more drowns in float32 what "
       f"it is added to. {_MAY_HELP}"
     )
-
-
-@jax.jit
-def _largest(x: jax.Array) -> jax.Array:
-  return jnp.max(jnp.abs(x), initial=0)
 
 
 def _means(rows: Sequence[step.Metrics]) -> dict[str, float]:

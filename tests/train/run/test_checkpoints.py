@@ -297,21 +297,25 @@ def test_only_where_no_checkpoint_is_whole_is_it_an_error(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
-def test_a_checksum_is_of_every_bit_and_of_no_layout(dtype):
+def test_a_digest_is_of_every_bit_and_of_no_layout(dtype):
   x = jnp.arange(24).reshape(4, 6).astype(dtype)
-  before = int(checkpoints_lib._checksum(x))
-  devices = jax.sharding.Mesh(np.array(jax.devices()[:2]), "d")
-  split = jax.sharding.NamedSharding(devices, jax.P("d"))
-  assert int(checkpoints_lib._checksum(jax.device_put(x, split))) == before
+  digest = checkpoints_lib._digest
+  before = digest({"x": x})
+  devices = jax.sharding.Mesh(
+    np.array(jax.devices()[:4]).reshape(2, 2), ("d", "e")
+  )
+  for axes in ("d", "e"), (("d", "e"), None), (None, "d"), (None, None):
+    layout = jax.sharding.NamedSharding(devices, jax.P(*axes))
+    assert digest({"x": jax.device_put(x, layout)}) == before
   if dtype == "bool":
-    assert int(checkpoints_lib._checksum(~x)) != before
+    assert digest({"x": ~x}) != before
     return
   words = np.asarray(x).view(np.uint8)
   for place in range(words.size):
     flipped = words.copy()
     flipped.flat[place] ^= 1 << (place % 8)
     other = jnp.asarray(flipped.view(np.asarray(x).dtype))
-    assert int(checkpoints_lib._checksum(other)) != before
+    assert digest({"x": other}) != before
 
 
 def test_what_a_kill_left_half_written_is_not_resumed(open_at, tmp_path):

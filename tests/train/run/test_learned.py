@@ -124,7 +124,7 @@ def test_adapters_that_are_not_finite_are_refused(finished, tmp_path):
   path = folder / "adapters" / "adapters.safetensors"
   name = next(iter(safetensors.numpy.load_file(path)))
   _spoil(path, name, math.nan)
-  with pytest.raises(ValueError, match=f"not finite in {name}"):
+  with pytest.raises(ValueError, match="adapters are not finite"):
     finished_lib.open_run(folder).adapters  # noqa: B018
   kept.save_parameters(tmp_path, {"a": np.array([1.0, math.inf], np.float32)})
   with pytest.raises(UsageError, match="a has values that are not finite"):
