@@ -1,17 +1,20 @@
 """`python -m train`, or `bilora` where it is installed: the command line."""
 
-from collections.abc import Sequence
-import difflib
-import errno
-import importlib
-import sys
+from . import interrupts
 
-from . import command
+with interrupts.leaving():
+  from collections.abc import Sequence
+  import difflib
+  import errno
+  import importlib
+  import sys
 
-with command.interruptible(), command.needing_the_extra():
-  from . import config as config_lib
-  from .devices import processes
-  from .errors import LostError, RunError, UsageError
+  from . import command
+
+  with command.needing_the_extra():
+    from . import config as config_lib
+    from .devices import processes
+    from .errors import LostError, RunError, UsageError
 
 _COMMANDS = {
   "predict": ".finished.predict",
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not name:
       return _train(argv)
     # Imported late, so that --help and a typo answer at once.
-    module = importlib.import_module(_COMMANDS[name], __package__)
+    with interrupts.leaving(within=True):
+      module = importlib.import_module(_COMMANDS[name], __package__)
     return module.main(argv[1:])
   except LostError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -72,7 +76,8 @@ def _told(name: str, error: OSError) -> str:
 
 def _train(argv: Sequence[str]) -> int:
   config = config_lib.parse(argv)
-  from .run import loop
+  with interrupts.leaving(within=True):
+    from .run import loop
 
   place, _ = config_lib.start().parse_known_args(argv)
   processes.join(place.coordinator, place.num_processes, place.process_id)
@@ -87,13 +92,13 @@ def program() -> int:
     As `main`; 130 after a Ctrl-C.
   """
   try:
-    with command.interruptible(), command.needing_the_extra():
+    with interrupts.interruptible(), command.needing_the_extra():
       place, _ = config_lib.start().parse_known_args()
       several = place.coordinator or processes.in_cluster()
       return processes.watched(main) if several else main()
   except SystemExit as end:
-    if end.code == command.INTERRUPTED:
-      command.leave()
+    if end.code == interrupts.CODE:
+      interrupts.leave(told=True)
     raise
 
 

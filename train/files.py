@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pathlib
+import re
+import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ import safetensors.numpy
 
 from . import locks
 from .errors import UsageError
+
+# As safetensors, which is in Rust, ends what it says.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
@@ -27,12 +32,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     with contextlib.suppress(OSError):
       _remove_unheld(left)
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  with contextlib.ExitStack() as stack:
+  with naming(path, part), contextlib.ExitStack() as stack:
     stack.callback(part.unlink, missing_ok=True)
-    descriptor = locks.take(part)
-    if descriptor is not None:
-      stack.callback(os.close, descriptor)
-    stack.enter_context(naming(path, part))
+    # Another may be looking whether it is to be removed.
+    while (descriptor := locks.take(part)) is None:
+      time.sleep(0.01)
+    stack.callback(os.close, descriptor)
     yield part
     os.replace(part, path)
 
@@ -42,12 +47,18 @@ def naming(path: pathlib.Path, part: pathlib.Path) -> Iterator[None]:
   """Has what cannot be written be called by its own name, and not its part's.
 
   Python gives an error in the middle of a file no name at all.
+
+  Args:
+    path: of a file, or of a folder.
+    part: where it is while it is written.
   """
   try:
     yield
   except OSError as error:
-    if error.strerror and str(error.filename or part).startswith(str(part)):
-      error.filename, error.filename2 = str(path), None
+    name = str(error.filename or part)
+    if error.strerror and name.startswith(str(part)):
+      error.filename = f"{path}{name.removeprefix(str(part))}"
+      error.filename2 = None
     raise
 
 
@@ -102,7 +113,11 @@ def save_tensors(
         metadata,
       )
     except safetensors.SafetensorError as error:
-      raise OSError(f"{path} cannot be written: {error}.") from error
+      number = _OS_ERROR.search(str(error))
+      if number is None:
+        raise
+      number = int(number[1])
+      raise OSError(number, os.strerror(number), str(part)) from error
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

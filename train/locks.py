@@ -16,6 +16,7 @@ import pathlib
 import shlex
 import socket
 import sys
+import textwrap
 import time
 
 from . import command
@@ -24,7 +25,7 @@ from .errors import UsageError
 FILE = ".lock"
 """In a folder that is one command's; it says whose."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
-_SHOWN = 200
+_SHOWN = 120
 
 
 @contextlib.contextmanager
@@ -134,7 +135,9 @@ def _whose() -> str:
       "process": os.getpid(),
       "host": socket.gethostname(),
       "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-      "command": f"{command.NAME} {shlex.join(sys.argv[1:])}"[:_SHOWN],
+      "command": textwrap.shorten(
+        f"{command.NAME} {shlex.join(sys.argv[1:])}", _SHOWN, placeholder=" ..."
+      ),
     }
   )
 

@@ -8,7 +8,7 @@ import pytest
 _PROGRAM = pathlib.Path(__file__).parents[2] / "train"
 # From the bottom to the top; those of a line do not know each other.
 _FLOORS = (
-  {"errors", "command"},
+  {"errors", "command", "interrupts"},
   {"locks"},
   {"files"},
   {"options"},

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train import __main__ as program
+from train import locks
 from train.run import config as config_lib
 from train.study import drawn, plan, record, report, runs, training
 
@@ -260,3 +262,35 @@ def test_rows_of_many_writers_are_whole_and_a_torn_tail_is_dropped(tmp_path):
   found = [row["n"] for row in record.read(path)]
   assert found[0] == -1
   assert sorted(found) == list(range(-1, 8))
+
+
+def test_what_killed_processes_left_is_swept_and_a_run_that_goes_on_is_not(
+  tmp_path,
+):
+  for key in ("killed", "alive"):
+    (tmp_path / record.RUNNING / key).mkdir(parents=True)
+    (tmp_path / record.RUNNING / key / "config.json").touch()
+  (tmp_path / "locks").mkdir()
+  (tmp_path / "locks" / "ended.lock").touch()
+  with record.claimed(tmp_path, "alive"):
+    record.sweep(tmp_path)
+    left = [x.name for x in tmp_path.glob("*/*")]
+  assert sorted(left) == ["alive", "alive.lock"]
+
+
+def test_a_folder_that_another_command_is_in_is_refused(
+  tables, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(training, "run", None)  # it would fail if it were called
+  folder, file = tmp_path / "study", tmp_path / "study.toml"
+  model = tables(folder)["defaults"]["model"]
+  file.write_text(
+    f'study = {{name = "tiny", folder = "{folder}", seeds = [0], '
+    f'reference = "LoRA"}}\ntask = [{{name = "snippets"}}]\n'
+    f'method = [{{name = "LoRA", method = "lora", model = "{model}"}}]\n'
+  )
+  with locks.held(folder / locks.FILE, "it"):
+    assert program.main(["study", str(file)]) == 2
+  shown = capsys.readouterr().err
+  assert f"error: the folder {folder} is in use by process" in shown
+  assert list(tmp_path.iterdir()) == [file] or not any(folder.iterdir())

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from train import command
+from train import interrupts
 
 
 def _interrupt():
@@ -50,7 +50,7 @@ def _in_a_destructor():
 )
 def test_a_ctrl_c_is_one_line_and_130(capsys, work):
   before = signal.getsignal(signal.SIGINT), sys.unraisablehook
-  with pytest.raises(SystemExit) as end, command.interruptible():
+  with pytest.raises(SystemExit) as end, interrupts.interruptible():
     work()
   assert end.value.code == 130
   assert capsys.readouterr().err == "interrupted.\n"
@@ -58,14 +58,14 @@ def test_a_ctrl_c_is_one_line_and_130(capsys, work):
 
 
 def test_what_else_is_raised_is_left_as_it_is():
-  with pytest.raises(KeyError), command.interruptible():
+  with pytest.raises(KeyError), interrupts.interruptible():
     raise KeyError
 
 
 _STUBBORN = """
 import time
-from train import command
-with command.interruptible():
+from train import interrupts
+with interrupts.interruptible():
   print("in", flush=True)
   while True:
     try:
