@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
 from typing import Any
@@ -210,7 +211,7 @@ def _write_t5(folder: pathlib.Path) -> None:
 
 
 def _spiece(folder: pathlib.Path) -> None:
-  from sentencepiece import sentencepiece_model_pb2 as layout
+  layout: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
   proto = layout.ModelProto()
   for piece, kind in (("<pad>", 3), ("</s>", 3), ("<unk>", 2)):
