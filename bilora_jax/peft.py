@@ -266,7 +266,7 @@ def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
     if not jnp.issubdtype(tensor.dtype, jnp.floating)
   ]
   faults += [
-    f"the target {target!r} is no module of this model"
+    f"the target {_files.shown(target)} is no module of this model"
     for target in config.unknown_targets(known)
   ]
   pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}

@@ -72,14 +72,14 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
   return content
 
 
-def read_text(path: Path) -> str:
-  """The text of a file in UTF-8, without a byte order mark.
+def read_text(path: Path, most: int = _MOST) -> str:
+  """The text of a file of at most so many bytes, in UTF-8, without its mark.
 
   Raises:
     UsageError: as `read_bytes`, or if it is not UTF-8.
   """
   try:
-    return read_bytes(path).decode("utf-8-sig")
+    return read_bytes(path, most).decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise UsageError(f"{_told(path)} is not UTF-8: {error}.") from error
 
@@ -210,7 +210,7 @@ def is_file(path: Path) -> bool:
   except (FileNotFoundError, NotADirectoryError):
     return False
   except (OSError, ValueError) as error:
-    raise UsageError(f"{_told(path)} cannot be read: {error}.") from error
+    raise UsageError(_unreadable(path, error)) from error
   if not stat.S_ISREG(mode):
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
     raise UsageError(f"{_told(path)} is {kind}; it must be a file.")
@@ -226,7 +226,13 @@ def is_folder(path: Path) -> bool:
   try:
     return pathlib.Path(path).is_dir()
   except (OSError, ValueError) as error:
-    raise UsageError(f"{_told(path)} cannot be read: {error}.") from error
+    raise UsageError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+  """What is said of a path that cannot be looked at; a NUL is a ValueError."""
+  said = error.strerror if isinstance(error, OSError) else error
+  return f"{_told(path)} cannot be read: {said}."
 
 
 def _told(path: Path) -> str:

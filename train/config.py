@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ from .methods import spec as methods
 from .run import config as config_lib
 from .run.config import Config
 
+# Of a configuration in a file.
+_LONGEST, _DEEPEST = 2**20, 100
 _EXAMPLES = """\
 examples:
   {program} --preset snippets
@@ -124,7 +127,11 @@ def from_file(path: pathlib.Path) -> Config:
   Raises:
     UsageError: if it cannot be read, or is not a configuration.
   """
-  text = checked.read_text(path)
+  text = checked.read_text(path, _LONGEST)
+  steps = ((sign in "[{") - (sign in "]}") for sign in text)
+  # The reader takes a time that grows with the square of it.
+  if max(itertools.accumulate(steps), default=0) > _DEEPEST:
+    raise UsageError(f"--config {path} is nested too deeply.")
   try:
     tables = yaml.safe_load(text)
   # It constructs dates and numbers, and goes into what is nested, by Python.

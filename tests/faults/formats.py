@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
 from typing import Any
@@ -28,7 +29,7 @@ from train.finished import finished
 from train.models import load, registry
 from train.models.bert import weights as bert
 from train.models.decoder import weights as decoder
-from train.models.io import stored
+from train.models.io import stored, tokenizer
 from train.models.t5 import weights as t5
 from train.models.vit import model as vit
 from train.models.vit import weights as vit_weights
@@ -210,7 +211,7 @@ def _write_t5(folder: pathlib.Path) -> None:
 
 
 def _spiece(folder: pathlib.Path) -> None:
-  from sentencepiece import sentencepiece_model_pb2 as layout
+  layout: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
   proto = layout.ModelProto()
   for piece, kind in (("<pad>", 3), ("</s>", 3), ("<unk>", 2)):
@@ -237,7 +238,7 @@ def _read_model(folder: pathlib.Path) -> Any:
   params = found.variables(model, place=_on_the_host)
   texts = []
   if found.text_tokenizer is not None:
-    texts = found.tokenizer.encode("a good film abc").ids
+    texts = tokenizer.encode(found.tokenizer, ["a good film abc"], 16)
   sizes = [x.nbytes for x in jax.tree.leaves(params)]
   return found.config, found.pad_id, found.eos_id, found.template, texts, sizes
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 
 import formats
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 import trial
@@ -56,7 +56,6 @@ def test_a_mutant_is_read_or_refused_by_name(name, seeds):
     derandomize=True,
     database=None,
     deadline=None,
-    suppress_health_check=list(HealthCheck),
   )
   @given(st.integers(0, 2**32))
   def tried(number):

@@ -115,8 +115,14 @@ class Seed:
       return f"{kind.__name__}: {said[:300]}"
     if _BARE.search(said):
       return f"a bare error: {said[:300]}"
-    named = (str(self.folder), pathlib.Path(file).name, "--")
-    if not any(name in said for name in named):
+    name = pathlib.Path(file).name
+    # What a tokenizer cannot read is found when a text is there; a task is an
+    # option by its value.
+    named = (
+      *(str(self.folder), name, "--"),
+      *("The tokenizer of", "There is no task"),
+    )
+    if not any(x in said for x in named):
       return f"names no file and no option: {said[:300]}"
     if len(said) > 6000:
       return f"a sentence of {len(said)} characters: {said[:300]}"

@@ -40,9 +40,9 @@ class LookSamOptions(SamOptions):
 class EsamOptions(SamOptions):
   """The perturbation, of a part of the weights, for a part of the rows."""
 
-  weight_fraction: float = option(0.5, above=0)
+  weight_fraction: float = option(0.5)
   """Share of the weights that is perturbed in a step."""
-  sample_fraction: float = option(0.5, above=0)
+  sample_fraction: float = option(0.5)
   """Share of the rows that the second gradient is taken of."""
 
 

@@ -74,9 +74,16 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
     text_tokenizer = (spiece if is_spiece else tokenizers_).load_tokenizer(
       folder
     )
-  return found.family.complete(
-    dataclasses.replace(found, tensors=stored, text_tokenizer=text_tokenizer)
+  found = dataclasses.replace(
+    found, tensors=stored, text_tokenizer=text_tokenizer
   )
+  try:
+    return found.family.complete(found)
+  except ValueError as error:
+    # A reader names its file; what is made of several names none.
+    said = str(error)
+    whose = "" if str(folder) in said else f"{folder}: "
+    raise weights.WeightsError(f"{whose}{said}") from error
 
 
 def _open_gguf(path: pathlib.Path) -> Pretrained:

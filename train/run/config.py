@@ -177,6 +177,9 @@ def check(config: Config) -> None:
   Raises:
     UsageError: that names the option, what came and what is allowed.
   """
+  for name in groups(config.method.name):
+    group = config.method.options if name == "method" else getattr(config, name)
+    options.check(group)
   data_options.check(config.data)
   adapter, optimisation = config.adapter, config.optimisation
   spec = config.method.spec

@@ -50,7 +50,10 @@ def task(folder: pathlib.Path, config: Config) -> Task:
   path = folder / TASK
   if not checked.is_file(path):
     # Older runs have none; their tasks come with the program.
-    return tasks.get(config.data.task)
+    try:
+      return tasks.get(config.data.task)
+    except ValueError as error:
+      raise UsageError(f"the run in {folder}: {error}") from error
   found = Task.from_description(str(path), checked.read_json(path))
   unknown = sorted(set(found.metrics) - set(scores.METRICS))
   if unknown and found.kind != "conversations":

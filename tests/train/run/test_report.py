@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 from outcomes import rows
 import pytest
@@ -119,3 +120,27 @@ def test_every_kind_of_results_can_be_reported(
 
 def test_a_folder_without_results_has_none(tmp_path):
   assert report.results(tmp_path) is None
+
+
+def test_a_finished_run_that_was_damaged_is_a_sentence(
+  finished, run, tmp_path, capsys
+):
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  whole = {
+    name: (folder / name).read_bytes()
+    for name in ("results.json", "metrics.jsonl")
+  }
+  for name, content, told in (
+    ("results.json", b"[]", "results.json must hold an object"),
+    ("results.json", b'{"metric": 3}', "results.json lacks config"),
+    ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1, is no JSON in UTF-8"),
+    ("metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl lacks step"),
+  ):
+    (folder / name).write_bytes(content)
+    capsys.readouterr()
+    assert run(folder) == 2
+    assert told in capsys.readouterr().err
+    assert (folder / name).read_bytes() == content
+    (folder / name).write_bytes(whole[name])
+  assert run(folder) == 0
