@@ -1,5 +1,6 @@
 """Chat templates of strangers: limits that hold, and texts that stay."""
 
+import json
 import time
 
 from jinja2 import ext, sandbox
@@ -172,3 +173,26 @@ def test_the_process_imports_nothing_of_the_program():
   assert text == "4"
   with open(renderer.__file__) as file:
     assert "from ." not in file.read()
+
+
+def test_a_run_with_such_a_template_says_so_and_writes_nothing(
+  run, tiny_decoder, tmp_path, capsys
+):
+  rows = tmp_path / "rows.jsonl"
+  row = {"prompt": "what is {}?", "response": "it is {}."}
+  rows.write_text(
+    "\n".join(json.dumps(row).replace("{}", str(i)) for i in range(40))
+  )
+  template = tmp_path / "template.jinja"
+  template.write_text("{{ 'a' * 3000000000 }}")
+  code = run(
+    tmp_path / "run",
+    *("--task", "instructions", "--data", str(rows), "--max-length", "64"),
+    *("--model", str(tiny_decoder), "--chat-template", str(template)),
+  )
+  assert code == 2
+  assert capsys.readouterr().err == (
+    "error: The chat template does not take a conversation of user:"
+    " 'a' * 3000000000 is too large.\n"
+  )
+  assert not (tmp_path / "run").exists()
