@@ -292,10 +292,15 @@ def _read(where: pathlib.Path) -> dict[str, Any]:
     found = json.loads((where / "loop" / "metadata").read_bytes())
     # Those of older versions have no seal.
     if set(found) == {"loop", "shapes"}:
-      return found
+      best = found["loop"].get("best", {})
+      if isinstance(best, dict) and isinstance(found["shapes"], dict):
+        return found
     if found != _sealed({k: x for k, x in found.items() if k != "seal"}):
       raise ValueError("its JSON is not what was saved.")
-  except (OSError, ValueError, TypeError, RecursionError) as error:
+  except (
+    *(OSError, ValueError, RecursionError),
+    *(AttributeError, TypeError),  # it is JSON, and no such table
+  ) as error:
     raise _damage(where, error) from error
   return found
 

@@ -28,9 +28,9 @@ from .config import Config
 FILE = "fingerprint.json"
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Weights of so many bytes are read whole, which takes about 0.1 s. Of more, the
-# headers, the beginning of every tensor and places all over each file are.
-_WHOLE = 2**27
+# Files of so many bytes in all are read whole, which takes less than 0.1 s. Of
+# more, the headers, the beginning of every tensor and places all over each are.
+_WHOLE = 2**25
 _HEAD = 2**23
 _SAMPLE = 2**12
 _SAMPLES = 256

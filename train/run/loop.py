@@ -535,6 +535,12 @@ def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
       f"nothing was learned: the loss or gradient of all {at} steps was not "
       f"finite, and none was taken. {_MAY_HELP}"
     )
+  if not best.get("step", at):
+    # With --accept-changes there may be fewer steps than were taken.
+    raise NothingLearnedError(
+      f"the run has no steps left after {at}, and was never validated; give "
+      "another --run-dir."
+    )
   # Runs of older versions have no numbers.
   loss = best.get("numbers", {}).get("loss", 0.0)
   if loss is None or not math.isfinite(loss):

@@ -318,6 +318,23 @@ def test_a_digest_is_of_every_bit_and_of_no_layout(dtype):
     assert digest({"x": other}) != before
 
 
+@pytest.mark.parametrize(
+  "content",
+  [
+    *("5", "[]", "{}", '{"loop": 5, "shapes": {}}', '{"loop": {}}'),
+    *('{"loop": {"best": 5}, "shapes": {}}', '{"loop": {}, "shapes": 5}'),
+    *("[" * 100_000, "\xff"),
+  ],
+)
+def test_json_of_other_shapes_is_damaged(two, tmp_path, content):
+  folder = shutil.copytree(two, tmp_path / "two")
+  path = folder / "last" / "8" / "loop" / "metadata"
+  path.write_bytes(content.encode("latin-1"))
+  assert [step for step, _ in checkpoints_lib.stored(folder)] == [5]
+  with pytest.raises(checkpoints_lib.DamagedError, match="8 is damaged"):
+    checkpoints_lib._read(folder / "last" / "8")
+
+
 def test_what_a_kill_left_half_written_is_not_resumed(open_at, tmp_path):
   checkpoints = open_at(tmp_path)
   checkpoints.save_last(1, _state(1), LOOP)

@@ -41,6 +41,8 @@ def test_a_step_has_to_be_taken():
 def test_a_validation_has_to_have_a_finite_loss(loss):
   with pytest.raises(RunError, match="validation rows was never finite"):
     loop._require_learned(_state(0, 1), {"numbers": {"loss": loss}})
+  with pytest.raises(RunError, match="never validated"):
+    loop._require_learned(_state(0, 1), {"step": 0})
   # As runs of older versions have it.
   loop._require_learned(_state(0, 1), {"score": 0.5})
 
