@@ -70,7 +70,7 @@ def save_parameters(folder: pathlib.Path, parameters: Any) -> None:
   Raises:
     OSError: if they cannot be written; there is then no file.
   """
-  flat = traverse_util.flatten_dict(parameters, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(parameters, sep="/")
   files.save_tensors(folder / PARAMETERS, flat)
 
 
