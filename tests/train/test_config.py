@@ -109,14 +109,18 @@ def test_options_that_do_not_go_together_are_refused(fields, sentence):
     config_lib.check(config_lib.replace(Config(), **fields))
 
 
+# What a path and a file can hold.
+_TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
 @given(
   st.builds(
     functools.partial(config_lib.replace, Config()),
-    rho=st.floats(0, 1e6),
+    rho=st.floats(0, 1e6, exclude_max=True),
     learning_rate=st.floats(0, 1),
-    targets=st.text(),
-    run_dir=st.text(),
-    rank=st.integers(1, 2**40),
+    targets=_TEXTS,
+    run_dir=_TEXTS,
+    rank=st.integers(1, 2**16 - 1),
     baseline=st.booleans(),
   )
 )

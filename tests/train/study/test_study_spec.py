@@ -73,7 +73,7 @@ BAD = {
   ),
   "seeds": (
     {"method": [LORA | {"seeds": [1, 1]}]},
-    "'LoRA' seeds are a number of them, or a list of different",
+    "'LoRA' seeds are a number of them, of at most 100,000, or a list of dif",
   ),
   "the spaces": (
     {"sharpness": {"spaces": ["half"]}},
@@ -85,7 +85,10 @@ BAD = {
     {"method": [LORA, SAM], "recovery": [{"reference": "LoRA"}]},
     "[[recovery]] target is the name of a [[method]]: LoRA, SAM; got None",
   ),
-  "the points": ({"landscape": {"points": 1}}, "points is at least 2; got 1"),
+  "the points": (
+    {"landscape": {"points": 1}},
+    "points is at least 2, and at most 100,000; got 1",
+  ),
   "the radius": ({"landscape": {"radius": 0.0}}, "radius is greater than 0"),
 }
 
