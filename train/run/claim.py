@@ -46,7 +46,9 @@ def claimed(config: Config) -> Iterator[pathlib.Path]:
             locks.held(folder / locks.FILE, f"the run's folder {folder}")
           )
           _begin(folder, config, stack)
-        _check_same(folder, config)
+        # Where the first was refused there may be none.
+        if (folder / _CONFIG).exists():
+          _check_same(folder, config)
       except (UsageError, OSError) as error:
         refusal = error
     if processes.any_of(refusal is not None):
