@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import errno
 import gc
 import json
+import mmap
 import os
 import pathlib
 import resource
@@ -46,8 +47,7 @@ class Ended(NamedTuple):
 class Lives:
   """Starts lives; a context."""
 
-  def __init__(self, work: pathlib.Path, environment: Mapping[str, str]):
-    self._work = work
+  def __init__(self, environment: Mapping[str, str]):
     self._process = subprocess.Popen(
       [sys.executable, str(pathlib.Path(__file__))],
       stdin=subprocess.PIPE,
@@ -83,7 +83,6 @@ class Lives:
       at: the number of the operation before which it comes, from 1.
     """
     return self._asked(
-      work=str(self._work),
       root=str(root),
       arguments=arguments,
       fault=fault,
@@ -92,14 +91,7 @@ class Lives:
 
   def end(self, process: int) -> Ended:
     """Waits for the end of one."""
-    code, seconds = self._asked(wait=process)
-    files = [
-      self._work / f"{process}.{name}" for name in ("operations", "out", "err")
-    ]
-    operations, out, err = (x.read_text() for x in files)
-    for file in files:
-      file.unlink()
-    return Ended(code, int(operations or 0), seconds, out, err)
+    return Ended(*self._asked(wait=process))
 
   def live(self, root: pathlib.Path, *arguments: str, **fault: Any) -> Ended:
     """Starts one, and waits for its end."""
@@ -131,30 +123,41 @@ def _serve() -> None:
     request = json.loads(line)
     if "wait" in request:
       _, status = os.waitpid(request["wait"], 0)
-      seconds = time.monotonic() - started.pop(request["wait"])
-      answer: Any = [os.waitstatus_to_exitcode(status), seconds]
+      start, count, out, err = started.pop(request["wait"])
+      answer: Any = [
+        *(os.waitstatus_to_exitcode(status), int(count[:])),
+        *(time.monotonic() - start, out.read(), err.read()),
+      ]
     else:
+      # What a life tells is little enough for a pipe to hold; a full disk is
+      # not felt in it, nor in memory.
+      count = mmap.mmap(-1, 8)
+      count[:] = b"0".ljust(8)
+      out, err = os.pipe(), os.pipe()
       answer = os.fork()
       if not answer:
-        _live(program, request)
-      started[answer] = time.monotonic()
+        _live(program, request, (out[1], err[1]), count)
+      os.close(out[1])
+      os.close(err[1])
+      started[answer] = (
+        *(time.monotonic(), count),
+        *(os.fdopen(out[0]), os.fdopen(err[0])),
+      )
     print(json.dumps(answer), flush=True)
 
 
-def _live(program: Any, request: Mapping[str, Any]) -> None:
-  from train import command
+def _live(
+  program: Any,
+  request: Mapping[str, Any],
+  told: tuple[int, int],
+  counter: mmap.mmap,
+) -> None:
   from train.devices import processes
 
   processes.end_with_parent()
-  told = pathlib.Path(request["work"]) / str(os.getpid())
-  for descriptor, name in ((1, "out"), (2, "err")):
-    file = os.open(f"{told}.{name}", os.O_WRONLY | os.O_CREAT, 0o644)
-    os.dup2(file, descriptor)
-  null = os.open(os.devnull, os.O_RDONLY)
-  os.dup2(null, 0)
-  # Nor is what it counts with a file that a full disk would be felt in.
-  counter = os.open(f"{told}.operations", os.O_WRONLY | os.O_CREAT, 0o644)
-  os.pwrite(counter, b"0".ljust(8), 0)
+  os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+  for descriptor, pipe in zip((1, 2), told):
+    os.dup2(pipe, descriptor)
   _install(request["root"], request["fault"], request["at"], counter)
   sys.argv = ["train", *request["arguments"]]
   try:
@@ -169,20 +172,17 @@ def _live(program: Any, request: Mapping[str, Any]) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
-  del command
 
 
-def _install(root: str, fault: str, at: int, counter: int) -> None:
+def _install(root: str, fault: str, at: int, counter: mmap.mmap) -> None:
   """Counts operations below a folder, and has the fault come before one."""
-  count, busy = 0, False
+  count = 0
   fsync = os.fsync
 
   def operation(may_be_full: bool) -> None:
-    nonlocal count, busy
+    nonlocal count
     count += 1
-    busy = True
-    os.pwrite(counter, str(count).ljust(8).encode(), 0)
-    busy = False
+    counter[:] = str(count).ljust(8).encode()
     if not at or count < at:
       return
     if fault == "kill":
@@ -207,8 +207,6 @@ def _install(root: str, fault: str, at: int, counter: int) -> None:
     return os.path.abspath(path).startswith(root)
 
   def hear(event: str, arguments: tuple[Any, ...]) -> None:
-    if busy:
-      return
     if event == "open":
       path, _, flags = arguments
       if isinstance(flags, int) and flags & _WRITES and below(path):

@@ -46,7 +46,9 @@ def claimed(config: Config) -> Iterator[pathlib.Path]:
             locks.held(folder / locks.FILE, f"the run's folder {folder}")
           )
           _begin(folder, config, stack)
-        _require_same(folder, config_lib.from_run(folder), config)
+        # Where the first was refused there may be none.
+        if (folder / _CONFIG).exists():
+          _require_same(folder, config_lib.from_run(folder), config)
       except (UsageError, OSError) as error:
         refusal = error
     if processes.any_of(refusal is not None):

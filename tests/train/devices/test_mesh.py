@@ -9,6 +9,7 @@ import numpy as np
 from outcomes import adapters, assert_no_step_twice, checkpoint, rows
 import pytest
 
+from train import locks
 from train.data.objectives import CLASSIFICATION
 from train.devices import mesh as mesh_lib
 from train.devices import processes
@@ -347,3 +348,16 @@ def test_a_signal_to_one_process_stops_all_and_all_resume_where_one_device_does(
   assert "step" not in out_1
   assert_near(folder, finished)
   assert_no_step_twice(folder)
+
+
+@pytest.mark.slow
+def test_all_processes_are_refused_a_folder_that_another_command_is_in(
+  spawn, tmp_path
+):
+  folder = tmp_path / "run"
+  with locks.held(folder / locks.FILE, "it"):
+    (code, _, err), (code_1, _, err_1) = _two(spawn, folder)
+    assert not [x for x in folder.iterdir() if x.name != locks.FILE]
+  assert (code, code_1) == (2, 2)
+  assert f"{folder} is in use by process" in err.splitlines()[-1]
+  assert "another process of this job was refused" in err_1.splitlines()[-1]
