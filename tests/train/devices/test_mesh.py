@@ -40,11 +40,10 @@ def _near(left, right):
     )
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", CUBE])
 def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
-  run, finished, tmp_path, mesh
+  run, finished, tmp_path
 ):
-  assert run(tmp_path / "run", "--mesh", mesh) == 0
+  assert run(tmp_path / "run", "--mesh", CUBE) == 0
   assert_near(tmp_path / "run", finished)
   _near(checkpoint(tmp_path / "run"), checkpoint(finished))
   ours, theirs = (
@@ -81,17 +80,16 @@ def test_lora_and_full_end_on_a_mesh_where_one_device_does(
   _near(ours, theirs)
 
 
-@pytest.mark.parametrize(
-  ("first", "second"), [(CUBE, "fsdp=8"), ("", "data=2,tensor=4")]
-)
-def test_a_run_resumes_on_another_mesh(
-  run, finished, tmp_path, capsys, monkeypatch, signal_at, first, second
+def test_a_run_resumes_on_other_meshes(
+  run, finished, tmp_path, capsys, monkeypatch, signal_at
 ):
-  signal_at(signal.SIGTERM, 7)
-  assert run(tmp_path / "run", "--mesh", first) == 0
-  monkeypatch.undo()
-  assert run(tmp_path / "run", "--mesh", second) == 0
-  assert "resumed after step 7" in capsys.readouterr().out
+  for mesh, last in (("", 7), ("fsdp=8", 15), ("data=2,tensor=4", None)):
+    if last is not None:
+      signal_at(signal.SIGTERM, last)
+    assert run(tmp_path / "run", "--mesh", mesh) == 0
+    monkeypatch.undo()
+  out = capsys.readouterr().out
+  assert "resumed after step 7" in out and "resumed after step 15" in out
   _near(adapters(tmp_path / "run"), adapters(finished))
   _near(checkpoint(tmp_path / "run"), checkpoint(finished))
 
@@ -294,13 +292,23 @@ def _two(spawn, folder, *options, driver="", driven=1, mesh=CUBE):
   return [(p.returncode, *texts) for p, texts in zip(processes, found)]
 
 
+# Evaluated at the end only, so that no save is under way at the kill.
+EVALUATED_AT_THE_END = ("--eval-every", "24", "--checkpoint-every", "6")
+
+
+@pytest.fixture(scope="module")
+def on_one_device(run, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("device") / "run"
+  assert run(folder, *EVALUATED_AT_THE_END) == 0
+  return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_and_one_can_resume(
-  spawn, run, tmp_path, capsys, killed
+  spawn, run, on_one_device, tmp_path, capsys, killed
 ):
-  # Evaluated at the end only, so that no save is under way at the kill.
-  options = ("--eval-every", "24", "--checkpoint-every", "6")
+  options = EVALUATED_AT_THE_END
   folder = tmp_path / "run"
   ends = _two(spawn, folder, *options, driver=KILLED_AT_9, driven=killed)
   code, _, err = ends[killed]
@@ -314,8 +322,7 @@ def test_when_one_process_is_killed_the_other_ends_and_one_can_resume(
   # What two processes saved, one device goes on with.
   assert run(folder, *options) == 0
   assert "resumed after step 6" in capsys.readouterr().out
-  assert run(tmp_path / "device", *options) == 0
-  assert_near(folder, tmp_path / "device")
+  assert_near(folder, on_one_device)
 
 
 # The second is asked to stop; the first hears of it at the next line.
