@@ -40,27 +40,21 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-@contextlib.contextmanager
-def refusing(whose: str | os.PathLike[str] = "the model") -> Iterator[None]:
+def refusing(
+  whose: str | os.PathLike[str] = "the model",
+) -> contextlib.AbstractContextManager[None]:
   """Says what a tokenizer that takes no text does with one, in a sentence.
 
   A vocabulary without a token for what is unknown raises a bare Exception. A
   pattern that goes back and forth without an end is stopped after ten million
-  steps by a panic of Rust's, which is no Exception.
+  steps by a panic of Rust's; see `weights.told_of`.
 
   Raises:
     WeightsError: in place of both.
   """
-  try:
-    yield
-  except BaseException as error:
-    is_panic = type(error).__name__ == "PanicException"
-    if is_panic or type(error) is Exception:
-      raise weights.WeightsError(
-        f"The tokenizer of {os.fspath(whose)} cannot read a text "
-        f"({str(error)[:300]})."
-      ) from error
-    raise
+  return weights.told_of(
+    f"The tokenizer of {os.fspath(whose)} cannot read a text"
+  )
 
 
 def encode(
