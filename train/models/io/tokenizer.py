@@ -1,7 +1,6 @@
 """Loading a tokenizer.json, and token ids of texts and of pairs of texts."""
 
 import collections.abc
-from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
