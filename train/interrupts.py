@@ -38,25 +38,27 @@ def interruptible() -> Iterator[None]:
   the context all the same. One that came within a destructor, where Python
   drops what is raised, comes again.
   """
-  asked, drop = False, sys.unraisablehook
+  asked, dropped, drop = False, False, sys.unraisablehook
 
   def ask(number: int, frame: Any) -> None:
-    nonlocal asked
-    if asked:
+    nonlocal asked, dropped
+    if asked and not dropped:
       leave(told=False)
-    asked = True
+    asked, dropped = True, False
     raise KeyboardInterrupt
 
   def unraisable(found: Any) -> None:
-    nonlocal asked
+    nonlocal dropped
     if not issubclass(found.exc_type, KeyboardInterrupt):
       drop(found)
-    elif asked:
-      asked = False
-      # Not here, where it would be dropped again.
+    elif asked and not dropped:
+      dropped = True
+      # Not here, where it would be dropped again; and to this thread, which may
+      # be waiting for something.
       import threading
 
-      threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+      again = [threading.main_thread().ident, signal.SIGINT]
+      threading.Timer(0.1, signal.pthread_kill, again).start()
 
   sys.unraisablehook = unraisable
   try:

@@ -92,8 +92,8 @@ def _sentence(capsys: pytest.CaptureFixture[str]) -> str:
     (["--config", "x.yaml", "--from-run", "x"], ["--config", "--from-run"]),
     (["--plugins", "x.py"], ["--plugins x.py", "cannot be imported"]),
     (["--rank", "0"], ["--rank", "at least 1", "got 0"]),
-    (["--rho", "-1"], ["--rho", "[0, inf)", "got -1.0"]),
-    (["--rho", "nan"], ["--rho", "[0, inf)", "got nan"]),
+    (["--rho", "-1"], ["--rho", "[0, 1e+06)", "got -1.0"]),
+    (["--rho", "nan"], ["--rho", "[0, 1e+06)", "got nan"]),
     (["--task", "nothing"], ["task", "'nothing'", "snippets", "glue/rte"]),
     (["--targets", "nothing"], ["targets", "'nothing'", "layer_0/query"]),
     (["--targets", "("], ["targets", "'('"]),
@@ -192,8 +192,8 @@ def test_checkpoints_of_another_spec_are_refused_and_left_as_they_are(
   (folder / "config.json").write_text(config.replace('"rank": 4', '"rank": 3'))
   assert run(folder, "--rank", "3") == 2
   sentence = _sentence(capsys)
-  assert f"{folder} holds a run of another configuration" in sentence
-  assert "config.json is missing: rank is 4 there and 3 here" in sentence
+  assert "does not fit this run" in sentence
+  assert "[16, 4] there and [16, 3] here" in sentence
   assert files(folder / "checkpoints") == files(finished / "checkpoints")
 
 

@@ -66,9 +66,9 @@ _STUBBORN = """
 import time
 from train import interrupts
 with interrupts.interruptible():
-  print("in", flush=True)
   while True:
     try:
+      print("in", flush=True)
       time.sleep(60)
     except BaseException:
       print("swallowed", flush=True)

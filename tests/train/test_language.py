@@ -1,6 +1,7 @@
 """Runs of the program on a decoder: label words, and instructions."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -9,10 +10,12 @@ import outcomes
 from outcomes import adapters, rows
 import pytest
 import qwix
+import safetensors
 
 from train import __main__ as program
 from train.finished import finished as finished_lib
 from train.models.family import Pretrained
+from train.run import memory
 
 pytestmark = pytest.mark.slow
 
@@ -233,17 +236,39 @@ def test_an_encoder_cannot_respond(run, tmp_path, tiny_model, capsys):
   assert "holds conversations (decoder)" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
-  run, tmp_path, tiny_decoder, capsys
-):
-  folder = shutil.copytree(tiny_decoder, tmp_path / "model")
+def _widen(folder, inner):
+  """Gives a tiny decoder an inner width; its files have holes for weights."""
   config = json.loads((folder / "config.json").read_text())
-  config["intermediate_size"] = 2**40
+  narrow, config["intermediate_size"] = config["intermediate_size"], inner
   (folder / "config.json").write_text(json.dumps(config))
+  for path in folder.glob("*.safetensors"):
+    with safetensors.safe_open(path, "np") as file:
+      shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    header, end = {}, 0
+    for name, shape in shapes.items():
+      wide = [inner if size == narrow else size for size in shape]
+      start, end = end, end + 4 * math.prod(wide)
+      header[name] = {
+        "dtype": "F32",
+        "shape": wide,
+        "data_offsets": [start, end],
+      }
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      file.truncate(8 + len(text) + end)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
+  run, tmp_path, tiny_decoder, capsys, monkeypatch
+):
+  monkeypatch.setattr(memory, "_room", lambda: 2**30)
+  folder = shutil.copytree(tiny_decoder, tmp_path / "model")
+  _widen(folder, 2**24)
   assert run(tmp_path / "run", "--model", str(folder)) == 2
   (error,) = capsys.readouterr().err.splitlines()
   # Two layers, three kernels of width 16, in float32.
-  size = 2 * 3 * 16 * 2**40 * 4 / 2**30
+  size = 2 * 3 * 16 * 2**24 * 4 / 2**30
   assert f"the model does not fit: its weights are {size:,.2f} GiB" in error
   assert not (tmp_path / "run").exists()
 
@@ -271,7 +296,10 @@ def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
     ((), "--model or --run names the weights"),
     (("--run", "no/such"), "no/such is not there"),
     (("--model", "no-such"), "There is no folder 'no-such'"),
-    (("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"), "top_p"),
+    (
+      ("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"),
+      "--top-p is in (0",
+    ),
     (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),
     (("--model", "{encoder}"), "an encoder does not generate"),
   ],

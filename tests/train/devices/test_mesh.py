@@ -196,7 +196,7 @@ def test_a_batch_that_the_mesh_cannot_share_is_refused():
     ),
     (
       ["--coordinator", "here:1", "--process-id", "2", "--num-processes", "2"],
-      "from 0 to --num-processes less 1; got 2 of 2",
+      "from 0 to --num-processes less 1, of which there are at most",
     ),
   ],
 )

@@ -143,7 +143,7 @@ def test_what_is_no_finished_run_is_refused_in_a_sentence(
   assert "older versions did not keep" in error(tmp_path / "full")
   (tmp_path / "lora" / "task.json").write_text("{}")
   (tmp_path / "lora" / "adapters").mkdir()
-  assert "task.json cannot be read" in error(tmp_path / "lora")
+  assert "task.json lacks name" in error(tmp_path / "lora")
 
 
 def test_runs_of_an_older_version_are_opened(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from train import __main__ as program
-from train import locks
+from train import jsonl, locks
 from train.run import config as config_lib
 from train.study import drawn, plan, record, report, runs, training
 
@@ -259,7 +259,7 @@ def test_rows_of_many_writers_are_whole_and_a_torn_tail_is_dropped(tmp_path):
     thread.start()
   for thread in threads:
     thread.join()
-  found = [row["n"] for row in record.read(path)]
+  found = [row["n"] for row in jsonl.read_log(path)]
   assert found[0] == -1
   assert sorted(found) == list(range(-1, 8))
 
