@@ -262,13 +262,13 @@ def _widen(folder, inner):
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
   run, tmp_path, tiny_decoder, capsys, monkeypatch
 ):
-  monkeypatch.setattr(memory, "_room", lambda: 2**30)
+  monkeypatch.setattr(memory, "_room", lambda: 2**28)
   folder = shutil.copytree(tiny_decoder, tmp_path / "model")
-  _widen(folder, 2**24)
+  _widen(folder, 2**21)
   assert run(tmp_path / "run", "--model", str(folder)) == 2
   (error,) = capsys.readouterr().err.splitlines()
   # Two layers, three kernels of width 16, in float32.
-  size = 2 * 3 * 16 * 2**24 * 4 / 2**30
+  size = 2 * 3 * 16 * 2**21 * 4 / 2**30
   assert f"the model does not fit: its weights are {size:,.2f} GiB" in error
   assert not (tmp_path / "run").exists()
 
