@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 
 import pyarrow as pa
 from pyarrow import ipc, parquet
@@ -20,10 +19,8 @@ def little(monkeypatch):
 
 
 def _refused(path):
-  begin = time.monotonic()
   with pytest.raises(UsageError) as caught:
     tables.read(path)
-  assert time.monotonic() - begin < 5
   message = str(caught.value)
   assert str(path) in message and "becomes more than" in message
   assert "\n" not in message
@@ -56,10 +53,8 @@ def test_a_saved_dataset_that_is_a_bomb_is_refused(tmp_path):
     x.write_table(table)
   state = {"_data_files": [{"filename": "a.arrow"}]}
   (tmp_path / "state.json").write_text(json.dumps(state))
-  begin = time.monotonic()
   with pytest.raises(UsageError, match=r"a\.arrow has .* becomes more than"):
     tables.read(tmp_path)
-  assert time.monotonic() - begin < 5
 
 
 def test_data_that_repeat_themselves_are_read(tmp_path):

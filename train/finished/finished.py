@@ -19,7 +19,7 @@ from ..data import load as data_lib
 from ..data.batching import Batch
 from ..data.objectives import Items, Objective
 from ..data.task import Task, Text
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
@@ -71,7 +71,7 @@ class Finished:
     folder = self.folder / kept.ADAPTERS
     found = bilora_jax.load_adapters(folder, self.adapted)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-      raise UsageError(f"the adapters in {folder} are not finite.")
+      raise RunError(f"the adapters in {folder} are not finite.")
     return found
 
   @functools.cached_property

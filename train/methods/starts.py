@@ -11,6 +11,7 @@ import bilora_jax
 from bilora_jax import initializers
 
 from ..data.objectives import Batch, Objective
+from ..errors import RunError
 from .method import Method
 from .trained import kernels
 
@@ -49,8 +50,8 @@ def started(
     batch: the first one, for the gradient that `lora_ga` starts along.
 
   Raises:
-    ValueError: if a rank is above what a weight has, or what is found is not
-      finite.
+    ValueError: if a rank is above what a weight has.
+    RunError: if what is found is not finite.
   """
   init, adapted = method.init, method.adapted
   if name == "uniform" or adapted is None:
@@ -73,7 +74,7 @@ def started(
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, name)(adapted, variables, new, *more)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start)):
-    raise ValueError(
+    raise RunError(
       f"--start {name} has found factors that are not finite; another --start "
       "may do, as uniform does."
     )

@@ -247,8 +247,8 @@ class Pretrained:
         of its weights is quantised before the next one is read.
 
     Raises:
-      WeightsError: the weights do not fit the configuration, or are not
-        finite.
+      WeightsError: the weights do not fit the configuration.
+      RunError: they are not finite.
     """
     place = stored.finite(place, self.path)
     if adapted is not None and adapted.spec.base_dtype is not None:

@@ -14,7 +14,7 @@ from ..data import load as data_lib
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..methods import method as methods
 from ..methods import starts
 from ..models import load as models
@@ -87,10 +87,13 @@ def prepare(config: Config) -> Prepared:
 
   Raises:
     UsageError: if any of them is not to be had.
+    RunError: if weights are not finite.
   """
   folder = config.folder()
   try:
     prepared = _prepared(config, folder)
+  except RunError:
+    raise
   except (ValueError, RuntimeError) as error:
     raise UsageError(str(error)) from error
   return prepared

@@ -15,7 +15,7 @@ from .. import checked, files, options
 from ..data import registry as tasks
 from ..data import scores
 from ..data.task import Task
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from . import fingerprint as fingerprints
 from .config import Config
 
@@ -78,7 +78,8 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
   """Parameters, nested as a model has them, in the dtypes they were saved in.
 
   Raises:
-    UsageError: if their file is damaged, or one is not finite.
+    UsageError: if their file is damaged.
+    RunError: if one is not finite.
   """
   path = folder / PARAMETERS
   checked.is_file(path)
@@ -96,7 +97,7 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     ) from error
   for name, x in flat.items():
     if not np.isfinite(x).all():
-      raise UsageError(f"{path}: {name} has values that are not finite.")
+      raise RunError(f"{path}: {name} has values that are not finite.")
   return nested
 
 

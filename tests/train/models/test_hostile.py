@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import struct
-import time
 
 import ml_dtypes
 import numpy as np
@@ -35,10 +34,8 @@ def _edit(path, **changes):
 
 
 def _refusal(folder):
-  begin = time.monotonic()
   with pytest.raises(weights.WeightsError) as caught:
     load.open_pretrained(str(folder))
-  assert time.monotonic() - begin < 5
   message = str(caught.value)
   assert str(folder) in message
   assert "\n" not in message
@@ -280,13 +277,11 @@ def test_a_pattern_without_an_end_is_a_sentence(copied, capfd):
   _edit(path, pre_tokenizer=split)
   found = load.open_pretrained(str(folder)).tokenizer
   fault = r"cannot read a text \(Onig"
-  begin = time.monotonic()
   for texts in (["a" * 40 + "!"], [("b", "a" * 40 + "!")]):
     with pytest.raises(weights.WeightsError, match=fault):
       tokenizers_.encode(found, texts, 100)
   with pytest.raises(weights.WeightsError, match=fault):
     tokenizers_.continuation(found, "b", "a" * 40 + "!")
-  assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("end", ["bos", "eos", "padding"])

@@ -1,7 +1,6 @@
 """Chat templates of strangers: limits that hold, and texts that stay."""
 
 import json
-import time
 
 from jinja2 import ext, sandbox
 import pytest
@@ -59,12 +58,10 @@ _CALLS = (
   ],
 )
 def test_what_a_template_may_not_do_is_one_sentence(source, fault):
-  begin = time.monotonic()
   with pytest.raises(
     ValueError, match=f"does not take a conversation of system, user.*{fault}"
   ):
     Template(source).render(TALK)
-  assert time.monotonic() - begin < 10
   assert Template("{{ messages | length }}").render(TALK) == "4"
 
 

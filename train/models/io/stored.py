@@ -10,6 +10,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
+from ...errors import RunError
 from . import tensors as tensors_
 from . import weights
 
@@ -71,13 +72,16 @@ def finite(place: Place, model: Any) -> Place:
   Args:
     place: makes a parameter.
     model: what to call it in the message.
+
+  Raises:
+    RunError: when a part is read that has NaN or infinity in it.
   """
 
   def checked(path, shape, dtype, read, /):
     def read_finite(index: Index) -> np.ndarray:
       part = read(index)
       if not _is_finite(part):
-        raise weights.WeightsError(
+        raise RunError(
           f"The weights of {model} are not finite: {'/'.join(path)} has NaN or "
           "infinity in it; copy the model again, or take another."
         )
