@@ -118,6 +118,8 @@ def _serve() -> None:
   gc.collect()
   gc.disable()
   gc.freeze()
+  # A shell has its background jobs ignore it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   started = {}
   for line in sys.stdin:
     request = json.loads(line)

@@ -281,7 +281,9 @@ def test_a_ctrl_c_at_any_moment_is_one_line_and_never_lost(
     found = lives.live(life.root, *life.arguments, fault="interrupt", at=at)
     life.kept()
     told = found.err.splitlines()
-    (line,) = [x for x in told if not x.startswith("warning: ")]
+    lines = [x for x in told if not x.startswith("warning: ")]
+    assert len(lines) == 1, (at, life.operations, found)
+    (line,) = lines
     # In the steps these are saved first, or were the last.
     code = 0 if line.startswith("stopping: ") else 130
     assert found.code == code, found.err

@@ -6,7 +6,7 @@ network. So the original files are fetched and unzipped here, and TFDS finds
 them where it looks for files got by hand. It checks their SHA-256.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import http.client
 import importlib
@@ -24,9 +24,10 @@ import zlib
 
 import tensorflow_datasets as tfds
 
-from .. import bounds
+from .. import bounds, files, locks
 
 _TIMEOUT_SECONDS = 30
+_WORK = ".preparing-"
 
 
 class Dataset(NamedTuple):
@@ -95,15 +96,15 @@ def _prepare(
   dataset: Dataset, folder: pathlib.Path, final: tfds.core.DatasetBuilder
 ) -> None:
   originals = folder / "originals"
-  try:
-    originals.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=".preparing-", dir=folder))
-  except OSError as error:
-    raise RuntimeError(
-      f"The data folder {folder} cannot be written to: {error}. Give another"
-      " one with --data-dir."
-    ) from error
-  try:
+  with contextlib.ExitStack() as stack:
+    try:
+      originals.mkdir(parents=True, exist_ok=True)
+      work = stack.enter_context(_working(folder))
+    except OSError as error:
+      raise RuntimeError(
+        f"The data folder {folder} cannot be written to: {error}. Give another"
+        " one with --data-dir."
+      ) from error
     for file, url in dataset.originals:
       _fetch(dataset, url, originals / file)
       _unzip(originals / file, work / "extracted" / f"ZIP.{file}")
@@ -116,8 +117,22 @@ def _prepare(
     except OSError:
       if not target.exists():  # else another process was first
         raise
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _working(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to prepare in; what kills have left of others is removed first."""
+  for left in folder.glob(f"{_WORK}*"):
+    with contextlib.suppress(OSError), locks.taken(left / locks.FILE) as mine:
+      if mine:
+        shutil.rmtree(left)
+  with contextlib.ExitStack() as stack:
+    mine = False
+    while not mine:  # another may just be looking whether it is left
+      work = pathlib.Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
+      stack.callback(shutil.rmtree, work, ignore_errors=True)
+      mine = stack.enter_context(locks.taken(work / locks.FILE))
+    yield work
 
 
 def _generate(
@@ -136,9 +151,9 @@ def _generate(
         download_dir=work / "downloads", download_config=config
       )
   except Exception as error:
-    files = ", ".join(str(originals / file) for file, _ in dataset.originals)
-    source = files or "the file that comes with this repository"
-    hint = "\nA file that is deleted is downloaded again." if files else ""
+    names = ", ".join(str(originals / file) for file, _ in dataset.originals)
+    source = names or "the file that comes with this repository"
+    hint = "\nA file that is deleted is downloaded again." if names else ""
     raise RuntimeError(
       f"{dataset.name} cannot be prepared from {source}: {error}{hint}"
     ) from error
@@ -147,18 +162,14 @@ def _generate(
 def _fetch(dataset: Dataset, url: str, path: pathlib.Path) -> None:
   if path.exists():
     return
-  partial = None
   try:
     with (
       urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
-      tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file,
+      files.replacing(path) as partial,
+      partial.open("wb") as file,
     ):
-      partial = pathlib.Path(file.name)
       shutil.copyfileobj(response, file)
-    partial.replace(path)
   except (OSError, http.client.HTTPException) as error:
-    if partial is not None:
-      partial.unlink(missing_ok=True)
     raise RuntimeError(
       f"{dataset.name} needs {path.name}, and downloading {url} failed:"
       f" {error}. Get the file by other means and put it at {path}, or name a"

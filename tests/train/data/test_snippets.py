@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train import locks
 from train.data import hashing, movie_reviews, pipeline, prepare
 from train.data import registry as tasks
 
@@ -199,6 +200,19 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
   with pytest.raises(RuntimeError, match=r"snippets cannot be prepared .*'x'"):
     TASK.source.read("train", tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["originals"]
+
+
+def test_what_a_kill_has_left_is_removed_and_what_goes_on_is_not(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(movie_reviews, "read", lambda: 1 / 0)
+  killed, alive = (tmp_path / f".preparing-{x}" for x in ("killed", "alive"))
+  killed.mkdir()
+  (killed / "half").touch()
+  with locks.taken(alive / locks.FILE):
+    with pytest.raises(RuntimeError, match="division by zero"):
+      TASK.source.read("train", tmp_path)
+    assert {x.name for x in tmp_path.iterdir()} == {"originals", alive.name}
 
 
 def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
