@@ -13,6 +13,14 @@ import pytest
 from train import interrupts
 
 
+@pytest.fixture(autouse=True)
+def heard():
+  """A shell has its background jobs ignore it, and so what they start."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def _interrupt():
   os.kill(os.getpid(), signal.SIGINT)
   time.sleep(1)
