@@ -127,11 +127,12 @@ def _working(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       if mine:
         shutil.rmtree(left)
   with contextlib.ExitStack() as stack:
-    mine = False
-    while not mine:  # another may just be looking whether it is left
+    while True:
       work = pathlib.Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
       stack.callback(shutil.rmtree, work, ignore_errors=True)
-      mine = stack.enter_context(locks.taken(work / locks.FILE))
+      # Another may just be looking whether it is left.
+      if stack.enter_context(locks.taken(work / locks.FILE)):
+        break
     yield work
 
 
