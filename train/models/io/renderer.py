@@ -2,8 +2,8 @@
 
 Only a process can be stopped whatever it is at: a template may double a list in
 a loop and print it, or ask a filter for a text of a terabyte, and neither comes
-back to Python to be counted. `template.py` keeps one such process and sends it
-a conversation at a time. It imports Jinja alone, so that it starts at once.
+back to Python to be counted. `rendering.py` keeps one such process and sends it
+some conversations at a time. It imports Jinja alone, so that it starts at once.
 """
 
 from collections.abc import Iterator, Sized
@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import functools
 import json
-import pickle
 import resource
 import signal
 import sys
@@ -145,8 +144,8 @@ def _answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
   """Answers requests until there are none.
 
-  A request is a pickled template, and the variables of each text; the answer is
-  a line of JSON for each, up to the first with an error.
+  A request is a line of JSON: a template, and the variables of each text. The
+  answer is a line of JSON for each, up to the first with an error.
   """
   # A Mac has no such limit.
   with contextlib.suppress(ValueError, OSError):
@@ -154,11 +153,8 @@ def main() -> None:
   # A dump of the memory would be large, and of no use.
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   environment()
-  while True:
-    try:
-      source, several = pickle.load(sys.stdin.buffer)
-    except EOFError:
-      return
+  for request in sys.stdin.buffer:
+    source, several = json.loads(request)
     for variables in several:
       answer = _answer(source, variables)
       print(json.dumps(answer), flush=True)

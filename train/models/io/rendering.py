@@ -8,7 +8,6 @@ trip through two pipes for each conversation.
 import atexit
 from collections.abc import Mapping, Sequence
 import json
-import pickle
 import signal
 import subprocess
 import sys
@@ -74,7 +73,9 @@ class _Renderer:
     assert process.stdin is not None and process.stdout is not None
     texts: list[str] = []
     try:
-      pickle.dump((source, variables), process.stdin)
+      # A row of Parquet may hold a date, which JSON has not.
+      request = json.dumps((source, variables), default=str)
+      process.stdin.write(request.encode() + b"\n")
       process.stdin.flush()
     except BrokenPipeError:
       pass  # it says below how it ended
