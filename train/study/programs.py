@@ -157,7 +157,11 @@ def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
 
 def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
   """What two runs have in common that share a program, but for some fields."""
-  of_loop = ("run_dir", "eval_every", "log_every", "patience")
+  # A trial asks for less than a final run.
+  of_loop = (
+    *("run_dir", "eval_every", "log_every", "patience", "after"),
+    "diagnose_every",
+  )
   ignored = (*_OF_ROWS, *of_loop, *but)
   same = config_lib.flat(prepared.config)
   for name in ignored:
