@@ -3,6 +3,14 @@
 import numpy as np
 
 BINS = 15
+SCORES = {
+  "accuracy": "accuracy",
+  "worst_class_accuracy": "accuracy of the worst class",
+  "loss": "loss (nats)",
+  "ece": f"calibration error ({BINS} bins)",
+  "brier": "Brier score",
+}
+"""What `scores` gives, and what a reader is told that it is."""
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -28,8 +28,8 @@ class DataOptions:
   instructions, for a decoder to respond to."""
   path: str = option("", flag="data")
   """Your own rows: a .csv, .tsv or .jsonl file (or .gz of one), a .parquet
-  file, a folder of images (CLASS/*.png, or train/CLASS/*.png), a folder that
-  Hugging Face datasets saved, or tfds:NAME."""
+  file, a folder of images (CLASS/*.png, or train/CLASS/*.png, or MNIST's IDX
+  files), a folder that Hugging Face datasets saved, or tfds:NAME."""
   text: str = ""
   """Column of the text, or several, as title,body; empty: text, sentence,
   review and their like."""
