@@ -162,8 +162,8 @@ class Labelled:
   order: Order
   examples: Mapping[str, Examples]
   reader: Reader
-  shifted: Callable[[], Mapping[str, Examples]]
   notes: Sequence[str] = ()
+  shifted: Callable[[], Mapping[str, Examples]] = dict
 
   @property
   def objective(self) -> Objective:
@@ -388,7 +388,7 @@ def load(
   shifted = functools.partial(
     shifts.examples, task, options, seed, found.examples
   )
-  return Labelled(task, order, examples, found, shifted, notes + said)
+  return Labelled(task, order, examples, found, notes + said, shifted)
 
 
 def rows_for(
