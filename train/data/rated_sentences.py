@@ -1,19 +1,16 @@
 """Rated sentences of three domains: reads, merges and divides them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import functools
-import gzip
 import math
 import pathlib
 from typing import Any, NamedTuple
-import zlib
 
 import numpy as np
 
-from .. import checked
-from . import hashing
+from . import hashing, shipped
 
-FILE = pathlib.Path(__file__).parent / "files" / "rated_sentences.tsv.gz"
+FILE = shipped.FOLDER / "rated_sentences.tsv.gz"
 DOMAINS = ("movies", "products", "tweets")
 LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
 EDGES = (-2.0, -0.5, 0.5, 2.0)
@@ -39,16 +36,9 @@ def read(path: pathlib.Path = FILE) -> list[Sentence]:
     ValueError: if the file is not there or not gzip, or a line is not as it
       must be; the sentence names the file and the line.
   """
-  if not path.exists():
-    raise ValueError(
-      f"{path} is not there: the rated sentences are in the repository, and"
-      " not in what is installed. --task and --data name what else to train on."
-    )
-  try:
-    lines = gzip.decompress(checked.read_bytes(path)).splitlines()
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
-  found = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+  columns = ("domain", "id", "mean rating", "ratings", "sentence")
+  lines = shipped.lines(path, "the rated sentences", columns)
+  found = [_parse(values, where) for where, values in lines]
   return [x for x in found if hashing.normalise(x.text)]
 
 
@@ -116,17 +106,8 @@ def _class(rating: float) -> int:
   return int(np.digitize(rating, EDGES))
 
 
-def _parse(line: bytes, where: str) -> Sentence:
-  try:
-    columns = line.decode().split("\t")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{where} is not UTF-8: {error}.") from error
-  if len(columns) != 5:
-    raise ValueError(
-      f"{where} has {len(columns)} columns; it must have five, separated by"
-      " tabs: domain, id, mean rating, ratings, sentence."
-    )
-  domain, _, _, ratings, text = columns
+def _parse(values: Sequence[str], where: str) -> Sentence:
+  domain, _, _, ratings, text = values
   if domain not in DOMAINS:
     raise ValueError(
       f"{where} has the domain {domain!r}; it must be one of"

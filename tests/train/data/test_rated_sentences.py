@@ -99,7 +99,7 @@ def test_tasks_of_a_domain_have_the_others_as_shifted_tests():
 @pytest.mark.parametrize(
   ("line", "told"),
   [
-    ("movies\t1\t0.5\tgood", "line 2 has 4 columns; it must have five"),
+    ("movies\t1\t0.5\tgood", "line 2 has 4 columns; it must have 5, sep"),
     ("films\t1\t0\t0 1\tgood", "line 2 has the domain 'films'; it must be one"),
     ("movies\t1\t0\t0 5\tgood", "line 2 has the rating '5'; each must be a"),
     ("movies\t1\t0\t\tgood", "line 2 has the rating ''; each must be a whole"),
