@@ -59,6 +59,23 @@ class Method(NamedTuple):
     own = traverse_util.unflatten_dict(flat)
     return params["trained"], {**variables, "params": own}
 
+  def merged(self, variables: Any, evaluated: Any) -> Any:
+    """The variables of the plain model after training."""
+    if self.adapted is None:
+      return {**variables, "params": {**variables["params"], **evaluated}}
+    merged = self.adapted.merge(variables, bilora_jax.primary(evaluated))
+    if "auxiliary" not in evaluated:
+      return merged
+    # It is kept, and no merge of the library's takes it.
+    flat: dict[Any, Any] = traverse_util.flatten_dict(merged["params"])
+    pairs: dict[Any, Any] = traverse_util.flatten_dict(
+      evaluated["auxiliary"],
+      is_leaf=lambda _, x: isinstance(x, bilora_jax.Factors),
+    )
+    for path, pair in pairs.items():
+      flat[path] += pair.weight().reshape(flat[path].shape)
+    return {**merged, "params": traverse_util.unflatten_dict(flat)}
+
 
 def build(
   chosen: Chosen,

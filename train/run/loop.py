@@ -23,6 +23,7 @@ from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
 from . import (
+  after,
   assemble,
   claim,
   diagnostics,
@@ -390,7 +391,7 @@ def _finish(
   journal: journal_lib.Journal,
 ) -> dict[str, Any]:
   config, data, layout = prepared.config, prepared.data, prepared.layout
-  best = trained.best
+  method, best = prepared.method, trained.best
   whole = layout.gather(evaluated)
   require_useful(whole)
   journal.say(f"testing the best, of step {best['step']}")
@@ -413,6 +414,14 @@ def _finish(
         pretrained, *data.objective.inputs(layout.all_rows(batch))
       )
     )
+  more = {}
+  if config.evaluation.after:
+    assert isinstance(data, data_lib.Labelled)
+    journal.say(f"testing more: {config.evaluation.after}")
+    last = method.evaluated(trained.state.trained)
+    more["after"] = after.evaluations(
+      prepared, whole, last, after.make(prepared), data.shifted
+    )
   windows = [
     row for row in jsonl.read(prepared.folder) if "step_seconds" in row
   ]
@@ -424,6 +433,7 @@ def _finish(
     "validation": best["value"],
     "test": test.to_json(),
     "baseline": baseline.to_json() if baseline else None,
+    **more,
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,

@@ -12,7 +12,6 @@ from train.methods import optimizers
 from train.methods import spec as specs
 from train.run import assemble, step
 from train.run import config as config_lib
-from train.study import measure
 
 SOME = ("lora", "bilora", "lora_full_sam", "full")
 
@@ -133,14 +132,14 @@ def test_a_second_adapter_that_is_kept_is_evaluated_and_merged(
   assert set(kept) == {"primary", "auxiliary", "extra"}
   inputs = CLASSIFICATION.inputs(batch)
   whole = ready.method.apply(ready.variables, state.trained, *inputs)
-  merged = measure.merge(ready.method, ready.variables, kept)
+  merged = ready.method.merged(ready.variables, kept)
   for logits in (
     ready.method.apply(ready.variables, kept, *inputs),
     ready.model.apply(merged, *inputs),
   ):
     np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-6)
   # The second one is seen: without it the logits are others.
-  alone = measure.merge(ready.method, ready.variables, primary(kept))
+  alone = ready.method.merged(ready.variables, primary(kept))
   assert not np.allclose(ready.model.apply(alone, *inputs), whole, atol=1e-5)
 
 
