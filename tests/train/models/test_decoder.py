@@ -87,7 +87,7 @@ def test_hidden_and_head_are_the_two_halves_of_the_logits(variables, logits):
 def test_fused_attention_is_the_same(variables, segments):
   # On CPU, as the tests run, the default is the other one.
   want = _apply(decoder.Decoder(TINY), variables, TOKENS, None, segments)
-  fused = decoder.Decoder(TINY, attention="fused")
+  fused = decoder.Decoder(TINY, attention="xla")
   got = _apply(fused, variables, TOKENS, None, segments)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
