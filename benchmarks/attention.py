@@ -141,7 +141,7 @@ def _kernels(
 
   def kernel(choice, seen=None):
     if seen is None:
-      seen = attention.causal(choice, length, lengths=lengths)
+      seen = attention.causal(choice, length, lengths)
     return functools.partial(attention.attention, seen=seen, choice=choice)
 
   found = {"matmul": kernel("matmul"), "xla": kernel("xla")}
@@ -153,8 +153,7 @@ def _kernels(
       if case == "padded":
         found["cudnn, lengths"] = kernel("cudnn", attention.Seen(None, lengths))
       if case == "packed":
-        segments = attention.ids(lengths, length)
-        mask = attention.causal("cudnn", length, segments)
+        mask = attention.causal("xla", length, lengths)
         found["cudnn, mask"] = kernel("cudnn", mask)
     found["triton"] = functools.partial(_triton, lengths=lengths)
   return found

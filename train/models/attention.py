@@ -93,12 +93,7 @@ def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
   return None
 
 
-def causal(
-  choice: str,
-  length: int,
-  segment_ids: jax.Array | None = None,
-  lengths: jax.Array | None = None,
-) -> Seen:
+def causal(choice: str, length: int, lengths: jax.Array | None = None) -> Seen:
   """What causal attention sees: the tokens up to itself, of its segment.
 
   A row that is one segment, with padding after it, needs no mask but the causal
@@ -107,21 +102,16 @@ def causal(
   Args:
     choice: from `chosen`.
     length: L.
-    segment_ids: int (B, L); 0 is padding. None: a row is one segment, unless
-      `lengths` tells of more.
-    lengths: tokens of each segment, int (B, M); 0 if a row has fewer. They
-      tell of the same segments as `segment_ids`, which must be contiguous.
+    lengths: tokens of each segment of a row, int (B, M); 0 if a row has fewer.
+      None: a row is one segment.
   """
   if lengths is not None and lengths.shape[1] == 1:
-    segment_ids = lengths = None
-  if lengths is not None and choice == "cudnn":
+    lengths = None
+  if choice == "cudnn":
     return Seen(lengths=lengths)
-  if segment_ids is None and lengths is not None:
-    segment_ids = ids(lengths, length)
+  segment_ids = None if lengths is None else ids(lengths, length)
   if choice == "splash":
     return Seen(segment_ids=segment_ids)
-  if choice == "cudnn" and segment_ids is None:
-    return Seen()
   mask_1xLxL = jnp.tri(length, dtype=bool)[None]
   if segment_ids is None:
     return Seen(mask_1xLxL)
@@ -130,11 +120,25 @@ def causal(
 
 
 def ids(lengths: jax.Array, length: int) -> jax.Array:
-  """Segment ids from 1, int32 (B, length), of segments' lengths, (B, M)."""
-  stops_BxM = jnp.cumsum(lengths, 1)
-  places_L = jnp.arange(length)
-  index_BxL = (places_L[:, None] >= stops_BxM[:, None]).sum(-1)
-  return jnp.where(places_L < stops_BxM[:, -1:], index_BxL + 1, 0)
+  """Segment ids from 1, 0 at padding, int (B, L), of lengths (B, M)."""
+  stops_Bx1xM = jnp.cumsum(lengths, 1)[:, None]
+  past_BxLxM = jnp.arange(length)[:, None] >= stops_Bx1xM
+  return jnp.where(past_BxLxM.all(-1), 0, past_BxLxM.sum(-1) + 1)
+
+
+def positions(lengths: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+  """Places from 0 in each segment, int `shape`, which is (B, L).
+
+  Args:
+    lengths: as in `causal`.
+    shape: of the tokens.
+  """
+  places_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  if lengths is None or lengths.shape[1] == 1:
+    return places_BxL
+  stops_Bx1xM = jnp.cumsum(lengths, 1)[:, None]
+  past_BxLxM = places_BxL[..., None] >= stops_Bx1xM
+  return places_BxL - jnp.where(past_BxLxM, stops_Bx1xM, 0).max(-1)
 
 
 def attention(

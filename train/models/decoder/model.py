@@ -110,7 +110,6 @@ class Decoder(nn.Module):
     self,
     tokens: jax.Array,
     positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Logits of the token after each.
@@ -119,11 +118,9 @@ class Decoder(nn.Module):
       tokens: token ids, int (B, L).
       positions: places for the rotary angles, int (B, L). None counts within
         the row, or within each segment.
-      segment_ids: int (B, L); a token sees those before it that have its id,
-        and 0 is padding. None: a row is one segment, or `lengths` tells.
-      lengths: tokens of each segment, int (B, M), of the same segments, in
-        their order; what follows them is padding. With them no kernel needs a
-        mask of L x L. If M is 1, `segment_ids` are not looked at.
+      lengths: tokens of each segment of a row, in order, int (B, M); 0 if a
+        row has fewer. A token sees those before it of its segment; what
+        follows the last segment is padding. None: a row is one segment.
 
     Returns:
       float32 (B, L, V). What stands at padding is finite and means nothing.
@@ -131,25 +128,23 @@ class Decoder(nn.Module):
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
     """
-    return self.head(self.hidden(tokens, positions, segment_ids, lengths))
+    return self.head(self.hidden(tokens, positions, lengths))
 
   def hidden(
     self,
     tokens: jax.Array,
     positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
 
     The arguments and errors are those of `__call__`.
     """
-    _check_shapes(self.config, tokens, positions, segment_ids)
+    _check_shapes(self.config, tokens, positions, lengths)
+    length = tokens.shape[1]
     if positions is None:
-      positions = _positions(tokens, segment_ids)
-    seen = attention_lib.causal(
-      self.kernel, tokens.shape[1], segment_ids, lengths
-    )
+      positions = attention_lib.positions(lengths, tokens.shape)
+    seen = attention_lib.causal(self.kernel, length, lengths)
     x_NxD, _ = self._run(tokens, positions, seen)
     return x_NxD.reshape(*tokens.shape, -1)
 
@@ -362,16 +357,6 @@ def _dense(
   )
 
 
-def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  """Places within the row, or within each segment, int (B, L)."""
-  places_BxL = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  if segment_ids is None:
-    return places_BxL
-  is_first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-  starts_BxL = jax.lax.cummax(jnp.where(is_first, places_BxL, 0), 1)
-  return places_BxL - starts_BxL
-
-
 def _rope(
   config: DecoderConfig, positions_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -409,15 +394,20 @@ def _check_shapes(
   config: DecoderConfig,
   tokens: jax.Array,
   positions: jax.Array | None,
-  segment_ids: jax.Array | None,
+  lengths: jax.Array | None,
 ) -> None:
   if tokens.ndim != 2:
     raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
-  for name, x in (("positions", positions), ("segment_ids", segment_ids)):
-    if x is not None and x.shape != tokens.shape:
-      raise ValueError(
-        f"{name} must have the shape of tokens, {tokens.shape}, got {x.shape}."
-      )
+  if positions is not None and positions.shape != tokens.shape:
+    raise ValueError(
+      f"positions must have the shape of tokens, {tokens.shape}, got "
+      f"{positions.shape}."
+    )
+  if lengths is not None and (lengths.ndim != 2 or len(lengths) != len(tokens)):
+    raise ValueError(
+      f"lengths must be (batch, segments) of {len(tokens)} rows, as tokens "
+      f"are, got {lengths.shape}."
+    )
   if tokens.shape[1] > config.max_positions:
     raise ValueError(
       f"tokens must be at most {config.max_positions} long, the positions "
