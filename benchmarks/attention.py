@@ -20,11 +20,13 @@ import numpy as np
 from benchmarks import rounds
 from train.models import attention
 
-# B, L, H, J, K: SmolLM2-135M, Llama 3.2-1B and 3.1-8B; on CPU a small one.
-_SHAPES = ((8, 1024, 9, 3, 64), (2, 4096, 32, 8, 64), (1, 8192, 32, 8, 128))
+# B, L, H, J, K: of SmolLM2-135M and of Llama 3.1-8B; on CPU a small one.
+_SHAPES = ((8, 1024, 9, 3, 64), (1, 8192, 32, 8, 128))
 _SMALL = ((2, 64, 4, 2, 16),)
 _CHECKED = (2, 512, 4, 2, 64)
-_SEGMENTS = 8
+# The most segments of a row, by case: cuDNN's ragged layout keeps a number for
+# each of them, query and head.
+_CASES = {"causal": 1, "padded": 1, "packed in 8": 8, "packed in 32": 32}
 
 Kernel = Callable[..., jax.Array]
 
@@ -48,11 +50,11 @@ def main() -> None:
     ]
   checked = _SMALL[0] if on_cpu else _CHECKED
   rows = []
-  for case in ("causal", "padded", "packed"):
+  for case in _CASES:
     rows += _errors(case, checked, dtype)
   _print(rows, ("output", "dq", "dk", "dv"))
   for shape in shapes:
-    for case in ("causal", "padded", "packed"):
+    for case in _CASES:
       found = _times(case, shape, dtype, options.rounds)
       _print(found, ("median_seconds", "ratio_to_xla", "temporary_bytes"))
       rows += found
@@ -115,7 +117,7 @@ def _inputs(case: str, shape: Any, dtype: Any) -> tuple[Any, jax.Array]:
   """Queries, keys, values, cotangents; and segments' lengths, (B, M)."""
   batch, length, heads, groups, size = shape
   random = np.random.default_rng(0)
-  count = {"causal": 1, "padded": 1, "packed": _SEGMENTS}[case]
+  count = _CASES[case]
   cuts = np.sort(random.integers(1, length, (batch, count - 1)), 1)
   stops = np.full((batch, 1), length)
   if case != "causal":
@@ -140,22 +142,28 @@ def _kernels(
   length, size = shape[1], shape[-1]
 
   def kernel(choice, seen=None):
-    if seen is None:
-      seen = attention.causal(choice, length, lengths)
-    return functools.partial(attention.attention, seen=seen, choice=choice)
+    seen = seen or attention.causal(choice, length, lengths)
+    return functools.partial(attention.attention, seen=seen)
 
-  found = {"matmul": kernel("matmul"), "xla": kernel("xla")}
-  if jax.default_backend() == "tpu":
+  found = {"xla": kernel("xla")}
+  backend = jax.default_backend()
+  if backend == "cpu" or case == "causal":
+    found["matmul"] = kernel("matmul")
+  if backend == "tpu":
     found["splash"] = kernel("splash")
-  if jax.default_backend() == "gpu":
-    if not attention.without_cudnn(dtype, size):
-      found["cudnn"] = kernel("cudnn")
-      if case == "padded":
-        found["cudnn, lengths"] = kernel("cudnn", attention.Seen(None, lengths))
-      if case == "packed":
-        mask = attention.causal("xla", length, lengths)
-        found["cudnn, mask"] = kernel("cudnn", mask)
+  if backend != "gpu":
+    return found
+  if case in ("causal", "packed in 8"):
     found["triton"] = functools.partial(_triton, lengths=lengths)
+  if attention.without_cudnn(dtype, size):
+    return found
+  found["cudnn"] = kernel("cudnn")
+  if case == "padded":
+    seen = attention.Seen("cudnn", causal=True, lengths=lengths)
+    found["cudnn, lengths"] = kernel("cudnn", seen)
+  if _CASES[case] > 1:
+    mask = attention.causal("xla", length, lengths).mask
+    found["cudnn, mask"] = kernel("cudnn", attention.Seen("cudnn", mask=mask))
   return found
 
 

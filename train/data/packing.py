@@ -127,8 +127,8 @@ def train_batches(
   Returns:
     an iterator of dicts, with B = batch_size / process_count and L a bucket:
       tokens: [B, L] int32.
-      lengths: [B, M] int32, the tokens of each segment of a row, in order, and 0
-        where a row has fewer than M, the most of any row of `packed`.
+      lengths: [B, M] int32, tokens of each segment of a row, in order, and 0
+        where there are fewer than M, the most of any row of `packed`.
       positions: [B, L] int32, from 0 in each segment; 0 on padding.
       targets: [B, L] int32, the next token of the segment; 0 if there is none.
       weights: [B, L] float32, 1 where the target is one to be learned.

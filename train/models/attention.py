@@ -9,8 +9,9 @@ would trace every branch, and cuDNN's asks for a GPU's library while it is
 traced; under a gradient it would keep the residuals of all of them.
 """
 
-import functools
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from typing import Any
 
 from flax.linen import spmd
 import jax
@@ -26,35 +27,45 @@ _MASKED = -1e9
 _HALVES = (jnp.bfloat16, jnp.float16)
 # Splash attention's blocks are multiples of a TPU's lanes; the largest that
 # divides the length is used.
-_LANES, _BLOCKS = 128, (1024, 512, 256, 128)
+_LANES, _BLOCKS = 128, (512, 256, 128)
 
 
-class Seen(NamedTuple):
-  """Which keys a query sees, in the form that a choice of kernel takes.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """Which keys a query sees, in the form that a kernel takes.
 
   Attributes:
-    mask: bool (B, L, S), or (1, L, S). None: there is none of that size.
+    kernel: one of `CHOICES` that is not 'auto'.
+    causal: whether a query sees none of the keys after it.
+    mask: bool (B, L, S), (B, 1, S) or (1, L, S), which is all there is to say.
     lengths: tokens of each segment of a row, from its first token on, int32
       (B, M). A query sees its own segment. What follows the last is padding.
-    segment_ids: int32 (B, L); a query sees the keys that have its id.
+    segment_ids: int32 (B, L). A query sees the keys that have its id.
   """
 
+  kernel: str = dataclasses.field(metadata={"static": True})
+  causal: bool = dataclasses.field(default=False, metadata={"static": True})
   mask: jax.Array | None = None
   lengths: jax.Array | None = None
   segment_ids: jax.Array | None = None
 
 
-def chosen(choice: str, dtype: typing.DTypeLike, head_size: int) -> str:
+def chosen(
+  choice: str, dtype: typing.DTypeLike, head_size: int, length: int
+) -> str:
   """The kernel of a choice: for 'auto', that of this process's backend.
 
   On CPU it is 'matmul', batched products with heads in front, for whose
-  backward pass XLA has fast code; on TPU 'splash'; on a GPU 'cudnn', or 'xla'
-  where cuDNN does not take the dtype or the width.
+  backward pass XLA has fast code. On a TPU it is 'splash', but 'xla' for rows
+  shorter than its blocks. On a GPU it is 'cudnn', but 'xla' where cuDNN does
+  not take the dtype or the width.
 
   Args:
     choice: one of `CHOICES`.
     dtype: of queries, keys and values.
     head_size: K.
+    length: L.
 
   Returns:
     One of `CHOICES` that is not 'auto'.
@@ -66,25 +77,26 @@ def chosen(choice: str, dtype: typing.DTypeLike, head_size: int) -> str:
     raise ValueError(
       f"attention must be one of {', '.join(CHOICES)}, got {choice!r}."
     )
-  if choice == "cudnn":
-    if reason := without_cudnn(dtype, head_size):
-      raise ValueError(f"attention='cudnn' {reason}.")
+  reason = without_cudnn(dtype, head_size)
+  if choice == "cudnn" and reason:
+    raise ValueError(f"attention='cudnn' {reason}.")
   if choice != "auto":
     return choice
   backend = jax.default_backend()
-  if backend == "tpu":
-    return "splash"
-  if backend != "gpu":
+  if backend == "cpu":
     return "matmul"
-  has_kernels = _is_cuda() and not without_cudnn(dtype, head_size)
-  return "cudnn" if has_kernels else "xla"
+  if backend == "tpu" and length >= _LANES:
+    return "splash"
+  if backend == "gpu" and _is_cuda() and not reason:
+    return "cudnn"
+  return "xla"
 
 
 def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
   """Why cuDNN has no kernel; None if it has one. The arguments: `chosen`'s."""
   if jnp.dtype(dtype) not in _HALVES:
     return f"takes bfloat16 or float16, got {jnp.dtype(dtype)}"
-  widest = 256 if cudnn.check_compute_capability("9.0") else 128
+  widest = 256 if _is_hopper() else 128
   if head_size > widest or head_size % 8:
     return (
       f"takes heads whose width is a multiple of 8 and at most {widest}, got "
@@ -93,30 +105,58 @@ def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
   return None
 
 
-def causal(choice: str, length: int, lengths: jax.Array | None = None) -> Seen:
+def causal(kernel: str, length: int, lengths: jax.Array | None = None) -> Seen:
   """What causal attention sees: the tokens up to itself, of its segment.
 
   A row that is one segment, with padding after it, needs no mask but the causal
   one: no token of it comes after padding.
 
   Args:
-    choice: from `chosen`.
+    kernel: from `chosen`.
     length: L.
     lengths: tokens of each segment of a row, int (B, M); 0 if a row has fewer.
       None: a row is one segment.
   """
   if lengths is not None and lengths.shape[1] == 1:
     lengths = None
-  if choice == "cudnn":
-    return Seen(lengths=lengths)
+  if kernel == "cudnn" and (lengths is None or _is_hopper()):
+    return Seen(kernel, causal=True, lengths=lengths)
   segment_ids = None if lengths is None else ids(lengths, length)
-  if choice == "splash":
-    return Seen(segment_ids=segment_ids)
+  if kernel == "splash":
+    return Seen(kernel, causal=True, segment_ids=segment_ids)
   mask_1xLxL = jnp.tri(length, dtype=bool)[None]
   if segment_ids is None:
-    return Seen(mask_1xLxL)
+    return Seen(kernel, mask=mask_1xLxL)
   same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return Seen(same_BxLxL & mask_1xLxL)
+  # cuDNN adds a mask to the scores: of an even length, or not at all.
+  kernel = "xla" if kernel == "cudnn" and length % 2 else kernel
+  return Seen(kernel, mask=same_BxLxL & mask_1xLxL)
+
+
+def masked(kernel: str, mask: jax.Array) -> Seen:
+  """What a mask says, bool (B, L, S): in steps of generation.
+
+  Args:
+    kernel: from `chosen`.
+    mask: True where a query sees a key.
+  """
+  return Seen("matmul" if kernel == "matmul" else "xla", mask=mask)
+
+
+def real(kernel: str, mask: jax.Array) -> Seen:
+  """The real tokens of a row, before and after: what an encoder sees.
+
+  Args:
+    kernel: from `chosen`.
+    mask: True at a real token, bool (B, L); padding comes last.
+  """
+  if kernel == "cudnn":
+    # A row of padding sees its first token, or its softmax would be NaN.
+    lengths_Bx1 = jnp.maximum(mask.sum(1, keepdims=True), 1)
+    return Seen(kernel, lengths=lengths_Bx1)
+  if kernel == "splash":
+    return Seen(kernel, segment_ids=mask.astype(jnp.int32))
+  return Seen(kernel, mask=mask[:, None])
 
 
 def ids(lengths: jax.Array, length: int) -> jax.Array:
@@ -142,12 +182,7 @@ def positions(lengths: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
 
 
 def attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  seen: Seen,
-  choice: str,
-  causal: bool = True,
+  q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen
 ) -> jax.Array:
   """Softmax of the scaled products of queries and keys, times the values.
 
@@ -157,29 +192,18 @@ def attention(
     q: queries (B, L, H, K).
     k: keys (B, S, J, K), of which J divides H.
     v: values (B, S, J, K).
-    seen: from `causal`; or a mask alone, which holds for all choices.
-    choice: from `chosen`.
-    causal: whether a query sees none of the keys after it. A mask says so
-      itself.
+    seen: from `causal`, `masked` or `real`.
 
   Returns:
     (B, L, H, K) in the dtype of q. What stands at padding is finite and means
     nothing.
   """
-  if choice == "matmul":
+  if seen.kernel == "matmul":
     return _matmul(q, k, v, seen.mask)
-  if seen.mask is not None and (choice != "cudnn" or _is_odd(seen.mask)):
-    choice = "xla"
-  if choice == "xla":
+  if seen.kernel == "xla":
     mask = None if seen.mask is None else seen.mask[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
-  kernel = _cudnn if choice == "cudnn" else _splash
-  return _on_mesh(functools.partial(kernel, causal=causal), q, k, v, seen)
-
-
-def _is_odd(mask: jax.Array) -> bool:
-  """Whether cuDNN has no backward pass for a mask of these sizes."""
-  return bool(mask.shape[1] % 2 or mask.shape[2] % 2)
+  return _on_mesh(_cudnn if seen.kernel == "cudnn" else _splash, q, k, v, seen)
 
 
 def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
@@ -212,17 +236,18 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
   return y_BxLxJxGxK.reshape(batch, length, heads, size)
 
 
-def _cudnn(q, k, v, seen, causal):
-  if seen.lengths is not None and seen.lengths.shape[1] > 1:
-    return _cudnn_packed(q, k, v, seen.lengths, causal)
+def _cudnn(q, k, v, seen):
+  mask, lengths = seen.mask, seen.lengths
+  if lengths is not None and lengths.shape[1] > 1:
+    return _cudnn_packed(q, k, v, lengths, seen.causal)
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
-    mask=None if seen.mask is None else seen.mask[:, None],
-    is_causal=causal and seen.mask is None,
+    mask=None if mask is None else mask[:, None],
+    is_causal=seen.causal,
     key_value_seq_lengths=(
-      None if seen.lengths is None else seen.lengths[:, 0].astype(jnp.int32)
+      None if lengths is None else lengths[:, 0].astype(jnp.int32)
     ),
     implementation="cudnn",
   )
@@ -257,7 +282,7 @@ def _cudnn_packed(q, k, v, lengths_BxM, causal):
   )
 
 
-def _splash(q, k, v, seen, causal, interpret=False):
+def _splash(q, k, v, seen):
   length, heads, size = q.shape[1:]
   padding = -length % _LANES
   ids_BxL = seen.segment_ids
@@ -271,7 +296,7 @@ def _splash(q, k, v, seen, causal, interpret=False):
   )
   whole = length + padding
   block = next(x for x in _BLOCKS if whole % x == 0)
-  one = splash.CausalMask if causal else splash.FullMask
+  one = splash.CausalMask if seen.causal else splash.FullMask
   kernel = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([one((whole, whole))] * heads),
     block_sizes=splash.BlockSizes(
@@ -282,7 +307,6 @@ def _splash(q, k, v, seen, causal, interpret=False):
       block_q_dq=block,
       block_kv_dq=block,
     ),
-    interpret=interpret,
   )
   segments: Any = None
   if ids_BxL is not None:
@@ -296,16 +320,11 @@ def _on_mesh(kernel, q, k, v, seen):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return kernel(q, k, v, seen)
-
-  def split(shape, names):
-    found = spmd.logical_to_mesh_axes(names) or names
-    return [
-      axis if axis and size % _size(mesh, axis) == 0 else None
-      for axis, size in zip(found, shape)
-    ]
-
-  # Heads are split where their keys' are; else each device has all.
-  rows, _, heads, _ = split(k.shape, ("batch", None, "kv_heads", None))
+  names = ("batch", None, "kv_heads", None)
+  rows, _, heads, _ = spmd.logical_to_mesh_axes(names) or (None,) * 4
+  # Heads are split where those of the keys are; else each device has all.
+  rows = rows if _divides(mesh, rows, k.shape[0]) else None
+  heads = heads if _divides(mesh, heads, k.shape[2]) else None
   spec = jax.sharding.PartitionSpec(rows, None, heads, None)
   by_row = jax.sharding.PartitionSpec(rows)
   return jax.shard_map(
@@ -316,12 +335,14 @@ def _on_mesh(kernel, q, k, v, seen):
   )(q, k, v, seen)
 
 
-def _size(mesh, axis):
-  axes = axis if isinstance(axis, tuple) else (axis,)
-  size = 1
-  for name in axes:
-    size *= mesh.shape[name]
-  return size
+def _divides(mesh: Any, axes: Any, size: int) -> bool:
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return size % math.prod(mesh.shape[x] for x in names if x) == 0
+
+
+def _is_hopper() -> bool:
+  """Whether the GPU is of NVIDIA's Hopper generation or newer."""
+  return cudnn.check_compute_capability("9.0")
 
 
 def _is_cuda() -> bool:

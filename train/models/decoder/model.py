@@ -74,9 +74,6 @@ class Decoder(nn.Module):
       **dtypes,
     )
     layer: Any = remat.layer(_Layer, self.remat, self.scan)
-    self.kernel = attention_lib.chosen(
-      self.attention, dtypes["dtype"], c.head_dim
-    )
     if self.scan:
       layer = nn.scan(
         layer,
@@ -91,11 +88,9 @@ class Decoder(nn.Module):
         ),
         length=c.num_layers,
       )
-      self.layers: Any = layer(c, self.kernel, **dtypes)
+      self.layers: Any = layer(c, **dtypes)
     else:
-      self.layers = [
-        layer(c, self.kernel, **dtypes) for _ in range(c.num_layers)
-      ]
+      self.layers = [layer(c, **dtypes) for _ in range(c.num_layers)]
     self.norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
     if not c.tied:
       self.lm_head = nn.Dense(
@@ -141,10 +136,10 @@ class Decoder(nn.Module):
     The arguments and errors are those of `__call__`.
     """
     _check_shapes(self.config, tokens, positions, lengths)
-    length = tokens.shape[1]
     if positions is None:
       positions = attention_lib.positions(lengths, tokens.shape)
-    seen = attention_lib.causal(self.kernel, length, lengths)
+    length = tokens.shape[1]
+    seen = attention_lib.causal(self._kernel(length), length, lengths)
     x_NxD, _ = self._run(tokens, positions, seen)
     return x_NxD.reshape(*tokens.shape, -1)
 
@@ -182,12 +177,16 @@ class Decoder(nn.Module):
     Returns:
       The logits, float32 (B, V), and the cache with these columns in it.
     """
-    x_NxD, cache = self._run(
-      tokens, positions, attention_lib.Seen(mask), cache, start
-    )
+    seen = attention_lib.masked(self._kernel(tokens.shape[1]), mask)
+    x_NxD, cache = self._run(tokens, positions, seen, cache, start)
     x_BxLxD = x_NxD.reshape(*tokens.shape, -1)
     x_BxD = jnp.take_along_axis(x_BxLxD, last[:, None, None], 1)[:, 0]
     return self.head(x_BxD), cache
+
+  def _kernel(self, length: int) -> str:
+    return attention_lib.chosen(
+      self.attention, self.dtype or jnp.float32, self.config.head_dim, length
+    )
 
   def _run(
     self,
@@ -261,7 +260,6 @@ class _Layer(nn.Module):
   """Attention and feed-forward, each after a norm and with a residual."""
 
   config: DecoderConfig
-  kernel: str
   dtype: typing.DTypeLike
   param_dtype: typing.DTypeLike
 
@@ -282,7 +280,7 @@ class _Layer(nn.Module):
       norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
       return norm(x_NxD).astype(x_NxD.dtype)
 
-    y_NxD, cache = _Attention(c, self.kernel, *dtypes, name="self_attn")(
+    y_NxD, cache = _Attention(c, *dtypes, name="self_attn")(
       normed("input_layernorm"), rope, seen, cache, start
     )
     x_NxD = float32.residual(x_NxD, y_NxD)
@@ -296,7 +294,6 @@ class _Attention(nn.Module):
   """Causal attention of grouped queries, with rotary positions."""
 
   config: DecoderConfig
-  kernel: str
   dtype: typing.DTypeLike
   param_dtype: typing.DTypeLike
 
@@ -317,9 +314,7 @@ class _Attention(nn.Module):
       k_BxSxJxK = put(cache[0], k_BxSxJxK, start, 1)
       v_BxSxJxK = put(cache[1], v_BxSxJxK, start, 1)
       cache = k_BxSxJxK, v_BxSxJxK
-    y_BxLxHxK = attention_lib.attention(
-      q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen, self.kernel
-    )
+    y_BxLxHxK = attention_lib.attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen)
     y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
     return _dense(self, c.hidden_size, "o_proj")(y_NxHK), cache
 
