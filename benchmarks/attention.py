@@ -20,13 +20,19 @@ import numpy as np
 from benchmarks import rounds
 from train.models import attention
 
-# B, L, H, J, K: of SmolLM2-135M and of Llama 3.1-8B; on CPU a small one.
-_SHAPES = ((8, 1024, 9, 3, 64), (1, 8192, 32, 8, 128))
+# B, L, H, J, K: of MiniLM, SmolLM2-135M and Llama 3.1-8B; on CPU a small one.
+_SHAPES = ((64, 64, 12, 12, 32), (8, 1024, 9, 3, 64), (1, 8192, 32, 8, 128))
 _SMALL = ((2, 64, 4, 2, 16),)
 _CHECKED = (2, 512, 4, 2, 64)
 # The most segments of a row, by case: cuDNN's ragged layout keeps a number for
 # each of them, query and head.
-_CASES = {"causal": 1, "padded": 1, "packed in 8": 8, "packed in 32": 32}
+_CASES = {
+  "encoder": 1,
+  "causal": 1,
+  "padded": 1,
+  "packed in 8": 8,
+  "packed in 32": 32,
+}
 
 Kernel = Callable[..., jax.Array]
 
@@ -70,7 +76,10 @@ def _errors(case: str, shape: Any, dtype: Any) -> list[dict[str, Any]]:
   """Largest differences from the reference, over its largest value."""
   inputs, lengths = _inputs(case, shape, dtype)
   wide = [x.astype(jnp.float32) for x in inputs]
-  wanted = _passes(functools.partial(_reference, lengths=lengths))(*wide)
+  reference = functools.partial(
+    _reference, lengths=lengths, causal=case != "encoder"
+  )
+  wanted = _passes(reference)(*wide)
   rows = []
   for name, kernel in _kernels(case, shape, dtype, lengths).items():
     row: dict[str, Any] = {"case": case, "shape": shape, "kernel": name}
@@ -142,6 +151,9 @@ def _kernels(
   length, size = shape[1], shape[-1]
 
   def kernel(choice, seen=None):
+    if case == "encoder":
+      real = jnp.arange(length) < lengths
+      seen = attention.real(choice, real)
     seen = seen or attention.causal(choice, length, lengths)
     return functools.partial(attention.attention, seen=seen)
 
@@ -184,15 +196,16 @@ def _triton(q, k, v, lengths):
   )
 
 
-def _reference(q, k, v, lengths):
+def _reference(q, k, v, lengths, causal):
   length, groups = q.shape[1], q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, groups, 2) for x in (k, v))
   segments = attention.ids(lengths, length)
   seen = segments[:, None, :, None] == segments[:, None, None]
-  seen &= jnp.tri(length, dtype=bool)
+  if causal:
+    seen &= jnp.tri(length, dtype=bool)
   product = functools.partial(jnp.einsum, precision="highest")
   scores = product("blhk,bshk->bhls", q, k) * q.shape[-1] ** -0.5
-  probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+  probs = jax.nn.softmax(jnp.where(seen, scores, -1e9))
   return product("bhls,bshk->blhk", probs, v)
 
 

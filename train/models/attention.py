@@ -143,13 +143,16 @@ def masked(kernel: str, mask: jax.Array) -> Seen:
   return Seen("matmul" if kernel == "matmul" else "xla", mask=mask)
 
 
-def real(kernel: str, mask: jax.Array) -> Seen:
+def real(kernel: str, mask: jax.Array | None = None) -> Seen:
   """The real tokens of a row, before and after: what an encoder sees.
 
   Args:
     kernel: from `chosen`.
-    mask: True at a real token, bool (B, L); padding comes last.
+    mask: True at a real token, bool (B, L); padding comes last. None: there is
+      no padding.
   """
+  if mask is None:
+    return Seen(kernel)
   if kernel == "cudnn":
     # A row of padding sees its first token, or its softmax would be NaN.
     lengths_Bx1 = jnp.maximum(mask.sum(1, keepdims=True), 1)
@@ -209,31 +212,28 @@ def attention(
 def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
   batch, length, heads, size = q_BxLxHxK.shape
   slots, groups = k_BxSxJxK.shape[1:3]
+
+  def in_front(x):
+    return x.transpose(0, 2, 1, 3)
+
   # The queries that share a key are rows of one product.
-  q_BxJxGLxK = (
-    q_BxLxHxK.reshape(batch, length, groups, -1, size)
-    .transpose(0, 2, 3, 1, 4)
-    .reshape(batch, groups, -1, size)
-  )
-  scores_BxJxGxLxS = jnp.matmul(
+  q_BxJxGLxK = in_front(q_BxLxHxK).reshape(batch, groups, -1, size)
+  scores_BxHxLxS = jnp.matmul(
     q_BxJxGLxK,
-    k_BxSxJxK.transpose(0, 2, 3, 1),
+    in_front(k_BxSxJxK).swapaxes(2, 3),
     preferred_element_type=jnp.float32,
-  ).reshape(batch, groups, -1, length, slots)
-  scores_BxJxGxLxS *= size**-0.5
-  if mask_BxLxS is not None:
-    scores_BxJxGxLxS = jnp.where(
-      mask_BxLxS[:, None, None], scores_BxJxGxLxS, _MASKED
-    )
-  probs_BxJxGxLxS = jax.nn.softmax(scores_BxJxGxLxS).astype(v_BxSxJxK.dtype)
+  ).reshape(batch, heads, length, slots)
+  scores_BxHxLxS *= size**-0.5
+  if mask_BxLxS is not None and mask_BxLxS.shape[1] == 1:
+    # Added, it takes no part in the backward pass.
+    scores_BxHxLxS += jnp.where(mask_BxLxS, 0.0, _MASKED)[:, None]
+  elif mask_BxLxS is not None:
+    scores_BxHxLxS = jnp.where(mask_BxLxS[:, None], scores_BxHxLxS, _MASKED)
+  probs_BxHxLxS = jax.nn.softmax(scores_BxHxLxS).astype(v_BxSxJxK.dtype)
   y_BxJxGLxK = jnp.matmul(
-    probs_BxJxGxLxS.reshape(batch, groups, -1, slots),
-    v_BxSxJxK.transpose(0, 2, 1, 3),
+    probs_BxHxLxS.reshape(batch, groups, -1, slots), in_front(v_BxSxJxK)
   )
-  y_BxLxJxGxK = y_BxJxGLxK.reshape(batch, groups, -1, length, size).transpose(
-    0, 3, 1, 2, 4
-  )
-  return y_BxLxJxGxK.reshape(batch, length, heads, size)
+  return in_front(y_BxJxGLxK.reshape(batch, heads, length, size))
 
 
 def _cudnn(q, k, v, seen):
