@@ -144,7 +144,7 @@ def next_tokens(
     "tokens": rows[:, :-1],
     "targets": rows[:, 1:],
     "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-    "segment_ids": np.ones(shape, np.int32),
+    "lengths": np.full((batch_size, 1), length, np.int32),
     "weights": np.ones(shape, np.float32),
   }
 

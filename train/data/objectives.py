@@ -202,13 +202,13 @@ NEXT_TOKEN = Objective(
   inputs=lambda batch: (
     batch["tokens"],
     batch["positions"],
-    batch["segment_ids"],
+    batch["lengths"],
   ),
   items=lambda logits, batch: _items(
     logits, batch["targets"], batch["weights"]
   ),
   weights=lambda batch: batch["weights"],
-  tokens=lambda batch: jnp.sum(batch["segment_ids"] > 0),
+  tokens=lambda batch: jnp.sum(batch["lengths"]),
   answers=_probabilities,
 )
 """The token after each, where it has a weight, (B, L); logits (B, L, V)."""

@@ -37,6 +37,11 @@ class Packed:
     ends = np.cumsum(self.sequences.lengths[self.members])
     return np.diff(np.concatenate([[0], ends])[self.offsets])
 
+  @property
+  def segments(self) -> int:
+    """The most sequences of a row, at least 1."""
+    return int(np.diff(self.offsets).max(initial=1))
+
 
 def pack(sequences: Sequences, max_length: int) -> Packed:
   """Puts sequences together in rows of `max_length` tokens.
@@ -122,7 +127,8 @@ def train_batches(
   Returns:
     an iterator of dicts, with B = batch_size / process_count and L a bucket:
       tokens: [B, L] int32.
-      segment_ids: [B, L] int32, from 1 in each row; 0 on padding.
+      lengths: [B, M] int32, tokens of each segment of a row, in order, and 0
+        where there are fewer than M, the most of any row of `packed`.
       positions: [B, L] int32, from 0 in each segment; 0 on padding.
       targets: [B, L] int32, the next token of the segment; 0 if there is none.
       weights: [B, L] float32, 1 where the target is one to be learned.
@@ -180,18 +186,19 @@ def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:
   """Writes rows out, segment after segment."""
   shape = len(rows), width
   tokens = np.full(shape, pad_id, np.int32)
-  segment_ids, positions, targets = np.zeros((3, *shape), np.int32)
+  positions, targets = np.zeros((2, *shape), np.int32)
+  lengths = np.zeros((len(rows), packed.segments), np.int32)
   weights = np.zeros(shape, np.float32)
   sequences = packed.sequences
   for i, row in enumerate(rows):
     start = 0
     members = packed.members[packed.offsets[row] : packed.offsets[row + 1]]
-    for segment, member in enumerate(members, 1):
+    for segment, member in enumerate(members):
       source = slice(*sequences.offsets[member : member + 2])
       ids, loss = sequences.tokens[source], sequences.loss[source]
       stop = start + len(ids)
       tokens[i, start:stop] = ids
-      segment_ids[i, start:stop] = segment
+      lengths[i, segment] = len(ids)
       positions[i, start:stop] = np.arange(len(ids))
       # The last token of a segment has none to predict.
       targets[i, start : stop - 1] = ids[1:]
@@ -199,7 +206,7 @@ def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:
       start = stop
   return {
     "tokens": tokens,
-    "segment_ids": segment_ids,
+    "lengths": lengths,
     "positions": positions,
     "targets": targets,
     "weights": weights,

@@ -230,7 +230,8 @@ def open_run(
 _TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")
 _BATCH = {
   **dict.fromkeys(("tokens", "mask", "token_types"), _TOKENS),
-  **dict.fromkeys(("positions", "segment_ids"), _TOKENS),
+  "positions": _TOKENS,
+  "lengths": jax.ShapeDtypeStruct((1, 1), "int32"),
   "images": jax.ShapeDtypeStruct((1, 2, 2, 3), "uint8"),
 }
 

@@ -213,7 +213,7 @@ def _lowered(
     remat=options.remat,
     scan=options.scan_layers,
     # Not this process's backend, by which the model would go itself.
-    attention="matmul" if platform == "cpu" else "fused",
+    attention={"cpu": "matmul", "tpu": "splash"}.get(platform, "xla"),
   )
   objective = objectives.NEXT_TOKEN
   batch = lowering.next_token_batch(options.batch_size, options.max_length)

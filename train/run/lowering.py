@@ -15,18 +15,17 @@ from .config import Config
 
 
 def next_token_batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a batch for `objectives.NEXT_TOKEN`, each (rows, length)."""
+  """The shapes of a batch for `objectives.NEXT_TOKEN`, of unpacked rows."""
   dtypes = {
     "tokens": jnp.int32,
     "positions": jnp.int32,
-    "segment_ids": jnp.int32,
     "targets": jnp.int32,
     "weights": jnp.float32,
   }
   return {
     name: jax.ShapeDtypeStruct((rows, length), dtype)
     for name, dtype in dtypes.items()
-  }
+  } | {"lengths": jax.ShapeDtypeStruct((rows, 1), jnp.int32)}
 
 
 def abstract(

@@ -55,10 +55,19 @@ def _train(packed, **changes):
   return packing.train_batches(packed, **arguments)
 
 
+def _ids(batch):
+  """Of each token the segment that it is in, from 1; 0 at padding."""
+  ids = np.zeros_like(batch["tokens"])
+  for row, lengths in zip(ids, batch["lengths"]):
+    held = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    row[: len(held)] = held
+  return ids
+
+
 def _segments(batch):
   """(tokens, learned) of each segment, as far as its targets tell."""
   for row in range(len(batch["tokens"])):
-    ids = batch["segment_ids"][row]
+    ids = _ids(batch)[row]
     for segment in range(1, ids.max() + 1):
       (here,) = np.nonzero(ids == segment)
       np.testing.assert_array_equal(np.diff(here), 1)
@@ -94,7 +103,7 @@ def test_batches_hold_every_conversation_once(lengths, batch_size):
       real = min(batch_size, len(packed) - rows)
       copies = {name: value[real:] for name, value in batch.items()}
       assert not copies["weights"].any()
-      assert (copies["segment_ids"] > 0).any(axis=1).all()  # else NaN
+      assert copies["lengths"].any(axis=1).all()  # else NaN
       found.update(_segments({name: x[:real] for name, x in batch.items()}))
       rows += real
     assert rows == len(packed)
@@ -105,12 +114,15 @@ def test_batches_hold_every_conversation_once(lengths, batch_size):
 def test_shapes_padding_and_targets(packed):
   learned = 0
   for batch in packing.eval_batches(packed, BATCH, pad_id=99):
-    tokens, segments = batch["tokens"], batch["segment_ids"]
+    tokens, segments = batch["tokens"], _ids(batch)
     width = tokens.shape[1]
     assert width in packed.buckets
-    for name in ("tokens", "segment_ids", "positions", "targets"):
+    for name in ("tokens", "positions", "targets"):
       assert batch[name].shape == (BATCH, width)
       assert batch[name].dtype == np.int32
+    most = np.diff(packed.offsets).max()
+    assert batch["lengths"].shape == (BATCH, most)
+    assert batch["lengths"].dtype == np.int32
     assert batch["weights"].shape == (BATCH, width)
     assert batch["weights"].dtype == np.float32
     padding = segments == 0
@@ -133,7 +145,7 @@ def _loss(batch) -> tuple[float, float]:
   embed = generator.normal(size=(VOCABULARY + 1, 6))
   place = generator.normal(size=(LENGTH, 6))
   head = generator.normal(size=(6, VOCABULARY))
-  segments = batch["segment_ids"]
+  segments = _ids(batch)
   x = embed[batch["tokens"]] + place[batch["positions"]]
   sees = segments[:, :, None] == segments[:, None, :]
   scores = np.where(sees, x @ x.swapaxes(1, 2), -np.inf)

@@ -16,7 +16,9 @@ from train.models.decoder import weights as decoder_weights
 
 TINY = decoder_cases.TINY
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
-SEGMENTS = np.array([[1, 1, 1, 2, 2, 2], [0, 0, 7, 7, 7, 0]])
+# Two segments; and one, with padding after it.
+LENGTHS = np.array([[3, 3], [4, 0]])
+REAL = np.arange(6) < LENGTHS.sum(1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
@@ -32,7 +34,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def logits(variables):
-  return _apply(decoder.Decoder(TINY), variables, TOKENS, None, SEGMENTS)
+  return _apply(decoder.Decoder(TINY), variables, TOKENS, None, LENGTHS)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -40,18 +42,16 @@ def logits(variables):
 def test_packed_and_padded_rows_agree_with_pytorch_one_by_one(name, scan):
   config, tensors, rows = decoder_cases.load(name)
   length = sum(len(tokens) for tokens, _ in rows)
-  tokens, segments = np.zeros((2, 2, length), np.int32)
-  # All rows behind each other; and one of them between padding.
-  end = 0
-  for i, (row, _) in enumerate(rows):
-    tokens[0, end : end + len(row)] = row
-    segments[0, end : end + len(row)] = i + 1
-    end += len(row)
-  alone = slice(5, 5 + len(rows[1][0]))
-  tokens[1, alone], segments[1, alone] = rows[1][0], 1
+  tokens = np.zeros((2, length), np.int32)
+  lengths = np.zeros((2, len(rows) + 1), np.int32)
+  # All rows behind each other; and one of them with padding after it.
+  tokens[0] = np.concatenate([row for row, _ in rows])
+  lengths[0, : len(rows)] = [len(row) for row, _ in rows]
+  alone = slice(len(rows[1][0]))
+  tokens[1, alone], lengths[1, 0] = rows[1][0], len(rows[1][0])
   model = decoder.Decoder(config, scan=scan)
   params = decoder_weights.params(config, tensors, scan=scan)
-  got = _apply(model, {"params": params}, tokens, None, segments)
+  got = _apply(model, {"params": params}, tokens, None, lengths)
   assert got.dtype == jnp.float32
   want = np.concatenate([logits for _, logits in rows])
   # Logits reach 6; float32 sums in another order differ by about 1e-5.
@@ -63,32 +63,31 @@ def test_packed_and_padded_rows_agree_with_pytorch_one_by_one(name, scan):
 def test_without_segments_a_row_is_one(variables):
   model = decoder.Decoder(TINY)
   plain = _apply(model, variables, TOKENS, None, None)
-  one = _apply(model, variables, TOKENS, None, np.ones_like(TOKENS))
+  one = _apply(model, variables, TOKENS, None, np.full((2, 1), 6))
   np.testing.assert_allclose(plain, one, rtol=0, atol=1e-6)
 
 
 def test_only_distances_between_positions_matter(variables, logits):
   model = decoder.Decoder(TINY)
-  positions = np.array([[7, 8, 9, 3, 4, 5], [0, 0, 2, 3, 4, 0]])
-  got = _apply(model, variables, TOKENS, positions, SEGMENTS)
-  real = SEGMENTS > 0
-  np.testing.assert_allclose(got[real], logits[real], rtol=0, atol=1e-5)
+  positions = np.array([[7, 8, 9, 3, 4, 5], [2, 3, 4, 5, 0, 0]])
+  got = _apply(model, variables, TOKENS, positions, LENGTHS)
+  np.testing.assert_allclose(got[REAL], logits[REAL], rtol=0, atol=1e-5)
 
 
 def test_hidden_and_head_are_the_two_halves_of_the_logits(variables, logits):
   model = decoder.Decoder(TINY)
-  hidden = _apply(model, variables, TOKENS, None, SEGMENTS, method="hidden")
+  hidden = _apply(model, variables, TOKENS, None, LENGTHS, method="hidden")
   assert hidden.shape == (2, 6, TINY.hidden_size)
   got = _apply(model, variables, hidden[0, 2:4], method="head")
   np.testing.assert_allclose(got, logits[0, 2:4], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_fused_attention_is_the_same(variables, segments):
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_xla_attention_is_the_same(variables, lengths):
   # On CPU, as the tests run, the default is the other one.
-  want = _apply(decoder.Decoder(TINY), variables, TOKENS, None, segments)
-  fused = decoder.Decoder(TINY, attention="fused")
-  got = _apply(fused, variables, TOKENS, None, segments)
+  want = _apply(decoder.Decoder(TINY), variables, TOKENS, None, lengths)
+  fused = decoder.Decoder(TINY, attention="xla")
+  got = _apply(fused, variables, TOKENS, None, lengths)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -100,7 +99,7 @@ def test_bfloat16_stays_close_and_gives_float32_logits(variables, logits):
   cast = jax.tree.map(lambda x: np.asarray(x, low), variables)
   hidden = functools.partial(model.apply, method="hidden")
   assert jax.eval_shape(hidden, cast, TOKENS).dtype == low
-  got = _apply(model, cast, TOKENS, None, SEGMENTS)
+  got = _apply(model, cast, TOKENS, None, LENGTHS)
   assert got.dtype == jnp.float32
   # 8 bits of values of order 1, through two layers.
   np.testing.assert_allclose(got, logits, rtol=0.1, atol=0.1)
@@ -145,7 +144,7 @@ def unrolled():
 
 def _loss_and_gradients(adapted, variables, adapters):
   def loss(adapters):
-    logits = adapted.apply(variables, adapters, TOKENS, None, SEGMENTS)
+    logits = adapted.apply(variables, adapters, TOKENS, None, LENGTHS)
     return (jax.nn.logsumexp(logits, -1) ** 2).mean()
 
   return jax.jit(jax.value_and_grad(loss))(adapters)
@@ -217,7 +216,7 @@ def test_a_mesh_gives_the_logits_of_one_device():
   config = dataclasses.replace(TINY, vocab_size=16, tied=False, qkv_bias=True)
   model = decoder.Decoder(config, scan=True)
   variables = decoder_cases.random_variables(model)
-  want = _apply(model, variables, TOKENS, None, SEGMENTS)
+  want = _apply(model, variables, TOKENS, None, LENGTHS)
   mesh = jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
   rules = (
     *((name, "x") for name in ("batch", "embed", "vocab")),
@@ -229,9 +228,9 @@ def test_a_mesh_gives_the_logits_of_one_device():
   query = placed["params"]["layers"]["self_attn"]["q_proj"]["kernel"]
   assert query.sharding.shard_shape(query.shape) == (2, 4, 4)
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  tokens, segments = jax.device_put((TOKENS, SEGMENTS), rows)
+  tokens, lengths = jax.device_put((TOKENS, LENGTHS), rows)
   with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-    got = _apply(model, placed, tokens, None, segments)
+    got = _apply(model, placed, tokens, None, lengths)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -243,7 +242,7 @@ def test_a_mesh_gives_the_logits_of_one_device():
   [
     ((TOKENS[0],), r"tokens must be \(batch, length\), got \(6,\)"),
     ((TOKENS, TOKENS[:1]), r"positions must have the shape of tokens, \(2, 6"),
-    ((TOKENS, None, TOKENS[:, 1:]), "segment_ids must have the shape of"),
+    ((TOKENS, None, LENGTHS[:1]), r"lengths must be .* of 2 rows.*\(1, 2\)"),
     ((np.ones((1, 17), int),), "at most 16 long.* got 17"),
   ],
 )

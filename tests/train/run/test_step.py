@@ -229,7 +229,7 @@ def test_parts_of_a_batch_count_by_their_weights():
     "tokens": np.array([[1, 2], [3, 0], [2, 1], [0, 3]], np.float32),
     "targets": np.array([[1, 2], [3, 0], [2, 1], [0, 3]], np.int32),
     "positions": np.zeros((4, 2), np.int32),
-    "segment_ids": np.ones((4, 2), np.int32),
+    "lengths": np.full((4, 1), 2, np.int32),
     "weights": np.array([[1, 1], [1, 0], [0, 0], [0, 0]], np.float32),
   }
   method = _linear(

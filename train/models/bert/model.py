@@ -15,7 +15,7 @@ from jax import typing
 import jax.numpy as jnp
 
 from ... import options
-from .. import remat
+from .. import attention, remat
 
 _ACTIVATIONS: dict[str, collections.abc.Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -49,9 +49,6 @@ _AXES = {
   "position": ("vocab", None),
   "token_type": ("vocab", None),
 }
-
-# Finite, so that a row with every key masked has a finite softmax.
-_MASKED = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +92,11 @@ class BertConfig:
         f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got "
         f"{options.shown(self.hidden_act)}."
       )
+
+  @property
+  def head_size(self) -> int:
+    """K, the width of a head."""
+    return self.hidden_size // self.num_heads
 
   @classmethod
   def from_hf(cls, config: collections.abc.Mapping[str, Any]) -> "BertConfig":
@@ -175,16 +177,18 @@ class Bert(nn.Module):
     x_NxD = _Embeddings(self.config, self.dtype, name="embeddings")(
       tokens, token_types
     )
-    bias_Bx1x1xL = jnp.where(mask.astype(bool), 0.0, _MASKED)[:, None, None]
+    c, length = self.config, tokens.shape[1]
+    kernel = attention.chosen(
+      "auto", self.dtype or jnp.float32, c.head_size, length
+    )
+    seen = attention.real(kernel, mask.astype(bool))
     layer = remat.layer(_Layer, self.remat)
     # Activations stay 2-D between layers: XLA on CPU compiles the backward
     # pass of (N, D) matmuls to about twice the speed of (B, L, D) ones.
-    for i in range(self.config.num_layers):
+    for i in range(c.num_layers):
       # On a mesh: weights are brought to the rows, not rows to the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
-      x_NxD = layer(self.config, self.dtype, name=f"layer_{i}")(
-        x_NxD, bias_Bx1x1xL
-      )
+      x_NxD = layer(c, length, self.dtype, name=f"layer_{i}")(x_NxD, seen)
     return x_NxD.reshape(*tokens.shape, -1)
 
 
@@ -284,33 +288,25 @@ class _Layer(nn.Module):
   """Self-attention and feed-forward, each with a residual and a norm."""
 
   config: BertConfig
+  length: int
   dtype: typing.DTypeLike | None
 
   @nn.compact
-  def __call__(self, x_NxD: jax.Array, bias_Bx1x1xL: jax.Array) -> jax.Array:
+  def __call__(self, x_NxD: jax.Array, seen: attention.Seen) -> jax.Array:
     c = self.config
     dtype = self.dtype or jnp.float32
     dense = functools.partial(
       nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02)
     )
-    batch, _, _, length = bias_Bx1x1xL.shape
 
-    def heads(x_NxD: jax.Array) -> jax.Array:
-      x_BxLxHxK = x_NxD.reshape(batch, length, c.num_heads, -1)
-      return x_BxLxHxK.transpose(0, 2, 1, 3)
+    def heads(name: str) -> jax.Array:
+      y_NxD = dense(c.hidden_size, name=name)(x_NxD)
+      return y_NxD.reshape(-1, self.length, c.num_heads, c.head_size)
 
-    q_BxHxLxK = heads(dense(c.hidden_size, name="query")(x_NxD))
-    k_BxHxLxK = heads(dense(c.hidden_size, name="key")(x_NxD))
-    v_BxHxLxK = heads(dense(c.hidden_size, name="value")(x_NxD))
-    scores_BxHxLxL = jnp.matmul(
-      q_BxHxLxK,
-      k_BxHxLxK.swapaxes(2, 3),
-      preferred_element_type=jnp.float32,
+    y_BxLxHxK = attention.attention(
+      heads("query"), heads("key"), heads("value"), seen
     )
-    scores_BxHxLxL *= (c.hidden_size // c.num_heads) ** -0.5
-    probs_BxHxLxL = jax.nn.softmax(scores_BxHxLxL + bias_Bx1x1xL).astype(dtype)
-    y_BxHxLxK = jnp.matmul(probs_BxHxLxL, v_BxHxLxK)
-    y_NxD = y_BxHxLxK.transpose(0, 2, 1, 3).reshape(-1, c.hidden_size)
+    y_NxD = y_BxLxHxK.reshape(-1, c.hidden_size)
     y_NxD = dense(c.hidden_size, name="attention_out")(y_NxD)
     x_NxD = self._residual("attention_norm", x_NxD, y_NxD)
 

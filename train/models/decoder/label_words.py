@@ -49,9 +49,9 @@ class LabelWords(decoder.Decoder):
     return self._last(tokens, mask).astype(jnp.float32)
 
   def _last(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    mask = mask.astype(jnp.int32)
-    x_BxLxD = self.hidden(tokens, segment_ids=mask)
-    last_B = jnp.maximum(mask.sum(1) - 1, 0)
+    lengths_Bx1 = mask.astype(jnp.int32).sum(1, keepdims=True)
+    x_BxLxD = self.hidden(tokens, lengths=lengths_Bx1)
+    last_B = jnp.maximum(lengths_Bx1[:, 0] - 1, 0)
     return jnp.take_along_axis(x_BxLxD, last_B[:, None, None], 1)[:, 0]
 
 

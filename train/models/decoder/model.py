@@ -13,10 +13,9 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
+from .. import attention as attention_lib
 from .. import float32, remat
 from .config import DecoderConfig, RopeScaling
-
-ATTENTION = ("auto", "matmul", "fused")
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
 # width are split over one mesh axis, so that an array names one of the two.
@@ -32,9 +31,6 @@ _AXES = {
   "lm_head": (None, "vocab"),
 }
 _SCANNED = "layers"
-
-# Finite, as a query with every key masked has a finite softmax then.
-_MASKED = -1e9
 
 Cache = Any
 """Keys and values of past tokens; see `empty_cache`."""
@@ -55,10 +51,7 @@ class Decoder(nn.Module):
     remat: what a layer's backward pass computes again; see `remat.layer`.
     scan: one `layers` with a leading layer axis, compiled once, in place of
       `layers_0`, `layers_1` and so on.
-    attention: 'matmul', batched products with heads in front, for whose
-      backward pass XLA on CPU has fast code; 'fused',
-      `jax.nn.dot_product_attention`; 'auto', the first on CPU and the second
-      elsewhere, going by the backend of the process that traces.
+    attention: the kernel of it; see `attention.chosen`.
   """
 
   config: DecoderConfig
@@ -69,11 +62,6 @@ class Decoder(nn.Module):
   attention: str = "auto"
 
   def setup(self):
-    if self.attention not in ATTENTION:
-      raise ValueError(
-        f"attention must be one of {', '.join(ATTENTION)}, got "
-        f"{self.attention!r}."
-      )
     c = self.config
     dtypes = {
       "dtype": self.dtype or jnp.float32,
@@ -86,9 +74,6 @@ class Decoder(nn.Module):
       **dtypes,
     )
     layer: Any = remat.layer(_Layer, self.remat, self.scan)
-    fused = self.attention == "fused" or (
-      self.attention == "auto" and jax.default_backend() != "cpu"
-    )
     if self.scan:
       layer = nn.scan(
         layer,
@@ -103,11 +88,9 @@ class Decoder(nn.Module):
         ),
         length=c.num_layers,
       )
-      self.layers: Any = layer(c, fused=fused, **dtypes)
+      self.layers: Any = layer(c, **dtypes)
     else:
-      self.layers = [
-        layer(c, fused=fused, **dtypes) for _ in range(c.num_layers)
-      ]
+      self.layers = [layer(c, **dtypes) for _ in range(c.num_layers)]
     self.norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
     if not c.tied:
       self.lm_head = nn.Dense(
@@ -122,7 +105,7 @@ class Decoder(nn.Module):
     self,
     tokens: jax.Array,
     positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Logits of the token after each.
 
@@ -130,8 +113,9 @@ class Decoder(nn.Module):
       tokens: token ids, int (B, L).
       positions: places for the rotary angles, int (B, L). None counts within
         the row, or within each segment.
-      segment_ids: int (B, L); a token sees those before it that have its id,
-        and 0 is padding. None: a row is one segment.
+      lengths: tokens of each segment of a row, in order, int (B, M); 0 if a
+        row has fewer. A token sees those before it of its segment; what
+        follows the last segment is padding. None: a row is one segment.
 
     Returns:
       float32 (B, L, V). What stands at padding is finite and means nothing.
@@ -139,29 +123,24 @@ class Decoder(nn.Module):
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
     """
-    return self.head(self.hidden(tokens, positions, segment_ids))
+    return self.head(self.hidden(tokens, positions, lengths))
 
   def hidden(
     self,
     tokens: jax.Array,
     positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
 
     The arguments and errors are those of `__call__`.
     """
-    _check_shapes(self.config, tokens, positions, segment_ids)
-    mask_BxLxL = None
-    if segment_ids is not None:
-      same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
-      mask_BxLxL = same_BxLxL & _causal(tokens.shape[1])
+    _check_shapes(self.config, tokens, positions, lengths)
     if positions is None:
-      if mask_BxLxL is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-      else:
-        positions = mask_BxLxL.sum(-1) - 1
-    x_NxD, _ = self._run(tokens, positions, mask_BxLxL)
+      positions = attention_lib.positions(lengths, tokens.shape)
+    length = tokens.shape[1]
+    seen = attention_lib.causal(self._kernel(length), length, lengths)
+    x_NxD, _ = self._run(tokens, positions, seen)
     return x_NxD.reshape(*tokens.shape, -1)
 
   def head(self, x: jax.Array) -> jax.Array:
@@ -198,16 +177,22 @@ class Decoder(nn.Module):
     Returns:
       The logits, float32 (B, V), and the cache with these columns in it.
     """
-    x_NxD, cache = self._run(tokens, positions, mask, cache, start)
+    seen = attention_lib.masked(self._kernel(tokens.shape[1]), mask)
+    x_NxD, cache = self._run(tokens, positions, seen, cache, start)
     x_BxLxD = x_NxD.reshape(*tokens.shape, -1)
     x_BxD = jnp.take_along_axis(x_BxLxD, last[:, None, None], 1)[:, 0]
     return self.head(x_BxD), cache
+
+  def _kernel(self, length: int) -> str:
+    return attention_lib.chosen(
+      self.attention, self.dtype or jnp.float32, self.config.head_dim, length
+    )
 
   def _run(
     self,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array | None,
+    seen: attention_lib.Seen,
     cache: Cache = None,
     start: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
@@ -216,12 +201,12 @@ class Decoder(nn.Module):
     x_NxD = self.embed_tokens(tokens.reshape(-1))
     rope = _rope(c, positions)
     if self.scan:
-      x_NxD, cache = self.layers(x_NxD, rope, mask, cache, start)
+      x_NxD, cache = self.layers(x_NxD, rope, seen, cache, start)
     else:
       caches = cache or (None,) * c.num_layers
       new = []
       for layer, old in zip(self.layers, caches):
-        x_NxD, one = layer(x_NxD, rope, mask, old, start)
+        x_NxD, one = layer(x_NxD, rope, seen, old, start)
         new.append(one)
       cache = tuple(new)
     return self.norm(x_NxD).astype(x_NxD.dtype), cache
@@ -275,7 +260,6 @@ class _Layer(nn.Module):
   """Attention and feed-forward, each after a norm and with a residual."""
 
   config: DecoderConfig
-  fused: bool
   dtype: typing.DTypeLike
   param_dtype: typing.DTypeLike
 
@@ -284,7 +268,7 @@ class _Layer(nn.Module):
     self,
     x_NxD: jax.Array,
     rope: tuple[jax.Array, jax.Array],
-    mask: jax.Array | None,
+    seen: attention_lib.Seen,
     cache: tuple[jax.Array, jax.Array] | None,
     start: jax.Array | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -296,8 +280,8 @@ class _Layer(nn.Module):
       norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
       return norm(x_NxD).astype(x_NxD.dtype)
 
-    y_NxD, cache = _Attention(c, self.fused, *dtypes, name="self_attn")(
-      normed("input_layernorm"), rope, mask, cache, start
+    y_NxD, cache = _Attention(c, *dtypes, name="self_attn")(
+      normed("input_layernorm"), rope, seen, cache, start
     )
     x_NxD = float32.residual(x_NxD, y_NxD)
     y_NxD = _FeedForward(c, *dtypes, name="mlp")(
@@ -310,12 +294,11 @@ class _Attention(nn.Module):
   """Causal attention of grouped queries, with rotary positions."""
 
   config: DecoderConfig
-  fused: bool
   dtype: typing.DTypeLike
   param_dtype: typing.DTypeLike
 
   @nn.compact
-  def __call__(self, x_NxD, rope, mask, cache, start):
+  def __call__(self, x_NxD, rope, seen, cache, start):
     c = self.config
     batch, length = rope[0].shape[:2]
 
@@ -331,8 +314,7 @@ class _Attention(nn.Module):
       k_BxSxJxK = put(cache[0], k_BxSxJxK, start, 1)
       v_BxSxJxK = put(cache[1], v_BxSxJxK, start, 1)
       cache = k_BxSxJxK, v_BxSxJxK
-    attend = _fused_attention if self.fused else _matmul_attention
-    y_BxLxHxK = attend(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask)
+    y_BxLxHxK = attention_lib.attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen)
     y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
     return _dense(self, c.hidden_size, "o_proj")(y_NxHK), cache
 
@@ -370,10 +352,6 @@ def _dense(
   )
 
 
-def _causal(length: int) -> jax.Array:
-  return jnp.tri(length, dtype=bool)
-
-
 def _rope(
   config: DecoderConfig, positions_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -407,59 +385,24 @@ def _rotated(
   return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
 
 
-def _fused_attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
-  return jax.nn.dot_product_attention(
-    q_BxLxHxK,
-    k_BxSxJxK,
-    v_BxSxJxK,
-    mask=None if mask_BxLxS is None else mask_BxLxS[:, None],
-    is_causal=mask_BxLxS is None,
-  )
-
-
-def _matmul_attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
-  batch, length, heads, size = q_BxLxHxK.shape
-  slots, groups = k_BxSxJxK.shape[1:3]
-  # The queries that share a key are rows of one product.
-  q_BxJxGLxK = (
-    q_BxLxHxK.reshape(batch, length, groups, -1, size)
-    .transpose(0, 2, 3, 1, 4)
-    .reshape(batch, groups, -1, size)
-  )
-  scores_BxJxGxLxS = jnp.matmul(
-    q_BxJxGLxK,
-    k_BxSxJxK.transpose(0, 2, 3, 1),
-    preferred_element_type=jnp.float32,
-  ).reshape(batch, groups, -1, length, slots)
-  if mask_BxLxS is None:
-    mask_BxLxS = _causal(length)[None]
-  scores_BxJxGxLxS = jnp.where(
-    mask_BxLxS[:, None, None], scores_BxJxGxLxS * size**-0.5, _MASKED
-  )
-  probs_BxJxGxLxS = jax.nn.softmax(scores_BxJxGxLxS).astype(v_BxSxJxK.dtype)
-  y_BxJxGLxK = jnp.matmul(
-    probs_BxJxGxLxS.reshape(batch, groups, -1, slots),
-    v_BxSxJxK.transpose(0, 2, 1, 3),
-  )
-  y_BxLxJxGxK = y_BxJxGLxK.reshape(batch, groups, -1, length, size).transpose(
-    0, 3, 1, 2, 4
-  )
-  return y_BxLxJxGxK.reshape(batch, length, heads, size)
-
-
 def _check_shapes(
   config: DecoderConfig,
   tokens: jax.Array,
   positions: jax.Array | None,
-  segment_ids: jax.Array | None,
+  lengths: jax.Array | None,
 ) -> None:
   if tokens.ndim != 2:
     raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
-  for name, x in (("positions", positions), ("segment_ids", segment_ids)):
-    if x is not None and x.shape != tokens.shape:
-      raise ValueError(
-        f"{name} must have the shape of tokens, {tokens.shape}, got {x.shape}."
-      )
+  if positions is not None and positions.shape != tokens.shape:
+    raise ValueError(
+      f"positions must have the shape of tokens, {tokens.shape}, got "
+      f"{positions.shape}."
+    )
+  if lengths is not None and (lengths.ndim != 2 or len(lengths) != len(tokens)):
+    raise ValueError(
+      f"lengths must be (batch, segments) of {len(tokens)} rows, as tokens "
+      f"are, got {lengths.shape}."
+    )
   if tokens.shape[1] > config.max_positions:
     raise ValueError(
       f"tokens must be at most {config.max_positions} long, the positions "

@@ -16,7 +16,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from .. import remat
+from .. import attention, remat
 
 CHANNELS = 3
 
@@ -269,22 +269,17 @@ class _Layer(nn.Module):
       nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02)
     )
 
-    def heads(x_NxD: jax.Array) -> jax.Array:
-      x_BxLxHxK = x_NxD.reshape(-1, self.length, c.num_heads, c.head_size)
-      return x_BxLxHxK.transpose(0, 2, 1, 3)
-
     normed_NxD = _norm(c, "attention_norm")(x_NxD)
-    q_BxHxLxK = heads(dense(c.hidden_size, name="query")(normed_NxD))
-    k_BxHxLxK = heads(dense(c.hidden_size, name="key")(normed_NxD))
-    v_BxHxLxK = heads(dense(c.hidden_size, name="value")(normed_NxD))
-    scores_BxHxLxL = jnp.matmul(
-      q_BxHxLxK,
-      k_BxHxLxK.swapaxes(2, 3),
-      preferred_element_type=jnp.float32,
+
+    def heads(name: str) -> jax.Array:
+      y_NxD = dense(c.hidden_size, name=name)(normed_NxD)
+      return y_NxD.reshape(-1, self.length, c.num_heads, c.head_size)
+
+    kernel = attention.chosen("auto", dtype, c.head_size, self.length)
+    y_BxLxHxK = attention.attention(
+      heads("query"), heads("key"), heads("value"), attention.real(kernel)
     )
-    probs_BxHxLxL = jax.nn.softmax(scores_BxHxLxL * c.head_size**-0.5)
-    y_BxHxLxK = jnp.matmul(probs_BxHxLxL.astype(dtype), v_BxHxLxK)
-    y_NxD = y_BxHxLxK.transpose(0, 2, 1, 3).reshape(-1, c.hidden_size)
+    y_NxD = y_BxLxHxK.reshape(-1, c.hidden_size)
     y_NxD = dense(c.hidden_size, name="attention_out")(y_NxD)
     x_NxD = self._residual("attention_scale", x_NxD, y_NxD)
 

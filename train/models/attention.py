@@ -1,0 +1,349 @@
+"""Attention: one function, and the kernels that it chooses from.
+
+Shapes: B batch, L queries, S keys, H heads, J key-value heads, G = H/J, K head
+width, M segments.
+
+cuDNN's kernels and splash attention keep no array of L x S; 'matmul' and 'xla'
+do. The choice is made while a program is traced. `jax.lax.platform_dependent`
+would trace every branch, and cuDNN's asks for a GPU's library while it is
+traced; under a gradient it would keep the residuals of all of them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax.linen import spmd
+import jax
+from jax import typing
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+import jax.numpy as jnp
+
+CHOICES = ("auto", "matmul", "xla", "cudnn", "splash")
+
+# Finite, as a query with every key masked has a finite softmax then.
+_MASKED = -1e9
+_HALVES = (jnp.bfloat16, jnp.float16)
+# Splash attention's blocks are multiples of a TPU's lanes; the largest that
+# divides the length is used.
+_LANES, _BLOCKS = 128, (512, 256, 128)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """Which keys a query sees, in the form that a kernel takes.
+
+  Attributes:
+    kernel: one of `CHOICES` that is not 'auto'.
+    causal: whether a query sees none of the keys after it.
+    mask: bool (B, L, S), (B, 1, S) or (1, L, S), which is all there is to say.
+    lengths: tokens of each segment of a row, from its first token on, int32
+      (B, M). A query sees its own segment. What follows the last is padding.
+    segment_ids: int32 (B, L). A query sees the keys that have its id.
+  """
+
+  kernel: str = dataclasses.field(metadata={"static": True})
+  causal: bool = dataclasses.field(default=False, metadata={"static": True})
+  mask: jax.Array | None = None
+  lengths: jax.Array | None = None
+  segment_ids: jax.Array | None = None
+
+
+def chosen(
+  choice: str, dtype: typing.DTypeLike, head_size: int, length: int
+) -> str:
+  """The kernel of a choice: for 'auto', that of this process's backend.
+
+  On CPU it is 'matmul', batched products with heads in front, for whose
+  backward pass XLA has fast code. On a TPU it is 'splash', but 'xla' for rows
+  shorter than its blocks. On a GPU it is 'cudnn', but 'xla' where cuDNN does
+  not take the dtype or the width.
+
+  Args:
+    choice: one of `CHOICES`.
+    dtype: of queries, keys and values.
+    head_size: K.
+    length: L.
+
+  Returns:
+    One of `CHOICES` that is not 'auto'.
+
+  Raises:
+    ValueError: the choice is unknown, or asks for cuDNN where it has no kernel.
+  """
+  if choice not in CHOICES:
+    raise ValueError(
+      f"attention must be one of {', '.join(CHOICES)}, got {choice!r}."
+    )
+  reason = without_cudnn(dtype, head_size)
+  if choice == "cudnn" and reason:
+    raise ValueError(f"attention='cudnn' {reason}.")
+  if choice != "auto":
+    return choice
+  backend = jax.default_backend()
+  if backend == "cpu":
+    return "matmul"
+  if backend == "tpu" and length >= _LANES:
+    return "splash"
+  if backend == "gpu" and _is_cuda() and not reason:
+    return "cudnn"
+  return "xla"
+
+
+def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
+  """Why cuDNN has no kernel; None if it has one. The arguments: `chosen`'s."""
+  if jnp.dtype(dtype) not in _HALVES:
+    return f"takes bfloat16 or float16, got {jnp.dtype(dtype)}"
+  widest = 256 if _is_hopper() else 128
+  if head_size > widest or head_size % 8:
+    return (
+      f"takes heads whose width is a multiple of 8 and at most {widest}, got "
+      f"{head_size}"
+    )
+  return None
+
+
+def causal(kernel: str, length: int, lengths: jax.Array | None = None) -> Seen:
+  """What causal attention sees: the tokens up to itself, of its segment.
+
+  A row that is one segment, with padding after it, needs no mask but the causal
+  one: no token of it comes after padding.
+
+  Args:
+    kernel: from `chosen`.
+    length: L.
+    lengths: tokens of each segment of a row, int (B, M); 0 if a row has fewer.
+      None: a row is one segment.
+  """
+  if lengths is not None and lengths.shape[1] == 1:
+    lengths = None
+  if kernel == "cudnn" and (lengths is None or _is_hopper()):
+    return Seen(kernel, causal=True, lengths=lengths)
+  segment_ids = None if lengths is None else ids(lengths, length)
+  if kernel == "splash":
+    return Seen(kernel, causal=True, segment_ids=segment_ids)
+  mask_1xLxL = jnp.tri(length, dtype=bool)[None]
+  if segment_ids is None:
+    return Seen(kernel, mask=mask_1xLxL)
+  same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
+  # cuDNN adds a mask to the scores: of an even length, or not at all.
+  kernel = "xla" if kernel == "cudnn" and length % 2 else kernel
+  return Seen(kernel, mask=same_BxLxL & mask_1xLxL)
+
+
+def masked(kernel: str, mask: jax.Array) -> Seen:
+  """What a mask says, bool (B, L, S): in steps of generation.
+
+  Args:
+    kernel: from `chosen`.
+    mask: True where a query sees a key.
+  """
+  return Seen("matmul" if kernel == "matmul" else "xla", mask=mask)
+
+
+def real(kernel: str, mask: jax.Array | None = None) -> Seen:
+  """The real tokens of a row, before and after: what an encoder sees.
+
+  Args:
+    kernel: from `chosen`.
+    mask: True at a real token, bool (B, L); padding comes last. None: there is
+      no padding.
+  """
+  if mask is None:
+    return Seen(kernel)
+  if kernel == "cudnn":
+    # A row of padding sees its first token, or its softmax would be NaN.
+    lengths_Bx1 = jnp.maximum(mask.sum(1, keepdims=True), 1)
+    return Seen(kernel, lengths=lengths_Bx1)
+  if kernel == "splash":
+    return Seen(kernel, segment_ids=mask.astype(jnp.int32))
+  return Seen(kernel, mask=mask[:, None])
+
+
+def ids(lengths: jax.Array, length: int) -> jax.Array:
+  """Segment ids from 1, 0 at padding, int (B, L), of lengths (B, M)."""
+  stops_Bx1xM = jnp.cumsum(lengths, 1)[:, None]
+  past_BxLxM = jnp.arange(length)[:, None] >= stops_Bx1xM
+  return jnp.where(past_BxLxM.all(-1), 0, past_BxLxM.sum(-1) + 1)
+
+
+def positions(lengths: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+  """Places from 0 in each segment, int `shape`, which is (B, L).
+
+  Args:
+    lengths: as in `causal`.
+    shape: of the tokens.
+  """
+  places_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  if lengths is None or lengths.shape[1] == 1:
+    return places_BxL
+  stops_Bx1xM = jnp.cumsum(lengths, 1)[:, None]
+  past_BxLxM = places_BxL[..., None] >= stops_Bx1xM
+  return places_BxL - jnp.where(past_BxLxM, stops_Bx1xM, 0).max(-1)
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen
+) -> jax.Array:
+  """Softmax of the scaled products of queries and keys, times the values.
+
+  The softmax is float32, whatever the products are in.
+
+  Args:
+    q: queries (B, L, H, K).
+    k: keys (B, S, J, K), of which J divides H.
+    v: values (B, S, J, K).
+    seen: from `causal`, `masked` or `real`.
+
+  Returns:
+    (B, L, H, K) in the dtype of q. What stands at padding is finite and means
+    nothing.
+  """
+  if seen.kernel == "matmul":
+    return _matmul(q, k, v, seen.mask)
+  if seen.kernel == "xla":
+    mask = None if seen.mask is None else seen.mask[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+  return _on_mesh(_cudnn if seen.kernel == "cudnn" else _splash, q, k, v, seen)
+
+
+def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
+  batch, length, heads, size = q_BxLxHxK.shape
+  slots, groups = k_BxSxJxK.shape[1:3]
+
+  def in_front(x):
+    return x.transpose(0, 2, 1, 3)
+
+  # The queries that share a key are rows of one product.
+  q_BxJxGLxK = in_front(q_BxLxHxK).reshape(batch, groups, -1, size)
+  scores_BxHxLxS = jnp.matmul(
+    q_BxJxGLxK,
+    in_front(k_BxSxJxK).swapaxes(2, 3),
+    preferred_element_type=jnp.float32,
+  ).reshape(batch, heads, length, slots)
+  scores_BxHxLxS *= size**-0.5
+  if mask_BxLxS is not None and mask_BxLxS.shape[1] == 1:
+    # Added, it takes no part in the backward pass.
+    scores_BxHxLxS += jnp.where(mask_BxLxS, 0.0, _MASKED)[:, None]
+  elif mask_BxLxS is not None:
+    scores_BxHxLxS = jnp.where(mask_BxLxS[:, None], scores_BxHxLxS, _MASKED)
+  probs_BxHxLxS = jax.nn.softmax(scores_BxHxLxS).astype(v_BxSxJxK.dtype)
+  y_BxJxGLxK = jnp.matmul(
+    probs_BxHxLxS.reshape(batch, groups, -1, slots), in_front(v_BxSxJxK)
+  )
+  return in_front(y_BxJxGLxK.reshape(batch, heads, length, size))
+
+
+def _cudnn(q, k, v, seen):
+  mask, lengths = seen.mask, seen.lengths
+  if lengths is not None and lengths.shape[1] > 1:
+    return _cudnn_packed(q, k, v, lengths, seen.causal)
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=None if mask is None else mask[:, None],
+    is_causal=seen.causal,
+    key_value_seq_lengths=(
+      None if lengths is None else lengths[:, 0].astype(jnp.int32)
+    ),
+    implementation="cudnn",
+  )
+
+
+def _cudnn_packed(q, k, v, lengths_BxM, causal):
+  """Every segment by itself, without a mask (cuDNN's ragged layout)."""
+  length, heads, size = q.shape[1:]
+  # jax 0.10 takes the keys' offsets for those of as many heads as queries have.
+  k, v = (jnp.repeat(x, heads // x.shape[2], 2) for x in (k, v))
+  # Padding is a segment too: what no segment holds, cuDNN would not write.
+  padding_Bx1 = length - lengths_BxM.sum(1, keepdims=True)
+  lengths_BxM = jnp.concatenate([lengths_BxM, padding_Bx1], 1)
+  lengths_BxM = lengths_BxM.astype(jnp.int32)
+  starts_BxM = jnp.cumsum(lengths_BxM, 1) - lengths_BxM
+  there_BxM = lengths_BxM > 0
+  lengths_BxM = jnp.where(there_BxM, lengths_BxM, -1)
+  offsets_BxM1 = jnp.pad(
+    jnp.where(there_BxM, starts_BxM, -1), ((0, 0), (0, 1)), constant_values=-1
+  )
+  kind = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+  return cudnn.dot_product_attention(
+    q,
+    k,
+    v,
+    q_seqlen=lengths_BxM,
+    kv_seqlen=lengths_BxM,
+    q_offsets=offsets_BxM1,
+    kv_offsets=offsets_BxM1,
+    scale=size**-0.5,
+    mask_type=kind,
+  )
+
+
+def _splash(q, k, v, seen):
+  length, heads, size = q.shape[1:]
+  padding = -length % _LANES
+  ids_BxL = seen.segment_ids
+  if ids_BxL is None and padding:
+    ids_BxL = jnp.ones(q.shape[:2], jnp.int32)
+  if padding:
+    ids_BxL = jnp.pad(ids_BxL, ((0, 0), (0, padding)))
+  q, k, v = (
+    jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    for x in (q * size**-0.5, k, v)
+  )
+  whole = length + padding
+  block = next(x for x in _BLOCKS if whole % x == 0)
+  one = splash.CausalMask if seen.causal else splash.FullMask
+  kernel = splash.make_splash_mha_single_device(
+    splash.MultiHeadMask([one((whole, whole))] * heads),
+    block_sizes=splash.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
+  )
+  segments: Any = None
+  if ids_BxL is not None:
+    segments = splash.SegmentIds(ids_BxL, ids_BxL)
+  y_BxHxLxK = jax.vmap(kernel)(q, k, v, segments)
+  return y_BxHxLxK.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
+
+
+def _on_mesh(kernel, q, k, v, seen):
+  """Runs a kernel on each device's rows and heads: XLA cannot split it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return kernel(q, k, v, seen)
+  names = ("batch", None, "kv_heads", None)
+  rows, _, heads, _ = spmd.logical_to_mesh_axes(names) or (None,) * 4
+  # Heads are split where those of the keys are; else each device has all.
+  rows = rows if _divides(mesh, rows, k.shape[0]) else None
+  heads = heads if _divides(mesh, heads, k.shape[2]) else None
+  spec = jax.sharding.PartitionSpec(rows, None, heads, None)
+  by_row = jax.sharding.PartitionSpec(rows)
+  return jax.shard_map(
+    kernel,
+    in_specs=(spec, spec, spec, jax.tree.map(lambda x: by_row, seen)),
+    out_specs=spec,
+    check_vma=False,
+  )(q, k, v, seen)
+
+
+def _divides(mesh: Any, axes: Any, size: int) -> bool:
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return size % math.prod(mesh.shape[x] for x in names if x) == 0
+
+
+def _is_hopper() -> bool:
+  """Whether the GPU is of NVIDIA's Hopper generation or newer."""
+  return cudnn.check_compute_capability("9.0")
+
+
+def _is_cuda() -> bool:
+  return "cuda" in jax.extend.backend.get_backend().platform_version
