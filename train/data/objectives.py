@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..models import chunks
+
 Batch = Mapping[str, Any]
 
 MEAN = (0.485, 0.456, 0.406)
@@ -41,29 +43,49 @@ class Objective(NamedTuple):
   """How a batch goes into a model, and what comes out is judged.
 
   Attributes:
-    inputs: from a batch to the arguments of the model.
-    items: from the logits and the batch to the items of the loss.
+    inputs: from a batch to the arguments of the model; the last may be what
+      the model is to read from its logits, see `models.chunks`.
+    items: from what the model returns and the batch to the items of the loss.
     weights: the items' weights, from the batch alone.
     tokens: of a batch that are not padding, or its images, int32 scalar.
-    answers: from the logits to what is told of a row: the probabilities of the
-      labels, float32 (B, labels), or its value, (B,).
+    answers: from what the model returns to what is told of a row: the
+      probabilities of the labels, float32 (B, labels), or its value, (B,); of
+      conversations, the likeliest tokens, int32 (B, L).
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
-  items: Callable[[jax.Array, Batch], Items]
+  items: Callable[[Any, Batch], Items]
   weights: Callable[[Batch], jax.Array]
   tokens: Callable[[Batch], jax.Array]
-  answers: Callable[[jax.Array], jax.Array]
+  answers: Callable[[Any], jax.Array]
 
 
-def _items(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Items:
+class Told(NamedTuple):
+  """What a loss needs of logits (..., V); arrays (...).
+
+  Attributes:
+    losses: cross-entropies of the targets in nats, float32.
+    predictions: the likeliest labels or tokens, int32.
+  """
+
+  losses: jax.Array
+  predictions: jax.Array
+
+
+def _told(targets: jax.Array, logits: jax.Array) -> Told:
   logits = logits.astype(jnp.float32)
-  predictions = jnp.argmax(logits, -1)
-  return Items(
+  return Told(
     losses=optax.softmax_cross_entropy_with_integer_labels(logits, targets),
+    predictions=jnp.argmax(logits, -1),
+  )
+
+
+def _items(told: Told, targets: jax.Array, weights: jax.Array) -> Items:
+  return Items(
+    losses=told.losses,
     weights=weights,
-    predictions=predictions,
-    right=(predictions == targets).astype(jnp.float32),
+    predictions=told.predictions,
+    right=(told.predictions == targets).astype(jnp.float32),
   )
 
 
@@ -77,7 +99,9 @@ def _probabilities(logits: jax.Array) -> jax.Array:
 
 CLASSIFICATION = Objective(
   inputs=lambda batch: (batch["tokens"], batch["mask"], batch["token_types"]),
-  items=lambda logits, batch: _items(logits, batch["labels"], _rows(batch)),
+  items=lambda logits, batch: _items(
+    _told(batch["labels"], logits), batch["labels"], _rows(batch)
+  ),
   weights=_rows,
   tokens=lambda batch: jnp.sum(batch["mask"]),
   answers=_probabilities,
@@ -203,12 +227,16 @@ NEXT_TOKEN = Objective(
     batch["tokens"],
     batch["positions"],
     batch["segment_ids"],
+    chunks.Read(_told, batch["targets"]),
   ),
-  items=lambda logits, batch: _items(
-    logits, batch["targets"], batch["weights"]
+  items=lambda told, batch: _items(
+    told, batch["targets"], batch["weights"]
   ),
   weights=lambda batch: batch["weights"],
   tokens=lambda batch: jnp.sum(batch["segment_ids"] > 0),
-  answers=_probabilities,
+  answers=lambda told: told.predictions,
 )
-"""The token after each, where it has a weight, (B, L); logits (B, L, V)."""
+"""The token after each, where it has a weight, (B, L).
+
+A model is given what to read from its logits, and returns `Told`.
+"""

@@ -13,7 +13,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from .. import float32, remat
+from .. import chunks, float32, remat
 from .config import DecoderConfig, RopeScaling
 
 ATTENTION = ("auto", "matmul", "fused")
@@ -123,8 +123,9 @@ class Decoder(nn.Module):
     tokens: jax.Array,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits of the token after each.
+    read: chunks.Read | None = None,
+  ) -> Any:
+    """Logits of the token after each, or what is read from them.
 
     Args:
       tokens: token ids, int (B, L).
@@ -132,14 +133,23 @@ class Decoder(nn.Module):
         the row, or within each segment.
       segment_ids: int (B, L); a token sees those before it that have its id,
         and 0 is padding. None: a row is one segment.
+      read: what to tell of each token; its arrays are (B, L, ...). None: the
+        logits.
 
     Returns:
-      float32 (B, L, V). What stands at padding is finite and means nothing.
+      float32 (B, L, V), or what `read` returns, arrays (B, L, ...), without
+      ever holding all logits; see `chunks.read`. What stands at padding is
+      finite and means nothing.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
     """
-    return self.head(self.hidden(tokens, positions, segment_ids))
+    x_BxLxD = self.hidden(tokens, positions, segment_ids)
+    if read is None:
+      return self.head(x_BxLxD)
+    return chunks.read(
+      self, type(self).head, x_BxLxD, read, self.config.vocab_size
+    )
 
   def hidden(
     self,
@@ -149,7 +159,7 @@ class Decoder(nn.Module):
   ) -> jax.Array:
     """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
 
-    The arguments and errors are those of `__call__`.
+    The arguments and errors are those of `__call__`, but for `read`.
     """
     _check_shapes(self.config, tokens, positions, segment_ids)
     mask_BxLxL = None
