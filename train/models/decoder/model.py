@@ -59,6 +59,8 @@ class Decoder(nn.Module):
       backward pass XLA on CPU has fast code; 'fused',
       `jax.nn.dot_product_attention`; 'auto', the first on CPU and the second
       elsewhere, going by the backend of the process that traces.
+    logits_bytes: of the logits that are held at a time on a device where they
+      are read; see `chunks`.
   """
 
   config: DecoderConfig
@@ -67,6 +69,7 @@ class Decoder(nn.Module):
   remat: str = "none"
   scan: bool = False
   attention: str = "auto"
+  logits_bytes: int = chunks.LIMIT
 
   def setup(self):
     if self.attention not in ATTENTION:
@@ -147,9 +150,10 @@ class Decoder(nn.Module):
     x_BxLxD = self.hidden(tokens, positions, segment_ids)
     if read is None:
       return self.head(x_BxLxD)
-    return chunks.read(
-      self, type(self).head, x_BxLxD, read, self.config.vocab_size
+    count = chunks.chunks(
+      *tokens.shape, self.config.vocab_size, self.logits_bytes
     )
+    return chunks.read(self, type(self).head, x_BxLxD, read, count)
 
   def hidden(
     self,
