@@ -72,12 +72,14 @@ class Told(NamedTuple):
   predictions: jax.Array
 
 
-def _told(targets: jax.Array, logits: jax.Array) -> Told:
-  logits = logits.astype(jnp.float32)
-  return Told(
-    losses=optax.softmax_cross_entropy_with_integer_labels(logits, targets),
-    predictions=jnp.argmax(logits, -1),
+def _losses(targets: jax.Array, logits: jax.Array) -> jax.Array:
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), targets
   )
+
+
+def _told(targets: jax.Array, logits: jax.Array) -> Told:
+  return Told(_losses(targets, logits), jnp.argmax(logits, -1))
 
 
 def _items(told: Told, targets: jax.Array, weights: jax.Array) -> Items:
@@ -185,8 +187,9 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
   and nothing else, and words of any lengths compare.
 
   Args:
-    tokens: of each label's word, with the one that ends it. Logits are
-      (B, M, V), of the M tokens of all words, end to end.
+    tokens: of each label's word, with the one that ends it. A model is given
+      what to read from the logits of the M tokens of all words, end to end, and
+      returns their losses, (B, M).
   """
   targets_M = np.concatenate([np.asarray(word, np.int32) for word in tokens])
   lengths_C = np.asarray([len(word) for word in tokens])
@@ -195,16 +198,19 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
   def lengths(batch):
     return jnp.asarray(lengths_C, jnp.float32)[batch["labels"]]
 
-  def losses(logits):
-    # One by one: a product may round to bfloat16 on an accelerator.
-    losses_BxM = optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32),
-      jnp.broadcast_to(targets_M, logits.shape[:-1]),
+  def inputs(batch):
+    targets_BxM = jnp.broadcast_to(
+      targets_M, (len(batch["tokens"]), len(targets_M))
     )
+    read = chunks.Read(_losses, targets_BxM)
+    return *CLASSIFICATION.inputs(batch), read
+
+  def of_words(losses_BxM):
+    # One by one: a product may round to bfloat16 on an accelerator.
     return (losses_BxM[..., None] * whose_MxC).sum(1)
 
-  def items(logits, batch):
-    labels, losses_BxC = batch["labels"], losses(logits)
+  def items(losses_BxM, batch):
+    labels, losses_BxC = batch["labels"], of_words(losses_BxM)
     right_B = jnp.take_along_axis(losses_BxC, labels[:, None], 1)[:, 0]
     predictions = jnp.argmin(losses_BxC, -1)
     return Items(
@@ -215,10 +221,11 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
     )
 
   return CLASSIFICATION._replace(
+    inputs=inputs,
     items=items,
     weights=lengths,
     # Of the words alone, as a label is told; the vocabulary has more.
-    answers=lambda logits: jax.nn.softmax(-losses(logits), -1),
+    answers=lambda losses: jax.nn.softmax(-of_words(losses), -1),
   )
 
 
@@ -229,9 +236,7 @@ NEXT_TOKEN = Objective(
     batch["segment_ids"],
     chunks.Read(_told, batch["targets"]),
   ),
-  items=lambda told, batch: _items(
-    told, batch["targets"], batch["weights"]
-  ),
+  items=lambda told, batch: _items(told, batch["targets"], batch["weights"]),
   weights=lambda batch: batch["weights"],
   tokens=lambda batch: jnp.sum(batch["segment_ids"] > 0),
   answers=lambda told: told.predictions,

@@ -59,8 +59,8 @@ class Decoder(nn.Module):
       backward pass XLA on CPU has fast code; 'fused',
       `jax.nn.dot_product_attention`; 'auto', the first on CPU and the second
       elsewhere, going by the backend of the process that traces.
-    logits_bytes: of the logits that are held at a time on a device where they
-      are read; see `chunks`.
+    logits_bytes: of float32 logits, that a device holds at a time where they
+      are read; see `chunks.read`.
   """
 
   config: DecoderConfig
@@ -136,24 +136,19 @@ class Decoder(nn.Module):
         the row, or within each segment.
       segment_ids: int (B, L); a token sees those before it that have its id,
         and 0 is padding. None: a row is one segment.
-      read: what to tell of each token; its arrays are (B, L, ...). None: the
-        logits.
+      read: what to read from the logits of each token; its arrays are
+        (B, L, *). None: the logits themselves are returned.
 
     Returns:
-      float32 (B, L, V), or what `read` returns, arrays (B, L, ...), without
-      ever holding all logits; see `chunks.read`. What stands at padding is
+      float32 (B, L, V); or what `read` returns, arrays (B, L), and the model
+      never holds all logits, see `chunks.read`. What stands at padding is
       finite and means nothing.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
     """
     x_BxLxD = self.hidden(tokens, positions, segment_ids)
-    if read is None:
-      return self.head(x_BxLxD)
-    count = chunks.chunks(
-      *tokens.shape, self.config.vocab_size, self.logits_bytes
-    )
-    return chunks.read(self, type(self).head, x_BxLxD, read, count)
+    return chunks.read(self, x_BxLxD, read)
 
   def hidden(
     self,
