@@ -85,12 +85,13 @@ def _esam(setting: Setting) -> baselines.GradientEstimator:
 
 def _losses(apply: Apply, objective: Objective):
   def losses(trained, variables, batch, total, key):
-    logits = apply(
+    found = apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
     )
-    items = objective.items(logits, batch)
-    of_rows = (items.losses * items.weights).reshape(len(logits), -1).sum(-1)
-    return of_rows * (len(logits) / total)  # whose mean is the step's loss
+    items = objective.items(found, batch)
+    rows = len(items.losses)
+    of_rows = (items.losses * items.weights).reshape(rows, -1).sum(-1)
+    return of_rows * (rows / total)  # whose mean is the step's loss
 
   return losses
 

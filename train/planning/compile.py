@@ -202,6 +202,7 @@ def _lowered(
   config: Config,
   model: tuple[Family, Any],
   layout: mesh_lib.Layout,
+  **of_module: Any,
 ) -> jax.stages.Lowered:
   mesh, (family, sizes) = layout.mesh, model
   platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
@@ -214,6 +215,7 @@ def _lowered(
     scan=options.scan_layers,
     # Not this process's backend, by which the model would go itself.
     attention={"cpu": "matmul", "tpu": "splash"}.get(platform, "xla"),
+    **of_module,
   )
   objective = objectives.NEXT_TOKEN
   batch = lowering.next_token_batch(options.batch_size, options.max_length)
@@ -237,7 +239,7 @@ def _flops(
   """The operations of a step, before it is shared out.
 
   Of a loop XLA counts one turn: the layers are written out, and the batch is
-  run at once. They are all alike, so that two tell of all.
+  run at once, its logits too. Layers are all alike, so that two tell of all.
   """
   plain = dataclasses.replace(options, scan_layers=False, accumulate=1)
 
@@ -247,6 +249,7 @@ def _flops(
       config,
       (family, dataclasses.replace(sizes, num_layers=layers)),
       mesh_lib.Layout(),
+      logits_bytes=sys.maxsize,
     )
     cost = lowered.cost_analysis()
     assert cost is not None

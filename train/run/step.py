@@ -92,10 +92,10 @@ def make_train_step(
 
   def loss_fn(params, variables, batch, total, key):
     trained, variables = method.unpacked(params, variables)
-    logits = method.apply(
+    found = method.apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
     )
-    items = objective.items(logits, batch)
+    items = objective.items(found, batch)
     return (
       jnp.sum(items.losses * items.weights) / total,
       jnp.sum(items.right * items.weights) / total,
@@ -204,7 +204,7 @@ def make_eval_step(
   """
 
   def eval_step(variables, evaluated, batch):
-    logits = method.apply(variables, evaluated, *objective.inputs(batch))
-    return objective.items(logits, batch)
+    found = method.apply(variables, evaluated, *objective.inputs(batch))
+    return objective.items(found, batch)
 
   return jax.jit(eval_step, out_shardings=sharding)
