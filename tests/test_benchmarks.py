@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+  attention,
   clip_cost,
   rounds,
   seeds,
@@ -227,6 +228,26 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(24 / row["median_seconds"])
     assert row["planned_bytes"] > 0
   assert result["rows"][0]["median_ratio"] == 1
+
+
+def test_attention_is_compared_with_exact_products(monkeypatch, tmp_path):
+  monkeypatch.setattr(attention, "_CASES", {"encoder": 1, "packed in 3": 3})
+  path = tmp_path / "attention.json"
+  options = ("--rounds", "1", "--shapes", "1,6,2,1,4", "--out", str(path))
+  monkeypatch.setattr(sys, "argv", ["attention", *options])
+  attention.main()
+  rows = json.loads(path.read_text())["rows"]
+  errors = [row for row in rows if "output" in row]
+  times = [row for row in rows if "median_seconds" in row]
+  for found in (errors, times):
+    assert [(row["case"], row["kernel"]) for row in found] == [
+      (case, kernel)
+      for case in ("encoder", "packed in 3")
+      for kernel in ("xla", "matmul")
+    ]
+  # float32, of which the products are exact but for their sums.
+  for row in errors:
+    assert max(row[name] for name in ("output", "dq", "dk", "dv")) < 1e-5
 
 
 def test_seeds_at_once_take_the_steps_that_they_take_alone():

@@ -169,7 +169,7 @@ def ids(lengths: jax.Array, length: int) -> jax.Array:
   return jnp.where(past_BxLxM.all(-1), 0, past_BxLxM.sum(-1) + 1)
 
 
-def positions(lengths: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+def positions(lengths: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
   """Places from 0 in each segment, int `shape`, which is (B, L).
 
   Args:
@@ -206,7 +206,8 @@ def attention(
   if seen.kernel == "xla":
     mask = None if seen.mask is None else seen.mask[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
-  return _on_mesh(_cudnn if seen.kernel == "cudnn" else _splash, q, k, v, seen)
+  kernel = _cudnn if seen.kernel == "cudnn" else _splash
+  return _on_mesh(kernel, q, k, v, seen)
 
 
 def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
@@ -286,9 +287,9 @@ def _splash(q, k, v, seen):
   length, heads, size = q.shape[1:]
   padding = -length % _LANES
   ids_BxL = seen.segment_ids
-  if ids_BxL is None and padding:
-    ids_BxL = jnp.ones(q.shape[:2], jnp.int32)
   if padding:
+    if ids_BxL is None:
+      ids_BxL = jnp.ones(q.shape[:2], jnp.int32)
     ids_BxL = jnp.pad(ids_BxL, ((0, 0), (0, padding)))
   q, k, v = (
     jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -297,7 +298,7 @@ def _splash(q, k, v, seen):
   whole = length + padding
   block = next(x for x in _BLOCKS if whole % x == 0)
   one = splash.CausalMask if seen.causal else splash.FullMask
-  kernel = splash.make_splash_mha_single_device(
+  kernel: Any = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([one((whole, whole))] * heads),
     block_sizes=splash.BlockSizes(
       block_q=block,
@@ -315,7 +316,7 @@ def _splash(q, k, v, seen):
   return y_BxHxLxK.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
 
 
-def _on_mesh(kernel, q, k, v, seen):
+def _on_mesh(kernel: Any, q, k, v, seen) -> jax.Array:
   """Runs a kernel on each device's rows and heads: XLA cannot split it."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -346,4 +347,4 @@ def _is_hopper() -> bool:
 
 
 def _is_cuda() -> bool:
-  return "cuda" in jax.extend.backend.get_backend().platform_version
+  return "cuda" in jax.local_devices()[0].client.platform_version

@@ -11,6 +11,7 @@ import pytest
 from train.data.objectives import NEXT_TOKEN
 from train.devices import mesh as mesh_lib
 from train.models import attention
+from train.models.bert import model as bert
 from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
 from train.run import assemble, lowering, step
@@ -135,9 +136,13 @@ def test_segments_have_ids_and_positions():
 # The choice.
 
 
-def test_on_cpu_products_are_batched():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is of the CPU")
+def test_on_cpu_products_are_batched(monkeypatch):
   assert attention.chosen("auto", jnp.bfloat16, 64, 1024) == "matmul"
   assert attention.chosen("xla", jnp.bfloat16, 64, 1024) == "xla"
+  # As on a GPU that is not NVIDIA's.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert attention.chosen("auto", jnp.bfloat16, 64, 1024) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,26 @@ def test_a_step_for_cuda_calls_cudnn_and_keeps_no_square(hopper, segments):
     step.make_train_step(method, NEXT_TOKEN), variables, state, batch
   )
   assert calls == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
+  assert not square
+
+
+def test_an_encoder_for_cuda_calls_cudnn_and_keeps_no_square(
+  hopper, monkeypatch
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(attention, "_is_cuda", lambda: True)
+  sizes = bert.BertConfig(
+    vocab_size=48,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=4,
+    intermediate_size=40,
+  )
+  model = bert.BertClassifier(sizes, num_classes=2, dtype=jnp.bfloat16)
+  tokens = jax.ShapeDtypeStruct((2, _STEP_LENGTH), jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+  calls, square = _for_cuda(jax.jit(model.apply), variables, tokens, tokens)
+  assert calls == {"fmhaSoftmax"}
   assert not square
 
 

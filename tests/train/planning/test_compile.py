@@ -159,6 +159,27 @@ def test_a_step_is_compiled_for_tpus_without_one(compiles, capsys, tmp_path):
 
 @with_libtpu
 @pytest.mark.slow
+def test_on_tpus_no_scores_of_long_rows_are_kept(model, compiles, tmp_path):
+  """Splash attention, by the compiler's plan."""
+  length, heads, devices = 4096, 4, 8
+  sizes = json.loads((model / "config.json").read_text())
+  long = tmp_path / "model"
+  long.mkdir()
+  (long / "config.json").write_text(
+    json.dumps(sizes | {"max_position_embeddings": length})
+  )
+  path = tmp_path / "figures.json"
+  place = ("--topology", "v5e:2x4", "--mesh", "fsdp=8", "--method", "lora")
+  rows = ("--batch-size", str(devices), "--max-length", str(length))
+  own = ("--model", str(long), "--json", str(path))
+  assert compiles(*place, *rows, *own) == 0
+  (lora,) = json.loads(path.read_text())["figures"]
+  # A row is on each device; its scores alone would be float32.
+  assert lora["temporary"] < 4 * heads * length**2
+
+
+@with_libtpu
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_said_to_need_so_much(compiles, capsys):
   place = ("--topology", "v5e:2x4", "--mesh", "fsdp=8", "--method", "lora")
   rows = ("--batch-size", str(2**21), "--max-length", "64")
