@@ -54,17 +54,6 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return q, r
 
 
-def padded_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A QR decomposition, padded by zeros to `(*, n, r)` and `(*, r, r)`."""
-  q, r = qr(x)
-  missing = x.shape[-1] - q.shape[-1]  # above 0 if the rank is above n
-  pad = [(0, 0)] * (x.ndim - 2)
-  return (
-    jnp.pad(q, [*pad, (0, 0), (0, missing)]),
-    jnp.pad(r, [*pad, (0, missing), (0, 0)]),
-  )
-
-
 @_in_turn
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues of symmetric matrices, in ascending order, and vectors."""

@@ -195,7 +195,18 @@ def _orthonormal(pair: Factors, of_b: bool) -> Factors:
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   size = math.sqrt(_OUTSIDE)
   if of_b:
-    q, r = _linalg.padded_qr(pair.b.mT)
+    q, r = _qr(pair.b.mT)
     return Factors(matmul(pair.a, r.mT) / size, size * q.mT, pair.scale)
-  q, r = _linalg.padded_qr(pair.a)
+  q, r = _qr(pair.a)
   return Factors(size * q, matmul(r, pair.b) / size, pair.scale)
+
+
+def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A QR decomposition, padded by zeros to `(*, n, r)` and `(*, r, r)`."""
+  q, r = _linalg.qr(x)
+  missing = x.shape[-1] - q.shape[-1]  # above 0 if the rank is above n
+  pad = [(0, 0)] * (x.ndim - 2)
+  return (
+    jnp.pad(q, [*pad, (0, 0), (0, missing)]),
+    jnp.pad(r, [*pad, (0, missing), (0, 0)]),
+  )
