@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bilora_jax import _linalg, _transform
@@ -43,16 +42,19 @@ def drawn(key: jax.Array, tree: Any, rank: int) -> Any:
     rank: of the new pairs, `a` (*batch, in, rank) and `b` (*batch, rank, out);
       columns beyond the shorter side of a factor are zero.
   """
-  return _redrawn(key, tree, lambda pair: (rank, 0))
+  return _stacked(
+    lambda i, pair: _sketch(jax.random.fold_in(key, i), pair, rank, 0), tree
+  )
 
 
 def redrawn(key: jax.Array, tree: Any, core_rank: int | None) -> Any:
   """As `drawn`, of the same rank and with the span of the first k columns."""
-  return _redrawn(
-    key,
-    tree,
-    lambda pair: (pair.rank, core_rank_of(pair.rank, core_rank)),
-  )
+
+  def one(i, pair):
+    kept = core_rank_of(pair.rank, core_rank)
+    return _sketch(jax.random.fold_in(key, i), pair, pair.rank, kept)
+
+  return _stacked(one, tree)
 
 
 def ascent(pairs: Any, grads: Any, core_rank: int | None, radius: Any) -> Any:
@@ -82,110 +84,59 @@ def ascent(pairs: Any, grads: Any, core_rank: int | None, radius: Any) -> Any:
   size = optax.tree.norm(grads, ord=jnp.inf)
   # Of size 1: products of small numbers underflow.
   unit = optax.tree.scale(1 / jnp.where(size == 0, 1, size), grads)
-  found = _approximations(pairs, unit, core_rank)
+  found = _stacked(
+    lambda _, pair, grad: _approximation(
+      pair, grad, core_rank_of(pair.rank, core_rank)
+    ),
+    pairs,
+    unit,
+  )
   norm, *_ = _transform.norms(found)
   factor = jnp.where(norm == 0, 0, radius / jnp.where(norm == 0, 1, norm))
   return optax.tree.scale(jnp.sqrt(factor), found)
 
 
-def _approximations(pairs: Any, grads: Any, core_rank: int | None) -> Any:
-  """Those of G, of rank k, as the pairs that stand for them."""
-  cores = _transform.map_pairs(
-    lambda pair, grad: _matmul(pair.a.mT, grad.a) / pair.scale, pairs, grads
-  )
-  decomposed = iter(_at_once(_linalg.svd, jax.tree.leaves(cores)))
-
-  def one(pair, grad):
-    u, sigma, vt = next(decomposed)
-    k = core_rank_of(pair.rank, core_rank)
-    kept = (jnp.arange(pair.rank) < k) & (sigma > _CUT * sigma[..., :1])
-    root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, sigma, 1)), 0)
-    # The gradients are s times the sketches, and so is the weight.
-    return Factors(
-      _matmul(grad.a, vt.mT * root[..., None, :]) / pair.scale,
-      _matmul(root[..., None] * u.mT, grad.b) / pair.scale**2,
-      pair.scale,
-    )
-
-  return _transform.map_pairs(one, pairs, grads)
-
-
-def _redrawn(
-  key: jax.Array, tree: Any, sizes: Callable[[Factors], tuple[int, int]]
-) -> Any:
-  """Pairs along the first columns of old ones, and at random else.
-
-  Args:
-    key: of the draws.
-    tree: of the old pairs.
-    sizes: from an old pair to the new one's rank, and how many columns stay.
-  """
-  old, shapes = [], []
-  for pair in _transform.pairs(tree):
-    rank, kept = sizes(pair)
-    for x in (pair.a, pair.b.mT):
-      old.append(x[..., :kept].astype(jnp.float32))
-      shapes.append((*x.shape[:-1], rank - kept))
-  new = _normal(key, shapes)
-  columns = [jnp.concatenate(both, -1) for both in zip(old, new)]
-  bases = iter(_orthonormal(columns))
-  return _transform.map_pairs(
-    lambda pair: Factors(
-      _LENGTH * next(bases), _LENGTH * next(bases).mT, pair.scale
-    ),
-    tree,
+def _approximation(pair: Factors, grad: Factors, rank: int) -> Factors:
+  """That of G, as the pair that stands for it."""
+  u, sigma, vt = _linalg.svd(_matmul(pair.a.mT, grad.a) / pair.scale)
+  kept = jnp.arange(pair.rank) < rank
+  root = _inverse_root(sigma, kept & (sigma > _CUT * sigma[..., :1]))
+  # The gradients are s times the sketches, and so is the weight.
+  return Factors(
+    _matmul(grad.a, vt.mT * root[..., None, :]) / pair.scale,
+    _matmul(root[..., None] * u.mT, grad.b) / pair.scale**2,
+    pair.scale,
   )
 
 
-def _normal(key: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-  """Draws from N(0, 1): those of one shape together, compiled but once."""
-  drawn = {}
-  for i, shape in enumerate(dict.fromkeys(shapes)):
-    all_of_it = (shapes.count(shape), *shape)
-    own = jax.random.fold_in(key, i)
-    drawn[shape] = iter(jax.random.normal(own, all_of_it, jnp.float32))
-  return [next(drawn[shape]) for shape in shapes]
+def _sketch(key: jax.Array, pair: Factors, rank: int, kept: int) -> Factors:
+  """A pair along the first columns of an old one, and at random else."""
+
+  def basis(key, x):
+    shape = (*x.shape[:-1], rank - kept)
+    new = jax.random.normal(key, shape, jnp.float32)
+    return _LENGTH * _orthonormal(jnp.concatenate([x[..., :kept], new], -1))
+
+  of_a, of_b = jax.random.split(key)
+  return Factors(basis(of_a, pair.a), basis(of_b, pair.b.mT).mT, pair.scale)
 
 
-def _orthonormal(matrices: list[jax.Array]) -> list[jax.Array]:
-  """Bases of the spans of columns, (*batch, n, r), by their Gram matrices.
+def _orthonormal(x: jax.Array) -> jax.Array:
+  """A basis of the span of columns, (*batch, n, r), by their Gram matrix.
 
   That is less exact than QR, which nothing here depends on; but only r x r
-  matrices are decomposed, whatever is sharded, and all of them at once.
+  matrices are decomposed, whatever is sharded.
   """
-  lengths = [jnp.linalg.norm(x, axis=-2, keepdims=True) for x in matrices]
-  units = [x / jnp.where(n == 0, 1, n) for x, n in zip(matrices, lengths)]
-  bases = []
-  grams = _at_once(_linalg.eigh, [_matmul(x.mT, x) for x in units])
-  for x, (values, vectors) in zip(units, grams):
-    kept = values > _CUT * values[..., -1:]
-    root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)
-    bases.append(_matmul(x, vectors * root[..., None, :]))
-  return bases
+  x = x.astype(jnp.float32)
+  length = jnp.linalg.norm(x, axis=-2, keepdims=True)
+  x = x / jnp.where(length == 0, 1, length)
+  values, vectors = _linalg.eigh(_matmul(x.mT, x))
+  root = _inverse_root(values, values > _CUT * values[..., -1:])
+  return _matmul(x, vectors * root[..., None, :])
 
 
-def _at_once(
-  decompose: Callable[[jax.Array], tuple[jax.Array, ...]],
-  matrices: list[jax.Array],
-) -> list[tuple[jax.Array, ...]]:
-  """Decomposes square matrices, (*batch, r, r), those of one size together.
-
-  A model has hundreds, and each decomposition takes long to compile.
-  """
-  found: dict[int, tuple[jax.Array, ...]] = {}
-  for i, matrix in enumerate(matrices):
-    if i in found:
-      continue
-    same = [
-      j for j, x in enumerate(matrices) if x.shape[-1] == matrix.shape[-1]
-    ]
-    batches = [matrices[j].shape[:-2] for j in same]
-    flat = [matrices[j].reshape(-1, *matrix.shape[-2:]) for j in same]
-    ends = np.cumsum([len(x) for x in flat])[:-1]
-    parts = [jnp.split(x, ends) for x in decompose(jnp.concatenate(flat))]
-    for j, batch, own in zip(same, batches, zip(*parts)):
-      found[j] = tuple(x.reshape(*batch, *x.shape[1:]) for x in own)
-  return [found[i] for i in range(len(matrices))]
+def _inverse_root(values: jax.Array, kept: jax.Array) -> jax.Array:
+  return jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -195,3 +146,32 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     y.astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
+  """Applies f to the pairs, to all of one shape and scale at once.
+
+  A model has hundreds, and takes minutes to compile if each is for itself.
+
+  Args:
+    f: from a number, another one for each call, and pairs with a batch axis
+      in front.
+    trees: of pairs, alike; what a mask hides stays as it is.
+  """
+  columns = [_transform.pairs(tree) for tree in trees]
+  alike: dict[Any, list[int]] = {}
+  for i, pair in enumerate(columns[0]):
+    key = pair.a.shape, pair.b.shape, pair.scale
+    alike.setdefault(key, []).append(i)
+  found: dict[int, Factors] = {}
+  for number, places in enumerate(alike.values()):
+    pairs = [
+      jax.tree.map(lambda *x: jnp.stack(x), *(column[i] for i in places))
+      for column in columns
+    ]
+    new = f(number, *pairs)
+    found |= {
+      i: Factors(new.a[j], new.b[j], new.scale) for j, i in enumerate(places)
+    }
+  in_order = iter(found[i] for i in range(len(found)))
+  return _transform.map_pairs(lambda _: next(in_order), trees[0])
