@@ -67,16 +67,9 @@ def _sketched(key, size, gradients):
   return sketches, _sketches.ascent(sketches, grads, CORE, RHO)
 
 
-def _weights(gradients, seed=0, size=1.0):
-  found = _sketched(
-    jax.random.key(seed, impl="unsafe_rbg"),
-    size,
-    jax.tree.map(jnp.float32, gradients),
-  )
-  return tuple(
-    {name: problems.dense(pair) for name, pair in tree.items()}
-    for tree in jax.device_get(found)
-  )
+def _weights(gradients, key=KEY, size=1.0):
+  _, ascent = _sketched(key, size, _in_float32(gradients))
+  return {k: problems.dense(pair) for k, pair in jax.device_get(ascent).items()}
 
 
 def _norm(weights):
@@ -102,7 +95,7 @@ def test_the_ascent_is_the_dense_generalised_nystroem_approximation():
     k: _nystroem(g, np.float64(sketches[k].a), np.float64(sketches[k].b))
     for k, g in gradients.items()
   }
-  _, weights = _weights(gradients)
+  weights = _weights(gradients)
   # Float32, through the inverse of cores of condition 10.
   assert problems.relative_error(weights, _to_rho(dense)) <= 2e-5
   assert all(
@@ -148,7 +141,7 @@ def test_what_is_kept_of_old_pairs_stays_in_the_span():
 
 def test_a_gradient_of_low_enough_rank_is_met_whole():
   gradients = _gradients(0.6, rank=CORE)
-  _, weights = _weights(gradients)
+  weights = _weights(gradients)
   assert problems.relative_error(weights, _to_rho(gradients)) <= 1e-5
 
 
@@ -160,7 +153,7 @@ def test_of_a_decaying_gradient_most_is_met():
     best[name] = (u * sigma[..., None, :])[..., :CORE] @ vt[..., :CORE, :]
   cosines = []
   for seed in range(8):
-    _, weights = _weights(gradients, seed)
+    weights = _weights(gradients, jax.random.fold_in(KEY, seed))
     assert _norm(weights) == pytest.approx(RHO, rel=1e-5)
     product = sum(np.sum(weights[k] * gradients[k]) for k in SHAPES)
     cosines.append(product / RHO / _norm(gradients))
@@ -173,16 +166,16 @@ def test_of_a_decaying_gradient_most_is_met():
 
 def test_gradients_that_are_tiny_zero_or_nan():
   gradients = _gradients(0.6)
-  _, weights = _weights(gradients)
-  _, tiny = _weights(gradients, size=1e-25)
+  weights = _weights(gradients)
+  tiny = _weights(gradients, size=1e-25)
   assert problems.relative_error(tiny, weights) <= 1e-4
   one = gradients | {"y": 0 * gradients["y"]}
-  _, without = _weights(one)
+  without = _weights(one)
   assert not np.any(without["y"])
   assert _norm(without) == pytest.approx(RHO, rel=1e-5)
-  _, none = _weights(gradients, size=0.0)
+  none = _weights(gradients, size=0.0)
   assert not any(np.any(w) for w in none.values())
-  _, nan = _weights(gradients, size=np.nan)
+  nan = _weights(gradients, size=np.nan)
   assert all(np.all(np.isnan(w)) for w in nan.values())
 
 
