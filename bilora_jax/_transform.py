@@ -1,5 +1,6 @@
 """Bi-LoRA as an Optax gradient transformation."""
 
+from collections.abc import Callable
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -292,6 +293,15 @@ def pairs(tree: Any, user: str = "keep_in_frobenius_ball") -> list[Factors]:
         f"of them at {where}."
       )
   return [node for _, node in nodes if is_pair(node)]
+
+
+def map_pairs(f: Callable[..., Any], *trees: Any) -> Any:
+  """Applies f to the pairs; what a mask hides stays as it is."""
+  return jax.tree.map(
+    lambda *nodes: f(*nodes) if is_pair(nodes[0]) else nodes[0],
+    *trees,
+    is_leaf=is_factors,
+  )
 
 
 def _pair_specs(specs: Any, tree: Any) -> list[Factors | None]:

@@ -6,6 +6,8 @@ What Optax has needs nothing here: another auxiliary optimizer, as
 """
 
 from bilora_jax.variants._moments import rescale_moments as rescale_moments
+from bilora_jax.variants._nystroem import nystroem_ascent as nystroem_ascent
+from bilora_jax.variants._nystroem_sam import nystroem_sam as nystroem_sam
 from bilora_jax.variants._power import power_ascent as power_ascent
 from bilora_jax.variants._radius import adaptive_radius as adaptive_radius
 from bilora_jax.variants._start import scattered as scattered

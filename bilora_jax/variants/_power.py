@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilora_jax import _linalg, _transform
-from bilora_jax._factors import Factors, is_factors
+from bilora_jax._factors import Factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
 # of any ball, and its square far from float32's ends.
@@ -117,13 +117,17 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
 
 def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
-  scales = _map(lambda p: _scale(p, of_b), old)
-  old = _map(_rescaled, old, scales)
+  scales = _transform.map_pairs(lambda p: _scale(p, of_b), old)
+  old = _transform.map_pairs(_rescaled, old, scales)
   # The gradients are of the new factors.
-  ascent = _map(lambda g, scale: _rescaled(g, 1 / scale), ascent, scales)
-  mean = _normalised(old, _map(_projected, old, ascent), of_b, 1 - decay)
+  ascent = _transform.map_pairs(
+    lambda g, scale: _rescaled(g, 1 / scale), ascent, scales
+  )
+  mean = _normalised(
+    old, _transform.map_pairs(_projected, old, ascent), of_b, 1 - decay
+  )
   if decay:
-    mean = _map(_sum, mean, _normalised(old, old, of_b, decay))
+    mean = _transform.map_pairs(_sum, mean, _normalised(old, old, of_b, decay))
 
   def joined(pair, new):
     renews_b = _renews_b(pair, of_b)
@@ -131,16 +135,7 @@ def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
     b = jnp.where(renews_b, new.b, pair.b)
     return _orthonormal(Factors(a, b, pair.scale), of_b)
 
-  return _map(joined, old, mean)
-
-
-def _map(f: Any, *trees: Any) -> Any:
-  """Applies f to the pairs; what a mask hides stays as it is."""
-  return jax.tree.map(
-    lambda *nodes: f(*nodes) if _transform.is_pair(nodes[0]) else nodes[0],
-    *trees,
-    is_leaf=is_factors,
-  )
+  return _transform.map_pairs(joined, old, mean)
 
 
 def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
@@ -182,7 +177,7 @@ def _normalised(old: Any, new: Any, of_b: bool, share: float) -> Any:
     a, b = (jnp.sum(f**2, (-2, -1), keepdims=True) for f in (x.a, x.b))
     return x.scale**2 * jnp.sum(jnp.where(_renews_b(pair, of_b), b, a))
 
-  norm = jnp.sqrt(optax.tree.sum(_map(square, old, new)))
+  norm = jnp.sqrt(optax.tree.sum(_transform.map_pairs(square, old, new)))
   factor = share * _OUTSIDE / jnp.where(norm > 0, norm, 1)
   return jax.tree.map(lambda x: factor * x, new)
 

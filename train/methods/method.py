@@ -165,9 +165,10 @@ def _of_adapters(
   quantised: str | None,
 ) -> Method:
   spec, options = chosen.spec, chosen.options
+  with_auxiliary = spec.has_auxiliary or spec.sketches
   lora = dataclasses.replace(
     _targets(adapter_options, family, model),
-    auxiliary_rank=options.auxiliary_rank if spec.has_auxiliary else 0,
+    auxiliary_rank=options.auxiliary_rank if with_auxiliary else 0,
     extra="head/.*" if family.has_new_head else None,
     dora=adapter_options.dora,
     dropout=adapter_options.dropout,

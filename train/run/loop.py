@@ -18,6 +18,7 @@ import optax
 import bilora_jax
 
 from .. import files
+from ..data import batching
 from ..data import load as data_lib
 from ..data import scores as evaluate
 from ..devices import processes
@@ -159,7 +160,9 @@ def train(
   patience = config.evaluation.patience or math.inf
   loop = loop or {"best": {"score": None, "step": 0}}
   best, waited = loop["best"], loop.get("waited", 0)
-  batches = data.train_batches(layout.part())
+  batches = batching.Visited(
+    data.train_batches(layout.part()), config.method.spec.visits
+  )
   at, last = int(state.step), {}
   if "iterator" in loop and at < prepared.steps:
     batches.set_state(loop["iterator"])

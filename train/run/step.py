@@ -125,7 +125,10 @@ def make_train_step(
     grads = jax.tree.map(
       lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    # Where steps are skipped, a transformation's own count is another.
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.trained, step=state.step
+    )
     trained = optax.apply_updates(state.trained, updates)
     nonfinite = optax.tree.get(opt_state, "notfinite_count")
     # What is kept of a step that was skipped would spoil all that follow.

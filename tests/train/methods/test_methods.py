@@ -143,6 +143,13 @@ def test_a_second_adapter_that_is_kept_is_evaluated_and_merged(
   assert not np.allclose(ready.model.apply(alone, *inputs), whole, atol=1e-5)
 
 
+def test_a_sketch_is_not_trained(prepared):
+  ready = prepared(method="nystroem_sam", auxiliary_rank=6, core_rank=2)
+  state = step.init(ready.method, jax.random.key(0), ready.variables)
+  assert set(state.trained) == {"primary", "extra"}
+  assert ready.method.adapted.spec.auxiliary_rank == 6
+
+
 def test_full_trains_and_evaluates_all_parameters(prepared):
   ready = prepared(method="full")
   state = step.init(ready.method, jax.random.key(0), ready.variables)
@@ -177,6 +184,8 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
     {"auxiliary_optimizer": "power", "rho_ratio": 0.1, "auxiliary_rank": 2},
     {"method": "lora", "dtype": "bfloat16"},
     {"dora": True},
+    {"method": "nystroem_sam", "auxiliary_rank": 6, "core_rank": 2},
+    {"method": "nystroem_bilora"},
   ],
   ids=str,
 )
