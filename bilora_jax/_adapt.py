@@ -17,6 +17,7 @@ from bilora_jax import (
   _partition,
   _quantised,
   _stand_in,
+  _unmatched,
 )
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._injection import Path, Site
@@ -490,8 +491,9 @@ def adapt(
     The adapted model: `init`, `apply`, `merge`, and `quantize`.
 
   Raises:
-    ValueError: if no module matches the spec's targets, or no parameter its
-      `extra`, with what could match; or a matching weight cannot be adapted.
+    ValueError: if an entry of the spec's targets or its `exclude` matches no
+      module, or its `extra` no parameter, with what could match; or a matching
+      weight cannot be adapted.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -522,6 +524,11 @@ def adapt(
     for path, leaf in host.trace(_injection.Provider([])).items()
   }
   sites, unfit = _injection.find_sites(host.trace)
+  _unmatched.check(
+    spec,
+    ("/".join(p[:-1]) for p in (*sites, *unfit)),
+    ("/".join(p[:-1]) for p in parameters),
+  )
   extra = {p for p in parameters if spec.is_extra("/".join(p))}
   if spec.extra is not None and not extra:
     raise ValueError(
@@ -553,8 +560,8 @@ def adapt(
     adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype, form)
   if not adapters:
     raise ValueError(
-      f"targets={spec.targets!r} match no module; these could be adapted: "
-      f"{_listed('/'.join(p[:-1]) for p in sites)}."
+      f"all modules that targets={spec.targets!r} match are left out, by "
+      f"exclude={spec.exclude!r} or extra={spec.extra!r}."
     )
 
   def provider(with_auxiliary: bool, dropout: bool):

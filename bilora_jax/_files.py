@@ -27,8 +27,9 @@ from bilora_jax._spec import LoraSpec
 _VERSION = 1
 _MOST = sys.float_info.max
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
-# How the base is stored. Adapters fit it in any form.
-_BASE_FIELDS = {"base_dtype", "tile_size"}
+# How the base is stored, in any form of which adapters fit; and what is left
+# out, which the paths of the adapters say.
+_NOT_COMPARED = {"base_dtype", "tile_size", "exclude"}
 
 
 def save_adapters(
@@ -94,7 +95,8 @@ def load_adapters(
     folder: with `adapters.safetensors` and `adapters.json`.
     adapted: the model they are for, with a spec equal to the saved one, except
       for `base_dtype` and `tile_size`: adapters trained on a quantised base can
-      be put on one of floats, and merged there.
+      be put on one of floats, and merged there. Its `exclude` may be another
+      that leaves the same modules.
 
   Returns:
     The adapters, as NumPy arrays.
@@ -110,7 +112,7 @@ def load_adapters(
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
   differences = [
     f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
-    for name in ours.keys() - _BASE_FIELDS
+    for name in ours.keys() - _NOT_COMPARED
     if ours[name] != theirs[name]
   ]
   if differences:

@@ -26,8 +26,10 @@ class LoraSpec:
       whole module path, as `layers/attention/(query|value)`; a sequence holds
       the last parts of paths, as `('query', 'value')`; a mapping goes from
       regular expressions, the first that matches counts, to what differs
-      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`.
-    exclude: a regular expression for module paths that are left out.
+      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`. Each
+      entry and each key must match a module of the model.
+    exclude: a regular expression for module paths that are left out. It must
+      match a module of the model.
     extra: a regular expression for the paths of parameters to train as they
       are, as `head/.*`: a new head, norms, biases. Adapters leave those alone.
     rslora: scale by `alpha / sqrt(rank)`, Kalajdzievski, arXiv 2312.03732.
@@ -151,20 +153,24 @@ class LoraSpec:
 
   def sizes(self, path: str) -> tuple[int, float, int] | None:
     """`(rank, alpha, auxiliary_rank)` of the module at `path`, or None."""
-    if self.exclude is not None and _patterns.fullmatch(self.exclude, path):
+    if self.is_excluded(path):
       return None
-    overrides: Mapping[str, Any] = {}
-    if isinstance(self.targets, str):
-      found = _patterns.fullmatch(self.targets, path)
-    elif isinstance(self.targets, Mapping):
-      matching = [t for t in self.targets if _patterns.fullmatch(t, path)]
-      found = bool(matching)
-      overrides = self.targets[matching[0]] if matching else {}
-    else:
-      found = any(f"/{path}".endswith(f"/{t}") for t in self.targets)
-    if not found:
+    targets = self.targets
+    keys = [targets] if isinstance(targets, str) else targets
+    key = next((key for key in keys if self.is_target(key, path)), None)
+    if key is None:
       return None
-    return self._sizes(overrides)
+    return self._sizes(targets[key] if isinstance(targets, Mapping) else {})
+
+  def is_target(self, key: str, path: str) -> bool:
+    """Whether one entry or key of `targets` matches the module at `path`."""
+    if isinstance(self.targets, str | Mapping):
+      return _patterns.fullmatch(key, path)
+    return f"/{path}".endswith(f"/{key}")
+
+  def is_excluded(self, path: str) -> bool:
+    """Whether the module at `path` is left out."""
+    return self.exclude is not None and _patterns.fullmatch(self.exclude, path)
 
   def is_extra(self, path: str) -> bool:
     """Whether the parameter at `path` is trained as it is."""

@@ -211,9 +211,14 @@ def open_run(
     objective = reader.objective
   adapted = None
   if config.method.spec.has_adapters:
+    spec = bilora_jax.load_spec(folder / kept.ADAPTERS)
+    if not config.adapter.path:
+      # The base may be another; and older runs name a head that theirs has not.
+      head = pretrained.family.own_head(model)
+      spec = dataclasses.replace(spec, exclude=head)
     adapted = bilora_jax.adapt(
       model,
-      bilora_jax.load_spec(folder / kept.ADAPTERS),
+      spec,
       *jax.eval_shape(objective.inputs, _BATCH),
       methods=("__call__", *pretrained.family.generate_methods),
     )

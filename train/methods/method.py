@@ -198,5 +198,5 @@ def _targets(
     rank=options.rank,
     alpha=options.alpha,
     targets=options.targets,
-    exclude=family.own_head,
+    exclude=family.own_head(model),
   )

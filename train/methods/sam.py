@@ -22,8 +22,8 @@ class SamOptions:
 
   rho: float = option(0.05, least=0, below=1e6)
   """Norm of the perturbation: of the adapters (the paper's 0.01 or 0.05), of
-  the weights (lora_full_sam), of all parameters (full_sam), or of the
-  perturbation over the factors (lora_asam)."""
+  the weights (lora_full_sam, eflat_lora), of all parameters (full_sam), or of
+  the perturbation over the factors (lora_asam)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,14 @@ class WsamOptions(SamOptions):
 
   sharpness_weight: float = option(0.8, least=0, below=0.999)
   """c in (1 - 2c) / (1 - c) L(w) + c / (1 - c) L(w + e); 0.5 is SAM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EFlatLoraOptions(SamOptions):
+  """The perturbation, and its average."""
+
+  perturbation_beta: float = option(0.1, above=0, below=1)
+  """Weight of the newest perturbation in the average."""
 
 
 def _check_esam(
@@ -155,6 +163,14 @@ SPECS = (
     summary="one adapter; SAM over its factors by the last step's gradient",
     options=SamOptions,
     estimator=lambda x: baselines.s2sam(x.options.rho, primary),
+  ),
+  MethodSpec(
+    name="eflat_lora",
+    summary="one adapter; SAM over the whole weights, averaged in one factor",
+    options=EFlatLoraOptions,
+    estimator=lambda x: baselines.eflat_lora(
+      x.options.rho, x.options.perturbation_beta, primary
+    ),
   ),
   MethodSpec(
     name="wsam",

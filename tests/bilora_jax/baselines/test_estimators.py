@@ -46,6 +46,7 @@ ESTIMATORS = {
     mask=mask,
   ),
   "s2sam": lambda mask: baselines.s2sam(RHO, mask),
+  "eflat_lora": lambda mask: baselines.eflat_lora(RHO, 0.4, mask),
   "wsam": lambda mask: baselines.wsam(RHO, 0.8, mask),
   "weight_noise": lambda mask: baselines.weight_noise(RHO, mask),
   "flat_lora": lambda mask: baselines.flat_lora(
@@ -132,6 +133,18 @@ def _s2sam(w, x, y, where, key, t, memory):
   near = w if memory is None else _added(w, _sam_ascent(memory, where))
   value, g, _ = _gradient(near, x, y, where, key, t, memory)
   return value, g, g
+
+
+def _eflat_lora(w, x, y, where, key, t, memory):
+  # In the paper's letters, whose weights are (out, in), with dense matrices.
+  s = low_rank.SCALE
+  near = w if memory is None else {**w, "b": w["b"] + memory.T}
+  value, g, _ = _gradient(near, x, y, where, key, t, memory)
+  a, b = near["a"].T, near["b"].T
+  of_w = 0.5 / s * (g["b"].T @ np.linalg.pinv(a.T))
+  of_w += 0.5 / s * (np.linalg.pinv(b.T) @ g["a"].T)
+  e = RHO / s * of_w / np.linalg.norm(of_w) @ np.linalg.pinv(a)
+  return value, g, e if memory is None else 0.6 * memory + 0.4 * e
 
 
 def _wsam(w, x, y, where, key, t, memory):
@@ -287,6 +300,7 @@ def test_gradients_of_half_precision_do_not_underflow():
         lambda: baselines.looksam(0.1, alpha=-1),
         lambda: baselines.esam(-1, low_rank.losses, _take),
         lambda: baselines.s2sam(-1),
+        lambda: baselines.eflat_lora(-1),
         lambda: baselines.wsam(-1, 0.5),
         lambda: baselines.weight_noise(-1),
         lambda: baselines.output_noise(jnp.sum, -1),
@@ -297,6 +311,12 @@ def test_gradients_of_half_precision_do_not_underflow():
     (lambda: baselines.sam(float("inf")), r"finite and at least 0; got inf"),
     (lambda: baselines.looksam(0.1, 0), r"every, .* at least 1; got 0"),
     (lambda: baselines.flat_lora(0.1, 0, jnp.abs, True), r"steps, .*; got 0"),
+    (lambda: baselines.eflat_lora(0.1, 1.5), r"beta is above 0.* got 1.5"),
+    (lambda: baselines.eflat_lora(0.1, 0), r"beta is above 0.* got 0"),
+    (
+      lambda: baselines.eflat_lora(0.1).init(jnp.ones(3)),
+      "the mask must select both factors; it selects none",
+    ),
     (lambda: baselines.wsam(0.1, 1.0), r"at least 0 and below 1; got 1.0"),
     (
       lambda: baselines.esam(0.1, low_rank.losses, _take, weight_fraction=0.0),
