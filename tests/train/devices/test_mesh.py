@@ -58,7 +58,8 @@ def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
 
 
 @pytest.mark.parametrize(
-  ("method", "mesh"), [("lora", "data=8"), ("full", CUBE), ("nystroem_sam", CUBE)]
+  ("method", "mesh"),
+  [("lora", "data=8"), ("full", CUBE), ("nystroem_sam", CUBE)],
 )
 def test_other_methods_end_on_a_mesh_where_one_device_does(
   run, tmp_path, method, mesh
