@@ -7,7 +7,6 @@ Shapes: B batch, L length, C chunks, T tokens of a row in a chunk, D width, V
 vocabulary.
 """
 
-from collections.abc import Callable
 import math
 from typing import Any
 
@@ -68,8 +67,13 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   def joined(x_CxBxT):
     return jnp.moveaxis(x_CxBxT, 0, 1).reshape(batch, -1)[:, :length]
 
-  in_chunks: Any = nn.custom_vjp(_scan(_read), _forward, _backward)
-  found = in_chunks(module, *jax.tree.map(split, (hidden, read)))
+  scanned: Any = nn.scan(
+    _of_chunk,
+    variable_broadcast="params",
+    # Adapters draw their dropout in the head.
+    split_rngs={"params": False, "dropout": True},
+  )
+  _, found = scanned(module, None, jax.tree.map(split, (hidden, read)))
   return jax.tree.map(joined, found)
 
 
@@ -89,33 +93,28 @@ def _parts() -> int:
   return math.prod(sizes.get(name, 1) for name in names)
 
 
-def _scan(function: Callable[..., Any]) -> Callable[..., Any]:
-  """From a function of a module and a chunk to one of a module and chunks."""
-
-  def of_chunk(module, carry, chunk):
-    return carry, function(module, *chunk)
-
-  scanned: Any = nn.scan(
-    of_chunk,
-    variable_broadcast="params",
-    # Adapters draw their dropout in the head.
-    split_rngs={"params": False, "dropout": True},
-  )
-  return lambda module, *chunks: scanned(module, None, chunks)[1]
-
-
 def _read(module: Any, hidden: jax.Array, read: Read) -> Any:
   return read(module.head(hidden))
 
 
-def _forward(module: Any, hidden: jax.Array, read: Read) -> tuple[Any, Any]:
-  """What is read, and what the backward pass needs."""
-  found, slopes = _scan(_with_slopes)(module, hidden, read)
-  # Of this, what no gradient is asked of is never run; in a scan, XLA cannot
+def _of_chunk(module: Any, carry: None, chunk: tuple[Any, Any]) -> Any:
+  hidden, read = chunk
+  fixed = jax.lax.stop_gradient(hidden)
+  slopes: Any = nn.map_variables(
+    _with_slopes, "params", jax.lax.stop_gradient, mutable=False
+  )
+  # Nothing of it is run but what a gradient is asked of; in a scan, XLA cannot
   # undo the remat by sharing what is computed twice.
-  again = _scan(nn.remat(_read, prevent_cse=False))
-  _, vjp = nn.vjp(again, module, hidden, read)
-  return found, (slopes, vjp)
+  again: Any = nn.remat(_read, prevent_cse=False)
+  found = jax.tree.map(
+    lambda value, slope, by_head: (
+      value if slope is None else _differentiable(value, by_head, slope, hidden)
+    ),
+    *slopes(module, fixed, jax.lax.stop_gradient(read)),
+    again(module, fixed, read),
+    is_leaf=lambda x: x is None,
+  )
+  return carry, found
 
 
 def _with_slopes(module: Any, hidden: jax.Array, read: Read) -> tuple[Any, Any]:
@@ -134,7 +133,7 @@ def _with_slopes(module: Any, hidden: jax.Array, read: Read) -> tuple[Any, Any]:
     seeds = [_seed(x, float(i == j)) for j, x in enumerate(leaves)]
     return vjp(structure.unflatten(seeds))[1]
 
-  return found, [slope(i) for i in range(len(leaves))]
+  return found, structure.unflatten([slope(i) for i in range(len(leaves))])
 
 
 def _seed(x: jax.Array, value: float) -> Any:
@@ -143,11 +142,34 @@ def _seed(x: jax.Array, value: float) -> Any:
   return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-  slopes, vjp = residuals
-  of_params, of_hidden, of_read = vjp(cotangents)
-  total = jnp.zeros(of_hidden.shape, jnp.float32)
-  for cotangent, slope in zip(jax.tree.leaves(cotangents), slopes):
-    if slope is not None:
-      total += cotangent[..., None] * slope.astype(jnp.float32)
-  return of_params, total.astype(of_hidden.dtype), of_read
+@jax.custom_jvp
+def _differentiable(
+  value: jax.Array, by_head: jax.Array, slope: jax.Array, hidden: jax.Array
+) -> jax.Array:
+  """The value, which depends on the head as `by_head` does."""
+  del by_head, slope, hidden
+  return value
+
+
+@_differentiable.defjvp
+def _(primals, tangents):
+  value, _, slope, hidden = primals
+  _, by_head, _, by_hidden = tangents
+  products = _once(slope, hidden).astype(value.dtype) * by_hidden
+  return value, by_head + products.sum(-1)
+
+
+@jax.custom_jvp
+def _once(slope: jax.Array, hidden: jax.Array) -> jax.Array:
+  """The slope, that is the hidden state's but knows nothing of it."""
+  del hidden
+  return slope
+
+
+@_once.defjvp
+def _(primals, tangents):
+  del primals, tangents
+  raise NotImplementedError(
+    "logits that are read in chunks have no second derivatives; a model with "
+    "a greater logits_bytes reads them at once."
+  )
