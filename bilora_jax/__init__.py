@@ -1,5 +1,10 @@
 """Bi-LoRA for JAX: one adapter descends the loss, one climbs it in a ball."""
 
+from bilora_jax import baselines as baselines
+from bilora_jax import initializers as initializers
+from bilora_jax import peft as peft
+from bilora_jax import sharpness as sharpness
+from bilora_jax import variants as variants
 from bilora_jax._adapt import Adapted as Adapted
 from bilora_jax._adapt import adapt as adapt
 from bilora_jax._factors import Factors as Factors

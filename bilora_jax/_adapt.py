@@ -59,6 +59,14 @@ class Adapted:
   _parameters: Mapping[Path, jax.ShapeDtypeStruct]
   _prepared: Callable[[bool, bool], Callable[..., Any]]
 
+  def __repr__(self) -> str:
+    names = list(self.targets)
+    more = ", ..." if len(names) > 2 else ""
+    return (
+      f"Adapted({len(names)} weights: {', '.join(map(repr, names[:2]))}{more}; "
+      f"rank={self.spec.rank}, auxiliary_rank={self.spec.auxiliary_rank})"
+    )
+
   @property
   def targets(self) -> dict[str, tuple[int, ...]]:
     """The adapted weights and their shapes."""
@@ -196,7 +204,7 @@ class Adapted:
   def apply(
     self,
     variables: Any,
-    adapters: Mapping[str, Any],
+    adapters: Any,
     *args: Any,
     rngs: Mapping[str, jax.Array] | None = None,
     mutable: Any = False,
@@ -252,7 +260,7 @@ class Adapted:
   def merge(
     self,
     variables: Any,
-    adapters: Mapping[str, Any],
+    adapters: Any,
     *,
     donate: bool = False,
   ) -> Any:

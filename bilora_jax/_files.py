@@ -35,7 +35,7 @@ _NOT_COMPARED = {"base_dtype", "tile_size", "exclude"}
 def save_adapters(
   folder: str | os.PathLike[str],
   adapted: Adapted,
-  adapters: Mapping[str, Any],
+  adapters: Any,
 ) -> None:
   """Writes adapters and their spec, so that a reader never sees half of them.
 

@@ -9,7 +9,7 @@ import jax
 PARTS = ("primary", "auxiliary", "extra")
 
 
-def check_parts(adapters: Mapping[str, Any]) -> None:
+def check_parts(adapters: Any) -> None:
   """Refuses a tree whose top level is not the partition.
 
   Raises:
@@ -29,7 +29,7 @@ def check_parts(adapters: Mapping[str, Any]) -> None:
     )
 
 
-def primary(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def primary(adapters: Any) -> dict[str, Any]:
   """Drops the auxiliary: what to evaluate, merge, and keep after training.
 
   Args:
@@ -63,7 +63,7 @@ def labels(adapters: Mapping[str, Any]) -> dict[str, str]:
   }
 
 
-def count_parameters(adapters: Mapping[str, Any]) -> dict[str, int]:
+def count_parameters(adapters: Any) -> dict[str, int]:
   """The number of trained scalars in each part.
 
   Args:

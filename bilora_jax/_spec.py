@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from bilora_jax import _patterns, _quantised
 
@@ -78,6 +79,8 @@ class LoraSpec:
 
   def __post_init__(self):
     _check_sizes(self.rank, self.alpha, self.auxiliary_rank, "")
+    for name in (*_OVERRIDES, "dropout", "tile_size"):
+      object.__setattr__(self, name, _plain(getattr(self, name)))
     if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
       raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
     if self.dtype is not None:
@@ -126,6 +129,11 @@ class LoraSpec:
             f"for {pattern!r}."
           )
         _check_sizes(*self._sizes(overrides), f" for target {pattern!r}")
+      plain = {
+        pattern: {name: _plain(size) for name, size in overrides.items()}
+        for pattern, overrides in self.targets.items()
+      }
+      object.__setattr__(self, "targets", plain)
     for pattern in patterns:
       _patterns.check(pattern)
 
@@ -190,13 +198,20 @@ def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):
 
 
 def _is_integer(value: Any) -> bool:
+  value = _plain(value)
   return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
   """Whether a value is a finite float, or an integer that is one's."""
+  value = _plain(value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number and abs(value) <= sys.float_info.max
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers as Python's, which files and comparisons take."""
+  return value.item() if isinstance(value, np.number) else value
 
 
 def _float_name(dtype: Any) -> str:

@@ -333,6 +333,36 @@ def test_arguments_that_cannot_be_are_refused(make, message):
     make()
 
 
+@pytest.mark.parametrize("name", ["sam", "s2sam", "eflat_lora", "weight_noise"])
+def test_a_schedule_is_refused_and_its_value_taken_in_the_step(name):
+  make = getattr(baselines, name)
+  with pytest.raises(ValueError, match=r", .* is a number; got the function"):
+    make(lambda step: 0.1)
+  data = tuple(jnp.float32(part) for part in low_rank.data())
+  params = low_rank.params(low_rank.weights())
+  value_and_grad = jax.value_and_grad(low_rank.loss)
+
+  @jax.jit
+  def two_steps(rho):
+    estimator = make(rho)
+    state = estimator.init(params)
+    for _ in range(2):
+      out, state = estimator.estimate(value_and_grad, state, KEY, params, *data)
+    return out
+
+  # The perturbation of the second step is what rho is there.
+  near, far = two_steps(0.0), two_steps(0.5)
+  estimator = make(0.5)
+  state = estimator.init(params)
+  for _ in range(2):
+    wanted, state = estimator.estimate(
+      value_and_grad, state, KEY, params, *data
+    )
+  for x, y in zip(jax.tree.leaves(far), jax.tree.leaves(wanted)):
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+  assert not np.allclose(near[1]["bias"], far[1]["bias"], rtol=1e-3)
+
+
 def test_losses_that_are_not_one_for_each_sample_are_refused():
   estimator = baselines.esam(0.1, low_rank.loss, _take)
   params = low_rank.params(low_rank.weights())
