@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _linalg, _transform
+from bilora_jax import _ball, _linalg
 from bilora_jax._factors import Factors, is_factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
@@ -82,7 +82,7 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
     )
 
   def init_fn(params):
-    _transform.pairs(params, user="power_ascent")
+    _ball.pairs(params, user="power_ascent")
     return PowerAscentState(count=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
@@ -137,7 +137,7 @@ def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
 def _map(f: Any, *trees: Any) -> Any:
   """Applies f to the pairs; what a mask hides stays as it is."""
   return jax.tree.map(
-    lambda *nodes: f(*nodes) if _transform.is_pair(nodes[0]) else nodes[0],
+    lambda *nodes: f(*nodes) if _ball.is_pair(nodes[0]) else nodes[0],
     *trees,
     is_leaf=is_factors,
   )

@@ -4,7 +4,7 @@ import math
 
 import optax
 
-from bilora_jax import _transform
+from bilora_jax import _ball
 
 
 def adaptive_radius(
@@ -53,7 +53,7 @@ def adaptive_radius(
       raise ValueError(
         "adaptive_radius needs params, the third argument of update; got None."
       )
-    norm, *_ = _transform.norms(params["primary"], user="adaptive_radius")
+    norm, *_ = _ball.norms(params["primary"], user="adaptive_radius")
     return inner.update(
       updates, state, params, **{"rho": ratio * norm, **extra_args}
     )
