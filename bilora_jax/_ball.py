@@ -5,7 +5,6 @@ import math
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -60,9 +59,9 @@ def keep_in_ball(
   leave the ball, and nothing says so. `hold_ball` holds it all the same.
 
   Args:
-    rho: radius of the ball, in units of the weights, or a schedule of it. A
-      schedule's value below 0, or NaN, counts as 0. The scale of each pair
-      counts: rho bounds what the weights really get.
+    rho: radius of the ball, in units of the weights, or a schedule of it. The
+      value of a schedule or an array counts as 0 if it is below 0 or NaN. The
+      scale of each pair counts: rho bounds what the weights really get.
     clip: `'global'`, one ball over all nodes; `'layer'`, a ball of radius rho
       for each node, and for each index of its batch axes; `None`, no clip, the
       norm is only recorded. The last two are the paper's ablations.
@@ -79,9 +78,9 @@ def keep_in_ball(
     counts in place of the one given here.
 
   Raises:
-    ValueError: if rho is negative or not finite, or clip is unknown; on update,
-      if params are missing or hold an array outside of a node, or specs do not
-      fit them, shard a rank, or are of nodes that are no pairs.
+    ValueError: if the number rho is negative or not finite, or clip is unknown;
+      on update, if params are missing or hold an array outside of a node, or
+      specs do not fit them, shard a rank, or shard nodes that are no pairs.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -484,8 +483,8 @@ def _projected(old: Any, update: Any, new: Any, factor: jax.Array) -> Any:
 
 
 def _check_rho(rho: ScalarOrSchedule) -> None:
-  # Under optax.inject_hyperparams rho is traced, and its value unknown.
-  if callable(rho) or isinstance(rho, jax.core.Tracer):
+  # Under optax.inject_hyperparams rho is an array, which is clamped.
+  if callable(rho) or isinstance(rho, jax.Array):
     return
   if not (math.isfinite(rho) and rho >= 0):
     raise ValueError(

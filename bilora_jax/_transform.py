@@ -38,7 +38,7 @@ def bilora(
   Args:
     optimizer: what the primary and the extra parameters descend with.
     rho: radius of the auxiliary's ball, in units of the weights, or a schedule
-      of it, whose values below 0, or NaN, count as 0.
+      of it; see `keep_in_ball`.
     auxiliary_optimizer: what the auxiliary climbs with; by default
       `optimizer`, with a state of its own. It is fed the negated gradient, so
       weight decay still decays.
