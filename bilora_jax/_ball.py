@@ -1,5 +1,6 @@
 """The ball: adapters of any kinds, scaled until their norm is its radius."""
 
+from collections.abc import Mapping
 import functools
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -127,9 +128,7 @@ def keep_in_ball(
       raise ValueError(
         "keep_in_ball needs params, the third argument of update; got None."
       )
-    given = extra_args.get("radius")
-    if given is None:
-      given = extra_args.get("rho")
+    given = given_radius(extra_args)
     if given is None:
       given = rho(state.count) if callable(rho) else rho
     radius = _radius(given)
@@ -287,6 +286,13 @@ def _half_hidden(user: str, node: Any, where: str) -> str:
 def is_pair(node: Any) -> bool:
   """Whether a node is a pair that no mask hides."""
   return is_factors(node) and _nodes.is_seen(node)
+
+
+def given_radius(extra_args: Mapping[str, Any]) -> Any:
+  """The radius among the extra arguments of an update, or None."""
+  radius = extra_args.get("radius")
+  # Its name until 0.1.
+  return extra_args.get("rho") if radius is None else radius
 
 
 def _clipped(

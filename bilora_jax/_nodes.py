@@ -86,10 +86,16 @@ def moving(node: Any) -> list[Any]:
 
 
 def norm(node: Any) -> jax.Array:
-  """The norm of a node's perturbation, `(*batch)`, in float32.
+  """The norm of a node's perturbation, in float32.
 
   It is in float32's range wherever the norm is: fields are divided by their
   largest entry before anything is squared.
+
+  Args:
+    node: an adapter, as `bilora_jax.Factors` is one.
+
+  Returns:
+    `(*batch)`, one norm for each index of the batch axes.
   """
   if hasattr(node, "frobenius_norm"):
     return node.frobenius_norm()

@@ -1,4 +1,15 @@
-"""oBAR and nBAR: SAM's pull towards balanced factors, without its cost."""
+"""oBAR and nBAR: SAM's pull towards balanced factors, without its cost.
+
+With `loss_fn(params, batch)`,
+
+  rate = 0.25 * 5e-4
+  tx = baselines.balanced(optax.adam(5e-4), rate, by='gradients')
+  opt_state = tx.init(params)
+  for key, batch in batches:
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 import math
 from typing import Any, Literal, NamedTuple

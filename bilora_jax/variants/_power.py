@@ -27,7 +27,9 @@ class PowerAscentState(NamedTuple):
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
+def power_ascent(
+  decay: float | jax.Array = 0.0,
+) -> optax.GradientTransformation:
   r"""Climbs at an infinite rate: subspace iteration towards the gradient.
 
   Of each pair :math:`W = s\,a\,b` one factor is orthonormal. For :math:`G`, the
@@ -76,7 +78,10 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
     matrix a pair, some 4 r^2 operations a row. Not for factors that
     `jax.shard_map` shards.
   """
-  if not (math.isfinite(decay) and 0 <= decay < 1):
+  # Under optax.inject_hyperparams it is an array, of unknown value.
+  if not isinstance(decay, jax.Array) and not (
+    math.isfinite(decay) and 0 <= decay < 1
+  ):
     raise ValueError(
       f"decay, of the old direction, is at least 0 and below 1; got {decay}."
     )
@@ -115,14 +120,14 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
+def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
   scales = _map(lambda p: _scale(p, of_b), old)
   old = _map(_rescaled, old, scales)
   # The gradients are of the new factors.
   ascent = _map(lambda g, scale: _rescaled(g, 1 / scale), ascent, scales)
   mean = _normalised(old, _map(_projected, old, ascent), of_b, 1 - decay)
-  if decay:
+  if isinstance(decay, jax.Array) or decay:
     mean = _map(_sum, mean, _normalised(old, old, of_b, decay))
 
   def joined(pair, new):
@@ -175,7 +180,7 @@ def _projected(pair: Factors, ascent: Factors) -> Factors:
   return Factors(c * ascent.a, c * ascent.b, pair.scale)
 
 
-def _normalised(old: Any, new: Any, of_b: bool, share: float) -> Any:
+def _normalised(old: Any, new: Any, of_b: bool, share: Any) -> Any:
   """The renewed factors at a share of `_OUTSIDE`, the others orthonormal."""
 
   def square(pair, x):
