@@ -47,10 +47,12 @@ def save_adapters(
     adapters: all of them, or `primary(adapters)`.
 
   Raises:
-    ValueError: if the adapters are not of this model and spec.
+    ValueError: if the adapters are not of this model and spec, or some are no
+      plain pairs.
     OSError: if a file cannot be written; earlier files are then untouched.
   """
   adapted.check(adapters)
+  _check_kinds(adapters)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   arrays, scales = {}, {}
@@ -77,8 +79,25 @@ def save_adapters(
   write_all({folder / _TENSORS: blob, folder / _CONFIG: text.encode() + b"\n"})
 
 
+def _check_kinds(adapters: Mapping[str, Any]) -> None:
+  others = [
+    f"{path} is an {type(leaf).__name__}"
+    for path, leaf in _flatten(adapters).items()
+    if is_factors(leaf) and type(leaf) is not Factors
+  ]
+  if others:
+    raise ValueError(
+      "save_adapters writes pairs that are Factors, and would lose what else "
+      f"these are: {', '.join(others)}. Save without_auxiliary(adapters), or "
+      "all by flax.serialization or Orbax."
+    )
+
+
 def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
   """The spec that a folder's adapters were made with.
+
+  Args:
+    folder: with `adapters.safetensors` and `adapters.json`.
 
   Raises:
     ValueError: if a file is missing, is not of this format, or too new.

@@ -173,11 +173,10 @@ class Provider(qwix.LoraProvider, _stand_in.Products):
   def einsum(self, einsum_str, *operands, **kwargs):
     rule, _ = self._get_current_rule_and_op_id("einsum", only_rule=True)
     product = _as_product(einsum_str, *operands)
-    if (
-      not isinstance(rule, qwix.LoraRule)
-      or product is None
-      or _in_jitted_function()
-    ):
+    ours = isinstance(rule, qwix.LoraRule) or any(
+      isinstance(x, _stand_in.StandIn) for x in operands
+    )
+    if not ours or product is None or _in_jitted_function():
       return super(qwix.LoraProvider, self).einsum(
         einsum_str,
         *operands,  # pyright: ignore[reportArgumentType]

@@ -179,6 +179,8 @@ def joined(
   tx = optax.with_extra_args_support(tx)
 
   def init_fn(params):
+    if _partition.is_placeholder(params):
+      return tx.init(params)
     return tx.init(layout.split(params, primary_rank))
 
   def update_fn(updates, state, params=None, **extra_args):

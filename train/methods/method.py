@@ -32,7 +32,6 @@ class Method(NamedTuple):
     weights: from the variables to the frozen weights that the estimator
       perturbs, nested as they are; None if it perturbs none of them.
     adapted: the model with adapters, if it has any.
-    rho: radius of the auxiliary's ball, if there is one.
   """
 
   init: Init
@@ -42,7 +41,6 @@ class Method(NamedTuple):
   estimator: baselines.GradientEstimator = baselines.gradient()
   weights: Callable[[Any], Any] | None = None
   adapted: bilora_jax.Adapted | None = None
-  rho: float | None = None
 
   def differentiated(self, trained: Any, variables: Any) -> Any:
     """What the loss is differentiated by: what is trained, and `weights`."""
@@ -184,7 +182,6 @@ def _of_adapters(
     optax.identity(),
     dict if spec.keeps_auxiliary(options) else bilora_jax.primary,
     adapted=adapted,
-    rho=options.rho if spec.has_auxiliary else None,
   )
 
 

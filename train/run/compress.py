@@ -131,7 +131,7 @@ def _tiles(
       rank=1,
       alpha=1.0,
       targets=".*",
-      exclude=family.own_head,
+      exclude=family.own_head(model),
       extra="head/.*" if family.has_new_head else None,
       base_dtype="int8",
       tile_size=size,

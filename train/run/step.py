@@ -40,7 +40,8 @@ class Metrics(NamedTuple):
     accuracy: share of right predictions among them.
     nonfinite: how many steps in a row were skipped.
     tokens: real tokens in the batch.
-    c_over_rho: norm of the auxiliary before the clip, over rho; NaN without.
+    c_over_rho: norm of the auxiliary before the clip, over the step's radius;
+      NaN without.
     clip_factor: what the clip multiplied each factor by; 1 without.
   """
 
@@ -144,7 +145,7 @@ def make_train_step(
       accuracy=accuracy,
       nonfinite=nonfinite,
       tokens=objective.tokens(batch),
-      c_over_rho=_over(norm, method.rho),
+      c_over_rho=_over(norm, optax.tree.get(opt_state, "radius", jnp.nan)),
       clip_factor=optax.tree.get(opt_state, "clip_factor", one),
     )
     return TrainState(
@@ -154,11 +155,9 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
 
 
-def _over(norm: jax.Array, rho: Any) -> jax.Array:
+def _over(norm: jax.Array, radius: jax.Array) -> jax.Array:
   """The quotient; NaN without a ball, or with one of no size."""
-  if rho is None:
-    return jnp.float32(jnp.nan)
-  return jnp.where(rho > 0, norm / rho, jnp.nan)
+  return jnp.where(radius > 0, norm / radius, jnp.float32(jnp.nan))
 
 
 def _accumulated(
