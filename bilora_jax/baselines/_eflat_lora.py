@@ -1,4 +1,16 @@
-"""EFlat-LoRA: the whole weights' perturbation, carried by one factor."""
+"""EFlat-LoRA: the whole weights' perturbation, carried by one factor.
+
+With `loss_fn(params, batch)` and any optimizer `tx`,
+
+  estimator = baselines.eflat_lora(rho=0.05)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from collections.abc import Callable
 import functools

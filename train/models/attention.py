@@ -54,12 +54,13 @@ class Seen:
 def chosen(
   choice: str, dtype: typing.DTypeLike, head_size: int, length: int
 ) -> str:
-  """The kernel of a choice: for 'auto', that of this process's backend.
+  """The kernel of a choice: for 'auto', that of the devices.
 
-  On CPU it is 'matmul', batched products with heads in front, for whose
-  backward pass XLA has fast code. On a TPU it is 'splash', but 'xla' for rows
-  shorter than its blocks. On a GPU it is 'cudnn', but 'xla' where cuDNN does
-  not take the dtype or the width.
+  They are those of the mesh, or of this process's backend without one. On CPUs
+  it is 'matmul', batched products with heads in front, for whose backward pass
+  XLA has fast code. On TPUs it is 'splash', but 'xla' for rows shorter than its
+  largest block. On GPUs it is 'cudnn', but 'xla' where cuDNN does not take the
+  dtype or the width (`without_cudnn`).
 
   Args:
     choice: one of `CHOICES`.
@@ -82,12 +83,12 @@ def chosen(
     raise ValueError(f"attention='cudnn' {reason}.")
   if choice != "auto":
     return choice
-  backend = jax.default_backend()
-  if backend == "cpu":
+  platform = _platform()
+  if platform == "cpu":
     return "matmul"
-  if backend == "tpu" and length >= _LANES:
+  if platform == "tpu" and length >= _BLOCKS[0]:
     return "splash"
-  if backend == "gpu" and _is_cuda() and not reason:
+  if platform == "gpu" and _is_cuda() and not reason:
     return "cudnn"
   return "xla"
 
@@ -339,6 +340,11 @@ def _on_mesh(kernel: Any, q, k, v, seen) -> jax.Array:
 def _divides(mesh: Any, axes: Any, size: int) -> bool:
   names = axes if isinstance(axes, tuple) else (axes,)
   return size % math.prod(mesh.shape[x] for x in names if x) == 0
+
+
+def _platform() -> str:
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def _is_hopper() -> bool:

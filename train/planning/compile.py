@@ -204,8 +204,7 @@ def _lowered(
   layout: mesh_lib.Layout,
   **of_module: Any,
 ) -> jax.stages.Lowered:
-  mesh, (family, sizes) = layout.mesh, model
-  platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+  family, sizes = model
   assert family.language_model is not None
   module = family.language_model(
     sizes,
@@ -213,8 +212,6 @@ def _lowered(
     param_dtype=jnp.dtype(config.model.param_dtype),
     remat=options.remat,
     scan=options.scan_layers,
-    # Not this process's backend, by which the model would go itself.
-    attention={"cpu": "matmul", "tpu": "splash"}.get(platform, "xla"),
     **of_module,
   )
   objective = objectives.NEXT_TOKEN

@@ -153,8 +153,8 @@ def test_on_cpu_products_are_batched(monkeypatch):
     ("gpu", "float32", 64, 100, "xla"),
     ("gpu", "bfloat16", 36, 100, "xla"),
     ("gpu", "bfloat16", 264, 100, "xla"),
-    ("tpu", "float32", 64, 128, "splash"),
-    ("tpu", "float32", 64, 127, "xla"),
+    ("tpu", "float32", 64, 512, "splash"),
+    ("tpu", "float32", 64, 511, "xla"),
   ],
 )
 def test_the_choice_goes_by_backend_dtype_and_width(
