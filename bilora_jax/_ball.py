@@ -105,9 +105,14 @@ def keep_in_ball(
   .. note::
     At rho = 0 the fields that a node names in `kept` stay, as `a` of a pair:
     with all of them zero it would stay there for ever, and a schedule could
-    not start at 0. The same holds where c is infinite. Norms are right for
-    entries from 1e-30 to 1e30, except that beside other nodes a pair counts as
-    zero if one of its factors is below 1e-19 throughout.
+    not start at 0. The same holds where c is infinite.
+
+  .. note::
+    Norms are right for entries from 1e-30 to 1e30, except that beside other
+    nodes a pair counts as zero if one of its factors is below 1e-19 throughout.
+    After an update c is at most `rho * (1 + 1e-6)`, unless the parameters
+    before it were far outside of the ball: Optax adds updates, and their sum
+    has the rounding of what they are added to.
   """
   _check_rho(rho)
   if clip not in ("global", "layer", None):

@@ -60,10 +60,10 @@ class Factors:
       specs: see `squared_norm`.
 
     .. note::
-      A product whose terms cancel is known to the rounding of its terms: the
-      square has an error of some 1e-7 times :math:`\||a||b|\|_F^2`. A weight
-      that is a thousandth of its terms, or less, may read several times too
-      large, or 0. Pairs that were trained are far from that.
+      Where terms of the product cancel, the norm is known to the rounding of
+      the terms alone: its square has an error of up to some 1e-7 times
+      :math:`\||a||b|\|_F^2`. Of 2,000 random pairs whose weight was 4e-4 of its
+      terms, the worst read 29% wrong; at 1.3e-4, 129%, and a fifth read 0.
     """
     sizes, sides = [], sharded_sides(self, specs)
     for x, axes in zip((self.a, self.b), sides):
@@ -78,9 +78,8 @@ class Factors:
   def squared_norm(self, specs: "Factors | None" = None) -> jax.Array:
     """The square of `frobenius_norm`, `(*batch)`, in float32.
 
-    It costs less, and is NaN or infinite where squares of entries, or the
-    result, leave float32: above some 1e19, and below 1e-19 in one factor beside
-    large ones in the other.
+    It costs less, and takes squares of entries as they are: above some 1e19 it
+    is infinite or NaN, and a factor below 1e-19 throughout counts as zero.
 
     Args:
       specs: where the code sees shards, under `jax.shard_map` and `jax.pmap`:

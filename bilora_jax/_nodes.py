@@ -38,7 +38,9 @@ class Adapter(Protocol):
   def squared_norm(self) -> jax.Array:
     """The square of the perturbation's norm, `(*batch)`, in float32.
 
-    Where float32 cannot hold it, it is not finite.
+    It may be infinite, NaN or zero where squares leave float32: the ball then
+    takes `frobenius_norm`, or this again, of fields that are divided by their
+    largest entry.
     """
     ...
 

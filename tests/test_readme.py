@@ -30,14 +30,16 @@ def test_the_twenty_lines_run_and_evaluate_what_they_merge():
   variables = model.init(jax.random.key(1), x)
   names = {"model": model, "x": x, "variables": variables}
   # One step between the definitions and the evaluation.
-  before, after = code.split("logits = adapted.apply(variables, primary")
+  before, after = code.split(
+    "logits = adapted.apply(variables, without_auxiliary"
+  )
   exec(before, names)
   batch = {"x": x, "y": np.arange(6) % 3}
   names["adapters"], names["opt_state"], loss = names["train_step"](
     variables, names["adapters"], names["opt_state"], batch
   )
   assert np.isfinite(loss)
-  exec("logits = adapted.apply(variables, primary" + after, names)
+  exec("logits = adapted.apply(variables, without_auxiliary" + after, names)
   assert np.abs(names["logits"] - model.apply(variables, x)).max() > 0
   np.testing.assert_allclose(
     model.apply(names["variables"], x), names["logits"], atol=1e-5

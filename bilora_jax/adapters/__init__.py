@@ -2,7 +2,7 @@
 
 Each is a node of a tree, with a `degree` and a `squared_norm`, as
 `bilora_jax.Factors` is: `bilora` trains trees of any mixture of them. Those of
-kernels, LoKr, LoHa, VeRA and IA3, run by `adapt`:
+kernels, LoKr, LoHa, VeRA and IA3, run by `adapt`::
 
   adapted = adapt(model, LoraSpec(), x)
   params = adapters.init(key, adapted, variables, adapters.loha(rank=4))

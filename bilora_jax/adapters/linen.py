@@ -1,10 +1,13 @@
 """Soft prompts and bottlenecks as modules of `flax.linen`.
 
 Their node is a variable of the collection `adapters`, so the model's parameters
-stay as they are. With `variables = model.init(...)`, the primary starts at
-`variables['adapters']`, an auxiliary at zeros of that, and both together are
+stay as they are::
 
-  variables = {**variables, 'adapters': optax.tree.add(primary, auxiliary)}
+  variables = model.init(key, x)
+  primary = variables['adapters']
+  auxiliary = optax.tree.zeros_like(primary)
+  both = {**variables, 'adapters': optax.tree.add(primary, auxiliary)}
+  y = model.apply(both, x)
 
 `bilora` trains `{'primary': primary, 'auxiliary': auxiliary}`.
 """

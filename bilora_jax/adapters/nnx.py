@@ -1,7 +1,7 @@
 """Soft prompts and bottlenecks as modules of `flax.nnx`.
 
 Their node is the value of an `AdapterVariable`, which is no `nnx.Param`, so the
-model's parameters stay as they are:
+model's parameters stay as they are::
 
   graphdef, primary, rest = nnx.split(model, adapters.nnx.AdapterVariable, ...)
   auxiliary = optax.tree.zeros_like(primary)
