@@ -7,6 +7,7 @@ import shlex
 from flax import linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 import tyro
 
@@ -41,6 +42,20 @@ def test_the_twenty_lines_run_and_evaluate_what_they_merge():
   np.testing.assert_allclose(
     model.apply(names["variables"], x), names["logits"], atol=1e-5
   )
+
+
+def test_what_it_says_bilora_composes_with_is_optaxs_and_keeps_the_ball():
+  # tests/bilora_jax/test_ball.py and test_transform_wrappers.py try each.
+  (said,) = re.findall(r"`bilora` composes:(.*?);", _README, re.DOTALL)
+  names = {x.removeprefix("optax.") for x in re.findall(r"`([\w.]+)`", said)}
+  assert names - {"bilora"} == {
+    "chain",
+    "MultiSteps",
+    "apply_if_finite",
+    "inject_hyperparams",
+    "selective_transform",
+  }
+  assert all(hasattr(optax, name) for name in names - {"bilora"})
 
 
 def test_every_make_target_and_file_that_it_names_exists():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball, _linalg
+from bilora_jax import _linalg, _norms
 from bilora_jax._factors import Factors, is_factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
@@ -87,7 +87,7 @@ def power_ascent(
     )
 
   def init_fn(params):
-    _ball.pairs(params, user="power_ascent")
+    _norms.pairs(params, user="power_ascent")
     return PowerAscentState(count=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
@@ -142,7 +142,7 @@ def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
 def _map(f: Any, *trees: Any) -> Any:
   """Applies f to the pairs; what a mask hides stays as it is."""
   return jax.tree.map(
-    lambda *nodes: f(*nodes) if _ball.is_pair(nodes[0]) else nodes[0],
+    lambda *nodes: f(*nodes) if _norms.is_pair(nodes[0]) else nodes[0],
     *trees,
     is_leaf=is_factors,
   )
