@@ -1,5 +1,6 @@
 """Bi-LoRA for JAX: one adapter descends the loss, one climbs it in a ball."""
 
+from bilora_jax import adapters as adapters
 from bilora_jax import baselines as baselines
 from bilora_jax import initializers as initializers
 from bilora_jax import peft as peft

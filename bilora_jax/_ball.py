@@ -1,7 +1,6 @@
 """The ball: adapters of any kinds, scaled until their norm is its radius."""
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Mapping
 import math
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -9,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _nodes
-from bilora_jax._factors import Factors, batch_axes, is_factors
+from bilora_jax import _nodes, _norms
 
 Clip: TypeAlias = Literal["global", "layer"] | None
 ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
 
-# Squares whose sum is outside of these are taken anew, of scaled fields.
-_LEAST, _MOST = 1e-30, 1e37
 # What rounding may leave outside of a ball.
 _SLACK = 1e-6
 
@@ -119,7 +115,7 @@ def keep_in_ball(
     raise ValueError(f"clip is 'global', 'layer' or None; got {clip!r}.")
 
   def init_fn(params):
-    nodes(params)
+    _norms.nodes(params)
     first = rho(jnp.zeros([], jnp.int32)) if callable(rho) else rho
     return FrobeniusBallState(
       count=jnp.zeros([], jnp.int32),
@@ -172,8 +168,8 @@ def hold_ball(
     updates, to the bit, where those stay in the ball.
 
   Raises:
-    ValueError: if clip is unknown; on init, if tx has no ball; on update, if
-      params are missing.
+    ValueError: if clip is unknown; on init, if tx has no ball, or several; on
+      update, if params are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -195,10 +191,11 @@ def hold_ball(
 
   def init_fn(params):
     state = inner.init(params)
-    if not optax.tree.get_all_with_path(state, "FrobeniusBallState"):
+    balls = len(_states(state))
+    if balls != 1:
       raise ValueError(
-        "hold_ball holds the ball of what bilora makes; the transformation "
-        "that it got has none."
+        "hold_ball holds the ball of one bilora; the transformation that it "
+        f"got has {balls}."
       )
     return state
 
@@ -209,10 +206,11 @@ def hold_ball(
       )
     updates, state = inner.update(updates, state, params, **extra_args)
     parts, trained = cast(dict[str, Any], updates), cast(Any, params)
+    (ball,) = _states(state)
     auxiliary, *_ = _clipped(
       trained["auxiliary"],
       parts["auxiliary"],
-      optax.tree.get(state, "radius"),
+      ball.radius,
       clip,
       specs,
       slack=_SLACK,
@@ -222,84 +220,10 @@ def hold_ball(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def norms(
-  tree: Any, specs: Any = None, *, user: str = "keep_in_ball"
-) -> tuple[jax.Array, list[jax.Array], list[tuple[str, ...]]]:
-  """The norm over all nodes of a tree, and what it is made of.
-
-  Args:
-    tree: of nodes; those that a mask hides do not count.
-    specs: as in `keep_in_ball`.
-    user: who asks, for the error's message.
-
-  Returns:
-    The norm, the nodes' own, `(*batch)` each, and the mesh axes to add the
-    squares of these up over.
-  """
-  found = nodes(tree, user)
-  known = _node_specs(specs, tree)
-  norm, each = _norms(tuple(found), known)
-  return norm, each, _shards(found, known)
-
-
-def nodes(tree: Any, user: str = "keep_in_ball") -> list[Any]:
-  """The nodes of a tree, without those that a mask hides.
-
-  Raises:
-    ValueError: if anything else is in the tree, or a mask hides half a node.
-  """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
-    where = jax.tree_util.keystr(path) or "the root"
-    if not _nodes.is_adapter(node):
-      raise ValueError(
-        f"{user} needs a tree of Factors; got {type(node).__name__} at "
-        f"{where}. Other nodes have a degree and a squared_norm, as those of "
-        "bilora_jax.adapters."
-      )
-    hidden = [_nodes.is_masked(x) for x in _nodes.moving(node)]
-    if any(hidden) and not all(hidden):
-      raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
-
-
-def pairs(tree: Any, user: str) -> list[Factors]:
-  """The pairs of a tree that has nothing else, without the hidden ones.
-
-  Raises:
-    ValueError: if anything else is in the tree, or a mask hides half a pair.
-  """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
-    where = jax.tree_util.keystr(path) or "the root"
-    if not is_factors(node):
-      raise ValueError(
-        f"{user} needs a tree of Factors; got {type(node).__name__} at {where}."
-      )
-    if _nodes.is_masked(node.a) != _nodes.is_masked(node.b):
-      raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
-
-
-def _half_hidden(user: str, node: Any, where: str) -> str:
-  whole = "both factors of a pair, or neither"
-  if not is_factors(node):
-    whole = f"all fields of a {type(node).__name__}, or none"
-  return f"{user} needs {whole}; a mask hides a part of it at {where}."
-
-
-def is_pair(node: Any) -> bool:
-  """Whether a node is a pair that no mask hides."""
-  return is_factors(node) and _nodes.is_seen(node)
-
-
-def map_pairs(f: Callable[..., Any], *trees: Any) -> Any:
-  """Applies f to the pairs; what a mask hides stays as it is."""
-  return jax.tree.map(
-    lambda *nodes: f(*nodes) if is_pair(nodes[0]) else nodes[0],
-    *trees,
-    is_leaf=is_factors,
-  )
+def _states(state: Any) -> list[FrobeniusBallState]:
+  """The states of balls in the state of any transformation."""
+  found = optax.tree.get_all_with_path(state, "FrobeniusBallState")
+  return [cast(FrobeniusBallState, ball) for _, ball in found]
 
 
 def given_radius(extra_args: Mapping[str, Any]) -> Any:
@@ -319,11 +243,11 @@ def _clipped(
 ) -> tuple[Any, jax.Array, jax.Array]:
   """The updates that end in the ball, the norm, and the smallest factor."""
   proposed = optax.apply_updates(params, updates)
-  norm, each, shards = norms(proposed, specs)
+  norm, each, shards = _norms.norms(proposed, specs)
   clip_factor = jnp.float32(1.0)
   if clip is None:
     return updates, norm, clip_factor
-  found = nodes(proposed)
+  found = _norms.nodes(proposed)
   if clip == "global":
     factors = [_shrinkage(norm, radius, node.degree, slack) for node in found]
     smallest = list(
@@ -335,7 +259,7 @@ def _clipped(
       for node, size in zip(found, each)
     ]
     smallest = [
-      _across(jax.lax.pmin, axes, jnp.min(factor, initial=1.0))
+      _norms.across(jax.lax.pmin, axes, jnp.min(factor, initial=1.0))
       for axes, factor in zip(shards, factors)
     ]
   for factor in smallest:
@@ -352,109 +276,6 @@ def _clipped(
     project, params, updates, proposed, is_leaf=_nodes.is_adapter
   )
   return updates, norm, clip_factor
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _norms(
-  found: tuple[Any, ...], specs: tuple[Factors | None, ...]
-) -> tuple[jax.Array, list[jax.Array]]:
-  """The norm over all nodes, and each node's."""
-  shards = _shards(found, specs)
-
-  def total(squares):
-    sums = (
-      _across(jax.lax.psum, x, jnp.sum(s)) for x, s in zip(shards, squares)
-    )
-    return sum(sums, start=jnp.float32(0.0))
-
-  squares = [
-    node.squared_norm() if spec is None else node.squared_norm(spec)
-    for node, spec in zip(found, specs)
-  ]
-  square = total(squares)
-
-  def as_found():
-    return jnp.sqrt(square), [jnp.sqrt(s) for s in squares]
-
-  def of_scaled():
-    each = _scaled_norms(found, specs)
-    largest = jnp.float32(0.0)
-    for axes, size in zip(shards, each):
-      most = jnp.max(size, initial=0.0)
-      largest = jnp.maximum(largest, _across(jax.lax.pmax, axes, most))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return scale * jnp.sqrt(total([(x / scale) ** 2 for x in each])), each
-
-  if not found:
-    return as_found()
-  # Squares leave float32 long before norms do; the other branch is seldom run.
-  in_range = (square > _LEAST) & (square < _MOST)
-  return jax.lax.cond(in_range, as_found, of_scaled)
-
-
-def _scaled_norms(
-  found: tuple[Any, ...], specs: tuple[Factors | None, ...]
-) -> list[jax.Array]:
-  """Each node's norm, whatever its entries; nodes of one shape at once."""
-  alike: dict[Any, list[int]] = {}
-  for i, (node, spec) in enumerate(zip(found, specs)):
-    arrays, structure = jax.tree.flatten(node)
-    shapes = tuple((x.shape, x.dtype) for x in arrays)
-    alike.setdefault((structure, shapes, spec), []).append(i)
-  each: dict[int, jax.Array] = {}
-  for (_, _, spec), places in alike.items():
-    stacked = jax.tree.map(
-      lambda *xs: jnp.stack(xs), *(found[i] for i in places)
-    )
-    sizes = jax.vmap(
-      _nodes.norm
-      if spec is None
-      else functools.partial(Factors.frobenius_norm, specs=spec)
-    )(stacked)
-    each |= dict(zip(places, sizes))
-  return [each[i] for i in range(len(found))]
-
-
-def _node_specs(specs: Any, tree: Any) -> tuple[Factors | None, ...]:
-  """The specs of a tree's nodes, in the order of `nodes`."""
-  if specs is None:
-    return (None,) * len(nodes(tree))
-  known = dict(
-    jax.tree_util.tree_leaves_with_path(specs, is_leaf=_nodes.is_adapter)
-  )
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  seen = [(path, node) for path, node in found if _nodes.is_seen(node)]
-  missing = [path for path, _ in seen if not _nodes.is_adapter(known.get(path))]
-  if missing:
-    raise ValueError(
-      "specs is a tree like the parameters, of Factors of PartitionSpec; it "
-      f"has none at {', '.join(map(jax.tree_util.keystr, missing))}."
-    )
-  for path, node in seen:
-    if not is_factors(node) and any(map(_splits, _nodes.moving(known[path]))):
-      raise ValueError(
-        f"specs may shard pairs alone; got {known[path]} at "
-        f"{jax.tree_util.keystr(path)}."
-      )
-  return tuple(known[path] if is_factors(node) else None for path, node in seen)
-
-
-def _splits(spec: Any) -> bool:
-  return any(names not in (None, ()) for names in spec)
-
-
-def _shards(
-  found: Any, specs: tuple[Factors | None, ...]
-) -> list[tuple[str, ...]]:
-  """The mesh axes that the nodes' batch axes are sharded over."""
-  return [
-    () if spec is None else batch_axes(node, spec)
-    for node, spec in zip(found, specs)
-  ]
-
-
-def _across(reduce: Any, axes: tuple[str, ...], x: jax.Array) -> jax.Array:
-  return reduce(x, axes) if axes else x
 
 
 def _radius(value: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import sys
 from flax import linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 import tyro
 
@@ -58,7 +59,7 @@ variables = model.init(jax.random.key(0), x)
 {code.replace("@jax.jit", "")}
 for _ in range(3):
   adapters, opt_state, loss = train_step(variables, adapters, opt_state, batch)
-primary(adapters), adapted.merge(variables, adapters)
+print(adapted.merge(variables, without_auxiliary(adapters)))
 """
   (tmp_path / "readme.py").write_text("import jax\n" + code)
   config = {"typeCheckingMode": "standard", "extraPaths": [str(_ROOT)]}
@@ -78,6 +79,20 @@ def test_the_subpackages_come_with_the_package():
     f"bilora_jax.{name}" for name in {*names, "peft"}
   )
   subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_it_says_bilora_composes_with_is_optaxs_and_keeps_the_ball():
+  # tests/bilora_jax/test_ball.py and test_transform_wrappers.py try each.
+  (said,) = re.findall(r"`bilora` composes:(.*?);", _README, re.DOTALL)
+  names = {x.removeprefix("optax.") for x in re.findall(r"`([\w.]+)`", said)}
+  assert names - {"bilora"} == {
+    "chain",
+    "MultiSteps",
+    "apply_if_finite",
+    "inject_hyperparams",
+    "selective_transform",
+  }
+  assert all(hasattr(optax, name) for name in names - {"bilora"})
 
 
 def test_every_make_target_and_file_that_it_names_exists():

@@ -19,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball
+from bilora_jax import _norms
 from bilora_jax._factors import Factors, is_factors
 
 
@@ -140,7 +140,7 @@ def _check_rate(rate: optax.ScalarOrSchedule) -> None:
 
 def _shift(params: Any, grads: Any, step: jax.Array, by: str) -> Any:
   """What balancing adds to one node of the tree: zeros outside of pairs."""
-  if not (is_factors(params) and _ball.is_pair(params)):
+  if not (is_factors(params) and _norms.is_pair(params)):
     return jax.tree.map(jnp.zeros_like, params)
   if by == "factors":
     shrinks = _square(params.a) >= _square(params.b)

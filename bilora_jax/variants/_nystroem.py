@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball
+from bilora_jax import _norms
 from bilora_jax.variants import _sketches
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
@@ -75,7 +75,7 @@ def nystroem_ascent(
   """
 
   def init_fn(params):
-    for pair in _ball.pairs(params, user="nystroem_ascent"):
+    for pair in _norms.pairs(params, user="nystroem_ascent"):
       _sketches.core_rank_of(pair.rank, core_rank)
     return NystroemAscentState(count=jnp.zeros([], jnp.int32))
 

@@ -1,6 +1,6 @@
 """SAM of the whole weights, at the memory of SAM of the factors."""
 
-from bilora_jax import _ball, _partition
+from bilora_jax import _norms, _partition
 from bilora_jax.baselines import _estimator
 from bilora_jax.baselines._estimator import GradientEstimator
 from bilora_jax.variants import _sketches
@@ -65,7 +65,7 @@ def nystroem_sam(
         "nystroem_sam adds an auxiliary of its own to the adapters; they hold "
         f"{sorted(params)}."
       )
-    _ball.pairs(params["primary"], user="nystroem_sam")
+    _norms.pairs(params["primary"], user="nystroem_sam")
 
     def beside(pairs):
       return value_and_grad({**params, "auxiliary": pairs}, *args, **kwargs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball, _linalg, _partition
+from bilora_jax import _linalg, _norms, _partition
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax.variants._held import OrthonormalA
 
@@ -68,7 +68,7 @@ def orthonormal_a(
       f"orthonormal_a needs an auxiliary; the adapters hold {sorted(adapters)}."
     )
   tree = adapters["auxiliary"]
-  for pair in _ball.pairs(tree, user="orthonormal_a"):
+  for pair in _norms.pairs(tree, user="orthonormal_a"):
     size_in, rank = pair.a.shape[-2:]
     if rank > size_in:
       raise ValueError(
@@ -126,7 +126,7 @@ def redraw_a(
 
   def init_fn(params):
     if not _partition.is_placeholder(params):
-      for pair in _ball.pairs(params["auxiliary"], user="redraw_a"):
+      for pair in _norms.pairs(params["auxiliary"], user="redraw_a"):
         if not isinstance(pair, OrthonormalA):
           raise ValueError(
             "redraw_a needs an auxiliary made by orthonormal_a; got "
@@ -165,7 +165,7 @@ def redraw_a(
 
 def _moved(old: Any, update: Any, a: Any) -> Any:
   """The update that ends at `a`, and at what it keeps of the perturbation."""
-  if not _ball.is_pair(old):
+  if not _norms.is_pair(old):
     return update
   within = jnp.einsum(
     "...is,...ir->...sr", a, old.a, precision=jax.lax.Precision.HIGHEST
@@ -185,7 +185,7 @@ def _drawn(key: jax.Array, tree: Any) -> Any:
   )
 
   def draw(pair: Factors, key: jax.Array):
-    if not _ball.is_pair(pair):
+    if not _norms.is_pair(pair):
       return pair.a
     return _linalg.qr(jax.random.normal(key, pair.a.shape))[0]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball, _linalg
+from bilora_jax import _linalg, _norms
 from bilora_jax._factors import Factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
@@ -87,7 +87,7 @@ def power_ascent(
     )
 
   def init_fn(params):
-    _ball.pairs(params, user="power_ascent")
+    _norms.pairs(params, user="power_ascent")
     return PowerAscentState(count=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
@@ -122,17 +122,17 @@ def power_ascent(
 
 def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
-  scales = _ball.map_pairs(lambda p: _scale(p, of_b), old)
-  old = _ball.map_pairs(_rescaled, old, scales)
+  scales = _norms.map_pairs(lambda p: _scale(p, of_b), old)
+  old = _norms.map_pairs(_rescaled, old, scales)
   # The gradients are of the new factors.
-  ascent = _ball.map_pairs(
+  ascent = _norms.map_pairs(
     lambda g, scale: _rescaled(g, 1 / scale), ascent, scales
   )
   mean = _normalised(
-    old, _ball.map_pairs(_projected, old, ascent), of_b, 1 - decay
+    old, _norms.map_pairs(_projected, old, ascent), of_b, 1 - decay
   )
   if isinstance(decay, jax.Array) or decay:
-    mean = _ball.map_pairs(_sum, mean, _normalised(old, old, of_b, decay))
+    mean = _norms.map_pairs(_sum, mean, _normalised(old, old, of_b, decay))
 
   def joined(pair, new):
     renews_b = _renews_b(pair, of_b)
@@ -140,7 +140,7 @@ def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
     b = jnp.where(renews_b, new.b, pair.b)
     return _orthonormal(Factors(a, b, pair.scale), of_b)
 
-  return _ball.map_pairs(joined, old, mean)
+  return _norms.map_pairs(joined, old, mean)
 
 
 def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
@@ -182,7 +182,7 @@ def _normalised(old: Any, new: Any, of_b: bool, share: Any) -> Any:
     a, b = (jnp.sum(f**2, (-2, -1), keepdims=True) for f in (x.a, x.b))
     return x.scale**2 * jnp.sum(jnp.where(_renews_b(pair, of_b), b, a))
 
-  norm = jnp.sqrt(optax.tree.sum(_ball.map_pairs(square, old, new)))
+  norm = jnp.sqrt(optax.tree.sum(_norms.map_pairs(square, old, new)))
   factor = share * _OUTSIDE / jnp.where(norm > 0, norm, 1)
   return jax.tree.map(lambda x: factor * x, new)
 

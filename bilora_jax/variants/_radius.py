@@ -5,7 +5,7 @@ import math
 import jax
 import optax
 
-from bilora_jax import _ball
+from bilora_jax import _ball, _norms
 
 
 def adaptive_radius(
@@ -59,7 +59,7 @@ def adaptive_radius(
       )
     radius = _ball.given_radius(extra_args)
     if radius is None:
-      norm, *_ = _ball.norms(params["primary"], user="adaptive_radius")
+      norm, *_ = _norms.norms(params["primary"], user="adaptive_radius")
       radius = ratio * norm
     return inner.update(
       updates, state, params, **{**extra_args, "radius": radius}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball, _nodes, _partition
+from bilora_jax import _ball, _nodes, _norms, _partition
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax.variants._held import HeldA
 
@@ -39,7 +39,7 @@ def share_a(adapters: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: if the primary holds an array outside of a pair.
   """
   adapters = _partition.without_auxiliary(adapters)
-  _ball.pairs(adapters["primary"], user="share_a")
+  _norms.pairs(adapters["primary"], user="share_a")
   return {
     **adapters,
     "auxiliary": jax.tree.map(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _ball, _linalg
+from bilora_jax import _linalg, _norms
 from bilora_jax._factors import Factors
 
 # Of a sketch's columns and rows: their product is nothing beside a weight, and
@@ -91,7 +91,7 @@ def ascent(pairs: Any, grads: Any, core_rank: int | None, radius: Any) -> Any:
     pairs,
     unit,
   )
-  norm, *_ = _ball.norms(found)
+  norm, *_ = _norms.norms(found)
   factor = jnp.where(norm == 0, 0, radius / jnp.where(norm == 0, 1, norm))
   return optax.tree.scale(jnp.sqrt(factor), found)
 
@@ -158,7 +158,7 @@ def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
       in front.
     trees: of pairs, alike; what a mask hides stays as it is.
   """
-  columns = [_ball.pairs(tree, "the sketches") for tree in trees]
+  columns = [_norms.pairs(tree, "the sketches") for tree in trees]
   alike: dict[Any, list[int]] = {}
   for i, pair in enumerate(columns[0]):
     key = pair.a.shape, pair.b.shape, pair.scale
@@ -174,4 +174,4 @@ def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
       i: Factors(new.a[j], new.b[j], new.scale) for j, i in enumerate(places)
     }
   in_order = iter(found[i] for i in range(len(found)))
-  return _ball.map_pairs(lambda _: next(in_order), trees[0])
+  return _norms.map_pairs(lambda _: next(in_order), trees[0])

@@ -1,5 +1,6 @@
 """Auxiliaries of which `b` alone is trained: orthonormal `a`, and a shared."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +9,18 @@ import problems
 import pytest
 import reference
 
-from bilora_jax import Factors, bilora
+from bilora_jax import (
+  Factors,
+  LoraSpec,
+  adapt,
+  bilora,
+  save_adapters,
+  without_auxiliary,
+)
 from bilora_jax.variants import (
   OrthonormalA,
   orthonormal_a,
+  power_ascent,
   redraw_a,
   share_a,
   shared_a,
@@ -231,6 +240,30 @@ def test_the_radius_of_a_shared_a_can_be_given_and_is_in_the_state():
     assert np.all(sizes <= 0.01 * (1 + 1e-6))
 
 
+def test_adapt_runs_them_and_files_refuse_what_they_would_lose(tmp_path):
+  model, x = nn.Dense(5), jnp.ones((2, 8))
+  variables = model.init(jax.random.key(0), x)
+  adapted = adapt(model, LoraSpec(rank=2, auxiliary_rank=2), x)
+  adapters = adapted.init(jax.random.key(1), variables)
+  held = orthonormal_a(jax.random.key(2), adapters)
+  node = held["auxiliary"]["kernel"]
+  held["auxiliary"]["kernel"] = OrthonormalA(node.a, node.b + 1, node.scale)
+  shared = share_a(adapters)
+  shared["auxiliary"]["kernel"] += 1
+  for new in (held, with_shared_a(shared)):
+    kernel = np.float64(variables["params"]["kernel"])
+    whole = kernel + sum(
+      problems.dense(new[part]["kernel"]) for part in ("primary", "auxiliary")
+    )
+    expected = np.ones((2, 8)) @ whole
+    np.testing.assert_allclose(
+      adapted.apply(variables, new, x), expected, rtol=1e-5
+    )
+  with pytest.raises(ValueError, match=r"auxiliary/kernel is an OrthonormalA"):
+    save_adapters(tmp_path, adapted, held)
+  save_adapters(tmp_path, adapted, without_auxiliary(held))
+
+
 def test_bad_arguments_are_refused():
   adapters, _ = problems.make(SHAPES)
   key = jax.random.key(0)
@@ -265,5 +298,8 @@ def test_bad_arguments_are_refused():
   ):
     with pytest.raises(ValueError, match=r"needs params, .*; got None"):
       tx.update(params, tx.init(params))
+  # It moves both factors.
+  with pytest.raises(ValueError, match=r"power_ascent needs both factors"):
+    bilora(OURS, RHO, power_ascent()).init(ready)
   node = ready["auxiliary"]["x"]
   assert isinstance(node, OrthonormalA) and isinstance(node, Factors)
