@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The benchmarks on one GPU, sized for an H200: benchmarks/h200.sh [PART...]
 #
-# Parts: minilm minilm-256 smollm2-135m 1b llama3.1-8b clip peft; by default all.
+# Parts: minilm minilm-256 smollm2-135m 1b llama3.1-8b clip
+#   attention peft; by default all.
 #
 #   PYTHON        has this package and jax[cuda13]; by default python
 #   TORCH_PYTHON  has torch for CUDA, peft and transformers; without it the part
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 results=${RESULTS:-benchmarks/results}
 parts=("$@")
 if [ ${#parts[@]} -eq 0 ]; then
-  parts=(minilm minilm-256 smollm2-135m 1b llama3.1-8b clip peft)
+  parts=(minilm minilm-256 smollm2-135m 1b llama3.1-8b clip attention peft)
 fi
 failed=()
 
@@ -51,6 +52,10 @@ for part in "${parts[@]}"; do
     clip)
       run "${PYTHON:-python}" -m benchmarks.clip_cost --width 2048 \
         --tokens 2048 --out "$results/clip_cost_h200.json"
+      ;;
+    attention)
+      run "${PYTHON:-python}" -m benchmarks.attention \
+        --out "$results/attention_h200.json"
       ;;
     peft)
       if [ -z "${TORCH_PYTHON:-}" ]; then
