@@ -5,13 +5,14 @@
 Each round runs every method in a new random order, on the same batch; what is
 reported is the median over rounds of a method's time over LoRA's in that round,
 since machines are noisy. Where a device counts its memory, as GPUs do, each
-method also runs alone in a process of its own, whose peak is taken: of all it
-did, making the weights and compiling too. On a CPU the memory is what the
+method also runs in a process of its own, whose peak is taken: of all it did,
+making the weights and compiling too. On a CPU the memory is what the
 compiler plans for a step.
 """
 
 import argparse
 from collections.abc import Callable
+from concurrent import futures
 import json
 import os
 import pathlib
@@ -28,7 +29,7 @@ from train.models import remat
 from train.run import step
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
-_PEAK_FLOPS = {"NVIDIA H200": 989e12}
+_PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 def main() -> None:
@@ -114,6 +115,15 @@ def _options() -> argparse.Namespace:
   )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
+    "--memory-jobs",
+    type=int,
+    default=1,
+    help="processes at once whose peaks are taken: as many as the device holds",
+  )
+  parser.add_argument(
+    "--methods", nargs="+", choices=variants.ALL, help="some, LoRA r=8 first"
+  )
+  parser.add_argument(
     "--all-methods",
     action="store_true",
     help="every method of the program, and not the main five alone",
@@ -125,6 +135,8 @@ def _options() -> argparse.Namespace:
 
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
+  if options.methods:
+    return tuple(options.methods)
   return variants.ALL if options.all_methods else variants.NAMES
 
 
@@ -172,25 +184,34 @@ def _backend() -> str:
 
 
 def _peaks(options: argparse.Namespace, cache: str) -> dict[str, int | None]:
-  """Peak bytes of each method in a process of its own."""
+  """Peak bytes of each method in a process of its own.
+
+  Threads wait for the processes, so that some run at once: each counts its own
+  memory.
+  """
   environment = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": cache,
     # Else the peak of the pool would be what it took at the start.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
-  peaks = {}
-  for name in _names(options):
+
+  def peak(name: str) -> int | None:
     print(f"memory of {name}", file=sys.stderr, flush=True)
-    arguments = [*sys.argv[1:], "--memory-of", name]
     alone = subprocess.run(
-      [sys.executable, "-m", "benchmarks.step_time", *arguments],
+      [
+        *(sys.executable, "-m", "benchmarks.step_time"),
+        *(*sys.argv[1:], "--memory-of", name),
+      ],
       env=environment,
       stdout=subprocess.PIPE,
       text=True,
       check=True,
     )
-    peaks[name] = json.loads(alone.stdout.splitlines()[-1])
-  return peaks
+    return json.loads(alone.stdout.splitlines()[-1])
+
+  names = _names(options)
+  with futures.ThreadPoolExecutor(options.memory_jobs) as threads:
+    return dict(zip(names, threads.map(peak, names)))
 
 
 def _peak_bytes(options: argparse.Namespace) -> str:

@@ -21,6 +21,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
   "LoRA r=16": {"method": "lora", "rank": 16},
   "Bi-LoRA 8+8": {"method": "bilora"},
   _SEPARATE: {"method": "bilora"},
+  "Bi-LoRA 8+8, power ascent": {
+    "method": "bilora",
+    "auxiliary_optimizer": "power",
+  },
   "LoRA-SAM r=8": {"method": "lora_sam"},
 }
 NAMES = tuple(_OPTIONS)

@@ -14,9 +14,11 @@ from bilora_jax import (
   _dora,
   _hosts,
   _injection,
+  _nodes,
   _partition,
   _quantised,
   _stand_in,
+  _unmatched,
 )
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._injection import Path, Site
@@ -46,7 +48,9 @@ class Adapted:
   Adapters are a dict of `primary`, `auxiliary` and `extra`: the first two
   nested dicts of `Factors` that mirror the parameters, as
   ``{'layer': {'query': {'kernel': Factors}}}``; the last the parameters that
-  are trained as they are. A part that would be empty is left out.
+  are trained as they are. A part that would be empty is left out. In place of
+  any pair, `apply`, `merge` and `partition_specs` also take a kernel's adapter
+  of another kind, which `bilora_jax.adapters.init` makes.
 
   Where the spec has a `base_dtype`, the variables that the methods take are
   those that `quantize` gives: its adapted kernels are each a `qwix.QArray`.
@@ -56,7 +60,15 @@ class Adapted:
   _host: _hosts.Host
   _adapters: Mapping[Path, _Adapter]
   _parameters: Mapping[Path, jax.ShapeDtypeStruct]
-  _prepared: Callable[[bool, bool], Callable[..., Any]]
+  _prepared: Callable[[tuple[tuple[Path, int, float], ...], bool], Any]
+
+  def __repr__(self) -> str:
+    names = list(self.targets)
+    more = ", ..." if len(names) > 2 else ""
+    return (
+      f"Adapted({len(names)} weights: {', '.join(map(repr, names[:2]))}{more}; "
+      f"rank={self.spec.rank}, auxiliary_rank={self.spec.auxiliary_rank})"
+    )
 
   @property
   def targets(self) -> dict[str, tuple[int, ...]]:
@@ -195,7 +207,7 @@ class Adapted:
   def apply(
     self,
     variables: Any,
-    adapters: Mapping[str, Any],
+    adapters: Any,
     *args: Any,
     rngs: Mapping[str, jax.Array] | None = None,
     mutable: Any = False,
@@ -223,27 +235,34 @@ class Adapted:
       ValueError: if adapters are missing, unknown or of wrong shape, or
         variables are, each named; or the method has no adapters.
     """
-    pairs = self._joined(adapters)
+    pairs, gains = self._joined(adapters)
     params = self._check(variables)
     magnitudes, new = self._extra(adapters, params)
-    for path, pair in pairs.items():
-      x, weight = self._adapters[path], params[path]
+    for path, x in self._adapters.items():
+      weight, pair = params[path], pairs.get(path)
       if x.form is None and not isinstance(weight, jax.Array):
         # The layer would make a new array of it, that Qwix does not know.
         weight = new[path] = jnp.asarray(weight)
-      gain = None
+      gain = gains.get(path)
       if path in magnitudes:
         kernel = self._matrices(path, weight)
-        gain = _dora.gain(kernel, pair, magnitudes[path])
+        of_dora = _dora.gain(kernel, pair, magnitudes[path])
+        gain = of_dora if gain is None else of_dora * gain
       if x.form is not None or gain is not None:
+        if path in gains and isinstance(self._host, _hosts.NnxHost):
+          ranks = () if pair is None else (pair.rank,)
+          _check_apart(path, self._parameters, x.site, ranks)
         dtype = self._parameters[path].dtype
         new[path] = _stand_in.StandIn(weight, dtype, gain)
+      if pair is None:
+        continue
       a_name, b_name = x.site.names()
       a_shape, b_shape = x.site.leaf_shapes(pair.rank)
       new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)
       new[b_name] = pair.b.astype(x.dtype).reshape(b_shape)
     dropout = rngs is not None and "dropout" in rngs
-    call = self._prepared("auxiliary" in adapters, dropout)
+    ranks = tuple((path, x.rank, x.scale) for path, x in pairs.items())
+    call = self._prepared(ranks, dropout)
     return call(
       variables, new, args, kwargs, rngs=rngs, mutable=mutable, method=method
     )
@@ -251,7 +270,7 @@ class Adapted:
   def merge(
     self,
     variables: Any,
-    adapters: Mapping[str, Any],
+    adapters: Any,
     *,
     donate: bool = False,
   ) -> Any:
@@ -274,19 +293,23 @@ class Adapted:
       ValueError: as `apply`.
     """
     adapters = _partition.primary(adapters)
-    pairs = self._joined(adapters)
+    pairs, gains = self._joined(adapters)
     params = self._check(variables)
     magnitudes, new = self._extra(adapters, params)
-    for path, pair in pairs.items():
-      x = self._adapters[path]
+    for path, x in self._adapters.items():
       if x.form is None:
         kernel, dtype = params[path].astype(jnp.float32), params[path].dtype
       else:
         kernel = _quantised.dequantise(params[path])
         dtype = self._parameters[path].dtype
-      whole = kernel + x.site.kernel(pair.weight())
+      whole = kernel
+      if path in pairs:
+        whole += x.site.kernel(pairs[path].weight())
       if path in magnitudes:
         matrices = _dora.scaled(x.site.matrices(whole), magnitudes[path])
+        whole = x.site.kernel(matrices)
+      if path in gains:
+        matrices = x.site.matrices(whole) * gains[path][..., None, :]
         whole = x.site.kernel(matrices)
       new[path] = whole.astype(dtype)
       if donate:
@@ -308,7 +331,8 @@ class Adapted:
     Returns:
       A tree like `adapters` of `jax.sharding.PartitionSpec`. Scanned and
       batched axes keep their names, `in` and `out` get those of the first axis
-      that they are made of, and the rank is never sharded.
+      that they are made of, and the rank is never sharded. Adapters of other
+      kinds than pairs are whole on each device.
     """
     names = self._host.logical_axes(variables)
     spec = jax.sharding.PartitionSpec
@@ -331,6 +355,8 @@ class Adapted:
       flat = {
         path: of_kernel(path)
         if is_factors(leaf)
+        else jax.tree.map(lambda _: spec(), leaf)
+        if _nodes.is_adapter(leaf)
         else spec(*names.get(path, ()))
         for path, leaf in _flatten(tree).items()
       }
@@ -341,12 +367,20 @@ class Adapted:
       result[part] = traverse_util.unflatten_dict(flat)
     return result
 
-  def check(self, adapters: Mapping[str, Any], *, whole: bool = True) -> None:
+  def check(
+    self,
+    adapters: Mapping[str, Any],
+    *,
+    whole: bool = True,
+    any_kind: bool = False,
+  ) -> None:
     """Refuses adapters that are not of this model and spec.
 
     Args:
       adapters: from `init`, with or without the auxiliary.
       whole: whether `extra` must be there, if the spec has one.
+      any_kind: whether a kernel may have an adapter of another kind than the
+        spec's pair, as those of `bilora_jax.adapters`.
 
     Raises:
       ValueError: that names every mismatch.
@@ -356,6 +390,12 @@ class Adapted:
     for part, tree in adapters.items():
       found = {p: _shape(x) for p, x in _flatten(tree).items()}
       wanted = self.shapes(part)
+      if any_kind:
+        wanted |= {
+          path: self._adapters[path].site.outer_shape
+          for path, node in _flatten(tree).items()
+          if path in self._adapters and hasattr(node, "outer_shape")
+        }
       wrong += [
         f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
@@ -400,12 +440,21 @@ class Adapted:
         )
     return wanted
 
-  def _joined(self, adapters: Mapping[str, Any]) -> dict[Path, Factors]:
-    self.check(adapters)
-    pairs = _flatten(adapters["primary"])
-    for path, other in _flatten(adapters.get("auxiliary", {})).items():
-      pairs[path] = pairs[path].join(other)
-    return pairs
+  def _joined(
+    self, adapters: Mapping[str, Any]
+  ) -> tuple[dict[Path, Factors], dict[Path, jax.Array]]:
+    """What is added to kernels, and what their outputs are multiplied by."""
+    self.check(adapters, any_kind=True)
+    pairs: dict[Path, Factors] = {}
+    gains: dict[Path, jax.Array] = {}
+    for part in ("primary", "auxiliary"):
+      for path, node in _flatten(adapters.get(part, {})).items():
+        if hasattr(node, "gain"):
+          gains[path] = gains.get(path, 1.0) + node.gain
+          continue
+        pair = node if is_factors(node) else node.factors()
+        pairs[path] = pairs[path].join(pair) if path in pairs else pair
+    return pairs, gains
 
   def _extra(
     self, adapters: Mapping[str, Any], params: Mapping[Path, Any]
@@ -490,8 +539,9 @@ def adapt(
     The adapted model: `init`, `apply`, `merge`, and `quantize`.
 
   Raises:
-    ValueError: if no module matches the spec's targets, or no parameter its
-      `extra`, with what could match; or a matching weight cannot be adapted.
+    ValueError: if an entry of the spec's targets or its `exclude` matches no
+      module, or its `extra` no parameter, with what could match; or a matching
+      weight cannot be adapted.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -522,6 +572,11 @@ def adapt(
     for path, leaf in host.trace(_injection.Provider([])).items()
   }
   sites, unfit = _injection.find_sites(host.trace)
+  _unmatched.check(
+    spec,
+    ("/".join(p[:-1]) for p in (*sites, *unfit)),
+    ("/".join(p[:-1]) for p in parameters),
+  )
   extra = {p for p in parameters if spec.is_extra("/".join(p))}
   if spec.extra is not None and not extra:
     raise ValueError(
@@ -553,26 +608,26 @@ def adapt(
     adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype, form)
   if not adapters:
     raise ValueError(
-      f"targets={spec.targets!r} match no module; these could be adapted: "
-      f"{_listed('/'.join(p[:-1]) for p in sites)}."
+      f"all modules that targets={spec.targets!r} match are left out, by "
+      f"exclude={spec.exclude!r} or extra={spec.extra!r}."
     )
 
-  def provider(with_auxiliary: bool, dropout: bool):
+  def provider(
+    ranks: tuple[tuple[Path, int, float], ...], dropout: bool
+  ) -> _injection.Provider:
     return _injection.provider_for(
-      {
-        path: x.rank + with_auxiliary * x.auxiliary_rank
-        for path, x in adapters.items()
-      },
-      {path: x.scale for path, x in adapters.items()},
+      {path: rank for path, rank, _ in ranks},
+      {path: scale for path, _, scale in ranks},
       spec.dropout if dropout else 0.0,
     )
 
   @functools.cache
-  def prepared(with_auxiliary: bool, dropout: bool):
-    return host.prepare(provider(with_auxiliary, dropout))
+  def prepared(ranks: tuple[tuple[Path, int, float], ...], dropout: bool):
+    return host.prepare(provider(ranks, dropout))
 
   ours = {name for x in adapters.values() for name in x.site.names()}
-  others = set(host.trace(provider(False, False))) - set(parameters) - ours
+  primary = tuple((path, x.rank, x.scale) for path, x in adapters.items())
+  others = set(host.trace(provider(primary, False))) - set(parameters) - ours
   if others:
     raise ValueError(
       "Qwix adapts all weights of a module or none; also adapted, and not "
@@ -624,12 +679,16 @@ def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:
-  return traverse_util.flatten_dict(tree, is_leaf=lambda _, x: is_factors(x))
+  return traverse_util.flatten_dict(
+    tree, is_leaf=lambda _, x: _nodes.is_adapter(x)
+  )
 
 
 def _shape(node: Any) -> Any:
   if is_factors(node):
     return tuple(node.a.shape), tuple(node.b.shape), node.scale
+  if _nodes.is_adapter(node):
+    return getattr(node, "outer_shape", type(node).__name__)
   return tuple(node.shape) if hasattr(node, "shape") else node
 
 

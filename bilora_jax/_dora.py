@@ -56,7 +56,9 @@ def column_norms(kernel: jax.Array, pair: Factors | None = None) -> jax.Array:
   return jnp.sqrt(jnp.maximum(squares, 0.0))
 
 
-def gain(kernel: jax.Array, pair: Factors, magnitude: jax.Array) -> jax.Array:
+def gain(
+  kernel: jax.Array, pair: Factors | None, magnitude: jax.Array
+) -> jax.Array:
   """What outputs of the adapted layer are multiplied by, `(*batch, out)`.
 
   The norms are held out of the gradient, as in the paper's section 4.3. A

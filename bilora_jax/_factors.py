@@ -1,35 +1,39 @@
 """`Factors`: one low-rank pair, its norm, and joining along the rank."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from bilora_jax import _nodes
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["a", "b"],
-  meta_fields=["scale"],
-)
+
+@_nodes.register
 @dataclasses.dataclass(frozen=True)
 class Factors:
   r"""A low-rank pair that stands for the weight `scale * a @ b`.
 
   In the letters of the Bi-LoRA paper, whose weights are (out, in), `a` is
   :math:`A^\top` and `b` is :math:`B^\top`: JAX kernels are (in, out). The pair
-  is one pytree node, so that nothing ever pairs leaves by their names.
+  is one pytree node, so that nothing ever pairs leaves by their names: for JAX,
+  for `jax.export` and for `flax.serialization`.
 
   Attributes:
     a: `(*batch, in, r)`. Leading batch axes are scanned layers or experts.
     b: `(*batch, r, out)`, with the same batch axes as `a`.
     scale: static; `alpha / r` in LoRA's notation.
+    degree: 2; a pair times t stands for a weight times t squared.
   """
+
+  degree: ClassVar[int] = 2
+  kept: ClassVar[tuple[str, ...]] = ("a",)
 
   a: Any
   b: Any
-  scale: float = 1.0
+  scale: float = _nodes.static(1.0)
 
   @property
   def rank(self) -> int:
@@ -42,17 +46,40 @@ class Factors:
       self.a, self.b, precision=jax.lax.Precision.HIGHEST
     )
 
-  def frobenius_norm(self) -> jax.Array:
+  def frobenius_norm(self, specs: "Factors | None" = None) -> jax.Array:
     r"""The Frobenius norm of the weight, `(*batch)`, in float32.
 
     .. math:: \|ab\|_F^2 = \sum_{ij} (a^\top a)_{ij} (b b^\top)_{ij}
 
     costs two `r x r` Gram matrices and never forms the `(in, out)` product.
+    Each factor is divided by its largest entry first, so that any norm that
+    float32 holds is found, of factors of any sizes. The derivative at the
+    weight 0 is 0.
+
+    Args:
+      specs: see `squared_norm`.
+
+    .. note::
+      Where terms of the product cancel, the norm is known to the rounding of
+      the terms alone: its square has an error of up to some 1e-7 times
+      :math:`\||a||b|\|_F^2`. Of 2,000 random pairs whose weight was 4e-4 of its
+      terms, the worst read 29% wrong; at 1.3e-4, 129%, and a fifth read 0.
     """
-    return abs(self.scale) * jnp.sqrt(_unscaled_square(self.a, self.b))
+    sizes, sides = [], sharded_sides(self, specs)
+    for x, axes in zip((self.a, self.b), sides):
+      size = _nodes.largest(x, x.ndim - 2)
+      sizes.append(jax.lax.pmax(size, axes) if axes else size)
+    size_a, size_b = sizes
+    a, b = _nodes.over(self.a, size_a), _nodes.over(self.b, size_b)
+    root = _nodes.safe_sqrt(_unscaled_square(_gram_by_sums, a, b, sides))
+    # Of one large and one small factor, neither is multiplied by alone.
+    return abs(self.scale) * root * (size_a * size_b)
 
   def squared_norm(self, specs: "Factors | None" = None) -> jax.Array:
     """The square of `frobenius_norm`, `(*batch)`, in float32.
+
+    It costs less, and takes squares of entries as they are: above some 1e19 it
+    is infinite or NaN, and a factor below 1e-19 throughout counts as zero.
 
     Args:
       specs: where the code sees shards, under `jax.shard_map` and `jax.pmap`:
@@ -63,7 +90,8 @@ class Factors:
     Raises:
       ValueError: if the specs shard the rank.
     """
-    return self.scale**2 * _unscaled_square(self.a, self.b, specs)
+    sides = sharded_sides(self, specs)
+    return self.scale**2 * _unscaled_square(_gram, self.a, self.b, sides)
 
   def join(self, other: "Factors") -> "Factors":
     """Puts two pairs side by side along the rank: their weights add up.
@@ -116,6 +144,26 @@ def is_factors(node: Any) -> bool:
   return isinstance(node, Factors)
 
 
+def sharded_sides(
+  factors: Factors, specs: Factors | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """The mesh axes that the input of `a` and the output of `b` are split by.
+
+  Raises:
+    ValueError: if the specs shard the rank.
+  """
+  if specs is None:
+    return (), ()
+  *_, size_in, rank_a = _mesh_axes(factors.a, specs.a)
+  *_, rank_b, size_out = _mesh_axes(factors.b, specs.b)
+  if rank_a or rank_b:
+    raise ValueError(
+      f"the rank of a pair is never sharded; got the specs {specs.a} and "
+      f"{specs.b}."
+    )
+  return size_in, size_out
+
+
 def batch_axes(factors: Factors, specs: Factors) -> tuple[str, ...]:
   """The mesh axes that the batch axes of a pair are sharded over."""
   return tuple(
@@ -124,30 +172,42 @@ def batch_axes(factors: Factors, specs: Factors) -> tuple[str, ...]:
 
 
 def _unscaled_square(
-  a: jax.Array, b: jax.Array, specs: Factors | None = None
+  gram: Callable[..., jax.Array],
+  a: jax.Array,
+  b: jax.Array,
+  sides: tuple[Any, Any],
 ) -> jax.Array:
+  gram_a = gram(a, "...ir,...is->...rs")
+  gram_b = gram(b, "...ro,...so->...rs")
+  size_in, size_out = sides
+  gram_a = jax.lax.psum(gram_a, size_in) if size_in else gram_a
+  gram_b = jax.lax.psum(gram_b, size_out) if size_out else gram_b
+  # Cancellation may leave a rounding error below zero.
+  return jnp.maximum(jnp.sum(gram_a * gram_b, axis=(-2, -1)), 0.0)
+
+
+def _gram(x: jax.Array, equation: str) -> jax.Array:
   # Half-precision norms are off by percents, and so are the bfloat16 passes
   # that a TPU makes of float32 matmuls unless asked not to.
-  gram = functools.partial(
-    jnp.einsum,
+  x = x.astype(jnp.float32)
+  return jnp.einsum(
+    equation,
+    x,
+    x,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  gram_a = gram("...ir,...is->...rs", a, a)
-  gram_b = gram("...ro,...so->...rs", b, b)
-  if specs is not None:
-    *_, size_in, rank_a = _mesh_axes(a, specs.a)
-    *_, rank_b, size_out = _mesh_axes(b, specs.b)
-    if rank_a or rank_b:
-      raise ValueError(
-        f"the rank of a pair is never sharded; got the specs {specs.a} and "
-        f"{specs.b}."
-      )
-    gram_a = jax.lax.psum(gram_a, size_in) if size_in else gram_a
-    gram_b = jax.lax.psum(gram_b, size_out) if size_out else gram_b
-  # Cancellation may leave a rounding error below zero.
-  return jnp.maximum(jnp.sum(gram_a * gram_b, axis=(-2, -1)), 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gram_by_sums(x: jax.Array, equation: str) -> jax.Array:
+  """The same without a matmul, each of which compilers tune.
+
+  The ball has this in a branch that is seldom run. Compiled, the terms are
+  summed as they are made.
+  """
+  x = x if equation.startswith("...i") else x.mT
+  return jnp.sum(x[..., :, None] * x[..., None, :], axis=-3)
 
 
 def _mesh_axes(x: jax.Array, spec: Any) -> list[tuple[str, ...]]:

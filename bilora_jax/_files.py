@@ -27,14 +27,15 @@ from bilora_jax._spec import LoraSpec
 _VERSION = 1
 _MOST = sys.float_info.max
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
-# How the base is stored. Adapters fit it in any form.
-_BASE_FIELDS = {"base_dtype", "tile_size"}
+# How the base is stored, in any form of which adapters fit; and what is left
+# out, which the paths of the adapters say.
+_NOT_COMPARED = {"base_dtype", "tile_size", "exclude"}
 
 
 def save_adapters(
   folder: str | os.PathLike[str],
   adapted: Adapted,
-  adapters: Mapping[str, Any],
+  adapters: Any,
 ) -> None:
   """Writes adapters and their spec, so that a reader never sees half of them.
 
@@ -46,10 +47,12 @@ def save_adapters(
     adapters: all of them, or `primary(adapters)`.
 
   Raises:
-    ValueError: if the adapters are not of this model and spec.
+    ValueError: if the adapters are not of this model and spec, or some are no
+      plain pairs.
     OSError: if a file cannot be written; earlier files are then untouched.
   """
   adapted.check(adapters)
+  _check_kinds(adapters)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   arrays, scales = {}, {}
@@ -76,8 +79,25 @@ def save_adapters(
   write_all({folder / _TENSORS: blob, folder / _CONFIG: text.encode() + b"\n"})
 
 
+def _check_kinds(adapters: Mapping[str, Any]) -> None:
+  others = [
+    f"{path} is an {type(leaf).__name__}"
+    for path, leaf in _flatten(adapters).items()
+    if is_factors(leaf) and type(leaf) is not Factors
+  ]
+  if others:
+    raise ValueError(
+      "save_adapters writes pairs that are Factors, and would lose what else "
+      f"these are: {', '.join(others)}. Save without_auxiliary(adapters), or "
+      "all by flax.serialization or Orbax."
+    )
+
+
 def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
   """The spec that a folder's adapters were made with.
+
+  Args:
+    folder: with `adapters.safetensors` and `adapters.json`.
 
   Raises:
     ValueError: if a file is missing, is not of this format, or too new.
@@ -94,7 +114,8 @@ def load_adapters(
     folder: with `adapters.safetensors` and `adapters.json`.
     adapted: the model they are for, with a spec equal to the saved one, except
       for `base_dtype` and `tile_size`: adapters trained on a quantised base can
-      be put on one of floats, and merged there.
+      be put on one of floats, and merged there. Its `exclude` may be another
+      that leaves the same modules.
 
   Returns:
     The adapters, as NumPy arrays.
@@ -110,7 +131,7 @@ def load_adapters(
   ours, theirs = map(dataclasses.asdict, (adapted.spec, spec))
   differences = [
     f"{name} is {theirs[name]!r} there and {ours[name]!r} here"
-    for name in ours.keys() - _BASE_FIELDS
+    for name in ours.keys() - _NOT_COMPARED
     if ours[name] != theirs[name]
   ]
   if differences:

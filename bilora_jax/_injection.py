@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import inspect
 import math
+import os
 import re
 from typing import Any
 
@@ -27,6 +28,9 @@ _A, _B = "_lora_a", "_lora_b"
 _TRANSPARENT = ("convert_element_type", "sharding_constraint")
 # Of `flax.linen.Module`, where a model is entered.
 _ENTRIES = ("apply", "init_with_output")
+
+# Where the frames of jitted functions are JAX's own.
+_PJIT = os.path.join(os.path.dirname(jax.__file__), "_src", "pjit.py")
 
 Path = tuple[str, ...]
 Trace = Callable[[qwix.QuantizationProvider], Mapping[Path, Any]]
@@ -169,11 +173,10 @@ class Provider(qwix.LoraProvider, _stand_in.Products):
   def einsum(self, einsum_str, *operands, **kwargs):
     rule, _ = self._get_current_rule_and_op_id("einsum", only_rule=True)
     product = _as_product(einsum_str, *operands)
-    if (
-      not isinstance(rule, qwix.LoraRule)
-      or product is None
-      or _in_jitted_function()
-    ):
+    ours = isinstance(rule, qwix.LoraRule) or any(
+      isinstance(x, _stand_in.StandIn) for x in operands
+    )
+    if not ours or product is None or _in_jitted_function():
       return super(qwix.LoraProvider, self).einsum(
         einsum_str,
         *operands,  # pyright: ignore[reportArgumentType]
@@ -355,7 +358,7 @@ def _in_jitted_function() -> bool:
       isinstance(module, nn.Module) and frame.f_code.co_name in _ENTRIES
     ):
       return jitted
-    jitted |= frame.f_code.co_filename.endswith("pjit.py")
+    jitted |= frame.f_code.co_filename == _PJIT
     frame = frame.f_back
   return False
 

@@ -16,7 +16,9 @@ class Layout:
   """Where a host keeps the factors of its LoRA, of rank r1 + r2.
 
   A leaf belongs to a pair if its path, with `/` between the keys, ends in `a`
-  or `b`; what precedes is the pair's name. The host's `a` has its rank last.
+  or `b`; what precedes is the pair's name. An end that begins with a letter or
+  a digit takes whole keys, so that `a` takes no `alpha`; another, as `_lora_a`,
+  also ends of keys, and `/a` is `a`. The host's `a` has its rank last.
   Its `b` has it after the leading batch axes (scanned layers, experts), of
   which both have `min(a.ndim, b.ndim) - 2`. All other leaves are `extra`.
 
@@ -87,7 +89,8 @@ class Layout:
           a=pair.a.reshape(*a.shape[:-1], pair.rank),
           b=pair.b.reshape(_with_rank(a, b, pair.rank)),
         )
-      leaves[name + self.a], leaves[name + self.b] = pair.a, pair.b
+      for end, leaf in ((self.a, pair.a), (self.b, pair.b)):
+        leaves[(name + end).removeprefix("/")] = leaf
     return jax.tree_util.tree_map_with_path(
       lambda path, _: leaves[_name(path)], like, is_leaf=_masked
     )
@@ -105,8 +108,11 @@ class Layout:
     ):
       name = _name(path)
       for i, end in enumerate((self.a, self.b)):
-        if f"/{name}".endswith(end):
-          pairs.setdefault(name[: len(name) - len(end)], [None, None])[i] = leaf
+        whole = f"/{end}" if end[:1].isalnum() else end
+        if f"/{name}".endswith(whole):
+          # At the root there is no `/` to take away.
+          rest = name[: max(len(name) - len(end), 0)]
+          pairs.setdefault(rest, [None, None])[i] = leaf
           break
       else:
         extra[name] = leaf
@@ -173,6 +179,8 @@ def joined(
   tx = optax.with_extra_args_support(tx)
 
   def init_fn(params):
+    if _partition.is_placeholder(params):
+      return tx.init(params)
     return tx.init(layout.split(params, primary_rank))
 
   def update_fn(updates, state, params=None, **extra_args):

@@ -59,3 +59,19 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues of symmetric matrices, in ascending order, and vectors."""
   values, vectors = jnp.linalg.eigh(x)
   return values, vectors
+
+
+def pinv(x: jax.Array) -> jax.Array:
+  """The Moore-Penrose pseudo-inverse, `(*batch, n, m)` of `(*batch, m, n)`.
+
+  A singular value counts as zero where it is at most `max(m, n)` roundings of
+  the largest; the pseudo-inverse of zeros is zero.
+  """
+  u, sigma, vt = svd(x)
+  rounding = max(x.shape[-2:]) * jnp.finfo(x.dtype).eps
+  kept = sigma > rounding * sigma[..., :1]
+  inverse = jnp.where(kept, 1 / jnp.where(kept, sigma, 1), 0)
+  scaled = jnp.swapaxes(vt, -1, -2) * inverse[..., None, :]
+  return jnp.matmul(
+    scaled, jnp.swapaxes(u, -1, -2), precision=jax.lax.Precision.HIGHEST
+  )

@@ -1,15 +1,17 @@
 """The partition of what is trained: primary, auxiliary and extra."""
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
 import jax
+import optax
 
 PARTS = ("primary", "auxiliary", "extra")
 
 
-def check_parts(adapters: Mapping[str, Any]) -> None:
+def check_parts(adapters: Any) -> None:
   """Refuses a tree whose top level is not the partition.
 
   Raises:
@@ -29,7 +31,7 @@ def check_parts(adapters: Mapping[str, Any]) -> None:
     )
 
 
-def primary(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def without_auxiliary(adapters: Any) -> dict[str, Any]:
   """Drops the auxiliary: what to evaluate, merge, and keep after training.
 
   Args:
@@ -40,11 +42,32 @@ def primary(adapters: Mapping[str, Any]) -> dict[str, Any]:
     The same leaves without the part `auxiliary`.
 
   Examples:
-    >>> primary({'primary': 1, 'auxiliary': 2, 'extra': 3})
+    >>> without_auxiliary({'primary': 1, 'auxiliary': 2, 'extra': 3})
     {'primary': 1, 'extra': 3}
   """
   check_parts(adapters)
   return {part: tree for part, tree in adapters.items() if part != "auxiliary"}
+
+
+primary = without_auxiliary
+"""`without_auxiliary`, by its shorter name."""
+
+
+def is_placeholder(params: Any) -> bool:
+  """Whether it is what `optax.tree.map_params` gives in place of parameters."""
+  return isinstance(params, _placeholder())
+
+
+@functools.cache
+def _placeholder() -> type:
+  seen = []
+
+  def init(params):
+    seen.append(type(params))
+    return ()
+
+  optax.tree.map_params(init, lambda x: x, ())
+  return seen[0]
 
 
 def labels(adapters: Mapping[str, Any]) -> dict[str, str]:
@@ -57,13 +80,15 @@ def labels(adapters: Mapping[str, Any]) -> dict[str, str]:
     A prefix tree, `{'primary': 'primary', 'auxiliary': 'auxiliary',
     'extra': 'primary'}`, of the parts that are there.
   """
+  if is_placeholder(adapters):
+    return {}
   check_parts(adapters)
   return {
     part: "auxiliary" if part == "auxiliary" else "primary" for part in adapters
   }
 
 
-def count_parameters(adapters: Mapping[str, Any]) -> dict[str, int]:
+def count_parameters(adapters: Any) -> dict[str, int]:
   """The number of trained scalars in each part.
 
   Args:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from bilora_jax import _patterns, _quantised
 
@@ -26,8 +27,10 @@ class LoraSpec:
       whole module path, as `layers/attention/(query|value)`; a sequence holds
       the last parts of paths, as `('query', 'value')`; a mapping goes from
       regular expressions, the first that matches counts, to what differs
-      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`.
-    exclude: a regular expression for module paths that are left out.
+      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`. Each
+      entry and each key must match a module of the model.
+    exclude: a regular expression for module paths that are left out. It must
+      match a module of the model.
     extra: a regular expression for the paths of parameters to train as they
       are, as `head/.*`: a new head, norms, biases. Adapters leave those alone.
     rslora: scale by `alpha / sqrt(rank)`, Kalajdzievski, arXiv 2312.03732.
@@ -76,6 +79,8 @@ class LoraSpec:
 
   def __post_init__(self):
     _check_sizes(self.rank, self.alpha, self.auxiliary_rank, "")
+    for name in (*_OVERRIDES, "dropout", "tile_size"):
+      object.__setattr__(self, name, _plain(getattr(self, name)))
     if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
       raise ValueError(f"dropout is in [0, 1); got {self.dropout}.")
     if self.dtype is not None:
@@ -124,6 +129,11 @@ class LoraSpec:
             f"for {pattern!r}."
           )
         _check_sizes(*self._sizes(overrides), f" for target {pattern!r}")
+      plain = {
+        pattern: {name: _plain(size) for name, size in overrides.items()}
+        for pattern, overrides in self.targets.items()
+      }
+      object.__setattr__(self, "targets", plain)
     for pattern in patterns:
       _patterns.check(pattern)
 
@@ -151,20 +161,24 @@ class LoraSpec:
 
   def sizes(self, path: str) -> tuple[int, float, int] | None:
     """`(rank, alpha, auxiliary_rank)` of the module at `path`, or None."""
-    if self.exclude is not None and _patterns.fullmatch(self.exclude, path):
+    if self.is_excluded(path):
       return None
-    overrides: Mapping[str, Any] = {}
-    if isinstance(self.targets, str):
-      found = _patterns.fullmatch(self.targets, path)
-    elif isinstance(self.targets, Mapping):
-      matching = [t for t in self.targets if _patterns.fullmatch(t, path)]
-      found = bool(matching)
-      overrides = self.targets[matching[0]] if matching else {}
-    else:
-      found = any(f"/{path}".endswith(f"/{t}") for t in self.targets)
-    if not found:
+    targets = self.targets
+    keys = [targets] if isinstance(targets, str) else targets
+    key = next((key for key in keys if self.is_target(key, path)), None)
+    if key is None:
       return None
-    return self._sizes(overrides)
+    return self._sizes(targets[key] if isinstance(targets, Mapping) else {})
+
+  def is_target(self, key: str, path: str) -> bool:
+    """Whether one entry or key of `targets` matches the module at `path`."""
+    if isinstance(self.targets, str | Mapping):
+      return _patterns.fullmatch(key, path)
+    return f"/{path}".endswith(f"/{key}")
+
+  def is_excluded(self, path: str) -> bool:
+    """Whether the module at `path` is left out."""
+    return self.exclude is not None and _patterns.fullmatch(self.exclude, path)
 
   def is_extra(self, path: str) -> bool:
     """Whether the parameter at `path` is trained as it is."""
@@ -184,13 +198,20 @@ def _check_sizes(rank: Any, alpha: Any, auxiliary_rank: Any, where: str):
 
 
 def _is_integer(value: Any) -> bool:
+  value = _plain(value)
   return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
   """Whether a value is a finite float, or an integer that is one's."""
+  value = _plain(value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number and abs(value) <= sys.float_info.max
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers as Python's, which files and comparisons take."""
+  return value.item() if isinstance(value, np.number) else value
 
 
 def _float_name(dtype: Any) -> str:

@@ -44,7 +44,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def save(
   folder: str | os.PathLike[str],
   adapted: Adapted,
-  adapters: Mapping[str, Any],
+  adapters: Any,
   names: Names,
   *,
   base_model: str = "",

@@ -48,8 +48,8 @@ def costs(function: Callable[..., Any], *args: Any) -> list[Cost]:
     args: arrays or `jax.ShapeDtypeStruct`.
 
   Returns:
-    One cost, or, where `jax.lax.cond` branches, one for each combination of
-    branches, in their order: that of false first.
+    One cost, or, where `jax.lax.cond` branches to different costs, one for each
+    combination of branches, in their order: that of false first.
   """
   return _of(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -67,7 +67,9 @@ def _of_equation(equation: core.JaxprEqn) -> list[Cost]:
     rows = equation.invars[0].aval.shape[0]
     return [collections.Counter({(name.removeprefix("marked_"), rows): 1})]
   if name == "cond":
-    return [way for branch in params["branches"] for way in _of(branch.jaxpr)]
+    ways = [way for branch in params["branches"] for way in _of(branch.jaxpr)]
+    # Ways of one cost are one: each decomposition branches by the platform.
+    return [way for i, way in enumerate(ways) if way not in ways[:i]]
   ways = [collections.Counter()]
   for inner in _jaxprs(params):
     ways = [a + b for a, b in itertools.product(ways, _of(inner))]

@@ -1,8 +1,11 @@
 """The README's code runs as it stands, and its commands exist."""
 
+import json
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 from flax import linen as nn
 import jax
@@ -27,18 +30,54 @@ def test_the_twenty_lines_run_and_evaluate_what_they_merge():
   variables = model.init(jax.random.key(1), x)
   names = {"model": model, "x": x, "variables": variables}
   # One step between the definitions and the evaluation.
-  before, after = code.split("logits = adapted.apply(variables, primary")
+  before, after = code.split(
+    "logits = adapted.apply(variables, without_auxiliary"
+  )
   exec(before, names)
   batch = {"x": x, "y": np.arange(6) % 3}
   names["adapters"], names["opt_state"], loss = names["train_step"](
     variables, names["adapters"], names["opt_state"], batch
   )
   assert np.isfinite(loss)
-  exec("logits = adapted.apply(variables, primary" + after, names)
+  exec("logits = adapted.apply(variables, without_auxiliary" + after, names)
   assert np.abs(names["logits"] - model.apply(variables, x)).max() > 0
   np.testing.assert_allclose(
     model.apply(names["variables"], x), names["logits"], atol=1e-5
   )
+
+
+@pytest.mark.slow
+def test_the_twenty_lines_are_clean_under_pyright(tmp_path):
+  pytest.importorskip("pyright")
+  (code,) = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+  code = f"""
+from flax import linen as nn
+import jax.numpy as jnp
+model, x, batch = nn.Dense(3), jnp.ones((2, 4)), {{"x": jnp.ones((2, 4))}}
+variables = model.init(jax.random.key(0), x)
+{code.replace("@jax.jit", "")}
+for _ in range(3):
+  adapters, opt_state, loss = train_step(variables, adapters, opt_state, batch)
+primary(adapters), adapted.merge(variables, adapters)
+"""
+  (tmp_path / "readme.py").write_text("import jax\n" + code)
+  config = {"typeCheckingMode": "standard", "extraPaths": [str(_ROOT)]}
+  (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+  command = ["pyright", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+  run = subprocess.run(
+    [sys.executable, "-m", *command], capture_output=True, text=True
+  )
+  assert run.returncode == 0, run.stdout
+
+
+def test_the_subpackages_come_with_the_package():
+  names = re.findall(r"`bilora_jax\.([a-z]+)`", _README)
+  assert {"baselines", "initializers", "variants", "sharpness"} <= set(names)
+  # Not here, where other tests have imported them.
+  program = "import bilora_jax; " + "; ".join(
+    f"bilora_jax.{name}" for name in {*names, "peft"}
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_every_make_target_and_file_that_it_names_exists():

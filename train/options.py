@@ -8,6 +8,7 @@ groups.
 from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
+import functools
 import math
 import reprlib
 import sys
@@ -57,9 +58,15 @@ def spelt(name: str) -> str:
   return "--" + name.replace("_", "-")
 
 
-def fields(group: Any) -> dict[str, dataclasses.Field]:
+def fields(group: Any) -> Mapping[str, dataclasses.Field]:
   """The fields of a group, or of its class, by their flags."""
-  return {flag(field): field for field in dataclasses.fields(group)}
+  return _fields(group if isinstance(group, type) else type(group))
+
+
+@functools.cache
+def _fields(kind: Any) -> Mapping[str, dataclasses.Field]:
+  # A study asks for them by the ten thousand.
+  return types.MappingProxyType({flag(x): x for x in dataclasses.fields(kind)})
 
 
 def values(group: Any) -> dict[str, Any]:

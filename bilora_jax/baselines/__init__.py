@@ -1,6 +1,7 @@
 """What Bi-LoRA is compared with: other gradients, and other updates."""
 
 from bilora_jax.baselines._balance import balanced as balanced
+from bilora_jax.baselines._eflat_lora import eflat_lora as eflat_lora
 from bilora_jax.baselines._esam import esam as esam
 from bilora_jax.baselines._estimator import (
   GradientEstimator as GradientEstimator,

@@ -1,4 +1,15 @@
-"""oBAR and nBAR: SAM's pull towards balanced factors, without its cost."""
+"""oBAR and nBAR: SAM's pull towards balanced factors, without its cost.
+
+With `loss_fn(params, batch)`,
+
+  rate = 0.25 * 5e-4
+  tx = baselines.balanced(optax.adam(5e-4), rate, by='gradients')
+  opt_state = tx.init(params)
+  for key, batch in batches:
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -8,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _transform
+from bilora_jax import _ball
 from bilora_jax._factors import Factors, is_factors
 
 
@@ -129,7 +140,7 @@ def _check_rate(rate: optax.ScalarOrSchedule) -> None:
 
 def _shift(params: Any, grads: Any, step: jax.Array, by: str) -> Any:
   """What balancing adds to one node of the tree: zeros outside of pairs."""
-  if not (is_factors(params) and _transform.is_pair(params)):
+  if not (is_factors(params) and _ball.is_pair(params)):
     return jax.tree.map(jnp.zeros_like, params)
   if by == "factors":
     shrinks = _square(params.a) >= _square(params.b)

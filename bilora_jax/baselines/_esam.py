@@ -1,4 +1,22 @@
-"""ESAM: SAM on a random part of the weights and the samples that matter."""
+"""ESAM: SAM on a random part of the weights and the samples that matter.
+
+With `losses(params, batch)` the loss of each row,
+
+  def take(args, index):
+    return (jax.tree.map(lambda rows: rows[index], args[0]),)
+
+  def loss_fn(params, batch):
+    return losses(params, batch).mean()
+
+  estimator = baselines.esam(0.05, losses, take)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from collections.abc import Callable
 import math

@@ -65,6 +65,12 @@ def check_size(name: str, what: str, size: float) -> None:
   """Refuses a radius or a deviation that cannot be, if it is known."""
   if isinstance(size, jax.core.Tracer):
     return
+  if callable(size):
+    raise ValueError(
+      f"{name}, {what}, is a number; got the function {size!r}. Of a schedule, "
+      "give the value at the step: the estimator may be made inside the jitted "
+      "step, and its state be kept between."
+    )
   if not (math.isfinite(size) and size >= 0):
     raise ValueError(f"{name}, {what}, is finite and at least 0; got {size}.")
 

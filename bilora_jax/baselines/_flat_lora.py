@@ -1,4 +1,26 @@
-"""Flat-LoRA: noise on the whole weights, while the adapters are trained."""
+"""Flat-LoRA: noise on the whole weights, while the adapters are trained.
+
+With a loss of `{'trained': adapters, 'weights': weights}`,
+
+  def merged(params):
+    pair = params['trained']['w']
+    return {'w': params['weights']['w'] + pair.weight()}
+
+  estimator = baselines.flat_lora(
+    0.05, steps, merged, mask={'trained': False, 'weights': True}
+  )
+  params = {'trained': adapters, 'weights': weights}
+  state, opt_state = estimator.init(params), tx.init(params['trained'])
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(
+      grads['trained'], opt_state, params['trained']
+    )
+    trained = optax.apply_updates(params['trained'], updates)
+    params = {**params, 'trained': trained}
+"""
 
 from collections.abc import Callable
 import math

@@ -1,4 +1,16 @@
-"""LookSAM: SAM every few steps, and what it found in between."""
+"""LookSAM: SAM every few steps, and what it found in between.
+
+With `loss_fn(params, batch)` and any optimizer `tx`,
+
+  estimator = baselines.looksam(rho=0.05, every=5)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from typing import Any, NamedTuple
 

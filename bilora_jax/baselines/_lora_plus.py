@@ -1,4 +1,14 @@
-"""LoRA+: a rate of its own for the factor that starts at zero."""
+"""LoRA+: a rate of its own for the factor that starts at zero.
+
+With `loss_fn(params, batch)`,
+
+  tx = baselines.lora_plus(optax.adam(5e-4), ratio=16.0)
+  opt_state = tx.init(params)
+  for key, batch in batches:
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 import math
 

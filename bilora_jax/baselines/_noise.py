@@ -1,4 +1,16 @@
-"""Random weight perturbation: the gradient at a random point nearby."""
+"""Random weight perturbation: the gradient at a random point nearby.
+
+With `loss_fn(params, batch)` and any optimizer `tx`,
+
+  estimator = baselines.weight_noise(sigma=0.01)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from typing import Any
 

@@ -1,4 +1,18 @@
-"""Random output perturbation: the loss of noisy logits."""
+"""Random output perturbation: the loss of noisy logits.
+
+With `logits_fn(params, batch)` and `loss(logits, batch)`,
+
+  noisy = baselines.output_noise(loss, sigma=0.1)
+
+  def loss_fn(params, batch, key):
+    return noisy(key, logits_fn(params, batch), batch)
+
+  opt_state = tx.init(params)
+  for key, batch in batches:
+    grads = jax.grad(loss_fn)(params, batch, key)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from collections.abc import Callable
 

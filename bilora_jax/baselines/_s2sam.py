@@ -1,4 +1,16 @@
-"""S2-SAM: SAM whose perturbation is the last step's gradient."""
+"""S2-SAM: SAM whose perturbation is the last step's gradient.
+
+With `loss_fn(params, batch)` and any optimizer `tx`,
+
+  estimator = baselines.s2sam(rho=0.05)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from typing import Any
 

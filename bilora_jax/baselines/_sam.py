@@ -1,4 +1,16 @@
-"""SAM and ASAM: the gradient at the worst point nearby."""
+"""SAM and ASAM: the gradient at the worst point nearby.
+
+With `loss_fn(params, batch)` and any optimizer `tx`,
+
+  estimator = baselines.sam(rho=0.05)
+  state, opt_state = estimator.init(params), tx.init(params)
+  for key, batch in batches:
+    (loss, grads), state = estimator.estimate(
+      jax.value_and_grad(loss_fn), state, key, params, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+"""
 
 from typing import Any
 

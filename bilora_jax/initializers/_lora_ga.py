@@ -4,10 +4,13 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-from flax import traverse_util
+from flax import nnx, traverse_util
+from flax.core import meta
+import jax
 
 from bilora_jax import _linalg
 from bilora_jax._adapt import Adapted
+from bilora_jax._injection import Path
 from bilora_jax.initializers import _base
 
 
@@ -37,8 +40,9 @@ def lora_ga(
     variables: of the model, as floats.
     adapters: from `adapted.init`; the auxiliary and extra stay as they are.
     gradients: by the adapted kernels, as `jax.grad` gives them of the model's
-      `params`, the mean over a few batches; what it has of other parameters is
-      not looked at.
+      `params`, boxes of `nn.Partitioned` or none, or as `nnx.grad` does, an
+      `nnx.State`; the mean over a few batches. What it has of other parameters
+      is not looked at.
     gamma: of the scale; 16 in the paper. Smaller starts larger.
 
   Returns:
@@ -76,7 +80,7 @@ def lora_ga(
   if not (math.isfinite(gamma) and gamma > 0):
     raise ValueError(f"gamma is finite and above 0; got {gamma}.")
   _base.check_ranks("lora_ga", adapted, times=2)
-  found: dict[Any, Any] = traverse_util.flatten_dict(gradients)
+  found = _by_path(gradients)
   wanted = {
     tuple(path.split("/")): shape for path, shape in adapted.targets.items()
   }
@@ -107,3 +111,11 @@ def lora_ga(
     start,
     rescale=False,
   )
+
+
+def _by_path(gradients: Any) -> dict[Path, jax.Array]:
+  """Arrays by the paths of their parameters."""
+  if isinstance(gradients, nnx.State):
+    gradients = nnx.to_pure_dict(gradients)
+  flat: dict[Any, Any] = traverse_util.flatten_dict(meta.unbox(gradients))
+  return {tuple(map(str, path)): leaf for path, leaf in flat.items()}

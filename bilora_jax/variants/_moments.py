@@ -57,7 +57,7 @@ def rescale_moments(
         "rescale_moments needs params, the third argument of update; got None."
       )
     unclipped, _ = inner.update(
-      updates, state, params, **{**extra_args, "rho": jnp.inf}
+      updates, state, params, **{**extra_args, "radius": jnp.inf}
     )
     updates, state = inner.update(updates, state, params, **extra_args)
     trees: list[Any] = [params, unclipped, updates]

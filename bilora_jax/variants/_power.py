@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _linalg, _transform
-from bilora_jax._factors import Factors, is_factors
+from bilora_jax import _ball, _linalg
+from bilora_jax._factors import Factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
 # of any ball, and its square far from float32's ends.
@@ -27,7 +27,9 @@ class PowerAscentState(NamedTuple):
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
+def power_ascent(
+  decay: float | jax.Array = 0.0,
+) -> optax.GradientTransformation:
   r"""Climbs at an infinite rate: subspace iteration towards the gradient.
 
   Of each pair :math:`W = s\,a\,b` one factor is orthonormal. For :math:`G`, the
@@ -76,13 +78,16 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
     matrix a pair, some 4 r^2 operations a row. Not for factors that
     `jax.shard_map` shards.
   """
-  if not (math.isfinite(decay) and 0 <= decay < 1):
+  # Under optax.inject_hyperparams it is an array, of unknown value.
+  if not isinstance(decay, jax.Array) and not (
+    math.isfinite(decay) and 0 <= decay < 1
+  ):
     raise ValueError(
       f"decay, of the old direction, is at least 0 and below 1; got {decay}."
     )
 
   def init_fn(params):
-    _transform.pairs(params, user="power_ascent")
+    _ball.pairs(params, user="power_ascent")
     return PowerAscentState(count=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
@@ -115,15 +120,19 @@ def power_ascent(decay: float = 0.0) -> optax.GradientTransformation:
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
+def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
-  scales = _map(lambda p: _scale(p, of_b), old)
-  old = _map(_rescaled, old, scales)
+  scales = _ball.map_pairs(lambda p: _scale(p, of_b), old)
+  old = _ball.map_pairs(_rescaled, old, scales)
   # The gradients are of the new factors.
-  ascent = _map(lambda g, scale: _rescaled(g, 1 / scale), ascent, scales)
-  mean = _normalised(old, _map(_projected, old, ascent), of_b, 1 - decay)
-  if decay:
-    mean = _map(_sum, mean, _normalised(old, old, of_b, decay))
+  ascent = _ball.map_pairs(
+    lambda g, scale: _rescaled(g, 1 / scale), ascent, scales
+  )
+  mean = _normalised(
+    old, _ball.map_pairs(_projected, old, ascent), of_b, 1 - decay
+  )
+  if isinstance(decay, jax.Array) or decay:
+    mean = _ball.map_pairs(_sum, mean, _normalised(old, old, of_b, decay))
 
   def joined(pair, new):
     renews_b = _renews_b(pair, of_b)
@@ -131,16 +140,7 @@ def _renewed(old: Any, ascent: Any, *, decay: float, of_b: bool) -> Any:
     b = jnp.where(renews_b, new.b, pair.b)
     return _orthonormal(Factors(a, b, pair.scale), of_b)
 
-  return _map(joined, old, mean)
-
-
-def _map(f: Any, *trees: Any) -> Any:
-  """Applies f to the pairs; what a mask hides stays as it is."""
-  return jax.tree.map(
-    lambda *nodes: f(*nodes) if _transform.is_pair(nodes[0]) else nodes[0],
-    *trees,
-    is_leaf=is_factors,
-  )
+  return _ball.map_pairs(joined, old, mean)
 
 
 def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
@@ -175,14 +175,14 @@ def _projected(pair: Factors, ascent: Factors) -> Factors:
   return Factors(c * ascent.a, c * ascent.b, pair.scale)
 
 
-def _normalised(old: Any, new: Any, of_b: bool, share: float) -> Any:
+def _normalised(old: Any, new: Any, of_b: bool, share: Any) -> Any:
   """The renewed factors at a share of `_OUTSIDE`, the others orthonormal."""
 
   def square(pair, x):
     a, b = (jnp.sum(f**2, (-2, -1), keepdims=True) for f in (x.a, x.b))
     return x.scale**2 * jnp.sum(jnp.where(_renews_b(pair, of_b), b, a))
 
-  norm = jnp.sqrt(optax.tree.sum(_map(square, old, new)))
+  norm = jnp.sqrt(optax.tree.sum(_ball.map_pairs(square, old, new)))
   factor = share * _OUTSIDE / jnp.where(norm > 0, norm, 1)
   return jax.tree.map(lambda x: factor * x, new)
 

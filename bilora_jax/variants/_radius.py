@@ -2,13 +2,14 @@
 
 import math
 
+import jax
 import optax
 
-from bilora_jax import _transform
+from bilora_jax import _ball
 
 
 def adaptive_radius(
-  tx: optax.GradientTransformation, ratio: float
+  tx: optax.GradientTransformation, ratio: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
   r"""Bi-LoRA in a ball as large as the primary, times a ratio.
 
@@ -23,7 +24,7 @@ def adaptive_radius(
 
   Returns:
     The transformation with that radius; its state is that of `tx`. An extra
-    argument `rho` to its update overrides it.
+    argument `radius` to its update overrides it.
 
   Raises:
     ValueError: if ratio is negative or not finite; on init, if tx has no ball.
@@ -32,7 +33,10 @@ def adaptive_radius(
     Norms are those of what the code sees: not for factors that `jax.shard_map`
     shards.
   """
-  if not (math.isfinite(ratio) and ratio >= 0):
+  # Under optax.inject_hyperparams it is an array, and a ball clamps its radius.
+  if not isinstance(ratio, jax.Array) and not (
+    math.isfinite(ratio) and ratio >= 0
+  ):
     raise ValueError(
       "ratio, of the radius and the primary's norm, is finite and at least 0; "
       f"got {ratio}."
@@ -53,9 +57,12 @@ def adaptive_radius(
       raise ValueError(
         "adaptive_radius needs params, the third argument of update; got None."
       )
-    norm, *_ = _transform.norms(params["primary"], user="adaptive_radius")
+    radius = _ball.given_radius(extra_args)
+    if radius is None:
+      norm, *_ = _ball.norms(params["primary"], user="adaptive_radius")
+      radius = ratio * norm
     return inner.update(
-      updates, state, params, **{"rho": ratio * norm, **extra_args}
+      updates, state, params, **{**extra_args, "radius": radius}
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _partition, _transform
+from bilora_jax import _ball, _partition
 from bilora_jax._factors import Factors, is_factors
 
 
@@ -58,7 +58,7 @@ def scattered(
     raise ValueError(
       f"there is no auxiliary to scatter; the adapters hold {sorted(adapters)}."
     )
-  _transform.pairs(adapters["auxiliary"], user="scattered")
+  _ball.pairs(adapters["auxiliary"], user="scattered")
 
   def draw(pair, key):
     keys = jax.random.split(key)
@@ -73,7 +73,7 @@ def scattered(
   tree = adapters["auxiliary"]
   keys = optax.tree.split_key_like(key, _leaves_of_pairs(tree))
   drawn = jax.tree.map(draw, tree, keys, is_leaf=is_factors)
-  norm, *_ = _transform.norms(drawn)
+  norm, *_ = _ball.norms(drawn)
   factor = jnp.sqrt(radius / norm)
   auxiliary = jax.tree.map(
     lambda new, old: (factor * new).astype(old.dtype), drawn, tree

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Callable
 import functools
+import runpy
 from typing import Any, NamedTuple
 
 from dense import outputs
@@ -850,6 +851,28 @@ def test_is_left_alone_and_the_rest_adapted(what):
     jax.jit(adapted.apply)(variables, primary(adapters), x),
     model.apply(adapted.merge(variables, adapters), x),
     **CLOSE,
+  )
+
+
+def test_a_users_file_is_not_taken_for_jaxs(tmp_path):
+  # JAX's own jitted functions are those of its file pjit.py.
+  path = tmp_path / "model_pjit.py"
+  path.write_text(
+    "import jax.numpy as jnp\n\ndef product(x, w):\n  return jnp.dot(x, w)\n"
+  )
+  names = runpy.run_path(str(path))
+  adapted = adapt(Custom(names["product"]), SPEC, jnp.ones((2, 5)))
+  assert set(adapted.targets) == {"w", "dense/kernel"}
+
+
+def test_an_adapted_models_repr_is_one_line(mlp):
+  model, x, _ = mlp
+  assert repr(adapt(model, SPEC, x)) == (
+    "Adapted(2 weights: 'a/kernel', 'b/kernel'; rank=2, auxiliary_rank=3)"
+  )
+  assert repr(adapt(Transformer(), SPEC, TOKENS)) == (
+    "Adapted(7 weights: 'head/kernel', 'layers_0_query/kernel', ...; rank=2, "
+    "auxiliary_rank=3)"
   )
 
 

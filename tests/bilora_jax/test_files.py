@@ -216,11 +216,21 @@ def test_a_json_of_other_adapters_does_not_count(folder, adapted, adapters):
 
 
 def test_another_spec_is_refused_and_the_difference_named(folder):
-  other = LoraSpec(**{**vars(SPEC), "alpha": 4.0, "exclude": "x"})
+  other = LoraSpec(**{**vars(SPEC), "alpha": 4.0, "rslora": True})
   message = _error(load_adapters, folder, _adapted(other))
   assert "alpha is 0.3 there and 4.0 here" in message
-  assert "exclude is None there and 'x' here" in message
+  assert "rslora is False there and True here" in message
   assert "extra" not in message
+
+
+def test_another_exclude_counts_where_it_leaves_out_other_modules(tmp_path):
+  saved = _adapted(LoraSpec(rank=2, exclude="layers_0"))
+  adapters = _adapters(saved)
+  save_adapters(tmp_path, saved, adapters)
+  same = _adapted(LoraSpec(rank=2, exclude="layers_[01]"))
+  _assert_same_bits(load_adapters(tmp_path, same), adapters)
+  message = _error(load_adapters, tmp_path, _adapted(LoraSpec(rank=2)))
+  assert "primary/layers_0/kernel: missing" in message
 
 
 def test_another_order_of_targets_is_refused_where_it_changes_a_rank(folder):

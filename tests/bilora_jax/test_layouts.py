@@ -135,6 +135,32 @@ def test_the_first_columns_are_the_primary_and_weights_add_up(host):
     )
 
 
+@pytest.mark.parametrize(
+  ("layout", "tree"),
+  [
+    (Layout("/a", "/b", 1.0), {"a": _normal(4, RANK), "b": _normal(RANK, 3)}),
+    (Layout("a", "b", 1.0), {"a": _normal(4, RANK), "b": _normal(RANK, 3)}),
+    (
+      Layout("a", "b", 1.0),
+      {
+        "layer": {"a": _normal(4, RANK), "b": _normal(RANK, 3)},
+        "alpha": _normal(2),
+        "gamma": _normal(3, RANK),
+      },
+    ),
+  ],
+  ids=["the root, by paths", "the root", "keys that end in a factor's"],
+)
+def test_factors_are_found_at_the_root_and_by_whole_keys(layout, tree):
+  parts = layout.split(tree, R1)
+  (pair,) = parts["primary"].values()
+  assert (pair.a.shape, pair.b.shape) == ((4, R1), (R1, 3))
+  assert set(parts["extra"]) == set(tree) - {"layer", "a", "b"}
+  back = layout.join(parts, like=tree)
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
 def test_the_hosts_primary_has_rank_r1(host):
   layout, tree = host
   kept = layout.primary(tree, R1)

@@ -39,6 +39,14 @@ def test_a_batch_is_decomposed_as_numpy_does(name):
       np.testing.assert_allclose(np.abs(found), np.abs(part), atol=2e-5)
 
 
+def test_a_pseudo_inverse_is_numpys_and_that_of_no_rank_is_zero():
+  lost = _TALL.copy()
+  lost[..., 1] = lost[..., 0]  # of rank 3, up to float32
+  for x in (_TALL, _TALL.mT, lost, np.zeros((2, 5, 3), np.float32)):
+    wanted = np.linalg.pinv(np.float64(x), rcond=1e-6)
+    np.testing.assert_allclose(_linalg.pinv(x), wanted, atol=2e-5)
+
+
 def test_the_derivative_is_that_of_jax():
   def total(decompose):
     return lambda x: jnp.sum(decompose(x)[1] ** 3)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any, NamedTuple
 
+import devices
 from flax import linen as nn
 from flax import nnx, traverse_util
 import jax
@@ -441,14 +442,6 @@ def test_bi_lora_trains_on_a_quantised_base_and_stays_in_its_ball():
 # Meshes, loading, metadata.
 
 
-def _mesh(**sizes):
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    (jax.sharding.AxisType.Auto,) * len(sizes),
-  )
-
-
 AXES = {
   "params": {
     "layers_0": {"kernel": P("fsdp", None), "bias": P()},
@@ -464,7 +457,7 @@ def test_fsdp_over_eight_devices_is_as_on_one_device():
   adapted = adapt(model, spec, x)
   variables = _random_like(jax.eval_shape(model.init, KEY, x))
   one = adapted.quantize(variables)
-  mesh = _mesh(fsdp=8)
+  mesh = devices.mesh(fsdp=8)
 
   def put(tree, axes):
     return jax.tree.map(
@@ -513,7 +506,7 @@ def test_fsdp_over_eight_devices_is_as_on_one_device():
 
 def test_no_device_gathers_a_kernel_to_quantise_or_read_it():
   adapted = adapt(nn.Dense(64), LoraSpec(base_dtype="nf4"), jnp.ones((1, 128)))
-  mesh = _mesh(fsdp=2, tensor=4)
+  mesh = devices.mesh(fsdp=2, tensor=4)
   sharding = jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
   kernel = jax.device_put(np.ones((128, 64), np.float32), sharding)
   array = adapted.quantize_leaf("kernel", kernel)
@@ -538,7 +531,7 @@ def test_no_device_gathers_a_kernel_to_quantise_or_read_it():
 
 def test_scales_that_a_mesh_does_not_divide_are_whole_along_that_axis():
   adapted = adapt(nn.Dense(24), LoraSpec(base_dtype="int8"), jnp.ones((1, 128)))
-  sharding = jax.sharding.NamedSharding(_mesh(fsdp=8), P("fsdp"))
+  sharding = jax.sharding.NamedSharding(devices.mesh(fsdp=8), P("fsdp"))
   kernel = jax.device_put(np.ones((128, 24), np.float32), sharding)
   array = adapted.quantize_leaf("kernel", kernel)
   assert array.scale.shape == (2, 24)
@@ -606,7 +599,7 @@ def test_axes_keep_their_names_and_scales_follow():
 
 
 def test_boxes_that_know_their_mesh_do_not_split_what_it_does_not_divide():
-  box = nn.Partitioned(jnp.ones((128, 4)), ("fsdp", None), _mesh(fsdp=8))
+  box = nn.Partitioned(jnp.ones((128, 4)), ("fsdp", None), devices.mesh(fsdp=8))
   variables = {"params": {"kernel": box, "bias": jnp.ones(4)}}
   model, x = nn.Dense(4), jnp.ones((2, 128))
   adapted = adapt(model, LoraSpec(base_dtype="int8"), x)

@@ -1,8 +1,10 @@
 """`LoraSpec`: what it matches, and what it refuses in words."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bilora_jax import LoraSpec
@@ -10,6 +12,8 @@ from bilora_jax import LoraSpec
 REFUSED = {
   "rank is an integer of at least 1; got 0.": {"rank": 0},
   "rank is an integer of at least 1; got 2.0.": {"rank": 2.0},
+  "rank is an integer of at least 1; got True.": {"rank": True},
+  "rank is an integer of at least 1; got np.True_.": {"rank": np.True_},
   ("auxiliary_rank is an integer of at least 0 (0: plain LoRA); got -1."): {
     "auxiliary_rank": -1
   },
@@ -63,6 +67,26 @@ def test_a_spec_is_frozen_and_a_dtype_becomes_its_name():
   assert spec == LoraSpec(targets=("q",), dtype="bfloat16")
   with pytest.raises(dataclasses.FrozenInstanceError):
     spec.rank = 3
+
+
+def test_numpys_numbers_are_taken_as_pythons():
+  spec = LoraSpec(
+    rank=np.int64(4),
+    alpha=np.float32(2.5),
+    auxiliary_rank=np.uint8(3),
+    targets={"q": {"rank": np.int32(2)}},
+    tile_size=np.int64(32),
+  )
+  plain = LoraSpec(
+    rank=4,
+    alpha=2.5,
+    auxiliary_rank=3,
+    targets={"q": {"rank": 2}},
+    tile_size=32,
+  )
+  assert repr(spec) == repr(plain)
+  # A file of it is written.
+  assert json.loads(json.dumps(vars(spec))) == vars(plain)
 
 
 def test_patterns_match_whole_paths():

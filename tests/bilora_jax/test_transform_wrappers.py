@@ -2,9 +2,10 @@
 
 import functools
 
+import devices
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
@@ -245,6 +246,7 @@ def data_parallel(tx):
 
 
 def test_pmap():
+  devices.require(8)
   adapters, data = problem()
   tx = bilora(optax.adam(0.02), RHO)
   step = jax.pmap(data_parallel(tx), "batch")
@@ -259,10 +261,6 @@ def test_pmap():
   for device in (0, 7):
     actual = problems.at(adapters, device)
     assert problems.relative_error(actual, expected) <= ROUNDING
-
-
-def mesh(name):
-  return jax.make_mesh((8,), (name,), axis_types=(AxisType.Auto,))
 
 
 def test_shard_map():
@@ -281,7 +279,7 @@ def test_shard_map():
   step = jax.jit(
     jax.shard_map(
       local,
-      mesh=mesh("batch"),
+      mesh=devices.mesh(batch=8),
       in_specs=(P(), P(), P("batch")),
       out_specs=P(),
     )
@@ -302,23 +300,21 @@ def test_sharded_weights_train_as_whole_ones(clip):
   adapters, data = problems.make(shapes)
   tx = bilora(optax.adam(0.02), RHO, clip=clip)
   expected, _ = problems.train(tx, adapters, data, STEPS)
-  devices = mesh("model")
+  eight = devices.mesh(model=8)
   # `in` of a and `out` of b are split for one pair, the layers for the other.
   specs = {"w": (P("model"), P(None, "model")), "v": (P("model"), P("model"))}
   sharded = dict(adapters)
   for part in ("primary", "auxiliary"):
     sharded[part] = {
       name: Factors(
-        jax.device_put(pair.a, NamedSharding(devices, specs[name][0])),
-        jax.device_put(pair.b, NamedSharding(devices, specs[name][1])),
+        jax.device_put(pair.a, NamedSharding(eight, specs[name][0])),
+        jax.device_put(pair.b, NamedSharding(eight, specs[name][1])),
         pair.scale,
       )
       for name, pair in adapters[part].items()
     }
-  sharded["extra"] = jax.device_put(
-    sharded["extra"], NamedSharding(devices, P())
-  )
-  data = jax.device_put(data, NamedSharding(devices, P()))
+  sharded["extra"] = jax.device_put(sharded["extra"], NamedSharding(eight, P()))
+  data = jax.device_put(data, NamedSharding(eight, P()))
   step = jax.jit(problems.step(tx))
   state = jax.jit(tx.init)(sharded)
   for _ in range(STEPS):
@@ -382,7 +378,7 @@ def test_shard_map_over_sharded_factors(clip):
   state_specs = _following(state, specs)
   update = jax.shard_map(
     tx.update,
-    mesh=mesh("model"),
+    mesh=devices.mesh(model=8),
     in_specs=(specs, state_specs, specs),
     out_specs=(specs, state_specs),
   )
@@ -408,6 +404,7 @@ def test_shard_map_over_sharded_factors(clip):
 
 
 def test_pmap_over_sharded_factors():
+  devices.require(8)
   rng = np.random.default_rng(0)
   pair = Factors(
     np.float32(rng.normal(size=(16, 2))), np.float32(rng.normal(size=(2, 24)))

@@ -83,7 +83,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
     ),
     (
       {"method": "lora", "diagnose_every": 5},
-      "bilora or dual_lora, on a base of floats; got --method lora",
+      "or nystroem_bilora, on a base of floats; got --method lora",
     ),
     (
       {"diagnose_every": 5, "base_dtype": "nf4"},

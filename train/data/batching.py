@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+from typing import Any
 
 import grain
 import numpy as np
@@ -77,6 +78,46 @@ def train(
 
   batches = grain.MapDataset.range(steps).repeat(epochs).map_with_index(batch)
   return iter(batches.to_iter_dataset(_NO_THREADS))
+
+
+class Visited:
+  """Training batches, each of them several times in a row."""
+
+  def __init__(self, batches: grain.DatasetIterator[Batch], visits: int):
+    """Returns an iterator whose state is that of its steps.
+
+    Args:
+      batches: once each.
+      visits: how often each comes.
+    """
+    self._batches, self._visits = batches, visits
+    self._batch: Batch = {}
+    self._left = 0
+    self._before: Any = None
+
+  def __next__(self) -> Batch:
+    if not self._left:
+      self._before = self._batches.get_state()
+      self._batch, self._left = next(self._batches), self._visits
+    self._left -= 1
+    return self._batch
+
+  def get_state(self) -> dict[str, Any]:
+    """As Grain has it; while visits are left, with their number."""
+    if not self._left:
+      return self._batches.get_state()
+    return {**self._before, "visits_left": self._left}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on where `get_state` was called."""
+    left = state.get("visits_left", 0)
+    self._batches.set_state(
+      {name: x for name, x in state.items() if name != "visits_left"}
+    )
+    self._left = 0
+    if left:
+      next(self)
+      self._left = left
 
 
 def evaluate(

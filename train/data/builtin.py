@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import hashing
+from . import hashing, rated_sentences
 from .registry import register
 from .task import HELD_OUT, STORED, Source, Split, Task
 
@@ -56,6 +56,31 @@ register(
     prompt=_SENTIMENT,
   )
 )
+
+
+def _rated(domain: str = "") -> None:
+  prefix = f"{domain}/" if domain else ""
+  others = [x for x in rated_sentences.DOMAINS if domain and x != domain]
+  register(
+    Task(
+      f"rated-sentences/{domain}" if domain else "rated-sentences",
+      source=Source(lambda split, _: rated_sentences.stored()[split]),
+      texts=("{sentence}",),
+      labels=rated_sentences.LABELS,
+      votes="votes",
+      splits=(
+        *(Split(name, f"{prefix}{name}") for name, _, _ in STORED),
+        # Of what is not trained on, all.
+        *(Split(name, name) for name in others),
+      ),
+      prompt=_SENTIMENT,
+    )
+  )
+
+
+_rated()
+for _domain in rated_sentences.DOMAINS:
+  _rated(_domain)
 
 
 def _glue(

@@ -25,6 +25,8 @@ from . import (
   objectives,
   packing,
   pipeline,
+  regimes,
+  shifts,
   tables,
 )
 from . import registry as tasks
@@ -42,6 +44,7 @@ _MOST_NATS = 709  # e to more is no float
 _IMAGE_SIDE = 224
 
 Predict = Callable[[Batch], Items]
+Examples = pipeline.Examples | images.Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +142,7 @@ class Reader:
     objective: what is learned from a batch.
   """
 
-  examples: Callable[
-    [Sequence[Mapping[str, Any]]], pipeline.Examples | images.Images
-  ]
+  examples: Callable[[Sequence[Mapping[str, Any]]], Examples]
   ordered: Callable[..., grain.DatasetIterator[Batch]]
   whole: Callable[..., grain.DatasetIterator[Batch]]
   objective: Objective
@@ -154,13 +155,15 @@ class Labelled:
   Attributes:
     examples: the rows of each split.
     reader: how the model reads them.
+    shifted: reads `shifts.examples` of the test rows.
   """
 
   task: Task
   order: Order
-  examples: Mapping[str, pipeline.Examples | images.Images]
+  examples: Mapping[str, Examples]
   reader: Reader
   notes: Sequence[str] = ()
+  shifted: Callable[[], Mapping[str, Examples]] = dict
 
   @property
   def objective(self) -> Objective:
@@ -204,11 +207,13 @@ class Labelled:
       features, train, validation, test, self.task.metrics
     )
 
+  def batches(self, rows: Examples) -> grain.DatasetIterator[Batch]:
+    """Batches to evaluate, that have each row once."""
+    return self.reader.whole(rows, self.order.eval_batch_size)
+
   def _rows(self, split: str) -> Rows:
     rows = self.examples[split]
-    return Rows(
-      rows.labels, self.reader.whole(rows, self.order.eval_batch_size)
-    )
+    return Rows(rows.labels, self.batches(rows))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -297,7 +302,7 @@ class Given:
   task: Task
   rows: Sequence[Mapping[str, Any]]
   places: Sequence[str]
-  examples: pipeline.Examples | images.Images
+  examples: Examples
   reader: Reader
 
   def batches(self, batch_size: int) -> grain.DatasetIterator[Batch]:
@@ -372,16 +377,18 @@ def load(
   found = reader(task, pretrained, options.max_length)
   examples = {}
   for split in _SPLITS:
-    limit = _limit(options, split)
-    rows = pipeline.drawn(
-      task, split, options.data_dir or None, limit or None, seed
-    )
+    rows, said = regimes.rows(task, split, options, seed)
+    notes += said
     if not rows:
       raise UsageError(f"{task.name} has no rows in {split}; one is needed.")
-    notes += _capped(options, split, len(rows))
+    if not (split == "train" and options.imbalance):
+      notes += _capped(options, split, len(rows))
     examples[split] = found.examples(rows)
   order, said = _fitted(order, len(examples["train"]), multiple, "rows")
-  return Labelled(task, order, examples, found, notes + said)
+  shifted = functools.partial(
+    shifts.examples, task, options, seed, found.examples
+  )
+  return Labelled(task, order, examples, found, notes + said, shifted)
 
 
 def rows_for(
@@ -532,7 +539,7 @@ def _conversations(
   found, notes = _splits(options, task)
   packed = {}
   for split in _SPLITS:
-    limit = _limit(options, split)
+    limit = options.limit(split)
     rows = instructions.drawn(found[split], limit or None, order.seed)
     notes += _capped(options, split, len(rows))
     sequences = chat.tokenize(
@@ -589,13 +596,9 @@ def _splits(
   return found, []
 
 
-def _limit(options: DataOptions, split: str) -> int:
-  return options.train_rows if split == "train" else options.eval_rows
-
-
 def _capped(options: DataOptions, split: str, count: int) -> list[str]:
   """A sentence, if fewer rows are there than the options allow."""
-  limit = _limit(options, split)
+  limit = options.limit(split)
   if count >= limit:
     return []
   flag = "--train-rows" if split == "train" else "--eval-rows"

@@ -1,20 +1,17 @@
 """Movie review snippets: reads, cleans and divides them, and a TFDS builder."""
 
 import collections
-from collections.abc import Iterator, Mapping
-import gzip
+from collections.abc import Iterator, Mapping, Sequence
 import math
 import pathlib
 from typing import Any, NamedTuple
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from .. import checked
-from . import hashing
+from . import hashing, shipped
 
-FILE = pathlib.Path(__file__).parent / "files" / "movie_review_snippets.tsv.gz"
+FILE = shipped.FOLDER / "movie_review_snippets.tsv.gz"
 TRAIN_ROWS = 6_500
 VALIDATION_ROWS = 1_000
 MIN_RATING = 0.5
@@ -36,16 +33,9 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
       has not three columns, or holds an id, a rating or a sentence that cannot
       be right; the sentence names the file and the line.
   """
-  if not path.exists():
-    raise ValueError(
-      f"{path} is not there: the film reviews are in the repository, and not"
-      " in what is installed. --task and --data name what else to train on."
-    )
-  try:
-    lines = gzip.decompress(checked.read_bytes(path)).splitlines()
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-    raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
-  return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+  columns = ("id", "rating", "sentence")
+  lines = shipped.lines(path, "the film reviews", columns)
+  return [_parse(values, where) for where, values in lines]
 
 
 def clean(snippets: list[Snippet]) -> list[Snippet]:
@@ -126,17 +116,8 @@ class MovieReviewSnippets(tfds.core.GeneratorBasedBuilder):
       yield snippet.id, {**snippet._asdict(), "label": label}
 
 
-def _parse(line: bytes, where: str) -> Snippet:
-  try:
-    columns = line.decode().split("\t")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{where} is not UTF-8: {error}.") from error
-  if len(columns) != 3:
-    raise ValueError(
-      f"{where} has {len(columns)} columns; it must have three, separated by"
-      " tabs: id, rating, sentence."
-    )
-  number, rating, sentence = columns
+def _parse(values: Sequence[str], where: str) -> Snippet:
+  number, rating, sentence = values
   if not (number.isascii() and number.isdigit()):
     raise ValueError(f"{where} has the id {number!r}; it must be a number.")
   try:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..models import chunks
+
 Batch = Mapping[str, Any]
 
 MEAN = (0.485, 0.456, 0.406)
@@ -41,29 +43,51 @@ class Objective(NamedTuple):
   """How a batch goes into a model, and what comes out is judged.
 
   Attributes:
-    inputs: from a batch to the arguments of the model.
-    items: from the logits and the batch to the items of the loss.
+    inputs: from a batch to the arguments of the model; the last may be what
+      the model is to read from its logits, see `models.chunks`.
+    items: from what the model returns and the batch to the items of the loss.
     weights: the items' weights, from the batch alone.
     tokens: of a batch that are not padding, or its images, int32 scalar.
-    answers: from the logits to what is told of a row: the probabilities of the
-      labels, float32 (B, labels), or its value, (B,).
+    answers: from what the model returns to what is told of a row: the
+      probabilities of the labels, float32 (B, labels), or its value, (B,); of
+      conversations, the likeliest tokens, int32 (B, L).
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
-  items: Callable[[jax.Array, Batch], Items]
+  items: Callable[[Any, Batch], Items]
   weights: Callable[[Batch], jax.Array]
   tokens: Callable[[Batch], jax.Array]
-  answers: Callable[[jax.Array], jax.Array]
+  answers: Callable[[Any], jax.Array]
 
 
-def _items(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Items:
-  logits = logits.astype(jnp.float32)
-  predictions = jnp.argmax(logits, -1)
+class Told(NamedTuple):
+  """What a loss needs of logits (..., V); arrays (...).
+
+  Attributes:
+    losses: cross-entropies of the targets in nats, float32.
+    predictions: the likeliest labels or tokens, int32.
+  """
+
+  losses: jax.Array
+  predictions: jax.Array
+
+
+def _losses(targets: jax.Array, logits: jax.Array) -> jax.Array:
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), targets
+  )
+
+
+def _told(targets: jax.Array, logits: jax.Array) -> Told:
+  return Told(_losses(targets, logits), jnp.argmax(logits, -1))
+
+
+def _items(told: Told, targets: jax.Array, weights: jax.Array) -> Items:
   return Items(
-    losses=optax.softmax_cross_entropy_with_integer_labels(logits, targets),
+    losses=told.losses,
     weights=weights,
-    predictions=predictions,
-    right=(predictions == targets).astype(jnp.float32),
+    predictions=told.predictions,
+    right=(told.predictions == targets).astype(jnp.float32),
   )
 
 
@@ -77,7 +101,9 @@ def _probabilities(logits: jax.Array) -> jax.Array:
 
 CLASSIFICATION = Objective(
   inputs=lambda batch: (batch["tokens"], batch["mask"], batch["token_types"]),
-  items=lambda logits, batch: _items(logits, batch["labels"], _rows(batch)),
+  items=lambda logits, batch: _items(
+    _told(batch["labels"], logits), batch["labels"], _rows(batch)
+  ),
   weights=_rows,
   tokens=lambda batch: jnp.sum(batch["mask"]),
   answers=_probabilities,
@@ -161,8 +187,9 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
   and nothing else, and words of any lengths compare.
 
   Args:
-    tokens: of each label's word, with the one that ends it. Logits are
-      (B, M, V), of the M tokens of all words, end to end.
+    tokens: of each label's word, with the one that ends it. A model is given
+      what to read from the logits of the M tokens of all words, end to end, and
+      returns their losses, (B, M).
   """
   targets_M = np.concatenate([np.asarray(word, np.int32) for word in tokens])
   lengths_C = np.asarray([len(word) for word in tokens])
@@ -171,16 +198,19 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
   def lengths(batch):
     return jnp.asarray(lengths_C, jnp.float32)[batch["labels"]]
 
-  def losses(logits):
-    # One by one: a product may round to bfloat16 on an accelerator.
-    losses_BxM = optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32),
-      jnp.broadcast_to(targets_M, logits.shape[:-1]),
+  def inputs(batch):
+    targets_BxM = jnp.broadcast_to(
+      targets_M, (len(batch["tokens"]), len(targets_M))
     )
+    read = chunks.Read(_losses, targets_BxM)
+    return *CLASSIFICATION.inputs(batch), read
+
+  def of_words(losses_BxM):
+    # One by one: a product may round to bfloat16 on an accelerator.
     return (losses_BxM[..., None] * whose_MxC).sum(1)
 
-  def items(logits, batch):
-    labels, losses_BxC = batch["labels"], losses(logits)
+  def items(losses_BxM, batch):
+    labels, losses_BxC = batch["labels"], of_words(losses_BxM)
     right_B = jnp.take_along_axis(losses_BxC, labels[:, None], 1)[:, 0]
     predictions = jnp.argmin(losses_BxC, -1)
     return Items(
@@ -191,10 +221,11 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
     )
 
   return CLASSIFICATION._replace(
+    inputs=inputs,
     items=items,
     weights=lengths,
     # Of the words alone, as a label is told; the vocabulary has more.
-    answers=lambda logits: jax.nn.softmax(-losses(logits), -1),
+    answers=lambda losses: jax.nn.softmax(-of_words(losses), -1),
   )
 
 
@@ -203,12 +234,14 @@ NEXT_TOKEN = Objective(
     batch["tokens"],
     batch["positions"],
     batch["lengths"],
+    chunks.Read(_told, batch["targets"]),
   ),
-  items=lambda logits, batch: _items(
-    logits, batch["targets"], batch["weights"]
-  ),
+  items=lambda told, batch: _items(told, batch["targets"], batch["weights"]),
   weights=lambda batch: batch["weights"],
   tokens=lambda batch: jnp.sum(batch["lengths"]),
-  answers=_probabilities,
+  answers=lambda told: told.predictions,
 )
-"""The token after each, where it has a weight, (B, L); logits (B, L, V)."""
+"""The token after each, where it has a weight, (B, L).
+
+A model is given what to read from its logits, and returns `Told`.
+"""

@@ -9,6 +9,7 @@ from ..options import option, spelt
 from . import registry
 
 OnLong = Literal["cut", "skip", "error"]
+NoiseKind = Literal["symmetric", "class-dependent"]
 
 # The tasks of what --data names.
 INSTRUCTIONS = "instructions"
@@ -20,14 +21,15 @@ class DataOptions:
   """What is learned from."""
 
   task: str = "snippets"
-  """The data set: snippets, glue/{cola,sst2,mrpc,qnli,mnli,rte} or
-  super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
+  """The data set: snippets, rated-sentences or one of its domains,
+  rated-sentences/{movies,products,tweets}, glue/{cola,sst2,mrpc,qnli,mnli,rte}
+  or super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
   digits, of images; or of your own --data: classification, regression, or
   instructions, for a decoder to respond to."""
   path: str = option("", flag="data")
   """Your own rows: a .csv, .tsv or .jsonl file (or .gz of one), a .parquet
-  file, a folder of images (CLASS/*.png, or train/CLASS/*.png), a folder that
-  Hugging Face datasets saved, or tfds:NAME."""
+  file, a folder of images (CLASS/*.png, or train/CLASS/*.png, or MNIST's IDX
+  files), a folder that Hugging Face datasets saved, or tfds:NAME."""
   text: str = ""
   """Column of the text, or several, as title,body; empty: text, sentence,
   review and their like."""
@@ -49,6 +51,21 @@ class DataOptions:
   """Training rows to draw by the seed; 0: all."""
   eval_rows: int = option(0, least=0)
   """Rows to draw for validation, and for the test; 0: all."""
+  label_noise: float = option(0.0, least=0, below=1)
+  """Share of the training labels that are made wrong, drawn by the seed; the
+  test keeps its labels (classification)."""
+  label_noise_kind: NoiseKind = "symmetric"
+  """Which labels are made wrong: of any class, and any other label in their
+  place; or of the classes 1, 3, 5, ..., and the label before in their place."""
+  one_rater: bool = False
+  """Learn from the label of one of a row's raters, drawn by the seed, in place
+  of that of their mean, which the test keeps (rated-sentences)."""
+  noisy_validation: bool = False
+  """Draw the labels of the validation rows as those of the training rows."""
+  imbalance: float = option(0.0, least=0, below=1)
+  """Training rows of the rarest class over those of the most frequent one; the
+  classes between fall off exponentially; 0: classes as they come
+  (classification)."""
   max_length: int = option(256, least=3, below=2**21)
   """Tokens in an example; longer ones are cut."""
   image_size: int = option(0, least=0, below=2**13)
@@ -66,6 +83,10 @@ class DataOptions:
   chat_template: str = ""
   """File of a chat template, in Jinja, in place of the model's
   (instructions)."""
+
+  def limit(self, split: str) -> int:
+    """The most rows of a split; 0: all."""
+    return self.train_rows if split == "train" else self.eval_rows
 
 
 def check(options: DataOptions) -> None:
@@ -88,6 +109,7 @@ def check(options: DataOptions) -> None:
       " instructions, and belongs to no other task; got"
       f" {options.path!r} with --task {options.task}."
     )
+  _check_regime(options)
   allowed = {
     ("text", "text_pair", "label"): _COLUMNS,
     ("validation", "test", "held_out"): (*_COLUMNS, INSTRUCTIONS),
@@ -110,4 +132,27 @@ def check(options: DataOptions) -> None:
     raise UsageError(
       "--held-out is for a --data without a --validation or a --test of their"
       " own; got all three."
+    )
+
+
+def _check_regime(options: DataOptions) -> None:
+  task = registry.get(options.task)
+  for name in ("label_noise", "imbalance"):
+    value = getattr(options, name)
+    if value and task.kind != "classification":
+      raise UsageError(
+        f"{spelt(name)} is of classes; got {value:g} with --task {task.name},"
+        f" of {task.kind}."
+      )
+  if options.one_rater and not task.votes:
+    able = [x for x in registry.names() if registry.get(x).votes]
+    raise UsageError(
+      f"--one-rater is of --task {' or '.join(able)}, whose rows have several"
+      f" raters; got it with --task {task.name}."
+    )
+  if options.noisy_validation and not (
+    options.label_noise or options.one_rater
+  ):
+    raise UsageError(
+      "--noisy-validation goes with --label-noise or --one-rater; got neither."
     )

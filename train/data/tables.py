@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import bounds, checked, jsonl, options
 from ..errors import UsageError
+from . import idx
 
 TFDS = "tfds:"
 """What the name of a TFDS dataset begins with."""
@@ -24,7 +25,8 @@ SUFFIXES = (
 )
 _ALLOWED = (
   f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a folder of images by"
-  f" class, a folder that Hugging Face datasets saved, or {TFDS}NAME"
+  f" class or of IDX files, a folder that Hugging Face datasets saved, or"
+  f" {TFDS}NAME"
 )
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ROWS = 1024
@@ -301,6 +303,11 @@ def _folder(path: pathlib.Path) -> dict[str, Table]:
     return _by_split({name: _saved(path / name) for name in splits}, path)
   if checked.is_file(path / "state.json"):
     return {"train": _saved(path)}
+  if idx.is_folder(path):
+    return {
+      split: _table(path, rows)
+      for split, rows in idx.tables(path, IMAGE, LABEL).items()
+    }
   folders = sorted(x for x in path.iterdir() if x.is_dir())
   if folders and all(x.name.lower() in _SPLITS for x in folders):
     return _by_split({x.name: _images(x) for x in folders}, path)

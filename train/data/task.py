@@ -44,7 +44,7 @@ class Split(NamedTuple):
   """A split of a task, in terms of the splits that its source stores.
 
   Attributes:
-    name: `train`, `validation` or `test`.
+    name: `train`, `validation`, `test`, or that of a shifted test.
     stored: the source's split that holds its rows.
     part: `all` rows, or, where one stored split serves twice, the rows that
       a hash of their text `keeps` or sets aside (`held_out`).
@@ -82,8 +82,11 @@ class Task:
     label: the field of the label: of a class, its number; of a regression, a
       float.
     labels: the classes' names; a label is an index into them.
+    votes: the field of the labels that a row's raters gave it, if rows have
+      any.
     metrics: what is reported, the one to select by first.
-    splits: the labelled splits.
+    splits: the labelled splits; those beside `train`, `validation` and `test`
+      are tests of a shift, as of another domain.
     held_out: the share of the stored training rows that is set aside.
     prompt: what a model that answers in words is asked of the texts.
     words: what it answers, in the order of the labels; empty for their names.
@@ -99,6 +102,7 @@ class Task:
   side: int = 0
   label: str = "label"
   labels: tuple[str, ...] = ()
+  votes: str = ""
   metrics: tuple[str, ...] = ("accuracy",)
   splits: tuple[Split, ...] = STORED
   held_out: float = 0.0
@@ -235,7 +239,7 @@ def _is_template(text: str | tuple[str, ...]) -> bool:
   )
 
 
-_NOT_DESCRIBED = {"source", "splits", "held_out"}
+_NOT_DESCRIBED = {"source", "votes", "splits", "held_out"}
 _parse = string.Formatter().parse
 
 

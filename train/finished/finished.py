@@ -102,7 +102,7 @@ class Finished:
 
   def answer(self) -> Callable[[Batch], jax.Array]:
     """From a batch to the labels' probabilities, or to values."""
-    return self._compiled(lambda logits, _: self.objective.answers(logits))
+    return self._compiled(lambda found, _: self.objective.answers(found))
 
   def items(self) -> Callable[[Batch], Items]:
     """From a batch to its losses and predictions."""
@@ -113,8 +113,8 @@ class Finished:
 
     @jax.jit
     def told(arguments, batch):
-      logits = apply.func(*arguments, *self.objective.inputs(batch))
-      return tell(logits, batch)
+      found = apply.func(*arguments, *self.objective.inputs(batch))
+      return tell(found, batch)
 
     return functools.partial(told, apply.args)
 
@@ -211,9 +211,14 @@ def open_run(
     objective = reader.objective
   adapted = None
   if config.method.spec.has_adapters:
+    spec = bilora_jax.load_spec(folder / kept.ADAPTERS)
+    if not config.adapter.path:
+      # The base may be another; and older runs name a head that theirs has not.
+      head = pretrained.family.own_head(model)
+      spec = dataclasses.replace(spec, exclude=head)
     adapted = bilora_jax.adapt(
       model,
-      bilora_jax.load_spec(folder / kept.ADAPTERS),
+      spec,
       *jax.eval_shape(objective.inputs, _BATCH),
       methods=("__call__", *pretrained.family.generate_methods),
     )
@@ -230,7 +235,7 @@ def open_run(
 _TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")
 _BATCH = {
   **dict.fromkeys(("tokens", "mask", "token_types"), _TOKENS),
-  "positions": _TOKENS,
+  **dict.fromkeys(("positions", "targets"), _TOKENS),
   "lengths": jax.ShapeDtypeStruct((1, 1), "int32"),
   "images": jax.ShapeDtypeStruct((1, 2, 2, 3), "uint8"),
 }

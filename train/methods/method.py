@@ -32,7 +32,6 @@ class Method(NamedTuple):
     weights: from the variables to the frozen weights that the estimator
       perturbs, nested as they are; None if it perturbs none of them.
     adapted: the model with adapters, if it has any.
-    rho: radius of the auxiliary's ball, if there is one.
   """
 
   init: Init
@@ -42,7 +41,6 @@ class Method(NamedTuple):
   estimator: baselines.GradientEstimator = baselines.gradient()
   weights: Callable[[Any], Any] | None = None
   adapted: bilora_jax.Adapted | None = None
-  rho: float | None = None
 
   def differentiated(self, trained: Any, variables: Any) -> Any:
     """What the loss is differentiated by: what is trained, and `weights`."""
@@ -58,6 +56,23 @@ class Method(NamedTuple):
     flat |= traverse_util.flatten_dict(params["weights"])
     own = traverse_util.unflatten_dict(flat)
     return params["trained"], {**variables, "params": own}
+
+  def merged(self, variables: Any, evaluated: Any) -> Any:
+    """The variables of the plain model after training."""
+    if self.adapted is None:
+      return {**variables, "params": {**variables["params"], **evaluated}}
+    merged = self.adapted.merge(variables, bilora_jax.primary(evaluated))
+    if "auxiliary" not in evaluated:
+      return merged
+    # It is kept, and no merge of the library's takes it.
+    flat: dict[Any, Any] = traverse_util.flatten_dict(merged["params"])
+    pairs: dict[Any, Any] = traverse_util.flatten_dict(
+      evaluated["auxiliary"],
+      is_leaf=lambda _, x: isinstance(x, bilora_jax.Factors),
+    )
+    for path, pair in pairs.items():
+      flat[path] += pair.weight().reshape(flat[path].shape)
+    return {**merged, "params": traverse_util.unflatten_dict(flat)}
 
 
 def build(
@@ -148,9 +163,10 @@ def _of_adapters(
   quantised: str | None,
 ) -> Method:
   spec, options = chosen.spec, chosen.options
+  with_auxiliary = spec.has_auxiliary or spec.sketches
   lora = dataclasses.replace(
     _targets(adapter_options, family, model),
-    auxiliary_rank=options.auxiliary_rank if spec.has_auxiliary else 0,
+    auxiliary_rank=options.auxiliary_rank if with_auxiliary else 0,
     extra="head/.*" if family.has_new_head else None,
     dora=adapter_options.dora,
     dropout=adapter_options.dropout,
@@ -166,7 +182,6 @@ def _of_adapters(
     optax.identity(),
     dict if spec.keeps_auxiliary(options) else bilora_jax.primary,
     adapted=adapted,
-    rho=options.rho if spec.has_auxiliary else None,
   )
 
 
@@ -180,5 +195,5 @@ def _targets(
     rank=options.rank,
     alpha=options.alpha,
     targets=options.targets,
-    exclude=family.own_head,
+    exclude=family.own_head(model),
   )

@@ -7,6 +7,7 @@ import jax
 
 from bilora_jax import baselines
 
+from ..models import chunks
 from ..options import option
 from .spec import Apply, MethodSpec
 from .trained import INPUT_AXES, WEIGHTS, primary
@@ -33,13 +34,23 @@ def _with_noise(options: NoiseOptions, apply: Apply) -> Apply:
   """The model, with noise on the logits in training."""
   add_noise = baselines.output_noise(lambda logits: logits, options.rho)
 
+  def read_noisy(keys, read, logits):
+    own = jax.random.wrap_key_data(keys.reshape(-1, keys.shape[-1]))
+    noisy = jax.vmap(add_noise)(own, logits.reshape(-1, logits.shape[-1]))
+    return read(noisy.reshape(logits.shape))
+
   def with_noise(variables, trained, *inputs, rngs=None):
-    logits = apply(variables, trained, *inputs, rngs=rngs)
     if rngs is None:
-      return logits
+      return apply(variables, trained, *inputs)
     # Not the dropout's own draws.
     key = jax.random.fold_in(rngs["dropout"], 1)
-    return add_noise(key, logits)
+    *others, read = inputs
+    if not isinstance(read, chunks.Read):
+      return add_noise(key, apply(variables, trained, *inputs, rngs=rngs))
+    # Of each token its own, however many are read at a time.
+    keys = jax.random.split(key, jax.tree.leaves(read)[0].shape[:2])
+    noisy = chunks.Read(read_noisy, jax.random.key_data(keys), read)
+    return apply(variables, trained, *others, noisy, rngs=rngs)
 
   return with_noise
 

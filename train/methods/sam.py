@@ -22,8 +22,8 @@ class SamOptions:
 
   rho: float = option(0.05, least=0, below=1e6)
   """Norm of the perturbation: of the adapters (the paper's 0.01 or 0.05), of
-  the weights (lora_full_sam), of all parameters (full_sam), or of the
-  perturbation over the factors (lora_asam)."""
+  the weights (lora_full_sam, eflat_lora), of all parameters (full_sam), or of
+  the perturbation over the factors (lora_asam)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,14 @@ class WsamOptions(SamOptions):
 
   sharpness_weight: float = option(0.8, least=0, below=0.999)
   """c in (1 - 2c) / (1 - c) L(w) + c / (1 - c) L(w + e); 0.5 is SAM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EFlatLoraOptions(SamOptions):
+  """The perturbation, and its average."""
+
+  perturbation_beta: float = option(0.1, above=0, below=1)
+  """Weight of the newest perturbation in the average."""
 
 
 def _check_esam(
@@ -85,12 +93,13 @@ def _esam(setting: Setting) -> baselines.GradientEstimator:
 
 def _losses(apply: Apply, objective: Objective):
   def losses(trained, variables, batch, total, key):
-    logits = apply(
+    found = apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
     )
-    items = objective.items(logits, batch)
-    of_rows = (items.losses * items.weights).reshape(len(logits), -1).sum(-1)
-    return of_rows * (len(logits) / total)  # whose mean is the step's loss
+    items = objective.items(found, batch)
+    rows = len(items.losses)
+    of_rows = (items.losses * items.weights).reshape(rows, -1).sum(-1)
+    return of_rows * (rows / total)  # whose mean is the step's loss
 
   return losses
 
@@ -154,6 +163,14 @@ SPECS = (
     summary="one adapter; SAM over its factors by the last step's gradient",
     options=SamOptions,
     estimator=lambda x: baselines.s2sam(x.options.rho, primary),
+  ),
+  MethodSpec(
+    name="eflat_lora",
+    summary="one adapter; SAM over the whole weights, averaged in one factor",
+    options=EFlatLoraOptions,
+    estimator=lambda x: baselines.eflat_lora(
+      x.options.rho, x.options.perturbation_beta, primary
+    ),
   ),
   MethodSpec(
     name="wsam",

@@ -22,7 +22,7 @@ Init = Callable[[jax.Array, Any], Any]
 """`(key, variables)` to what is trained."""
 
 # The files whose `SPECS` are the program's own methods, the default's first.
-_FILES = ("bilora", "lora", "sam", "noise", "parameters")
+_FILES = ("bilora", "lora", "sam", "nystroem", "noise", "parameters")
 
 
 class Setting(NamedTuple):
@@ -81,6 +81,9 @@ class MethodSpec:
     perturbs_weights: whether the estimator perturbs the frozen weights too.
     has_auxiliary: whether there is a second adapter in a ball, whose options
       have `rho` and `auxiliary_rank`.
+    sketches: whether the estimator adds an auxiliary of its own, which is not
+      trained, and whose options have `auxiliary_rank`.
+    visits: steps in a row that meet a batch before the next one comes.
     keeps_auxiliary: whether that one is evaluated and kept, by the options.
     begin: from the adapters' `init` to the method's own.
     training_apply: from the model to what is differentiated in training.
@@ -98,6 +101,8 @@ class MethodSpec:
   gradients: Callable[[Any], float] = lambda options: 1.0
   perturbs_weights: bool = False
   has_auxiliary: bool = False
+  sketches: bool = False
+  visits: int = 1
   keeps_auxiliary: Callable[[Any], bool] = lambda options: False
   begin: Callable[[Any, Init], Init] = lambda options, init: init
   training_apply: Callable[[Any, Apply], Apply] = lambda options, apply: apply

@@ -96,8 +96,8 @@ def _gradient(
 
   def loss(params: Any, variables: Any) -> jax.Array:
     _, own = dense.unpacked(params, variables)
-    logits: Any = model.apply(own, *objective.inputs(batch))
-    items = objective.items(logits, batch)
+    found = model.apply(own, *objective.inputs(batch))
+    items = objective.items(found, batch)
     return items.mean(items.losses)
 
   params = dense.differentiated({}, variables)

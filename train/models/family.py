@@ -48,6 +48,10 @@ def _fits(config: Any, tensors: Mapping[str, Any]) -> None:
   del config, tensors
 
 
+def _no_head(model: Any) -> None:
+  del model
+
+
 def _nothing(tensors: Mapping[str, Any]) -> dict[str, Any]:
   del tensors
   return {}
@@ -90,8 +94,8 @@ class Family:
       said by, where it follows a prompt that ends in `after`; None if it
       answers by a new head.
     converses: whether it learns what follows in conversations, token by token.
-    own_head: the module of the head that its models came with, which no
-      adapters are put on.
+    own_head: of a model, the module of the head that it came with, which no
+      adapters are put on; None if it has none of its own.
     generate: `(model, apply, tokens, mask, max_new_tokens, **sampling)` to the
       new tokens; None if it does not generate.
     generate_methods: of the model, that `generate` calls.
@@ -119,7 +123,7 @@ class Family:
   language_model: Callable[..., nn.Module] | None = None
   label_tokens: Callable[..., tuple[tuple[int, ...], ...]] | None = None
   converses: bool = False
-  own_head: str | None = None
+  own_head: Callable[[Any], str | None] = _no_head
   generate: Callable[..., jax.Array] | None = None
   generate_methods: tuple[str, ...] = ()
   scans: bool = False

@@ -202,6 +202,7 @@ def _lowered(
   config: Config,
   model: tuple[Family, Any],
   layout: mesh_lib.Layout,
+  **of_module: Any,
 ) -> jax.stages.Lowered:
   family, sizes = model
   assert family.language_model is not None
@@ -211,6 +212,7 @@ def _lowered(
     param_dtype=jnp.dtype(config.model.param_dtype),
     remat=options.remat,
     scan=options.scan_layers,
+    **of_module,
   )
   objective = objectives.NEXT_TOKEN
   batch = lowering.next_token_batch(options.batch_size, options.max_length)
@@ -234,7 +236,7 @@ def _flops(
   """The operations of a step, before it is shared out.
 
   Of a loop XLA counts one turn: the layers are written out, and the batch is
-  run at once. They are all alike, so that two tell of all.
+  run at once, its logits too. Layers are all alike, so that two tell of all.
   """
   plain = dataclasses.replace(options, scan_layers=False, accumulate=1)
 
@@ -244,6 +246,7 @@ def _flops(
       config,
       (family, dataclasses.replace(sizes, num_layers=layers)),
       mesh_lib.Layout(),
+      logits_bytes=sys.maxsize,
     )
     cost = lowered.cost_analysis()
     assert cost is not None

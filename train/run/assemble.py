@@ -132,14 +132,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
-  batch = next(data.train_batches())
-  memory.check(
-    base,
-    state,
-    lowering.logits_bytes(
-      layout, method, data.objective, base, state, batch, eval_rows(config)
-    ),
-  )
+  memory.check(base, state)
   variables = pretrained.variables(
     model,
     optimisation.seed,

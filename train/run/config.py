@@ -10,6 +10,7 @@ from typing import Any
 from .. import checked, options
 from .. import plugins as plugins_lib
 from ..data import options as data_options
+from ..data import registry as tasks
 from ..data.options import DataOptions
 from ..devices.options import DeviceOptions
 from ..errors import UsageError
@@ -17,7 +18,7 @@ from ..methods import spec as methods
 from ..methods.options import AdapterOptions, OptimisationOptions
 from ..models.options import ModelOptions
 from .loggers import registry as loggers
-from .options import EvaluationOptions, OutputOptions
+from .options import EvaluationOptions, OutputOptions, after
 
 # What may differ between two calls that are of one run.
 _NEUTRAL = {
@@ -201,6 +202,7 @@ def check(config: Config) -> None:
       f"{optimisation.learning_rate:g} times {optimisation.weight_decay:g}."
     )
   _check_adapter(config)
+  _check_after(config)
   loggers.check(config.output.loggers)
   if config.output.diagnose_every and (
     not spec.has_auxiliary or config.model.quantised
@@ -215,6 +217,19 @@ def check(config: Config) -> None:
     raise UsageError(
       "--batch-size is a multiple of --accumulate; got "
       f"{optimisation.batch_size} and {optimisation.accumulate}."
+    )
+
+
+def _check_after(config: Config) -> None:
+  if not after(config.evaluation):
+    return
+  kind = tasks.get(config.data.task).kind
+  if kind != "classification" or config.devices.mesh or config.model.quantised:
+    raise UsageError(
+      "--after is of tasks of classes, on one device and a base of floats; got "
+      f"--task {config.data.task}, of {kind}, --mesh "
+      f"{config.devices.mesh or 'none'} and --base-dtype "
+      f"{config.model.base_dtype}."
     )
 
 
@@ -263,7 +278,11 @@ def _check_folder(adapter: AdapterOptions) -> None:
         "--adapter has ranks, alphas and targets of its own, so that "
         f"{options.spelt(name)} is left out; got {value}."
       )
-  if not checked.is_file(pathlib.Path(adapter.path) / "adapter_config.json"):
+  try:
+    there = checked.is_file(pathlib.Path(adapter.path) / "adapter_config.json")
+  except UsageError as error:
+    raise UsageError(f"--adapter: {error}") from error
+  if not there:
     raise UsageError(
       "--adapter is a folder with adapter_config.json and "
       f"adapter_model.safetensors; got {adapter.path}, which has none."

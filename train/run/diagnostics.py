@@ -52,8 +52,8 @@ def make(
 
   def loss_fn(params, variables, batch):
     trained, variables = dense.unpacked(params, variables)
-    logits = method.apply(variables, trained, *objective.inputs(batch))
-    items = objective.items(logits, batch)
+    found = method.apply(variables, trained, *objective.inputs(batch))
+    items = objective.items(found, batch)
     return items.mean(items.losses)
 
   def gradient(trained, variables, batch):

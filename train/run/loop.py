@@ -18,11 +18,13 @@ import optax
 import bilora_jax
 
 from .. import files
+from ..data import batching
 from ..data import load as data_lib
 from ..data import scores as evaluate
 from ..devices import processes
 from ..errors import RunError
 from . import (
+  after,
   assemble,
   claim,
   diagnostics,
@@ -158,7 +160,9 @@ def train(
   patience = config.evaluation.patience or math.inf
   loop = loop or {"best": {"score": None, "step": 0}}
   best, waited = loop["best"], loop.get("waited", 0)
-  batches = data.train_batches(layout.part())
+  batches = batching.Visited(
+    data.train_batches(layout.part()), config.method.spec.visits
+  )
   at, last = int(state.step), {}
   if "iterator" in loop and at < prepared.steps:
     batches.set_state(loop["iterator"])
@@ -390,7 +394,7 @@ def _finish(
   journal: journal_lib.Journal,
 ) -> dict[str, Any]:
   config, data, layout = prepared.config, prepared.data, prepared.layout
-  best = trained.best
+  method, best = prepared.method, trained.best
   whole = layout.gather(evaluated)
   require_useful(whole)
   journal.say(f"testing the best, of step {best['step']}")
@@ -413,6 +417,14 @@ def _finish(
         pretrained, *data.objective.inputs(layout.all_rows(batch))
       )
     )
+  more = {}
+  if config.evaluation.after:
+    assert isinstance(data, data_lib.Labelled)
+    journal.say(f"testing more: {config.evaluation.after}")
+    last = method.evaluated(trained.state.trained)
+    more["after"] = after.evaluations(
+      prepared, whole, last, after.make(prepared), data.shifted
+    )
   windows = [
     row for row in jsonl.read(prepared.folder) if "step_seconds" in row
   ]
@@ -424,6 +436,7 @@ def _finish(
     "validation": best["value"],
     "test": test.to_json(),
     "baseline": baseline.to_json() if baseline else None,
+    **more,
     "trained_parameters": _count(evaluated),
     "base_parameters": _count(prepared.shapes),
     "steps": prepared.steps,

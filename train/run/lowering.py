@@ -65,41 +65,6 @@ def abstract(
   )
 
 
-def logits_bytes(
-  layout: mesh_lib.Layout,
-  method: Method,
-  objective: Objective,
-  variables: Any,
-  state: step.TrainState,
-  batch: Mapping[str, Any],
-  rows: int,
-) -> int:
-  """Bytes on a device of the logits of a batch to evaluate, in float32.
-
-  Args:
-    layout: of the run.
-    method: what is trained.
-    objective: what is learned from a batch.
-    variables: from `abstract`.
-    state: from `abstract`.
-    batch: of training; shapes are enough.
-    rows: of a batch to evaluate.
-  """
-  eval_batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), dict(batch)
-  )
-
-  def logits(variables, trained, batch):
-    evaluated = method.evaluated(trained)
-    return method.apply(variables, evaluated, *objective.inputs(batch))
-
-  found = layout.within(jax.eval_shape)(
-    logits, variables, state.trained, eval_batch
-  )
-  devices = 1 if layout.mesh is None else layout.mesh.size
-  return found.size * 4 // devices
-
-
 def lower(
   layout: mesh_lib.Layout,
   method: Method,

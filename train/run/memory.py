@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UsageError
 
 
-def check(variables: Any, trained: Any, logits: int = 0) -> None:
+def check(variables: Any, trained: Any) -> None:
   """Refuses a run whose arrays alone are more than a device holds.
 
   Activations come on top, and are not counted: `compile` tells what they take.
@@ -17,21 +17,14 @@ def check(variables: Any, trained: Any, logits: int = 0) -> None:
   Args:
     variables: shapes of the frozen model, with shardings if there is a mesh.
     trained: shapes of the training state, likewise.
-    logits: bytes on a device of those of a batch that is evaluated.
 
   Raises:
     UsageError: with both sizes, and what there is.
   """
   base, state = bytes_on_device(variables), bytes_on_device(trained)
   room = _room()
-  if room is None or base + state + logits <= room:
+  if room is None or base + state <= room:
     return
-  if base + state <= room:
-    raise UsageError(
-      f"the logits of a batch to evaluate are {_gib(logits)} on a device, and "
-      f"the weights and what is trained leave {_gib(room - base - state)}; a "
-      "smaller --eval-batch-size may help."
-    )
   raise UsageError(
     f"the model does not fit: its weights are {_gib(base)} on a device, what "
     f"is trained and its optimizer {_gib(state)}, and the device "

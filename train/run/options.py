@@ -2,7 +2,10 @@
 
 import dataclasses
 
-from ..options import option
+from ..errors import UsageError
+from ..options import listed, option, shown
+
+AFTER = ("calibration", "last", "shifted", "quantised", "pruned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,12 @@ class EvaluationOptions:
   first validation prompts, of at most 64 tokens; 0: none."""
   eval_first: bool = option(False)
   """Also validate before the first step."""
+  after: str = option("")
+  """More tests at the end, with commas (tasks of classes, on one device and a
+  base of floats): calibration, of the test's probabilities; last, the weights
+  of the last step beside the best; shifted, rows with errors in them and of
+  other domains; quantised, the merged model in int8, NF4 and 3 bits; pruned,
+  without the smallest 30 and 50% of its weights."""
   baseline: bool = option(True)
   """Also fit a logistic regression on the frozen features, to compare with (not
   on a quantised base)."""
@@ -51,3 +60,18 @@ class OutputOptions:
   profile: int = option(0, least=0)
   """Steps to trace with JAX's profiler, after the first logged ones, into the
   run's folder."""
+
+
+def after(evaluation: EvaluationOptions) -> tuple[str, ...]:
+  """What `--after` names.
+
+  Raises:
+    UsageError: if it names what there is not.
+  """
+  names = [x.strip() for x in evaluation.after.split(",") if x.strip()]
+  for name in names:
+    if name not in AFTER:
+      raise UsageError(
+        f"--after is some of {listed(AFTER)}, with commas; got {shown(name)}."
+      )
+  return tuple(dict.fromkeys(names))

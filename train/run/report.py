@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib import figure
 
 from .. import checked, files, options
+from ..data import calibration
 from ..errors import UsageError
 from . import config as config_lib
 from .loggers import jsonl
@@ -55,7 +56,8 @@ def results(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
   # Older runs wrote NaN.
   found = files.finite(checked.read_json(path))
-  checked.fields(str(path), found, _FIELDS, {"stopped_at": int | None})
+  others = {"stopped_at": int | None, "after": dict}
+  checked.fields(str(path), found, _FIELDS, others)
   checked.fields(
     f"{path}, config,", found["config"], {"method": str, "task": str}
   )
@@ -64,6 +66,9 @@ def results(folder: pathlib.Path) -> dict[str, Any] | None:
   if found["baseline"]:
     names = [*found["test"]]
     _check_evaluation(f"{path}, baseline,", found["baseline"], names)
+  for name, numbers in found.get("after", {}).items():
+    where = f"{path}, after, {name},"
+    checked.fields(where, numbers, dict.fromkeys(calibration.SCORES, _NUMBER))
   return found
 
 
@@ -149,6 +154,16 @@ def _markdown(found: dict[str, Any]) -> str:
   ]
   if baseline:
     table.append(cells(_baseline(test), baseline))
+  more = []
+  if after := found.get("after"):
+    more = [
+      "",
+      f"| after training | {' | '.join(calibration.SCORES.values())} |",
+      "|---|" + "---|" * len(calibration.SCORES),
+    ]
+    for label, x in after.items():
+      values = [_known(x[name]) for name in calibration.SCORES]
+      more.append(f"| {label} | {' | '.join(values)} |")
   trained, base = found["trained_parameters"], found["base_parameters"]
   spec = config_lib.build(config_lib.fitting(config)).method.spec
   stopped = found.get("stopped_at")
@@ -178,6 +193,7 @@ def _markdown(found: dict[str, Any]) -> str:
       ),
       "",
       *table,
+      *more,
       "",
       *costs,
       "",

@@ -40,7 +40,8 @@ class Metrics(NamedTuple):
     accuracy: share of right predictions among them.
     nonfinite: how many steps in a row were skipped.
     tokens: real tokens in the batch.
-    c_over_rho: norm of the auxiliary before the clip, over rho; NaN without.
+    c_over_rho: norm of the auxiliary before the clip, over the step's radius;
+      NaN without.
     clip_factor: what the clip multiplied each factor by; 1 without.
   """
 
@@ -92,10 +93,10 @@ def make_train_step(
 
   def loss_fn(params, variables, batch, total, key):
     trained, variables = method.unpacked(params, variables)
-    logits = method.apply(
+    found = method.apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
     )
-    items = objective.items(logits, batch)
+    items = objective.items(found, batch)
     return (
       jnp.sum(items.losses * items.weights) / total,
       jnp.sum(items.right * items.weights) / total,
@@ -125,7 +126,10 @@ def make_train_step(
     grads = jax.tree.map(
       lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    # Where steps are skipped, a transformation's own count is another.
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.trained, step=state.step
+    )
     trained = optax.apply_updates(state.trained, updates)
     nonfinite = optax.tree.get(opt_state, "notfinite_count")
     # What is kept of a step that was skipped would spoil all that follow.
@@ -141,7 +145,7 @@ def make_train_step(
       accuracy=accuracy,
       nonfinite=nonfinite,
       tokens=objective.tokens(batch),
-      c_over_rho=_over(norm, method.rho),
+      c_over_rho=_over(norm, optax.tree.get(opt_state, "radius", jnp.nan)),
       clip_factor=optax.tree.get(opt_state, "clip_factor", one),
     )
     return TrainState(
@@ -151,11 +155,9 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=1, out_shardings=shardings)
 
 
-def _over(norm: jax.Array, rho: Any) -> jax.Array:
+def _over(norm: jax.Array, radius: jax.Array) -> jax.Array:
   """The quotient; NaN without a ball, or with one of no size."""
-  if rho is None:
-    return jnp.float32(jnp.nan)
-  return jnp.where(rho > 0, norm / rho, jnp.nan)
+  return jnp.where(radius > 0, norm / radius, jnp.float32(jnp.nan))
 
 
 def _accumulated(
@@ -204,7 +206,7 @@ def make_eval_step(
   """
 
   def eval_step(variables, evaluated, batch):
-    logits = method.apply(variables, evaluated, *objective.inputs(batch))
-    return objective.items(logits, batch)
+    found = method.apply(variables, evaluated, *objective.inputs(batch))
+    return objective.items(found, batch)
 
   return jax.jit(eval_step, out_shardings=sharding)

@@ -46,7 +46,7 @@ def make(
 
   @jax.jit
   def draw(variables, evaluated, data, key):
-    merged = measure.merge(method, variables, evaluated)
+    merged = method.merged(variables, evaluated)
     kernels, apply = measure.in_kernels(model, merged, targets)
     means, _ = measure.over(apply, objective, data)
     directions = [

@@ -30,6 +30,8 @@ class Options:
   only: str = ""
   """Methods and tasks to run, as METHOD/TASK or METHOD/ or /TASK; several with
   commas."""
+  tune: bool = False
+  """Run the trials of the tuning alone: nothing is tested."""
   dry_run: bool = False
   """List what would be run, its steps and its gradients, and run nothing."""
   report: bool = False
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options)
   study = spec.read(options.study)
   cells = select(study, options.only)
+  if options.tune:
+    cells = [dataclasses.replace(cell, seeds=()) for cell in cells]
   if options.dry_run:
     return _dry_run(study, cells)
   code = 0
@@ -96,7 +100,9 @@ def _run(
   with locks.held(study.folder / locks.FILE, f"the folder {study.folder}"):
     record.sweep(study.folder)
     if options.workers > 1:
-      return workers.start(options.study, options.only, options.workers)
+      chosen = ["--only", options.only] if options.only else []
+      chosen += ["--tune"] if options.tune else []
+      return workers.start(options.study, chosen, options.workers)
     from . import runs
 
     runs.work(study, cells)

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import bilora_jax
-from bilora_jax import Factors, sharpness
+from bilora_jax import sharpness
 
 from ..data import load as data_lib
 from ..data.objectives import Objective
@@ -94,7 +93,7 @@ def make(
     return {"rise": there[:, 0] - base[0], "accuracy": there[:, 1]}
 
   def in_full_space(variables, evaluated, data, key):
-    merged = merge(method, variables, evaluated)
+    merged = method.merged(variables, evaluated)
     kernels, apply = in_kernels(model, merged, targets)
     means, grads = over(apply, objective, data)
     base, gradient = grads(kernels)
@@ -141,23 +140,6 @@ def make(
     return found
 
   return measure
-
-
-def merge(method: methods.Method, variables: Any, evaluated: Any) -> Any:
-  """The variables of the plain model after training."""
-  if method.adapted is None:
-    return {**variables, "params": {**variables["params"], **evaluated}}
-  merged = method.adapted.merge(variables, bilora_jax.primary(evaluated))
-  if "auxiliary" not in evaluated:
-    return merged
-  # It is kept, and no merge of the library's takes it.
-  flat: dict[Any, Any] = traverse_util.flatten_dict(merged["params"])
-  pairs: dict[Any, Any] = traverse_util.flatten_dict(
-    evaluated["auxiliary"], is_leaf=lambda _, x: isinstance(x, Factors)
-  )
-  for path, pair in pairs.items():
-    flat[path] += pair.weight().reshape(flat[path].shape)
-  return {**merged, "params": traverse_util.unflatten_dict(flat)}
 
 
 def in_kernels(

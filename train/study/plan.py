@@ -92,10 +92,10 @@ def trials(study: Study, cell: Cell) -> list[Run]:
   """The runs that tune a method on a task, point by point.
 
   Those of another cell, if its point is taken over. A trial is there for its
-  score, and diagnoses nothing.
+  score: it diagnoses nothing, and is not tested.
   """
   tuned = cell.point_of or cell
-  config = config_lib.replace(tuned.config, diagnose_every=0)
+  config = config_lib.replace(tuned.config, diagnose_every=0, after="")
   return [
     Run(
       tuned,

@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 
+from .. import options
+from ..data import load as data_lib
 from ..methods import method as methods
+from ..run import after as after_lib
 from ..run import assemble, diagnostics, step
 from ..run import config as config_lib
 from ..run.assemble import Prepared
@@ -22,6 +25,11 @@ from . import landscapes, measure, plan
 _KEPT = 2
 # What no trained model differs in: how it came to its weights.
 _OF_STEPS = ("learning_rate", "rho", "weight_decay", "warmup_ratio", "clip")
+# Whose rows and labels a batch has is no matter to what is compiled for it.
+_OF_ROWS = (
+  *("seed", "train_rows", "eval_rows", "label_noise", "label_noise_kind"),
+  *("one_rater", "noisy_validation", "imbalance"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Programs:
     measure: of `study.measure.make`, if there is something to measure.
     diagnose: of `diagnostics.make`, if the configuration asks for it.
     draw: of `landscapes.make`, if there is a landscape to draw.
+    after: of `after.make`, if the configuration asks for it.
+    shifted: of `after.evaluations`.
   """
 
   step: Callable[..., Any]
@@ -43,6 +53,8 @@ class Programs:
   measure: measure.Measure | None
   diagnose: Callable[..., Any] | None
   draw: landscapes.Draw | None
+  after: after_lib.Programs | None
+  shifted: Callable[[], after_lib.Shifted]
 
 
 Kept = dict[Any, Any]
@@ -101,7 +113,38 @@ def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
       ("draw", landscape, same),
       lambda: _in_kernels(landscapes.make, prepared, landscape),
     ),
+    after=None
+    if not prepared.config.evaluation.after
+    # Of the plain model, whatever the method was.
+    else _keep(
+      kept,
+      ("after", prepared.config.evaluation, _data(prepared), prepared.model),
+      lambda: after_lib.make(prepared),
+    ),
+    shifted=lambda: _keep(
+      kept, ("shifted", *_test(prepared)), lambda: _shifted(prepared)
+    ),
   )
+
+
+def _data(prepared: Prepared) -> Any:
+  """What decides how batches are read and judged."""
+  of_rows = dict.fromkeys(_OF_ROWS)
+  return tuple({**options.values(prepared.config.data), **of_rows}.items())
+
+
+def _test(prepared: Prepared) -> Any:
+  """What decides the test rows, as the model reads them."""
+  config = prepared.config
+  # Without a limit they are the same for all seeds.
+  rows = config.data.eval_rows
+  seed = config.optimisation.seed if rows else 0
+  return _data(prepared), rows, seed, config.model.name
+
+
+def _shifted(prepared: Prepared) -> after_lib.Shifted:
+  assert isinstance(prepared.data, data_lib.Labelled)
+  return prepared.data.shifted()
 
 
 def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
@@ -114,7 +157,12 @@ def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
 
 def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
   """What two runs have in common that share a program, but for some fields."""
-  ignored = ("seed", "run_dir", "eval_every", "log_every", "patience", *but)
+  # A trial asks for less than a final run.
+  of_loop = (
+    *("run_dir", "eval_every", "log_every", "patience", "after"),
+    "diagnose_every",
+  )
+  ignored = (*_OF_ROWS, *of_loop, *but)
   same = config_lib.flat(prepared.config)
   for name in ignored:
     same.pop(name, None)

@@ -52,13 +52,24 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     UsageError: if another line than the last is no JSON, or none of a study's.
   """
-  rows = jsonl.read_log(path)
-  for row in rows:
-    if path.name == RUNS:
-      _check_run(str(path), row)
-    else:
-      checked.fields(str(path), row, _LANDSCAPE, _DRAWN)
-  return rows
+  return Rows(path).new()
+
+
+class Rows:
+  """The rows of a JSONL file to which workers add, each read once."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._log = path, jsonl.Log(path)
+
+  def new(self) -> list[dict[str, Any]]:
+    """The rows since the last call; the errors are those of `read`."""
+    rows = self._log.new()
+    for row in rows:
+      if self._path.name == RUNS:
+        _check_run(str(self._path), row)
+      else:
+        checked.fields(str(self._path), row, _LANDSCAPE, _DRAWN)
+    return rows
 
 
 def _check_run(where: str, row: Mapping[str, Any]) -> None:

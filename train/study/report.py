@@ -72,6 +72,7 @@ def _task(
 
   lines = tables.accuracy(study, found)
   lines += ["", tables.accuracy_note(study, found), *picture("accuracy")]
+  lines += _after(study, found)
   sharp = {
     key: tables.sharpness(study, found, *key) for key in tables.DIRECTIONS
   }
@@ -102,6 +103,32 @@ def _task(
   lines += ["", "### Tuning", "", *tables.tuning(found)]
   lines += ["", tables.tuning_note(study), *picture("tuning")]
   return lines
+
+
+def _after(study: Study, found: dict[str, Result]) -> list[str]:
+  tables_of = tables.after(study, found)
+  if not tables_of:
+    return []
+  accuracies, differences, probabilities = tables_of
+  return [
+    "",
+    "### After training",
+    "",
+    "Accuracy in %: of the best weights and of those of the last step on the "
+    "test rows, of the best on rows that are shifted, and of the merged model "
+    "in few bits and without its smallest weights:",
+    "",
+    *accuracies,
+    "",
+    f"Less that of {study.reference} in points, paired by the seed, with p in "
+    "brackets (exact sign-flip test, not corrected):",
+    "",
+    *differences,
+    "",
+    "Probabilities of the test rows, by the best weights:",
+    "",
+    *probabilities,
+  ]
 
 
 def _paired(

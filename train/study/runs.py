@@ -17,8 +17,8 @@ def work(
 ) -> None:
   """Runs until nothing is left.
 
-  A worker begins with its own share of the methods and tasks, since what it
-  compiles is for one of them, and then helps with the others.
+  A worker begins at its own place among the methods, since what it compiles is
+  for one of them on several tasks, and then helps with the others.
 
   Args:
     study: the study.
@@ -30,22 +30,24 @@ def work(
     UsageError: if a run cannot be carried out as it was put.
   """
   kept: training.Kept = {}
+  finished = _Finished(study)
   parent = os.getppid()
-  own = [*cells[worker::workers]]
-  mine = own + [cell for cell in cells if cell not in own]
+  ordered = sorted(cells, key=lambda cell: study.labels.index(cell.label))
+  start = len(ordered) * worker // workers
+  mine = ordered[start:] + ordered[:start]
   while True:
-    done = load(study)
+    done = finished.load()
     if plan.complete(study, mine, done):
       return
     for run in plan.remaining(study, mine, done):
       with record.claimed(study.folder, run.key) as claimed:
         # It may have been finished since the rows were read.
-        if not claimed or run.key in load(study):
+        if not claimed or run.key in finished.load():
           continue
         row = _run(study, run, kept)
         landscape = row.pop("landscape", {})
         # One that is there was made again for its landscape alone.
-        there = _rows(study).get(run.key)
+        there = finished.rows().get(run.key)
         if run.landscape is not None:
           recorded = row["key"] if there is None else there["key"]
           record.append(
@@ -63,20 +65,34 @@ def work(
 
 def load(study: Study) -> dict[str, dict[str, Any]]:
   """The finished runs by their keys, but those without a landscape due."""
-  done = _rows(study)
-  if study.landscape is None:
+  return _Finished(study).load()
+
+
+class _Finished:
+  """What is finished of a study; what it has read it does not read again."""
+
+  def __init__(self, study: Study):
+    self._study = study
+    self._new = record.Rows(study.folder / record.RUNS)
+    self._rows: dict[str, dict[str, Any]] = {}
+
+  def rows(self) -> dict[str, dict[str, Any]]:
+    """The finished runs by their keys."""
+    self._rows |= plan.finished(self._new.new())
+    return self._rows
+
+  def load(self) -> dict[str, dict[str, Any]]:
+    """As the function `load`."""
+    study, done = self._study, dict(self.rows())
+    if study.landscape is None:
+      return done
+    there = drawn.keys(study)
+    for cell in study.cells:
+      for run in plan.known_runs(study, cell, self._rows):
+        row = done.get(run.key)
+        if row and not row["failed"] and drawn.due(run, row["key"], there):
+          del done[run.key]
     return done
-  there = drawn.keys(study)
-  for cell in study.cells:
-    for run in plan.known_runs(study, cell, done):
-      row = done.get(run.key)
-      if row and not row["failed"] and drawn.due(run, row["key"], there):
-        del done[run.key]
-  return done
-
-
-def _rows(study: Study) -> dict[str, dict[str, Any]]:
-  return plan.finished(record.read(study.folder / record.RUNS))
 
 
 def _run(study: Study, run: plan.Run, kept: training.Kept) -> dict[str, Any]:

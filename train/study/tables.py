@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data import calibration
 from . import estimates
 from .estimates import Estimate
 from .results import Result
@@ -80,6 +81,52 @@ def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
     "step time",
   ]
   return _table(heads, results, cells)
+
+
+def after(study: Study, results: Mapping[str, Result]) -> list[list[str]]:
+  """Tables of what was tested after training; none if nothing was.
+
+  Returns:
+    the accuracies, their differences to the reference's, and what the
+    probabilities of the test rows say.
+  """
+  names: dict[str, None] = {}
+  for result in results.values():
+    for row in result.finals.values():
+      names |= dict.fromkeys(row.get("after", {}))
+  if not names:
+    return []
+  reference = results.get(study.reference)
+
+  def accuracies(label: str, result: Result) -> list[str]:
+    found = [_mean(result.of("after", x, "accuracy")) for x in names]
+    return [_count(result), *(_estimate(x, 100.0, 2) for x in found)]
+
+  def differences(label: str, result: Result) -> list[str]:
+    if reference is None or label == study.reference:
+      return ["" for _ in names]
+    cells = []
+    for name in names:
+      paired = estimates.differences(
+        result.of("after", name, "accuracy"),
+        reference.of("after", name, "accuracy"),
+      )
+      shown = _estimate(estimates.mean(paired), 100.0, 2, signed=True)
+      p = _p(estimates.sign_flip(paired))
+      cells.append(f"{shown} ({p})" if p else shown)
+    return cells
+
+  def probabilities(label: str, result: Result) -> list[str]:
+    return [
+      _estimate(_mean(result.of("after", "test", name)), 1.0, 4)
+      for name in calibration.SCORES
+    ]
+
+  return [
+    _table(["method", "n", *names], results, accuracies),
+    _table(["method", *names], results, differences),
+    _table(["method", *calibration.SCORES.values()], results, probabilities),
+  ]
 
 
 def loss(result: Result) -> dict[int, float]:

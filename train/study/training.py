@@ -25,7 +25,7 @@ from .. import files
 from ..data import load as data_lib
 from ..errors import UsageError
 from ..models import load as models
-from ..run import assemble, claim, loop, step
+from ..run import after, assemble, claim, loop, step
 from ..run import config as config_lib
 from ..run.assemble import Prepared
 from ..run.config import Config
@@ -211,6 +211,10 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
     found["stopped_at"] = trained.stopped_at
   if task.stage == "final":
     found |= _tested(prepared, compiled, weights.best)
+    if compiled.after is not None:
+      found["after"] = after.evaluations(
+        prepared, *weights, compiled.after, compiled.shifted
+      )
     if compiled.measure is not None:
       start = time.perf_counter()
       found["sharpness"] = _measured(task, prepared, compiled, weights)

@@ -11,12 +11,17 @@ import sys
 from ..command import PACKAGE
 
 
-def start(study: pathlib.Path, only: str, count: int) -> int:
+def start(study: pathlib.Path, chosen: Sequence[str], count: int) -> int:
   """Starts workers and waits for them.
 
   With GPUs each sees one of them, and those that share one take memory as they
   need it. Otherwise each is bound to its own share of the cores, which XLA
   makes as many threads for.
+
+  Args:
+    study: the TOML file of the study.
+    chosen: options that say which of its runs to do.
+    count: of workers.
 
   Returns:
     0 if all of them did well; 2 if one was asked for what cannot be; else 1.
@@ -28,9 +33,7 @@ def start(study: pathlib.Path, only: str, count: int) -> int:
     flush=True,
   )
   cores = None if devices else shares(_cores(), count)
-  command = [sys.executable, "-m", PACKAGE, "study", str(study)]
-  if only:
-    command += ["--only", only]
+  command = [sys.executable, "-m", PACKAGE, "study", str(study), *chosen]
   running: list[subprocess.Popen] = []
   try:
     for i in range(count):

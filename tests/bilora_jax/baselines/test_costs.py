@@ -47,6 +47,7 @@ def _take(args, index):
       ],
     ),
     (baselines.s2sam(0.1), [GRADIENT]),
+    (baselines.eflat_lora(0.1), [GRADIENT]),
     (baselines.wsam(0.1, 0.9), [TWO]),
     (baselines.weight_noise(0.1), [GRADIENT]),
     (

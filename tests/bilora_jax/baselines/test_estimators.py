@@ -46,6 +46,7 @@ ESTIMATORS = {
     mask=mask,
   ),
   "s2sam": lambda mask: baselines.s2sam(RHO, mask),
+  "eflat_lora": lambda mask: baselines.eflat_lora(RHO, 0.4, mask),
   "wsam": lambda mask: baselines.wsam(RHO, 0.8, mask),
   "weight_noise": lambda mask: baselines.weight_noise(RHO, mask),
   "flat_lora": lambda mask: baselines.flat_lora(
@@ -132,6 +133,18 @@ def _s2sam(w, x, y, where, key, t, memory):
   near = w if memory is None else _added(w, _sam_ascent(memory, where))
   value, g, _ = _gradient(near, x, y, where, key, t, memory)
   return value, g, g
+
+
+def _eflat_lora(w, x, y, where, key, t, memory):
+  # In the paper's letters, whose weights are (out, in), with dense matrices.
+  s = low_rank.SCALE
+  near = w if memory is None else {**w, "b": w["b"] + memory.T}
+  value, g, _ = _gradient(near, x, y, where, key, t, memory)
+  a, b = near["a"].T, near["b"].T
+  of_w = 0.5 / s * (g["b"].T @ np.linalg.pinv(a.T))
+  of_w += 0.5 / s * (np.linalg.pinv(b.T) @ g["a"].T)
+  e = RHO / s * of_w / np.linalg.norm(of_w) @ np.linalg.pinv(a)
+  return value, g, e if memory is None else 0.6 * memory + 0.4 * e
 
 
 def _wsam(w, x, y, where, key, t, memory):
@@ -287,6 +300,7 @@ def test_gradients_of_half_precision_do_not_underflow():
         lambda: baselines.looksam(0.1, alpha=-1),
         lambda: baselines.esam(-1, low_rank.losses, _take),
         lambda: baselines.s2sam(-1),
+        lambda: baselines.eflat_lora(-1),
         lambda: baselines.wsam(-1, 0.5),
         lambda: baselines.weight_noise(-1),
         lambda: baselines.output_noise(jnp.sum, -1),
@@ -297,6 +311,12 @@ def test_gradients_of_half_precision_do_not_underflow():
     (lambda: baselines.sam(float("inf")), r"finite and at least 0; got inf"),
     (lambda: baselines.looksam(0.1, 0), r"every, .* at least 1; got 0"),
     (lambda: baselines.flat_lora(0.1, 0, jnp.abs, True), r"steps, .*; got 0"),
+    (lambda: baselines.eflat_lora(0.1, 1.5), r"beta is above 0.* got 1.5"),
+    (lambda: baselines.eflat_lora(0.1, 0), r"beta is above 0.* got 0"),
+    (
+      lambda: baselines.eflat_lora(0.1).init(jnp.ones(3)),
+      "the mask must select both factors; it selects none",
+    ),
     (lambda: baselines.wsam(0.1, 1.0), r"at least 0 and below 1; got 1.0"),
     (
       lambda: baselines.esam(0.1, low_rank.losses, _take, weight_fraction=0.0),
@@ -311,6 +331,36 @@ def test_gradients_of_half_precision_do_not_underflow():
 def test_arguments_that_cannot_be_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize("name", ["sam", "s2sam", "eflat_lora", "weight_noise"])
+def test_a_schedule_is_refused_and_its_value_taken_in_the_step(name):
+  make = getattr(baselines, name)
+  with pytest.raises(ValueError, match=r", .* is a number; got the function"):
+    make(lambda step: 0.1)
+  data = tuple(jnp.float32(part) for part in low_rank.data())
+  params = low_rank.params(low_rank.weights())
+  value_and_grad = jax.value_and_grad(low_rank.loss)
+
+  @jax.jit
+  def two_steps(rho):
+    estimator = make(rho)
+    state = estimator.init(params)
+    for _ in range(2):
+      out, state = estimator.estimate(value_and_grad, state, KEY, params, *data)
+    return out
+
+  # The perturbation of the second step is what rho is there.
+  near, far = two_steps(0.0), two_steps(0.5)
+  estimator = make(0.5)
+  state = estimator.init(params)
+  for _ in range(2):
+    wanted, state = estimator.estimate(
+      value_and_grad, state, KEY, params, *data
+    )
+  for x, y in zip(jax.tree.leaves(far), jax.tree.leaves(wanted)):
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+  assert not np.allclose(near[1]["bias"], far[1]["bias"], rtol=1e-3)
 
 
 def test_losses_that_are_not_one_for_each_sample_are_refused():

@@ -221,6 +221,29 @@ def test_a_rank_above_a_weight_s_is_refused(name):
     OF_WEIGHTS[name](adapted, variables, _adapters(adapted, variables))
 
 
+def test_lora_ga_takes_the_gradients_of_boxed_parameters_and_of_nnx(linen):
+  model, adapted, variables = linen
+  adapters = _adapters(adapted, variables)
+  plain = _gradients(model, variables)["params"]
+  boxed = jax.tree.map(lambda g: nn.Partitioned(g, (None,) * g.ndim), plain)
+  wanted = initializers.lora_ga(adapted, variables, adapters, plain)
+  got = initializers.lora_ga(adapted, variables, adapters, boxed)
+  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+  layer = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+  adapted = adapt(layer, SPEC, X)
+  adapters = _adapters(adapted, nnx.state(layer))
+  gradients = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
+  assert isinstance(gradients, nnx.State)
+  _, (got, wanted) = zip(
+    *(
+      initializers.lora_ga(adapted, nnx.state(layer), adapters, own)
+      for own in (gradients, nnx.to_pure_dict(gradients))
+    )
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_lora_ga_says_what_is_wrong_with_its_gradients(linen):
   model, adapted, variables = linen
   adapters = _adapters(adapted, variables)

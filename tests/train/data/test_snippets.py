@@ -130,7 +130,7 @@ def test_a_limit_of_no_rows_is_refused_and_one_of_too_many_takes_all(
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    (b"7\t1.0", "line 2 has 2 columns; it must have three"),
+    (b"7\t1.0", "line 2 has 2 columns; it must have 3, sep"),
     (b"7\t1.0\ta\tb", "line 2 has 4 columns"),
     (b"", "line 2 has 1 columns"),
     (b"x\t1.0\tFine.", "line 2 has the id 'x'; it must be a number"),

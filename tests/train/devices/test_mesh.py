@@ -58,9 +58,10 @@ def test_a_run_on_a_mesh_ends_where_that_on_one_device_does(
 
 
 @pytest.mark.parametrize(
-  ("method", "mesh"), [("lora", "data=8"), ("full", CUBE)]
+  ("method", "mesh"),
+  [("lora", "data=8"), ("full", CUBE), ("nystroem_sam", CUBE)],
 )
-def test_lora_and_full_end_on_a_mesh_where_one_device_does(
+def test_other_methods_end_on_a_mesh_where_one_device_does(
   run, tmp_path, method, mesh
 ):
   left, right = (tmp_path / name for name in ("mesh", "device"))

@@ -12,7 +12,6 @@ from train.methods import optimizers
 from train.methods import spec as specs
 from train.run import assemble, step
 from train.run import config as config_lib
-from train.study import measure
 
 SOME = ("lora", "bilora", "lora_full_sam", "full")
 
@@ -133,15 +132,22 @@ def test_a_second_adapter_that_is_kept_is_evaluated_and_merged(
   assert set(kept) == {"primary", "auxiliary", "extra"}
   inputs = CLASSIFICATION.inputs(batch)
   whole = ready.method.apply(ready.variables, state.trained, *inputs)
-  merged = measure.merge(ready.method, ready.variables, kept)
+  merged = ready.method.merged(ready.variables, kept)
   for logits in (
     ready.method.apply(ready.variables, kept, *inputs),
     ready.model.apply(merged, *inputs),
   ):
     np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-6)
   # The second one is seen: without it the logits are others.
-  alone = measure.merge(ready.method, ready.variables, primary(kept))
+  alone = ready.method.merged(ready.variables, primary(kept))
   assert not np.allclose(ready.model.apply(alone, *inputs), whole, atol=1e-5)
+
+
+def test_a_sketch_is_not_trained(prepared):
+  ready = prepared(method="nystroem_sam", auxiliary_rank=6, core_rank=2)
+  state = step.init(ready.method, jax.random.key(0), ready.variables)
+  assert set(state.trained) == {"primary", "extra"}
+  assert ready.method.adapted.spec.auxiliary_rank == 6
 
 
 def test_full_trains_and_evaluates_all_parameters(prepared):
@@ -178,6 +184,8 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
     {"auxiliary_optimizer": "power", "rho_ratio": 0.1, "auxiliary_rank": 2},
     {"method": "lora", "dtype": "bfloat16"},
     {"dora": True},
+    {"method": "nystroem_sam", "auxiliary_rank": 6, "core_rank": 2},
+    {"method": "nystroem_bilora"},
   ],
   ids=str,
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import attention as attention_lib
-from .. import float32, remat
+from .. import chunks, float32, remat
 from .config import DecoderConfig, RopeScaling
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
@@ -52,6 +52,8 @@ class Decoder(nn.Module):
     scan: one `layers` with a leading layer axis, compiled once, in place of
       `layers_0`, `layers_1` and so on.
     attention: the kernel of it; see `attention.chosen`.
+    logits_bytes: of float32 logits, that a device holds at a time where they
+      are read; see `chunks.read`.
   """
 
   config: DecoderConfig
@@ -60,6 +62,7 @@ class Decoder(nn.Module):
   remat: str = "none"
   scan: bool = False
   attention: str = "auto"
+  logits_bytes: int = chunks.LIMIT
 
   def setup(self):
     c = self.config
@@ -106,8 +109,9 @@ class Decoder(nn.Module):
     tokens: jax.Array,
     positions: jax.Array | None = None,
     lengths: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits of the token after each.
+    read: chunks.Read | None = None,
+  ) -> Any:
+    """Logits of the token after each, or what is read from them.
 
     Args:
       tokens: token ids, int (B, L).
@@ -116,14 +120,19 @@ class Decoder(nn.Module):
       lengths: tokens of each segment of a row, in order, int (B, M); 0 if a
         row has fewer. A token sees those before it of its segment; what
         follows the last segment is padding. None: a row is one segment.
+      read: what to read from the logits of each token; its arrays are
+        (B, L, *). None: the logits themselves are returned.
 
     Returns:
-      float32 (B, L, V). What stands at padding is finite and means nothing.
+      float32 (B, L, V); or what `read` returns, arrays (B, L), and the model
+      never holds all logits, see `chunks.read`. What stands at padding is
+      finite and means nothing.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
     """
-    return self.head(self.hidden(tokens, positions, lengths))
+    x_BxLxD = self.hidden(tokens, positions, lengths)
+    return chunks.read(self, x_BxLxD, read)
 
   def hidden(
     self,
@@ -133,7 +142,7 @@ class Decoder(nn.Module):
   ) -> jax.Array:
     """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
 
-    The arguments and errors are those of `__call__`.
+    The arguments and errors are those of `__call__`, but for `read`.
     """
     _check_shapes(self.config, tokens, positions, lengths)
     if positions is None:

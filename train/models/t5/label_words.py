@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from .. import chunks
 from ..io import tokenizer as tokenizer_
 from . import model as t5
 
@@ -30,17 +32,20 @@ class T5LabelWords(t5.T5):
     tokens: jax.Array,
     mask: jax.Array,
     token_types: jax.Array | None = None,
-  ) -> jax.Array:
+    read: chunks.Read | None = None,
+  ) -> Any:
     """Logits of each token of each word, given those before it in the word.
 
     Args:
       tokens: sources, int (B, S), padded at the end.
       mask: 1 at a real token, 0 at padding, (B, S).
       token_types: not looked at; an encoder's.
+      read: what to read from the logits of each token; its arrays are
+        (B, M, *). None: the logits themselves are returned.
 
     Returns:
-      float32 (B, M, V), of the M tokens of all words, end to end; what
-      `objectives.words` takes.
+      float32 (B, M, V), of the M tokens of all words, end to end; or what
+      `read` returns, arrays (B, M), see `chunks.read`.
     """
     del token_types
     inputs, positions, segments = _row(self.words, self.config.pad_id)
@@ -52,16 +57,17 @@ class T5LabelWords(t5.T5):
       positions,
       segments,
     )
-    return self.head(x_BxMxD)
+    return chunks.read(self, x_BxMxD, read)
 
   def features(
     self,
     tokens: jax.Array,
     mask: jax.Array,
     token_types: jax.Array | None = None,
+    read: chunks.Read | None = None,
   ) -> jax.Array:
     """The encoder's hidden states, mean of real tokens, float32 (B, D)."""
-    del token_types
+    del token_types, read
     x_BxSxD = self.encode(tokens, mask).astype(jnp.float32)
     mask_BxSx1 = mask.astype(jnp.float32)[..., None]
     return (x_BxSxD * mask_BxSx1).sum(1) / jnp.maximum(mask_BxSx1.sum(1), 1.0)

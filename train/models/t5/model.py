@@ -13,7 +13,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from .. import float32, remat
+from .. import chunks, float32, remat
 from .config import T5Config
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
@@ -55,6 +55,8 @@ class T5(nn.Module):
     remat: what a layer's backward pass computes again; see `remat.layer`.
     scan: in each stack, one `layers` with a leading layer axis, compiled once,
       in place of `layers_0`, `layers_1` and so on.
+    logits_bytes: of float32 logits, that a device holds at a time where they
+      are read; see `chunks.read`.
   """
 
   config: T5Config
@@ -62,6 +64,7 @@ class T5(nn.Module):
   param_dtype: typing.DTypeLike = jnp.float32
   remat: str = "none"
   scan: bool = False
+  logits_bytes: int = chunks.LIMIT
 
   def setup(self):
     c = self.config

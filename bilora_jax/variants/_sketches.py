@@ -1,0 +1,177 @@
+"""A gradient's low-rank approximation from its two thin sketches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilora_jax import _ball, _linalg
+from bilora_jax._factors import Factors
+
+# Of a sketch's columns and rows: their product is nothing beside a weight, and
+# their gradients are far from float32's ends.
+_LENGTH = 1e-4
+# A smaller singular value or eigenvalue, over the largest, is rounding.
+_CUT = 1e-5
+
+
+def core_rank_of(rank: int, core_rank: int | None) -> int:
+  """The rank that a core is cut to, k: by default half of the sketches'.
+
+  Raises:
+    ValueError: if it is not from 1 to the sketches' rank.
+  """
+  if core_rank is None:
+    return max(1, rank // 2)
+  if not 1 <= core_rank <= rank:
+    raise ValueError(
+      "core_rank, the rank of the adversary, is from 1 to that of the "
+      f"sketches, {rank}; got {core_rank}."
+    )
+  return core_rank
+
+
+def drawn(key: jax.Array, tree: Any, rank: int) -> Any:
+  """Pairs to take sketches with: orthonormal, and next to no perturbation.
+
+  Args:
+    key: of the draws.
+    tree: of `Factors`, of which only shapes and scales matter.
+    rank: of the new pairs, `a` (*batch, in, rank) and `b` (*batch, rank, out);
+      columns beyond the shorter side of a factor are zero.
+  """
+  return _stacked(
+    lambda i, pair: _sketch(jax.random.fold_in(key, i), pair, rank, 0), tree
+  )
+
+
+def redrawn(key: jax.Array, tree: Any, core_rank: int | None) -> Any:
+  """As `drawn`, of the same rank and with the span of the first k columns."""
+
+  def one(i, pair):
+    kept = core_rank_of(pair.rank, core_rank)
+    return _sketch(jax.random.fold_in(key, i), pair, pair.rank, kept)
+
+  return _stacked(one, tree)
+
+
+def ascent(pairs: Any, grads: Any, core_rank: int | None, radius: Any) -> Any:
+  r"""The perturbation by which the loss rises most, from sketches alone.
+
+  A pair :math:`W = s\,a\,b` has the gradients :math:`s\,G b^\top` and
+  :math:`s\,a^\top G`. So with :math:`Y = G b^\top`, :math:`Z = a^\top G` and
+  the core :math:`C = a^\top G b^\top = a^\top Y`,
+
+  .. math::
+
+    \hat G = Y\, C_k^+ Z, \qquad W' = \rho\, \frac{\hat G}{\|\hat G\|_F},
+
+  with one norm over all pairs; :math:`C_k^+` is the pseudo-inverse of the core
+  cut to rank k. Where G has rank k or less, it is what comes out.
+
+  Args:
+    pairs: that the gradients are of, a tree of `Factors`.
+    grads: a tree like it.
+    core_rank: k.
+    radius: rho, in units of the weights.
+
+  Returns:
+    Pairs of the old ones' shapes, in float32, zero beyond k columns; all are
+    zero if there is no gradient.
+  """
+  size = optax.tree.norm(grads, ord=jnp.inf)
+  # Of size 1: products of small numbers underflow.
+  unit = optax.tree.scale(1 / jnp.where(size == 0, 1, size), grads)
+  found = _stacked(
+    lambda _, pair, grad: _approximation(
+      pair, grad, core_rank_of(pair.rank, core_rank)
+    ),
+    pairs,
+    unit,
+  )
+  norm, *_ = _ball.norms(found)
+  factor = jnp.where(norm == 0, 0, radius / jnp.where(norm == 0, 1, norm))
+  return optax.tree.scale(jnp.sqrt(factor), found)
+
+
+def _approximation(pair: Factors, grad: Factors, rank: int) -> Factors:
+  """That of G, as the pair that stands for it."""
+  u, sigma, vt = _linalg.svd(_matmul(pair.a.mT, grad.a) / pair.scale)
+  kept = jnp.arange(pair.rank) < rank
+  root = _inverse_root(sigma, kept & (sigma > _CUT * sigma[..., :1]))
+  # The gradients are s times the sketches, and so is the weight.
+  return Factors(
+    _matmul(grad.a, vt.mT * root[..., None, :]) / pair.scale,
+    _matmul(root[..., None] * u.mT, grad.b) / pair.scale**2,
+    pair.scale,
+  )
+
+
+def _sketch(key: jax.Array, pair: Factors, rank: int, kept: int) -> Factors:
+  """A pair along the first columns of an old one, and at random else."""
+
+  def basis(key, x):
+    shape = (*x.shape[:-1], rank - kept)
+    new = jax.random.normal(key, shape, jnp.float32)
+    return _LENGTH * _orthonormal(jnp.concatenate([x[..., :kept], new], -1))
+
+  of_a, of_b = jax.random.split(key)
+  return Factors(basis(of_a, pair.a), basis(of_b, pair.b.mT).mT, pair.scale)
+
+
+def _orthonormal(x: jax.Array) -> jax.Array:
+  """A basis of the span of columns, (*batch, n, r), by their Gram matrix.
+
+  That is less exact than QR, which nothing here depends on; but only r x r
+  matrices are decomposed, whatever is sharded.
+  """
+  x = x.astype(jnp.float32)
+  length = jnp.linalg.norm(x, axis=-2, keepdims=True)
+  x = x / jnp.where(length == 0, 1, length)
+  values, vectors = _linalg.eigh(_matmul(x.mT, x))
+  root = _inverse_root(values, values > _CUT * values[..., -1:])
+  return _matmul(x, vectors * root[..., None, :])
+
+
+def _inverse_root(values: jax.Array, kept: jax.Array) -> jax.Array:
+  return jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """A product in float32."""
+  return jnp.matmul(
+    x.astype(jnp.float32),
+    y.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
+  """Applies f to the pairs, to all of one shape and scale at once.
+
+  A model has hundreds, and takes minutes to compile if each is for itself.
+
+  Args:
+    f: from a number, another one for each call, and pairs with a batch axis
+      in front.
+    trees: of pairs, alike; what a mask hides stays as it is.
+  """
+  columns = [_ball.pairs(tree, "the sketches") for tree in trees]
+  alike: dict[Any, list[int]] = {}
+  for i, pair in enumerate(columns[0]):
+    key = pair.a.shape, pair.b.shape, pair.scale
+    alike.setdefault(key, []).append(i)
+  found: dict[int, Factors] = {}
+  for number, places in enumerate(alike.values()):
+    pairs = [
+      jax.tree.map(lambda *x: jnp.stack(x), *(column[i] for i in places))
+      for column in columns
+    ]
+    new = f(number, *pairs)
+    found |= {
+      i: Factors(new.a[j], new.b[j], new.scale) for j, i in enumerate(places)
+    }
+  in_order = iter(found[i] for i in range(len(found)))
+  return _ball.map_pairs(lambda _: next(in_order), trees[0])

@@ -1,0 +1,47 @@
+"""Reads the files of rows that are in the repository: gzipped, with tabs."""
+
+from collections.abc import Iterator, Sequence
+import gzip
+import pathlib
+import zlib
+
+from .. import checked
+
+FOLDER = pathlib.Path(__file__).parent / "files"
+
+
+def lines(
+  path: pathlib.Path, what: str, columns: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+  """Yields where each line is, in words, and its columns.
+
+  Args:
+    path: of the file.
+    what: is in it, for a message.
+    columns: their names.
+
+  Raises:
+    ValueError: if the file is not there or not gzip, or a line is not UTF-8 or
+      has another number of columns; the sentence names the file and the line.
+  """
+  if not path.exists():
+    raise ValueError(
+      f"{path} is not there: {what} are in the repository, and not in what is"
+      " installed. --task and --data name what else to train on."
+    )
+  try:
+    found = gzip.decompress(checked.read_bytes(path)).splitlines()
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
+  for number, line in enumerate(found, 1):
+    where = f"{path}, line {number}"
+    try:
+      values = line.decode().split("\t")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{where} is not UTF-8: {error}.") from error
+    if len(values) != len(columns):
+      raise ValueError(
+        f"{where} has {len(values)} columns; it must have {len(columns)},"
+        f" separated by tabs: {', '.join(columns)}."
+      )
+    yield where, values

@@ -1,0 +1,175 @@
+"""What is read from the logits of each token, a chunk of tokens at a time.
+
+Logits of a whole batch, (B, L, V) in float32, would be the largest array of a
+step: 8.4 GB for 16,384 tokens of Llama 3's vocabulary.
+
+Shapes: B batch, L length, C chunks, T tokens of a row in a chunk, D width, V
+vocabulary.
+"""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import spmd
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Read = jax.tree_util.Partial
+"""A function of arrays with an entry a token, (..., *), and of logits (..., V).
+
+It returns arrays (...) with a number a token, each of which depends on the
+logits and the entries of its own token alone.
+"""
+
+LIMIT = 2**28
+"""Bytes of the logits of a chunk on a device, the models' default."""
+
+
+def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
+  """`read(module.head(hidden))`, without all logits at once.
+
+  If all logits take `module.logits_bytes` or less, they are read as they are.
+  If not, each chunk has the same tokens of every row, so that on a mesh each
+  device keeps the rows that it has. Where a gradient is taken, the forward pass
+  takes the gradient of each number by the token's hidden state, while it has
+  the token's logits; the backward pass multiplies it by the cotangent. The head
+  so runs as often as without chunks, as in MaxText's tiling of the vocabulary.
+  Only if the head's own parameters or adapters are differentiated by does the
+  backward pass compute the logits again.
+
+  Args:
+    module: a Linen module with a method `head`, from (..., D) to float32
+      (..., V), and with `config.vocab_size` and `logits_bytes`.
+    hidden: (B, L, D).
+    read: with arrays (B, L, *). None: the logits are returned.
+
+  Returns:
+    What `read` returns, arrays (B, L).
+  """
+  if read is None:
+    return module.head(hidden)
+  batch, length, _ = hidden.shape
+  count = _chunks(batch, length, module.config.vocab_size, module.logits_bytes)
+  if count == 1 or module.is_initializing():
+    return read(module.head(hidden))
+  size = -(-length // count)
+
+  def split(x_BxL):
+    padding = [(0, 0)] * x_BxL.ndim
+    padding[1] = (0, count * size - length)
+    x_BxCxT = jnp.pad(x_BxL, padding).reshape(
+      batch, count, size, *x_BxL.shape[2:]
+    )
+    return jnp.moveaxis(x_BxCxT, 1, 0)
+
+  def joined(x_CxBxT):
+    return jnp.moveaxis(x_CxBxT, 0, 1).reshape(batch, -1)[:, :length]
+
+  scanned: Any = nn.scan(
+    _of_chunk,
+    variable_broadcast="params",
+    # Adapters draw their dropout in the head.
+    split_rngs={"params": False, "dropout": True},
+  )
+  _, found = scanned(module, None, jax.tree.map(split, (hidden, read)))
+  return jax.tree.map(joined, found)
+
+
+def _chunks(batch: int, length: int, vocab_size: int, limit: int) -> int:
+  """How many chunks there are; each has at least one token of each row."""
+  on_device = batch * length * vocab_size * 4 / _parts()
+  wanted = min(max(math.ceil(on_device / limit), 1), length)
+  # As many as there are of the size that this asks for.
+  return -(-length // -(-length // wanted))
+
+
+def _parts() -> int:
+  """How many parts the rows of a batch are split into, on the mesh there is."""
+  (axes,) = spmd.logical_to_mesh_axes(("batch",)) or (None,)
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes.get(name, 1) for name in names)
+
+
+def _read(module: Any, hidden: jax.Array, read: Read) -> Any:
+  return read(module.head(hidden))
+
+
+def _of_chunk(module: Any, carry: None, chunk: tuple[Any, Any]) -> Any:
+  hidden, read = chunk
+  fixed = jax.lax.stop_gradient(hidden)
+  slopes: Any = nn.map_variables(
+    _with_slopes, "params", jax.lax.stop_gradient, mutable=False
+  )
+  # Nothing of it is run but what a gradient is asked of; in a scan, XLA cannot
+  # undo the remat by sharing what is computed twice.
+  again: Any = nn.remat(_read, prevent_cse=False)
+  found = jax.tree.map(
+    lambda value, slope, by_head: (
+      value if slope is None else _differentiable(value, by_head, slope, hidden)
+    ),
+    *slopes(module, fixed, jax.lax.stop_gradient(read)),
+    again(module, fixed, read),
+    is_leaf=lambda x: x is None,
+  )
+  return carry, found
+
+
+def _with_slopes(module: Any, hidden: jax.Array, read: Read) -> tuple[Any, Any]:
+  """What is read, and the gradient of each float, None for the others."""
+  found, vjp = nn.vjp(
+    lambda module, hidden: _read(module, hidden, read),
+    module,
+    hidden,
+    vjp_variables=(),
+  )
+  leaves, structure = jax.tree.flatten(found)
+
+  def slope(i):
+    if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
+      return None
+    seeds = [_seed(x, float(i == j)) for j, x in enumerate(leaves)]
+    return vjp(structure.unflatten(seeds))[1]
+
+  return found, structure.unflatten([slope(i) for i in range(len(leaves))])
+
+
+def _seed(x: jax.Array, value: float) -> Any:
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.full(x.shape, value, x.dtype)
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+@jax.custom_jvp
+def _differentiable(
+  value: jax.Array, by_head: jax.Array, slope: jax.Array, hidden: jax.Array
+) -> jax.Array:
+  """The value, which depends on the head as `by_head` does."""
+  del by_head, slope, hidden
+  return value
+
+
+@_differentiable.defjvp
+def _(primals, tangents):
+  value, _, slope, hidden = primals
+  _, by_head, _, by_hidden = tangents
+  products = _once(slope, hidden).astype(value.dtype) * by_hidden
+  return value, by_head + products.sum(-1)
+
+
+@jax.custom_jvp
+def _once(slope: jax.Array, hidden: jax.Array) -> jax.Array:
+  """The slope, that is the hidden state's but knows nothing of it."""
+  del hidden
+  return slope
+
+
+@_once.defjvp
+def _(primals, tangents):
+  del primals, tangents
+  raise NotImplementedError(
+    "logits that are read in chunks have no second derivatives; a model with "
+    "a greater logits_bytes reads them at once."
+  )
