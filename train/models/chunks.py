@@ -83,7 +83,11 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
     # Adapters draw their dropout in the head.
     split_rngs={"params": False, "dropout": True},
   )
-  _, found = scanned(module, None, jax.tree.map(split, (hidden, read)))
+  on_each_device: Any = nn.map_variables(
+    scanned, "params", _gathered, mutable=False
+  )
+  chunked = jax.tree.map(split, (hidden, read))
+  _, found = on_each_device(module, None, chunked)
   return jax.tree.map(joined, found)
 
 
@@ -101,6 +105,13 @@ def _parts() -> int:
   names = (axes,) if isinstance(axes, str) else axes or ()
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes.get(name, 1) for name in names)
+
+
+def _gathered(params: Any) -> Any:
+  """Whole on each device of a mesh: before a loop, and not in all its turns."""
+  return jax.tree.map(
+    lambda x: spmd.with_logical_constraint(x, (None,) * x.ndim), params
+  )
 
 
 def _of_chunk(module: Any, carry: None, chunk: tuple[Any, Any]) -> Any:
