@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 from flax.linen import spmd
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,8 @@ logits and the entries of its own token alone.
 
 LIMIT = 2**28
 """Bytes of the logits of a chunk on a device, the models' default."""
+
+_SLOPE = "slope"  # of what is read, along the hidden state
 
 
 def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
@@ -67,13 +70,24 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   def joined(x_CxBxT):
     return jnp.moveaxis(x_CxBxT, 0, 1).reshape(batch, -1)[:, :length]
 
-  scanned: Any = nn.scan(
+  # A gradient by the hidden states needs nothing but slopes, and one by the$
+  # head runs the chunk again. In a scan, XLA cannot undo that.
+  of_chunk = nn.remat(
     _of_chunk,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names(_SLOPE),
+  )
+  scanned: Any = nn.scan(
+    of_chunk,
     variable_broadcast="params",
     # Adapters draw their dropout in the head.
     split_rngs={"params": False, "dropout": True},
   )
-  _, found = scanned(module, None, jax.tree.map(split, (hidden, read)))
+  on_each_device: Any = nn.map_variables(
+    scanned, "params", _gathered, mutable=False
+  )
+  chunked = jax.tree.map(split, (hidden, read))
+  _, found = on_each_device(module, None, chunked)
   return jax.tree.map(joined, found)
 
 
@@ -93,47 +107,32 @@ def _parts() -> int:
   return math.prod(sizes.get(name, 1) for name in names)
 
 
-def _read(module: Any, hidden: jax.Array, read: Read) -> Any:
-  return read(module.head(hidden))
+def _gathered(params: Any) -> Any:
+  """Whole on each device of a mesh: before a loop, and not in all its turns."""
+  return jax.tree.map(
+    lambda x: spmd.with_logical_constraint(x, (None,) * x.ndim), params
+  )
 
 
 def _of_chunk(module: Any, carry: None, chunk: tuple[Any, Any]) -> Any:
   hidden, read = chunk
-  fixed = jax.lax.stop_gradient(hidden)
-  slopes: Any = nn.map_variables(
-    _with_slopes, "params", jax.lax.stop_gradient, mutable=False
-  )
-  # Nothing of it is run but what a gradient is asked of; in a scan, XLA cannot
-  # undo the remat by sharing what is computed twice.
-  again: Any = nn.remat(_read, prevent_cse=False)
-  found = jax.tree.map(
-    lambda value, slope, by_head: (
-      value if slope is None else _differentiable(value, by_head, slope, hidden)
-    ),
-    *slopes(module, fixed, jax.lax.stop_gradient(read)),
-    again(module, fixed, read),
-    is_leaf=lambda x: x is None,
-  )
-  return carry, found
-
-
-def _with_slopes(module: Any, hidden: jax.Array, read: Read) -> tuple[Any, Any]:
-  """What is read, and the gradient of each float, None for the others."""
   found, vjp = nn.vjp(
-    lambda module, hidden: _read(module, hidden, read),
+    lambda module, hidden: read(module.head(hidden)),
     module,
-    hidden,
+    jax.lax.stop_gradient(hidden),
     vjp_variables=(),
   )
   leaves, structure = jax.tree.flatten(found)
 
-  def slope(i):
+  def of_leaf(i):
     if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
-      return None
+      return leaves[i]
     seeds = [_seed(x, float(i == j)) for j, x in enumerate(leaves)]
-    return vjp(structure.unflatten(seeds))[1]
+    slope = jax.lax.stop_gradient(vjp(structure.unflatten(seeds))[1])
+    slope = ad_checkpoint.checkpoint_name(slope, _SLOPE)
+    return _depending(leaves[i], slope, hidden)
 
-  return found, structure.unflatten([slope(i) for i in range(len(leaves))])
+  return carry, structure.unflatten(map(of_leaf, range(len(leaves))))
 
 
 def _seed(x: jax.Array, value: float) -> Any:
@@ -143,18 +142,18 @@ def _seed(x: jax.Array, value: float) -> Any:
 
 
 @jax.custom_jvp
-def _differentiable(
-  value: jax.Array, by_head: jax.Array, slope: jax.Array, hidden: jax.Array
+def _depending(
+  value: jax.Array, slope: jax.Array, hidden: jax.Array
 ) -> jax.Array:
-  """The value, which depends on the head as `by_head` does."""
-  del by_head, slope, hidden
+  """The value, with the gradient by the hidden state that it has not."""
+  del slope, hidden
   return value
 
 
-@_differentiable.defjvp
+@_depending.defjvp
 def _(primals, tangents):
-  value, _, slope, hidden = primals
-  _, by_head, _, by_hidden = tangents
+  value, slope, hidden = primals
+  by_head, _, by_hidden = tangents
   products = _once(slope, hidden).astype(value.dtype) * by_hidden
   return value, by_head + products.sum(-1)
 
