@@ -221,6 +221,7 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     warmup=0,
     steps=1,
     all_methods=False,
+    methods=None,
   )
   result = json.loads(json.dumps(step_time.measure(options, {})))
   assert [row["name"] for row in result["rows"]] == list(variants.NAMES)

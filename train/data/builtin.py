@@ -67,6 +67,7 @@ def _rated(domain: str = "") -> None:
       source=Source(lambda split, _: rated_sentences.stored()[split]),
       texts=("{sentence}",),
       labels=rated_sentences.LABELS,
+      words=rated_sentences.WORDS,
       votes="votes",
       splits=(
         *(Split(name, f"{prefix}{name}") for name, _, _ in STORED),

@@ -13,6 +13,8 @@ from . import hashing, shipped
 FILE = shipped.FOLDER / "rated_sentences.tsv.gz"
 DOMAINS = ("movies", "products", "tweets")
 LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
+# A decoder tells labels apart by their first tokens.
+WORDS = ("terrible", "negative", "neutral", "positive", "excellent")
 EDGES = (-2.0, -0.5, 0.5, 2.0)
 """Between the classes; an edge itself belongs to the class above it."""
 TRAIN_SHARE, VALIDATION_SHARE = 0.4, 0.1

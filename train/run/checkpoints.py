@@ -28,6 +28,9 @@ _SPACE_BESIDE = 2**20
 _LASTS = 2
 FOLDER = "checkpoints"
 """Of a run's folder."""
+# A record of the last update that older versions did not keep; nothing reads
+# it before the next update writes it.
+_NEWER = ".radius"
 
 
 class DamagedError(UsageError):
@@ -219,16 +222,27 @@ class Checkpoints:
     found = _read(where)
     # Orbax would say so too, of one array and in four kinds of exceptions.
     there, here = found["shapes"], _shapes(like)
+    newer = {x for x in here if x.endswith(_NEWER) and x not in there}
     for name in {**there, **here}:
-      if there.get(name) != here.get(name):
+      if there.get(name) != here.get(name) and name not in newer:
         raise UsageError(
           f"the checkpoint {where} does not fit this run: {name} has the shape "
           f"{there.get(name)} there and {here.get(name)} here. It is left as "
           "it is."
         )
-    args = ocp.args.StandardRestore(_abstract(like))
+    known = jax.tree_util.tree_map_with_path(
+      lambda path, x: None if jax.tree_util.keystr(path) in newer else x, like
+    )
+    args = ocp.args.StandardRestore(_abstract(known))
     state = _restore(self._last, step, state=args)["state"]
     _require_digest(where, state, found.get("state"))
+    if newer:
+      state = jax.tree.map(
+        lambda x, own: own if x is None else x,
+        state,
+        like,
+        is_leaf=lambda x: x is None,
+      )
     return found, state
 
   def _require_best(

@@ -22,10 +22,21 @@ def _by_hand(logits):
   )
 
 
+def _items(logits, labels):
+  """What the objective makes of what it reads from logits, (B, M, V)."""
+  objective = objectives.words(WORDS)
+  filler = np.zeros((len(labels), 1), np.int32)
+  batch = {
+    **dict.fromkeys(("tokens", "mask", "token_types"), filler),
+    "labels": labels,
+  }
+  return objective.items(objective.inputs(batch)[-1](logits), batch)
+
+
 def test_words_are_compared_by_their_whole_probability():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(4, 6, 6)).astype(np.float32)
-  items = objectives.words(WORDS).items(logits, {"labels": LABELS})
+  items = _items(logits, LABELS)
   scores = _by_hand(logits)
   np.testing.assert_array_equal(items.predictions, scores.argmax(1))
   np.testing.assert_array_equal(items.right, scores.argmax(1) == LABELS)
@@ -47,8 +58,8 @@ def test_a_long_word_that_is_sure_beats_a_short_one_that_is_not():
   # Each token of the long word has almost all of the probability.
   for place, token in zip((1, 2, 3), WORDS[1]):
     logits[0, place, token] = 9.0
-  items = objectives.words(WORDS).items(logits, {"labels": LABELS[:1]})
+  items = _items(logits, LABELS[:1])
   assert items.predictions.tolist() == [1]
   # And of words of nothing but chance, the shortest is the likeliest.
-  items = objectives.words(WORDS).items(0 * logits, {"labels": LABELS[:1]})
+  items = _items(0 * logits, LABELS[:1])
   assert items.predictions.tolist() == [0]

@@ -10,7 +10,6 @@ import pytest
 from train import locks
 from train.models import load as models
 from train.run import config as config_lib
-from train.run import memory
 
 
 def test_a_run_is_claimed_before_its_model_is_opened_and_given_up_after_it(
@@ -113,22 +112,4 @@ def test_batches_to_evaluate_are_shared_by_the_mesh(run, tmp_path, capsys):
   shown = capsys.readouterr().err
   assert "--eval-batch-size is a multiple of data times fsdp, 8" in shown
   assert "got 12" in shown
-  assert not (tmp_path / "run").exists()
-
-
-def test_logits_that_do_not_fit_are_told_of_before_weights_are_read(
-  run, tmp_path, monkeypatch, capsys
-):
-  whole = memory.check
-
-  def check(variables, trained, logits):
-    room = sum(map(memory.bytes_on_device, (variables, trained)))
-    # A row has two logits of four bytes.
-    assert logits == 5 * 2 * 4
-    monkeypatch.setattr(memory, "_room", lambda: room + logits - 1)
-    whole(variables, trained, logits)
-
-  monkeypatch.setattr(memory, "check", check)
-  assert run(tmp_path / "run", "--eval-batch-size", "5") == 2
-  assert "a smaller --eval-batch-size may help" in capsys.readouterr().err
   assert not (tmp_path / "run").exists()

@@ -233,7 +233,7 @@ def test_parts_of_a_batch_count_by_their_weights():
     "weights": np.array([[1, 1], [1, 0], [0, 0], [0, 0]], np.float32),
   }
   method = _linear(
-    apply=lambda variables, trained, tokens, *rest, rngs: (
+    apply=lambda variables, trained, tokens, *rest, rngs: rest[-1](
       tokens[..., None] * trained["weight"]
     )
   )
