@@ -1,5 +1,6 @@
 """Checkpoints of a run with Orbax: the last, to resume; the best, to keep."""
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
@@ -28,9 +29,8 @@ _SPACE_BESIDE = 2**20
 _LASTS = 2
 FOLDER = "checkpoints"
 """Of a run's folder."""
-# A record of the last update that older versions did not keep; nothing reads
-# it before the next update writes it.
-_NEWER = ".radius"
+_NEWER = "radius"
+"""A record of a ball's last update that older versions did not keep."""
 
 
 class DamagedError(UsageError):
@@ -222,7 +222,7 @@ class Checkpoints:
     found = _read(where)
     # Orbax would say so too, of one array and in four kinds of exceptions.
     there, here = found["shapes"], _shapes(like)
-    newer = {x for x in here if x.endswith(_NEWER) and x not in there}
+    newer = {x for x in here if x.endswith(f".{_NEWER}") and x not in there}
     for name in {**there, **here}:
       if there.get(name) != here.get(name) and name not in newer:
         raise UsageError(
@@ -230,18 +230,18 @@ class Checkpoints:
           f"{there.get(name)} there and {here.get(name)} here. It is left as "
           "it is."
         )
-    known = jax.tree_util.tree_map_with_path(
-      lambda path, x: None if jax.tree_util.keystr(path) in newer else x, like
-    )
+    known = _older(like) if newer else like
     args = ocp.args.StandardRestore(_abstract(known))
     state = _restore(self._last, step, state=args)["state"]
     _require_digest(where, state, found.get("state"))
     if newer:
-      state = jax.tree.map(
-        lambda x, own: own if x is None else x,
-        state,
-        like,
-        is_leaf=lambda x: x is None,
+      # The record is the new run's own, until the next update writes it.
+      leaves = {
+        jax.tree_util.keystr(path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+      }
+      state = jax.tree_util.tree_map_with_path(
+        lambda path, x: leaves.get(jax.tree_util.keystr(path), x), like
       )
     return found, state
 
@@ -417,6 +417,21 @@ def _copy(tree: Any) -> Any:
   # The step donates its buffers, and a save in the background may still read
   # them; on the CPU it would read them in place.
   return jax.tree.map(jnp.copy, tree)
+
+
+def _older(tree: Any) -> Any:
+  """As older versions had it: states of balls without their radius."""
+
+  def is_ball(x):
+    return isinstance(x, tuple) and _NEWER in getattr(x, "_fields", ())
+
+  def older(x):
+    if not is_ball(x):
+      return x
+    values = {name: y for name, y in x._asdict().items() if name != _NEWER}
+    return collections.namedtuple(type(x).__name__, values)(**values)
+
+  return jax.tree.map(older, tree, is_leaf=is_ball)
 
 
 def _abstract(tree: Any) -> Any:

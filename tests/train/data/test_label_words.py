@@ -15,7 +15,7 @@ from train.models.decoder import label_words as decoder_words
 from train.models.t5 import label_words as t5_words
 
 NAMES = [name for name in tasks.names() if tasks.get(name).texts]
-WORDS = [word for name in NAMES for word in tasks.get(name).labels]
+WORDS = [word for name in NAMES for word in tasks.get(name).answers]
 TOKENIZER = byte_level.train(
   [f"result: {word}" for word in [*WORDS, "different", "first", "second"]] * 3,
   ["<s>"],
