@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -72,6 +73,8 @@ def _step(mesh: str, **fields) -> Step:
     collections.Counter(
       (c.kind, c.dtype, c.shape)
       for c in hlo.collectives(compiled.as_text())
+      # A branch, seldom run, takes norms anew whose squares leave float32.
+      if not re.search("_norms.*/cond/", c.op_name)
       for _ in range(c.times)
     ),
     [x.sharding for x in jax.tree.leaves(state.trained.get("auxiliary", {}))],
@@ -89,10 +92,7 @@ def test_bilora_adds_only_scalars_and_grams_to_loras_communication(mesh):
   assert not lora.collectives - bilora.collectives
   added = bilora.collectives - lora.collectives
   gram = ("all-reduce", "f32", (R2, R2))
-  # Squares that leave float32 are taken anew, of a stack of pairs, by a branch
-  # of the step that is seldom run.
-  seldom = {("all-reduce", "f32", (1, *shape)) for shape in ((), (R2, R2))}
-  assert {x for x in added if x[2] != _SCALAR} <= {gram, *seldom}
+  assert {x for x in added if x[2] != _SCALAR} <= {gram}
   assert all(kind == "all-reduce" for kind, _, _ in added)
   # A Gram is added up where its factor is in parts, and nowhere else.
   split = sum(not sharding.is_fully_replicated for sharding in bilora.auxiliary)
