@@ -226,6 +226,17 @@ def test_another_method_leaves_the_options_of_the_old_one():
   assert config_lib.replace(new, method="lora_sam").method.options.rho == 0.05
 
 
+@pytest.mark.parametrize("name", list(methods.every()))
+def test_a_method_that_is_chosen_has_its_own_defaults(name):
+  chosen = config_lib.replace(Config(), method=name).method.options
+  assert chosen == type(chosen)()
+  # What was set stays, where the method has it.
+  old = config_lib.replace(Config(), rho=0.2, auxiliary_rank=3)
+  chosen = config_lib.replace(old, method=name).method.options
+  for flag, value in (("rho", 0.2), ("auxiliary_rank", 3)):
+    assert getattr(chosen, flag, value) == value
+
+
 def test_flags_are_unique_over_all_groups_of_a_method():
   for method in methods.every():
     groups = config_lib.groups(method).values()

@@ -50,6 +50,10 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
 
   Returns:
     What `read` returns, arrays (B, L).
+
+  Raises:
+    NotImplementedError: if chunks are differentiated a second time, by the
+      hidden states; a model with a greater `logits_bytes` has no chunks.
   """
   if read is None:
     return module.head(hidden)
@@ -70,7 +74,7 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   def joined(x_CxBxT):
     return jnp.moveaxis(x_CxBxT, 0, 1).reshape(batch, -1)[:, :length]
 
-  # A gradient by the hidden states needs nothing but slopes, and one by the$
+  # A gradient by the hidden states needs nothing but slopes, and one by the
   # head runs the chunk again. In a scan, XLA cannot undo that.
   of_chunk = nn.remat(
     _of_chunk,

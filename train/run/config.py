@@ -146,12 +146,18 @@ def fitting(given: Mapping[str, Any]) -> dict[str, Any]:
 def replace(config: Config, **changes: Any) -> Config:
   """The configuration with other options, by their flags.
 
-  With another method, options of the old one that the new one lacks are gone.
+  With another method, options of the old one that the new one lacks are gone,
+  and those that were at the old one's default are at the new one's.
   """
-  base = fitting(
-    {**flat(config), "method": changes.get("method", config.method.name)}
-  )
-  return build({**base, **changes})
+  base, method = flat(config), changes.get("method", config.method.name)
+  if method != config.method.name:
+    defaults = options.values(type(config.method.options)())
+    base = {
+      flag: x
+      for flag, x in base.items()
+      if flag not in defaults or x != defaults[flag]
+    }
+  return build({**fitting({**base, "method": method}), **changes})
 
 
 def misplaced(flag: str, method: str) -> str:
