@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The benchmarks on one GPU, sized for an H100: benchmarks/gpu.sh [PART...]
 #
-# Parts: tests minilm minilm-256 smollm2-135m 1b llama3.1-8b llama3.1-8b-full
-# clip peft peft-compiled finetune; by default all. A part takes 1 to 4 minutes.
+# Parts: tests attention minilm minilm-256 smollm2-135m 1b llama3.1-8b
+# llama3.1-8b-full clip peft peft-compiled finetune; by default all. A part takes
+# 1 to 4 minutes.
 #
 #   PYTHON        has this package and jax[cuda13]; by default python
 #   TORCH_PYTHON  has torch for CUDA, peft and transformers; without it the
@@ -21,8 +22,8 @@ card=${CARD:-$(nvidia-smi --query-gpu=name --format=csv,noheader |
   head -1 | awk '{print tolower($2)}')}
 parts=("$@")
 if [ ${#parts[@]} -eq 0 ]; then
-  parts=(tests minilm minilm-256 smollm2-135m 1b llama3.1-8b llama3.1-8b-full
-    clip peft peft-compiled finetune)
+  parts=(tests attention minilm minilm-256 smollm2-135m 1b llama3.1-8b
+    llama3.1-8b-full clip peft peft-compiled finetune)
 fi
 failed=()
 # Several processes share the card: of one that takes a pool, it would take all.
@@ -61,6 +62,10 @@ for part in "${parts[@]}"; do
       run env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest \
         tests/bilora_jax -q -n "${JOBS:-12}" -W default -p no:cacheprovider
       ;;
+    attention)
+      run "$python" -m benchmarks.attention --rounds "${ROUNDS:-10}" \
+        --out "$results/attention_$card.json"
+      ;;
     minilm) step_time minilm 30 --workload minilm --steps 20 --memory-jobs 6 ;;
     minilm-256)
       step_time minilm-256 30 --workload minilm-256 --steps 10 --memory-jobs 6
@@ -83,7 +88,9 @@ for part in "${parts[@]}"; do
     finetune)
       for method in lora bilora; do
         run "$python" -m train --preset snippets-smollm2 --method "$method" \
-          --train-rows 8000 --eval-rows 1000 --run-dir "$results/smollm2-$method"
+          --train-rows 0 --eval-rows 0 --epochs 3 --eval-every 200 \
+          --log-every 50 --dtype bfloat16 --base-dtype float32 \
+          --run-dir "runs/smollm2-$method-$card"
       done
       ;;
     *) failed+=("there is no part $part") ;;
