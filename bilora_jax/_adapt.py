@@ -11,7 +11,14 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _dora, _finding, _hosts, _partition, _quantised
+from bilora_jax import (
+  _dora,
+  _finding,
+  _hosts,
+  _nnx_host,
+  _partition,
+  _quantised,
+)
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._site import Path, Site
 from bilora_jax._spec import LoraSpec
@@ -539,7 +546,7 @@ def adapt(
   if isinstance(model, nn.Module):
     host = _hosts.LinenHost(model, (inputs, kwargs), tuple(methods))
   elif isinstance(model, nnx.Module):
-    host = _hosts.NnxHost.of(model, (inputs, kwargs), tuple(methods))
+    host = _nnx_host.NnxHost.of(model, (inputs, kwargs), tuple(methods))
   else:
     raise ValueError(
       "model is a flax.linen.Module or a flax.nnx.Module; got "

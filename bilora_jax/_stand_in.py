@@ -203,9 +203,9 @@ class StandInProducts(_products.Products):
       result + delta * weight.pair.scale, weight, 0, weight.shape[-1:]
     )
 
-  def asarray(self, a, dtype=None, **kwargs):
+  def asarray(self, a, dtype=None, *args, **kwargs):
     if not isinstance(a, StandIn):
-      return jnp.asarray(a, dtype, **kwargs)
+      return jnp.asarray(a, dtype, *args, **kwargs)
     return a if dtype is None else a.astype(dtype)
 
   def with_sharding_constraint(self, x, shardings, *args, **kwargs):
