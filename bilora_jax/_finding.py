@@ -14,8 +14,8 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 import jax
-from jax import ad_checkpoint
-from jax.extend import core
+from jax import ad_checkpoint, core
+from jax.extend import core as programs
 import jax.numpy as jnp
 
 from bilora_jax import _products
@@ -108,7 +108,7 @@ class Finder(_products.Products):
 
 
 def find_sites(
-  program: core.ClosedJaxpr, shapes: Mapping[Path, Any]
+  program: programs.ClosedJaxpr, shapes: Mapping[Path, Any]
 ) -> tuple[dict[Path, Site], dict[Path, str]]:
   """All weights that adapters can be put on.
 
@@ -203,7 +203,7 @@ class _Uses:
     known = {v: x for v, x in zip(program.invars, inputs) if x is not None}
 
     def weight(variable: Any) -> _Weight | None:
-      literal = isinstance(variable, core.Literal)
+      literal = isinstance(variable, programs.Literal)
       return None if literal else known.get(variable)
 
     for equation in program.eqns:
@@ -281,11 +281,7 @@ class _Uses:
 
 def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
   """The second operand of a product, with a note in the traced program."""
-  if (
-    not isinstance(rhs, jax.core.Tracer)
-    or rhs.ndim < 2
-    or _in_jitted_function()
-  ):
+  if not isinstance(rhs, core.Tracer) or rhs.ndim < 2 or _in_jitted_function():
     return rhs
   (_, contracted), (_, batch) = axes
   note = {
@@ -301,7 +297,11 @@ def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
 def _parsed(mark: str, weight: _Weight) -> _Product:
   note = json.loads(mark.removeprefix(_MARK))
   return _Product(
-    **{k: tuple(x) if isinstance(x, list) else x for k, x in note.items()},
+    shape=tuple(note["shape"]),
+    batch=tuple(note["batch"]),
+    contracted=tuple(note["contracted"]),
+    convolution=note["convolution"],
+    dtype=note["dtype"],
     scanned=weight.scanned,
     altered=weight.altered,
   )
