@@ -62,7 +62,7 @@ def measure(
   batch = jax.device_put(workload.batch)
   turns, planned = {}, {}
   for name in _names(options):
-    turns[name], planned[name] = _turn(
+    turns[name], planned[name] = compiled_turn(
       name, workload, variables, batch, options.steps
     )
   rows = rounds.compared(
@@ -146,7 +146,7 @@ def _workload(options: argparse.Namespace) -> workloads.Workload:
   )
 
 
-def _turn(
+def compiled_turn(
   name: str,
   workload: workloads.Workload,
   variables: Any,
@@ -216,7 +216,7 @@ def _peaks(options: argparse.Namespace, cache: str) -> dict[str, int | None]:
 
 def _peak_bytes(options: argparse.Namespace) -> str:
   workload = _workload(options)
-  turn, _ = _turn(
+  turn, _ = compiled_turn(
     options.memory_of,
     workload,
     workload.variables(),

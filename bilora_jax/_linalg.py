@@ -8,8 +8,9 @@ One matrix is not spread. From 0.12 on no batch is (jax commit 859992407d), and
 when that is the oldest supported, this file can go.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -40,6 +41,13 @@ def _in_turn(decompose: Callable[[jax.Array], Any]) -> Callable[..., Any]:
   return functools.wraps(decompose)(decomposed)
 
 
+# Of a Gram matrix: what is added to its eigenvalues, over the largest. Above
+# their rounding, so that no direction is divided by it.
+_SHIFT = 1e-6
+# Three passes take singular values from 1e-6 of the largest to 1.
+_PASSES = 3
+
+
 @_in_turn
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The thin singular value decomposition, `(u, sigma, vt)`."""
@@ -59,6 +67,70 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues of symmetric matrices, in ascending order, and vectors."""
   values, vectors = jnp.linalg.eigh(x)
   return values, vectors
+
+
+def orthonormal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+  r"""Orthonormal bases of columns' spans, of many matrices at once.
+
+  Each pass divides a matrix by the root of its shifted Gram matrix,
+
+  .. math::
+
+    X \leftarrow X\, V (\Lambda + \epsilon \lambda_1)^{-1/2}, \qquad
+    X^\top X = V \Lambda V^\top,
+
+  as in shifted Cholesky QR, with an eigendecomposition in place of Cholesky's,
+  which fails where rounding leaves a Gram matrix indefinite. Only (r, r)
+  matrices are decomposed, those of one rank in one batch, whatever is sharded:
+  a GPU takes a tenth of a QR decomposition's time.
+
+  Args:
+    matrices: `(*batch, n, r)`, float32.
+
+  Returns:
+    Matrices like them, :math:`Q`, with :math:`Q Q^\top X = X` and
+    :math:`Q^\top Q = I`, both to some 1e-5 of X or I. Where X has too few
+    directions, a fixed random matrix adds others; if r is above n,
+    :math:`Q Q^\top = I` instead.
+
+  References:
+    Fukaya et al, `Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2020.
+  """
+  bases = [_filled(x) for x in matrices]
+  for _ in range(_PASSES):
+    grams = [_matmul(x.mT, x) for x in bases]
+    bases = [_matmul(x, root) for x, root in zip(bases, _inverse_roots(grams))]
+  return bases
+
+
+def _filled(x: jax.Array) -> jax.Array:
+  """A matrix of size 1, with a little of a random one, which has all ranks."""
+  largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
+  fill = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
+  return x / jnp.where(largest > 0, largest, 1) + _SHIFT * fill
+
+
+def _inverse_roots(grams: Sequence[jax.Array]) -> list[jax.Array]:
+  """For each X^T X: what X is multiplied by, `V (Lambda + shift)^(-1/2)`."""
+  alike: dict[int, list[int]] = {}
+  for i, gram in enumerate(grams):
+    alike.setdefault(gram.shape[-1], []).append(i)
+  roots: dict[int, jax.Array] = {}
+  for rank, places in alike.items():
+    flat = [grams[i].reshape(-1, rank, rank) for i in places]
+    values, vectors = eigh(jnp.concatenate(flat))
+    values = jnp.maximum(values, 0)
+    shifted = values + _SHIFT * values[..., -1:]
+    found = vectors * jax.lax.rsqrt(shifted)[..., None, :]
+    ends = itertools.accumulate(len(x) for x in flat)
+    for i, x in zip(places, jnp.split(found, list(ends)[:-1])):
+      roots[i] = x.reshape(grams[i].shape)
+  return [roots[i] for i in range(len(grams))]
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def pinv(x: jax.Array) -> jax.Array:

@@ -42,8 +42,8 @@ def power_ascent(
     W' \propto G\, b^\top b \;\; (t \text{ odd}),
 
   with one constant over all pairs, so that :math:`W'` is the direction in
-  which the linearised loss rises most, among those in the spans. A QR
-  decomposition then makes the new factor the orthonormal one. Where the
+  which the linearised loss rises most, among those in the spans. The new factor
+  is then made the orthonormal one. Where the
   gradient stays, this is block power iteration: from almost any start
   :math:`W'` tends to :math:`G_r`, the gradient's best rank-r approximation, as
   :math:`(\sigma_{r+1} / \sigma_r)^t` in each layer, and in the ball to
@@ -74,8 +74,9 @@ def power_ascent(
   .. note::
     Whatever the start, the first step climbs, and from the second on one factor
     is orthonormal; while b = 0, as LoRA starts, it is b that is renewed. Beside
-    the gradient each step costs a QR decomposition of one (in, r) or (out, r)
-    matrix a pair, some 4 r^2 operations a row. Not for factors that
+    the gradient each step costs an orthonormal basis of one (in, r) or (out, r)
+    matrix a pair, some 14 r^2 operations a row: matrix products, and
+    decompositions of (r, r) matrices alone. Not for factors that
     `jax.shard_map` shards.
   """
   # Under optax.inject_hyperparams it is an array, of unknown value.
@@ -138,9 +139,9 @@ def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
     renews_b = _renews_b(pair, of_b)
     a = jnp.where(renews_b, pair.a, new.a)
     b = jnp.where(renews_b, new.b, pair.b)
-    return _orthonormal(Factors(a, b, pair.scale), of_b)
+    return Factors(a, b, pair.scale)
 
-  return _norms.map_pairs(joined, old, mean)
+  return _orthonormal(_norms.map_pairs(joined, old, mean), of_b)
 
 
 def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
@@ -191,27 +192,27 @@ def _sum(x: Factors, y: Factors) -> Factors:
   return Factors(x.a + y.a, x.b + y.b, x.scale)
 
 
-def _orthonormal(pair: Factors, of_b: bool) -> Factors:
-  """The same weight with an orthonormal `b`, or else `a`, but for a scale.
+def _orthonormal(tree: Any, of_b: bool) -> Any:
+  """The same weights with an orthonormal `b`, or else `a`, but for a scale.
 
   That is the same for all pairs, and gives both factors about one size: from
   step to step they change places, and differences would round them off.
   """
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   size = math.sqrt(_OUTSIDE)
-  if of_b:
-    q, r = _qr(pair.b.mT)
-    return Factors(matmul(pair.a, r.mT) / size, size * q.mT, pair.scale)
-  q, r = _qr(pair.a)
-  return Factors(size * q, matmul(r, pair.b) / size, pair.scale)
-
-
-def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A QR decomposition, padded by zeros to `(*, n, r)` and `(*, r, r)`."""
-  q, r = _linalg.qr(x)
-  missing = x.shape[-1] - q.shape[-1]  # above 0 if the rank is above n
-  pad = [(0, 0)] * (x.ndim - 2)
-  return (
-    jnp.pad(q, [*pad, (0, 0), (0, missing)]),
-    jnp.pad(r, [*pad, (0, missing), (0, 0)]),
+  pairs = _norms.pairs(tree, user="power_ascent")
+  # All at once: of some hundred pairs each would wait for kernels of its own.
+  bases = iter(
+    _linalg.orthonormal([pair.b.mT if of_b else pair.a for pair in pairs])
   )
+
+  def one(pair):
+    q = next(bases)
+    if of_b:
+      a = matmul(pair.a, matmul(pair.b, q)) / size
+      return Factors(a, size * q.mT, pair.scale)
+    return Factors(
+      size * q, matmul(matmul(q.mT, pair.a), pair.b) / size, pair.scale
+    )
+
+  return _norms.map_pairs(one, tree)

@@ -47,6 +47,42 @@ def test_a_pseudo_inverse_is_numpys_and_that_of_no_rank_is_zero():
     np.testing.assert_allclose(_linalg.pinv(x), wanted, atol=2e-5)
 
 
+def _of_singular_values(shape, values):
+  rng = np.random.default_rng(1)
+  u, v = (np.linalg.qr(rng.standard_normal((n, len(values))))[0] for n in shape)
+  return np.float32(37.0 * (u * values) @ v.T)
+
+
+_SINGULAR_VALUES = {
+  "equal": np.ones(4),
+  "far apart": np.geomspace(1, 1e-6, 4),
+  "of half the rank": np.array([1.0, 1.0, 0.0, 0.0]),
+  "zero": np.zeros(4),
+}
+
+
+@pytest.mark.parametrize("name", _SINGULAR_VALUES)
+@pytest.mark.parametrize("shape", [(40, 4), (4, 4)])
+def test_a_basis_is_orthonormal_and_holds_the_matrix(name, shape):
+  # With it one of another rank and of batch axes, in the same call.
+  x = _of_singular_values(shape, _SINGULAR_VALUES[name])
+  q, other = jax.jit(_linalg.orthonormal)([x, _drawn(2, 3, 9, 5)])
+  q, other = np.float64(q), np.float64(other)
+  np.testing.assert_allclose(q.T @ q, np.eye(4), atol=3e-5)
+  rest = np.linalg.norm(x - q @ (q.T @ x))
+  assert rest <= 2e-5 * np.linalg.norm(x)
+  np.testing.assert_allclose(
+    np.swapaxes(other, -1, -2) @ other,
+    np.tile(np.eye(5), (2, 3, 1, 1)),
+    atol=3e-5,
+  )
+
+
+def test_a_basis_of_more_columns_than_rows_spans_all():
+  (q,) = _linalg.orthonormal([_drawn(3, 5)])
+  np.testing.assert_allclose(q @ q.T, np.eye(3), atol=3e-5)
+
+
 def test_the_derivative_is_that_of_jax():
   def total(decompose):
     return lambda x: jnp.sum(decompose(x)[1] ** 3)

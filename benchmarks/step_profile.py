@@ -1,0 +1,136 @@
+"""What a GPU does in a step: kernels and their time, method by method.
+
+  python -m benchmarks.step_profile --workload smollm2-135m
+
+Where a method costs more than it should, this says which kernels are more, or
+slower. Each method's steps run under JAX's profiler once they are compiled.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import jax
+
+from benchmarks import rounds, step_time, variants, workloads
+from train.models import remat
+
+# A fusion's number says nothing: `loop_add_fusion_12` is one of many alike.
+_NUMBER = re.compile(r"(_\d+)+$")
+
+
+def main() -> None:
+  options = _options()
+  if jax.default_backend() != "gpu":
+    raise SystemExit(
+      "benchmarks.step_profile reads the kernels of a GPU; JAX's backend here "
+      f"is {jax.default_backend()}."
+    )
+  workload = workloads.build(
+    options.workload, options.batch_size, options.length, options.remat
+  )
+  variables = workload.variables()
+  batch = jax.device_put(workload.batch)
+  rows = []
+  for name in options.methods:
+    turn, _ = step_time.compiled_turn(
+      name, workload, variables, batch, options.steps
+    )
+    turn()
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        turn()
+      kernels = _kernels(pathlib.Path(folder))
+    rows.append({"name": name, **_summary(kernels, options.steps)})
+  print(_table(rows))
+  result = rounds.circumstances(
+    "benchmarks.step_profile",
+    device=jax.devices()[0].device_kind,
+    workload=options.workload,
+    batch=list(workload.batch["tokens"].shape),
+    steps=options.steps,
+    rows=rows,
+  )
+  name = f"step_profile_{options.workload}.json"
+  rounds.write(options.out or rounds.RESULTS / name, result)
+
+
+def _options() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--workload", choices=workloads.NAMES, default=workloads.NAMES[0]
+  )
+  parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument("--batch-size", type=int)
+  parser.add_argument("--length", type=int)
+  parser.add_argument("--remat", choices=remat.CHOICES, default="dots")
+  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument(
+    "--methods", nargs="+", choices=variants.ALL, default=list(variants.NAMES)
+  )
+  return parser.parse_args()
+
+
+def _kernels(folder: pathlib.Path) -> list[tuple[str, float]]:
+  """Names and seconds of the kernels in the traces under a folder."""
+  kernels = []
+  for path in folder.rglob("*.xplane.pb"):
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+      if not plane.name.startswith("/device:GPU"):
+        continue
+      for line in plane.lines:
+        # Others of its lines say which operation of XLA a kernel is of.
+        if line.name.startswith("Stream"):
+          kernels += [(e.name, e.duration_ns * 1e-9) for e in line.events]
+  return kernels
+
+
+def _summary(kernels: list[tuple[str, float]], steps: int) -> dict[str, Any]:
+  """Per step: how many kernels, their seconds, and those of each kind."""
+  kinds = collections.defaultdict(list)
+  for name, seconds in kernels:
+    kinds[_NUMBER.sub("", name)].append(seconds)
+  by_time = sorted(kinds.items(), key=lambda kind: -sum(kind[1]))
+  return {
+    "kernels": len(kernels) / steps,
+    "seconds": sum(seconds for _, seconds in kernels) / steps,
+    "kinds": [
+      {
+        "name": name,
+        "kernels": len(seconds) / steps,
+        "seconds": sum(seconds) / steps,
+      }
+      for name, seconds in by_time
+    ],
+  }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+  """What each method has, and the kinds that differ most from the first's."""
+  head = ["method", "kernels a step", "their time (ms)"]
+  lines = [
+    [row["name"], f"{row['kernels']:,.0f}", f"{1e3 * row['seconds']:.2f}"]
+    for row in rows
+  ]
+  parts = [rounds.table(head, lines)]
+  first = {kind["name"]: kind["seconds"] for kind in rows[0]["kinds"]}
+  for row in rows[1:]:
+    own = {kind["name"]: kind["seconds"] for kind in row["kinds"]}
+    more = {
+      name: own.get(name, 0.0) - first.get(name, 0.0)
+      for name in first.keys() | own.keys()
+    }
+    most = sorted(more, key=lambda name: -abs(more[name]))[:12]
+    kinds = [[name[:70], f"{1e3 * more[name]:+.3f}"] for name in most]
+    title = f"{row['name']} less {rows[0]['name']}"
+    parts.append(rounds.table([title, "ms a step"], kinds))
+  return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+  main()
