@@ -1,9 +1,10 @@
 """`adapt`: low-rank adapters on a Linen or NNX model, as pure functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 from typing import Any
+import warnings
+import zlib
 
 from flax import linen as nn
 from flax import nnx, traverse_util
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 
 from bilora_jax import (
   _dora,
+  _finding,
   _hosts,
-  _injection,
+  _nnx_host,
   _nodes,
   _partition,
   _quantised,
-  _stand_in,
   _unmatched,
 )
 from bilora_jax._factors import Factors, is_factors
-from bilora_jax._injection import Path, Site
+from bilora_jax._site import Path, Site
 from bilora_jax._spec import LoraSpec
+from bilora_jax._stand_in import StandIn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,16 @@ class Adapted:
 
   Where the spec has a `base_dtype`, the variables that the methods take are
   those that `quantize` gives: its adapted kernels are each a `qwix.QArray`.
+
+  Attributes:
+    skipped: why not, by path, for weights that the default targets leave out.
   """
 
   spec: LoraSpec
   _host: _hosts.Host
   _adapters: Mapping[Path, _Adapter]
   _parameters: Mapping[Path, jax.ShapeDtypeStruct]
-  _prepared: Callable[[tuple[tuple[Path, int, float], ...], bool], Any]
+  skipped: Mapping[str, str]
 
   def __repr__(self) -> str:
     names = list(self.targets)
@@ -74,6 +79,26 @@ class Adapted:
   def targets(self) -> dict[str, tuple[int, ...]]:
     """The adapted weights and their shapes."""
     return {"/".join(p): x.site.shape for p, x in self._adapters.items()}
+
+  def train(self) -> "Adapted":
+    """The same of an NNX model as `model.train()` makes it.
+
+    Dropout is on and takes its keys from `rngs`, BatchNorm reads the batch.
+
+    Raises:
+      ValueError: for a Linen model, which takes this as an argument of its own.
+    """
+    return dataclasses.replace(self, _host=self._host.in_mode(training=True))
+
+  def eval(self) -> "Adapted":
+    """The same of an NNX model as `model.eval()` makes it.
+
+    Dropout is off, that of the adapters too, and BatchNorm reads its averages.
+
+    Raises:
+      ValueError: for a Linen model, which takes this as an argument of its own.
+    """
+    return dataclasses.replace(self, _host=self._host.in_mode(training=False))
 
   def quantize(self, variables: Any, *, donate: bool = False) -> Any:
     """The variables with their adapted kernels in the spec's `base_dtype`.
@@ -130,7 +155,7 @@ class Adapted:
     if own is None or own.shape != array.shape:
       raise ValueError(
         f"{path} is no parameter of the model, which has "
-        f"{_listed('/'.join(p) for p in self._parameters)}."
+        f"{_unmatched.listed('/'.join(p) for p in self._parameters)}."
         if own is None
         else f"{path} has the shape {own.shape}; got {tuple(array.shape)}."
       )
@@ -223,8 +248,10 @@ class Adapted:
       variables: of the model; Linen's collections, or `nnx.state(model)`.
       adapters: from `init`, with or without the auxiliary.
       *args: the model's.
-      rngs: Linen's rngs. With a `dropout` rng, dropout of the adapters is on.
-      mutable: as in Linen. For NNX `True` returns `(output, variables)`.
+      rngs: keys by name: Linen's rngs, or new keys for the streams of an NNX
+        model. With a `dropout` key, dropout of the adapters is on.
+      mutable: as in Linen. For NNX `True` returns `(output, variables)`, the
+        latter with the state that the call changed, parameters as they were.
       method: as in Linen, one of the `methods` given to `adapt`.
       **kwargs: the model's.
 
@@ -233,37 +260,38 @@ class Adapted:
 
     Raises:
       ValueError: if adapters are missing, unknown or of wrong shape, or
-        variables are, each named; or the method has no adapters.
+        variables are, each named; or the method has no adapters; or an NNX
+        model that is not of `eval` draws from a stream without a key, or
+        changes its state where that is not `mutable`.
     """
     pairs, gains = self._joined(adapters)
     params = self._check(variables)
     magnitudes, new = self._extra(adapters, params)
+    key = None
+    if self.spec.dropout and not self._host.evaluating:
+      key = (rngs or {}).get("dropout")
     for path, x in self._adapters.items():
-      weight, pair = params[path], pairs.get(path)
-      if x.form is None and not isinstance(weight, jax.Array):
-        # The layer would make a new array of it, that Qwix does not know.
-        weight = new[path] = jnp.asarray(weight)
-      gain = gains.get(path)
+      weight, pair, gain = params[path], pairs.get(path), gains.get(path)
+      if x.form is None:
+        weight = jnp.asarray(weight)
       if path in magnitudes:
         kernel = self._matrices(path, weight)
         of_dora = _dora.gain(kernel, pair, magnitudes[path])
         gain = of_dora if gain is None else of_dora * gain
-      if x.form is not None or gain is not None:
-        if path in gains and isinstance(self._host, _hosts.NnxHost):
-          ranks = () if pair is None else (pair.rank,)
-          _check_apart(path, self._parameters, x.site, ranks)
-        dtype = self._parameters[path].dtype
-        new[path] = _stand_in.StandIn(weight, dtype, gain)
-      if pair is None:
-        continue
-      a_name, b_name = x.site.names()
-      a_shape, b_shape = x.site.leaf_shapes(pair.rank)
-      new[a_name] = pair.a.astype(x.dtype).reshape(a_shape)
-      new[b_name] = pair.b.astype(x.dtype).reshape(b_shape)
-    dropout = rngs is not None and "dropout" in rngs
-    ranks = tuple((path, x.rank, x.scale) for path, x in pairs.items())
-    call = self._prepared(ranks, dropout)
-    return call(
+      if pair is not None:
+        pair = Factors(
+          pair.a.astype(x.dtype), pair.b.astype(x.dtype), pair.scale
+        )
+      new[path] = StandIn(
+        weight,
+        pair,
+        gain,
+        None if key is None else _key_at(key, x.site),
+        x.site,
+        self._parameters[path].dtype,
+        self.spec.dropout,
+      )
+    return self._host.call(
       variables, new, args, kwargs, rngs=rngs, mutable=mutable, method=method
     )
 
@@ -521,12 +549,15 @@ def adapt(
 ) -> Adapted:
   """Finds a model's weights and plans adapters for them.
 
-  The model is traced abstractly, by Qwix; nothing runs and nothing of the
-  model is copied. Linear layers, general ones too, einsums of two operands,
-  convolutions without groups and attention are found, in Linen also under
-  `nn.scan` (along the first axis) and `nn.remat`. Embeddings are not, nor are
-  layers under `nnx.scan`, nor weights that a jitted function multiplies by:
-  `x @ w`, `jnp.matmul(x, w)` and `nn.jit` are such, `jnp.dot(x, w)` is not.
+  The model is traced abstractly; nothing runs and nothing of the model is
+  copied. Linear layers, general ones too, einsums of two operands, convolutions
+  without groups and attention are found, also under `scan` and `vmap` (along
+  the first axis) and `remat` of Linen and NNX. Embeddings are not, nor weights
+  that a jitted function multiplies by: `x @ w`, `jnp.matmul(x, w)` and `nn.jit`
+  are such, `jnp.dot(x, w)` is not.
+
+  What the default targets, `.*`, match and cannot be adapted is left as it is,
+  with a warning, and listed in `skipped`.
 
   Args:
     model: a `flax.linen.Module`, or an `nnx.Module`.
@@ -561,7 +592,7 @@ def adapt(
   if isinstance(model, nn.Module):
     host = _hosts.LinenHost(model, (inputs, kwargs), tuple(methods))
   elif isinstance(model, nnx.Module):
-    host = _hosts.NnxHost.of(model, (inputs, kwargs), tuple(methods))
+    host = _nnx_host.NnxHost.of(model, (inputs, kwargs), tuple(methods))
   else:
     raise ValueError(
       "model is a flax.linen.Module or a flax.nnx.Module; got "
@@ -569,9 +600,10 @@ def adapt(
     )
   parameters = {
     path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-    for path, leaf in host.trace(_injection.Provider([])).items()
+    for path, leaf in host.shapes().items()
   }
-  sites, unfit = _injection.find_sites(host.trace)
+  program = host.program(_finding.Finder(), parameters)
+  sites, unfit = _finding.find_sites(program, parameters)
   _unmatched.check(
     spec,
     ("/".join(p[:-1]) for p in (*sites, *unfit)),
@@ -581,92 +613,42 @@ def adapt(
   if spec.extra is not None and not extra:
     raise ValueError(
       f"extra={spec.extra!r} matches no parameter; there are "
-      f"{_listed('/'.join(p) for p in parameters)}."
+      f"{_unmatched.listed('/'.join(p) for p in parameters)}."
     )
-  adapters = {}
+  adapters: dict[Path, _Adapter] = {}
+  skipped: dict[str, str] = {}
   for path in sorted({*sites, *unfit} - extra):
     match = spec.match("/".join(path[:-1]))
     if match is None:
       continue
+    name = "/".join(path)
+    if path in unfit and spec.targets == LoraSpec.targets:
+      skipped[name] = unfit[path]
+      continue
     if path in unfit:
       raise ValueError(
-        f"the weight {'/'.join(path)} cannot be adapted: it is not multiplied "
-        "by as it is stored (transposed, reshaped, used in two ways, or "
-        "scanned along another axis than the first). Leave its module out "
-        "with LoraSpec(exclude=...)."
+        f"the weight {name} cannot be adapted: {unfit[path]}. Leave its module "
+        "out with LoraSpec(exclude=...)."
       )
     rank, auxiliary_rank, scale = match
     site = sites[path]
     # XLA convolves arrays of one dtype only.
-    own = spec.dtype is None or not site.flat
+    own = spec.dtype is None or site.convolution
     dtype = site.dtype if own else jnp.dtype(spec.dtype)
     form = None
-    if isinstance(model, nnx.Module) and (spec.base_dtype or spec.dora):
-      _check_apart(path, parameters, site, (rank, rank + auxiliary_rank))
     if spec.base_dtype is not None:
       form = _quantised.Form(spec.base_dtype, site.tiles(spec.tile_size))
     adapters[path] = _Adapter(site, rank, auxiliary_rank, scale, dtype, form)
+  reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
   if not adapters:
     raise ValueError(
       f"all modules that targets={spec.targets!r} match are left out, by "
-      f"exclude={spec.exclude!r} or extra={spec.extra!r}."
+      f"exclude={spec.exclude!r} or extra={spec.extra!r}"
+      + (f", or cannot be adapted: {reasons}." if skipped else ".")
     )
-
-  def provider(
-    ranks: tuple[tuple[Path, int, float], ...], dropout: bool
-  ) -> _injection.Provider:
-    return _injection.provider_for(
-      {path: rank for path, rank, _ in ranks},
-      {path: scale for path, _, scale in ranks},
-      spec.dropout if dropout else 0.0,
-    )
-
-  @functools.cache
-  def prepared(ranks: tuple[tuple[Path, int, float], ...], dropout: bool):
-    return host.prepare(provider(ranks, dropout))
-
-  ours = {name for x in adapters.values() for name in x.site.names()}
-  primary = tuple((path, x.rank, x.scale) for path, x in adapters.items())
-  others = set(host.trace(provider(primary, False))) - set(parameters) - ours
-  if others:
-    raise ValueError(
-      "Qwix adapts all weights of a module or none; also adapted, and not "
-      f"asked for, would be {_listed('/'.join(p) for p in others)}. Leave "
-      "these modules out with LoraSpec(exclude=...)."
-    )
-  return Adapted(spec, host, adapters, parameters, prepared)
-
-
-def _check_apart(
-  path: Path,
-  parameters: Mapping[Path, jax.ShapeDtypeStruct],
-  site: Site,
-  ranks: Sequence[int],
-) -> None:
-  """Refuses a stand-in that Qwix takes for another array of its module.
-
-  In NNX it finds weights that are no arrays by their shapes alone.
-  """
-  arrays = {"/".join(other): own.shape for other, own in parameters.items()}
-  for rank in ranks:
-    names = ("/".join(name) for name in site.names())
-    arrays |= {
-      f"{name} of rank {rank}": shape
-      for name, shape in zip(names, site.leaf_shapes(rank))
-    }
-  module = "/".join(path[:-1])
-  twins = [
-    name
-    for name, shape in arrays.items()
-    if name.rpartition("/")[0] == module and shape == site.shape
-  ]
-  if len(twins) > 1:
-    raise ValueError(
-      "Qwix cannot tell arrays of one NNX module and one shape apart where "
-      f"weights are quantised or have DoRA, as {_listed(twins)}. Change the "
-      "rank, leave the module out with LoraSpec(exclude=...), or set "
-      "base_dtype=None and dora=False."
-    )
+  if skipped:
+    warnings.warn(f"adapt leaves out {reasons}.", stacklevel=2)
+  return Adapted(spec, host, adapters, parameters, skipped)
 
 
 def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
@@ -676,6 +658,13 @@ def _new_pair(key: jax.Array, x: _Adapter, rank: int) -> Factors:
   return Factors(
     bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32), x.scale
   )
+
+
+def _key_at(key: jax.Array, site: Site) -> jax.Array:
+  """The key for dropout at a weight, one for each scanned layer."""
+  own = jax.random.fold_in(key, zlib.crc32("/".join(site.path).encode()))
+  layers = site.shape[: site.scanned]
+  return jax.random.split(own, layers) if layers else own
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:
@@ -690,10 +679,3 @@ def _shape(node: Any) -> Any:
   if _nodes.is_adapter(node):
     return getattr(node, "outer_shape", type(node).__name__)
   return tuple(node.shape) if hasattr(node, "shape") else node
-
-
-def _listed(names) -> str:
-  names = sorted(set(names))
-  shown = ", ".join(repr(name) for name in names[:8])
-  more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
-  return shown + more if names else "none"

@@ -1,7 +1,8 @@
-"""Weights that stand for others where a layer multiplies by them.
+"""Adapted weights, where a layer multiplies by them.
 
-A model holds a `StandIn` where it expects an array; `Products` multiplies by
-what it stands for: a quantised kernel, or one whose outputs are scaled.
+A model holds a `StandIn` where it expects an array; `StandInProducts`
+multiplies by what it stands for: a kernel of floats or of few bits, plus a
+low-rank pair, its outputs scaled or not.
 """
 
 from collections.abc import Sequence
@@ -9,37 +10,46 @@ import dataclasses
 import functools
 from typing import Any
 
-from flax.core import meta
+from flax.linen import dtypes as linen_dtypes
 import jax
 import jax.numpy as jnp
-import qwix
 
-from bilora_jax import _quantised
+from bilora_jax import _products, _quantised
+from bilora_jax._factors import Factors
+from bilora_jax._site import Site
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["array", "gain"],
-  meta_fields=["dtype"],
+  data_fields=["array", "pair", "gain", "key"],
+  meta_fields=["site", "dtype", "dropout"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class StandIn(meta.AxisMetadata):
+class StandIn:
   """A weight as the layers of a model have it.
 
-  It stands for a float array that a layer may cast and multiply by. For Flax it
-  is a box of the array, or of the codes: by these Qwix finds which parameter it
-  is.
+  It stands for a float array that a layer may cast and multiply by. Its arrays
+  have the scanned axes first, so that scans and maps slice them all alike.
 
   Attributes:
     array: the kernel, of floats or quantised.
+    pair: what is added to it, in the dtype that it is computed in; None for
+      nothing.
+    gain: `(*batch, out)` float32, what each output is multiplied by, the
+      pair's part included; None for nothing.
+    key: for dropout at the input of the pair, `(*scanned,)`; None for none.
+    site: the weight.
     dtype: that of the array it stands for.
-    gain: `(*batch, out)` float32, what each output is multiplied by, adapters'
-      part included; None for nothing.
+    dropout: the rate, where there is a key.
   """
 
   array: Any
+  pair: Factors | None
+  gain: Any
+  key: Any
+  site: Site
   dtype: Any
-  gain: Any = None
+  dropout: float
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -50,7 +60,10 @@ class StandIn(meta.AxisMetadata):
     return len(self.shape)
 
   def astype(self, dtype: Any) -> "StandIn":
-    return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+    array = self.array
+    if not _quantised.is_quantised(array):
+      array = array.astype(dtype)
+    return dataclasses.replace(self, array=array, dtype=jnp.dtype(dtype))
 
   def __getitem__(self, index: Any) -> "StandIn":
     # So parameters of NNX are read.
@@ -58,58 +71,160 @@ class StandIn(meta.AxisMetadata):
 
   def __jax_array__(self) -> Any:
     raise ValueError(
-      f"a quantised weight, or one with DoRA, here of shape {self.shape}, "
-      "can be multiplied by, by dot_general, dot, einsum or a convolution, "
-      "and nothing else. Leave its module out with LoraSpec(exclude=...), or "
-      "set base_dtype=None and dora=False."
+      f"the adapted weight {'/'.join(self.site.path)}, here of shape "
+      f"{self.shape}, can be cast and multiplied by, by dot_general, dot, "
+      "einsum or a convolution, and nothing else. Leave its module out with "
+      "LoraSpec(exclude=...)."
     )
 
-  def unbox(self) -> jax.Array:
-    array = self.array
-    return array.qvalue if _quantised.is_quantised(array) else array
+  def dropped(self, x: jax.Array) -> jax.Array:
+    """The input of the pair, some of it dropped and the rest scaled."""
+    if self.key is None:
+      return x
+    kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+    return jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
 
-  def replace_boxed(self, val: Any) -> Any:
-    return val
+  def check_use(self, batch: Sequence[int], contracted: Sequence[int]) -> None:
+    """Refuses a product of other axes than the pair is made for."""
+    if not self.site.is_used(batch, contracted):
+      raise ValueError(
+        f"the adapted weight {'/'.join(self.site.path)} is multiplied by along "
+        f"its axes {tuple(contracted)} here, and was not where adapt traced "
+        "the model. Give adapt inputs and methods that use it so, or leave "
+        "its module out with LoraSpec(exclude=...)."
+      )
 
-  def add_axis(self, index: int, params: dict[Any, Any]) -> "StandIn":
-    return self
 
-  def remove_axis(self, index: int, params: dict[Any, Any]) -> "StandIn":
-    return self
-
-
-class Products(qwix.PtqProvider):
+class StandInProducts(_products.Products):
   """Multiplies by a `StandIn` as by the float array it stands for.
 
-  By itself Qwix 0.1.8 would, with quantised kernels, drop the precision that a
-  layer asks for, compute in the scales' dtype, keep the float kernels for the
-  backward pass, and refuse convolutions.
+  Quantised kernels become floats again in the backward pass: none is kept.
   """
 
-  _weight: StandIn | None = None
+  def get_intercept_map(self):
+    return super().get_intercept_map() | {
+      "jax.lax.with_sharding_constraint": self.with_sharding_constraint,
+      "jax.numpy.asarray": self.asarray,
+      "flax.linen.Module.param": self.nn_param,
+      "flax.linen.dtypes.promote_dtype": self.promote_dtype,
+      "flax.nnx.nn.dtypes.promote_dtype": self.promote_dtype,
+    }
 
-  def known(self, rhs: Any) -> Any:
-    """What Qwix finds the parameter of `rhs` by; for the next product."""
-    if not isinstance(rhs, StandIn):
-      return rhs
-    self._weight = rhs
-    return rhs.unbox()
+  def dot_general(
+    self,
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+  ):
+    lhs, weight = map(_products.value, (lhs, rhs))
+    args = (dimension_numbers, precision, preferred_element_type)
+    if not isinstance(weight, StandIn):
+      return jax.lax.dot_general(lhs, weight, *args, **kwargs)
+    (contracted_in, contracted), (batch_in, batch) = dimension_numbers
+    weight.check_use(batch, contracted)
+    result = _multiplied(
+      lambda kernel: jax.lax.dot_general(lhs, kernel, *args, **kwargs), weight
+    )
+    sizes, pair = weight.shape, weight.pair
+    outputs = [
+      size for i, size in enumerate(sizes) if i not in (*contracted, *batch)
+    ]
+    if pair is not None:
+      batch_sizes = [sizes[i] for i in batch]
+      first = tuple(range(len(batch)))
+      summed = tuple(range(len(batch), len(batch) + len(contracted)))
+      hidden = jax.lax.dot_general(
+        weight.dropped(lhs),
+        pair.a.reshape(
+          *batch_sizes, *(sizes[i] for i in contracted), pair.rank
+        ),
+        ((contracted_in, summed), (batch_in, first)),
+        precision=precision,
+      )
+      delta = jax.lax.dot_general(
+        hidden,
+        pair.b.reshape(*batch_sizes, pair.rank, *outputs),
+        (((hidden.ndim - 1,), (len(batch),)), (first, first)),
+        precision=precision,
+        **kwargs,
+      )
+      result += delta * pair.scale
+    result = _scaled(result, weight, len(batch), outputs)
+    # Adapters may compute in more bits than their layer, that is not to show.
+    return result.astype(
+      preferred_element_type or jnp.result_type(lhs, weight.dtype)
+    )
 
-  def dot_general(self, lhs, rhs, *args, **kwargs):
-    return self._product(super().dot_general, lhs, rhs, args, kwargs)
+  def dot(self, a, b, *args, **kwargs):
+    a, b = map(_products.value, (a, b))
+    if not isinstance(b, StandIn):
+      return jnp.dot(a, b, *args, **kwargs)
+    a, b = self.promote_dtype(a, b)
+    return self.dot_general(
+      a, b, _products.dot_as_product(a, b), *args, **kwargs
+    )
+
+  def einsum(self, subscripts, *operands, **kwargs):
+    operands = tuple(map(_products.value, operands))
+    if not any(isinstance(x, StandIn) for x in operands):
+      return jnp.einsum(subscripts, *operands, **kwargs)
+    product = _products.einsum_as_product(subscripts, *operands)
+    if product is None or not isinstance(operands[1], StandIn):
+      return jnp.einsum(subscripts, *map(jnp.asarray, operands), **kwargs)
+    dimension_numbers, order = product
+    lhs, rhs = self.promote_dtype(*operands)
+    result = self.dot_general(
+      lhs,
+      rhs,
+      dimension_numbers,
+      precision=kwargs.get("precision"),
+      preferred_element_type=kwargs.get("preferred_element_type"),
+    )
+    return result.transpose(order)
 
   def conv_general_dilated(self, lhs, rhs, *args, **kwargs):
-    return self._product(super().conv_general_dilated, lhs, rhs, args, kwargs)
+    lhs, weight = map(_products.value, (lhs, rhs))
+    if not isinstance(weight, StandIn):
+      return jax.lax.conv_general_dilated(lhs, weight, *args, **kwargs)
+    weight.check_use((), range(weight.ndim - 1))
+
+    def convolved(x, kernel):
+      return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+    result = _multiplied(lambda kernel: convolved(lhs, kernel), weight)
+    pair = weight.pair
+    if pair is not None:
+      a = pair.a.reshape(*weight.shape[:-1], pair.rank)
+      result += convolved(weight.dropped(lhs), a) @ pair.b * pair.scale
+    return _scaled(result, weight, 0, weight.shape[-1:])
+
+  def asarray(self, a, dtype=None, *args, **kwargs):
+    if not isinstance(a, StandIn):
+      return jnp.asarray(a, dtype, *args, **kwargs)
+    return a if dtype is None else a.astype(dtype)
+
+  def with_sharding_constraint(self, x, shardings, *args, **kwargs):
+    def constrained(array):
+      return jax.lax.with_sharding_constraint(array, shardings, *args, **kwargs)
+
+    if not isinstance(x, StandIn):
+      return constrained(x)
+    if _quantised.is_quantised(x.array):  # whose scales may be too few for it
+      return x
+    return dataclasses.replace(x, array=constrained(x.array))
 
   def nn_param(self, module, name, *args, **kwargs):
     stored = module.get_variable("params", name)
     if isinstance(stored, StandIn):
       return stored
-    return super().nn_param(module, name, *args, **kwargs)
+    return module.param(name, *args, **kwargs)
 
   def promote_dtype(self, *args, **kwargs):
     values = args[0] if isinstance(args[0], Sequence) else args
-    promoted = super().promote_dtype(
+    promoted = linen_dtypes.promote_dtype(
       *(
         jnp.zeros((), x.dtype) if isinstance(x, StandIn) else x for x in values
       ),
@@ -120,36 +235,33 @@ class Products(qwix.PtqProvider):
       for x, y in zip(values, promoted)
     ]
 
-  def _product(self, multiply, lhs, rhs, args, kwargs):
-    weight, self._weight = self._weight, None
-    if weight is None:
-      return multiply(lhs, rhs, *args, **kwargs)
-    if not _quantised.is_quantised(weight.array):
-      return multiply(lhs, weight.array.astype(weight.dtype), *args, **kwargs)
 
-    # The backward pass needs the kernel too: it reads the codes again.
-    @jax.checkpoint
-    def product(lhs, array):
-      kernel = _quantised.dequantise(array).astype(weight.dtype)
-      return multiply(lhs, kernel, *args, **kwargs)
+def _multiplied(multiply: Any, weight: StandIn) -> jax.Array:
+  if not _quantised.is_quantised(weight.array):
+    return multiply(weight.array)
 
-    return product(lhs, weight.array)
+  # The backward pass needs the kernel too: it reads the codes again.
+  @jax.checkpoint
+  def product(array):
+    return multiply(_quantised.dequantise(array).astype(weight.dtype))
+
+  return product(weight.array)
 
 
-def scaled(
-  result: jax.Array, rhs: Any, batch: int, sizes: Sequence[int]
+def _scaled(
+  result: jax.Array, weight: StandIn, batch: int, sizes: Sequence[int]
 ) -> jax.Array:
   """A product's result with the gain of its weight, if that has one.
 
   Args:
     result: `(*batch, *rows, *outputs)`.
-    rhs: what was multiplied by.
+    weight: what was multiplied by.
     batch: how many axes are batched over.
     sizes: of the outputs' axes.
   """
-  if not isinstance(rhs, StandIn) or rhs.gain is None:
+  if weight.gain is None:
     return result
   rows = (1,) * (result.ndim - batch - len(sizes))
-  gain = rhs.gain.reshape(*result.shape[:batch], *rows, *sizes)
+  gain = weight.gain.reshape(*result.shape[:batch], *rows, *sizes)
   # In float32: a gain near 1 would lose what was learned of it.
   return (result.astype(jnp.float32) * gain).astype(result.dtype)

@@ -26,7 +26,7 @@ def check(
     ValueError: that names what matches nothing, and lists what could match,
       near names first.
   """
-  adaptable, modules = sorted(set(adaptable)), sorted(set(modules))
+  adaptable, modules = set(adaptable), set(modules)
   targets = spec.targets
   keys = [targets] if isinstance(targets, str) else list(targets)
   missing = [
@@ -40,17 +40,23 @@ def check(
         if missing == keys
         else f"of targets={targets!r}, {named} match no module"
       )
-      + f"; these could be adapted: {_listed(adaptable, missing)}."
+      + f"; these could be adapted: {listed(adaptable, missing)}."
     )
   if spec.exclude is not None and not any(map(spec.is_excluded, modules)):
     raise ValueError(
       f"exclude={spec.exclude!r} matches no module; there are "
-      f"{_listed(modules, [spec.exclude])}."
+      f"{listed(modules, [spec.exclude])}."
     )
 
 
-def _listed(paths: Sequence[str], keys: Sequence[str]) -> str:
-  """Paths in a sentence: near names first, then the others."""
+def listed(names: Iterable[str], keys: Sequence[str] = ()) -> str:
+  """Names for a sentence, the first eight: those near a key, then the others.
+
+  Args:
+    names: of modules or parameters, as paths; in any order.
+    keys: what the spec has in their place.
+  """
+  paths = sorted(set(names))
 
   def unlike(path: str) -> float:
     parts = path.split("/")
@@ -59,7 +65,7 @@ def _listed(paths: Sequence[str], keys: Sequence[str]) -> str:
       for key in keys
       for n in range(1, len(parts) + 1)
     )
-    nearest = max(ratios)
+    nearest = max(ratios, default=0.0)
     return -nearest if nearest >= _NEAR else 0.0
 
   shown = ", ".join(map(repr, sorted(paths, key=unlike)[:_SHOWN]))

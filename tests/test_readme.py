@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from flax import linen as nn
+from flax import nnx
 import jax
 import numpy as np
 import optax
@@ -24,11 +25,22 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
 
 
-def test_the_twenty_lines_run_and_evaluate_what_they_merge():
+@pytest.mark.parametrize("host", ["linen", "nnx"])
+def test_the_twenty_lines_run_and_evaluate_what_they_merge(host):
   (code,) = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
-  model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
   x = jax.random.normal(jax.random.key(0), (6, 4))
-  variables = model.init(jax.random.key(1), x)
+  if host == "linen":
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
+    variables, apply = model.init(jax.random.key(1), x), model.apply
+  else:
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(4, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 3, rngs=rngs)
+    model = nnx.Sequential(*layers)
+    graphdef, variables = nnx.split(model)
+
+    def apply(variables, x):
+      return nnx.merge(graphdef, variables)(x)
+
   names = {"model": model, "x": x, "variables": variables}
   # One step between the definitions and the evaluation.
   before, after = code.split(
@@ -41,9 +53,9 @@ def test_the_twenty_lines_run_and_evaluate_what_they_merge():
   )
   assert np.isfinite(loss)
   exec("logits = adapted.apply(variables, without_auxiliary" + after, names)
-  assert np.abs(names["logits"] - model.apply(variables, x)).max() > 0
+  assert np.abs(names["logits"] - apply(variables, x)).max() > 0
   np.testing.assert_allclose(
-    model.apply(names["variables"], x), names["logits"], atol=1e-5
+    apply(names["variables"], x), names["logits"], atol=1e-5
   )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilora_jax._adapt import Adapted
 from bilora_jax._factors import Factors, is_factors
-from bilora_jax._injection import Path
+from bilora_jax._site import Path
 
 Start = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 """From a matrix `(in, out)` and a rank to `a` and `b`, all float32."""

@@ -10,7 +10,7 @@ import jax
 
 from bilora_jax import _linalg
 from bilora_jax._adapt import Adapted
-from bilora_jax._injection import Path
+from bilora_jax._site import Path
 from bilora_jax.initializers import _base
 
 

@@ -776,27 +776,31 @@ class Custom(nn.Module):
     return nn.Dense(3, name="dense")(self.multiply(x, w))
 
 
+# Named, not the default targets: these leave out what cannot be adapted.
+ALL = LoraSpec(targets="|.+")
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (5, 5)])
 def test_a_transposed_weight_is_refused_by_name(shape):
   model = Custom(lambda x, w: jnp.dot(x, jnp.transpose(w)), shape)
-  message = _error(model, jnp.ones((2, 5)))
+  message = _error(model, jnp.ones((2, 5)), ALL)
   assert message.startswith("the weight w cannot be adapted: ")
   assert "LoraSpec(exclude=...)" in message
 
 
 def test_a_weight_that_is_scaled_before_use_is_refused_by_name():
   model = Custom(lambda x, w: jnp.dot(x, 2 * w))
-  assert "the weight w cannot be" in _error(model, jnp.ones((2, 5)))
+  assert "the weight w cannot be" in _error(model, jnp.ones((2, 5)), ALL)
 
 
 def test_a_transposed_convolution_kernel_is_refused_by_name():
   model = nn.ConvTranspose(6, (3,), transpose_kernel=True)
-  assert "the weight kernel cannot" in _error(model, jnp.ones((1, 5, 4)))
+  assert "the weight kernel cannot" in _error(model, jnp.ones((1, 5, 4)), ALL)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
 def test_a_scan_along_another_axis_is_refused_by_name(axis):
-  message = _error(Scanned(axis), jnp.ones((2, 5)))
+  message = _error(Scanned(axis), jnp.ones((2, 5)), ALL)
   assert "the weight layers/dense/kernel cannot be adapted" in message
   assert "scanned along another axis than the first" in message
 
@@ -807,7 +811,30 @@ def test_a_weight_that_is_left_out_need_not_be_adaptable():
   assert set(adapt(model, spec, jnp.ones((2, 5))).targets) == {"dense/kernel"}
 
 
-def test_a_module_of_which_only_one_weight_is_asked_for_is_refused():
+def test_the_default_targets_skip_what_cannot_be_adapted_with_a_warning():
+  model = Custom(lambda x, w: jnp.dot(x, jnp.transpose(w)))
+  x = jnp.ones((2, 5))
+  with pytest.warns(UserWarning, match="adapt leaves out w: it is transp") as w:
+    adapted = adapt(model, SPEC, x)
+  assert len(w) == 1
+  assert set(adapted.targets) == {"dense/kernel"}
+  assert set(adapted.skipped) == {"w"}
+  assert "transposed" in adapted.skipped["w"]
+  assert not adapt(model, LoraSpec(targets="dense"), x).skipped
+
+
+@pytest.mark.parametrize(
+  ("multiply", "reason"),
+  [
+    (lambda x, w: jnp.dot(x, w) + jnp.sum(w), "also used in reduce_sum"),
+    (lambda x, w: jnp.einsum("bi,oi->bo", jnp.dot(x, w), w), "in two ways"),
+  ],
+)
+def test_a_weight_of_two_uses_is_refused_with_the_reason(multiply, reason):
+  assert reason in _error(Custom(multiply), jnp.ones((2, 5)), ALL)
+
+
+def test_of_two_weights_in_a_module_one_is_adapted_and_one_trained_whole():
   class Two(nn.Module):
     """Two weights in one module."""
 
@@ -817,10 +844,133 @@ def test_a_module_of_which_only_one_weight_is_asked_for_is_refused():
       w = self.param("w", nn.initializers.normal(), (4, 3))
       return jnp.dot(jnp.dot(x, v), w)
 
-  assert len(adapt(Two(), LoraSpec(), jnp.ones((2, 5))).targets) == 2
-  message = _error(Two(), jnp.ones((2, 5)), LoraSpec(extra="w"))
-  assert "all weights of a module or none" in message
-  assert "'w_lora_a'" in message
+  model, x = Two(), _normal(2, 5)
+  adapted = adapt(model, LoraSpec(rank=2, extra="w"), x)
+  assert set(adapted.targets) == {"v"}
+  variables = model.init(KEY, x)
+  adapters = _random_like(adapted.init(KEY, variables))
+  np.testing.assert_allclose(
+    adapted.apply(variables, primary(adapters), x),
+    model.apply(adapted.merge(variables, adapters), x),
+    **CLOSE,
+  )
+
+
+class NestedHead(nn.Module):
+  """A head that is applied to a table from elsewhere, as Hugging Face's."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    embed = nn.Embed(7, 5, name="embed")
+    x = nn.Dense(5, name="dense")(embed(tokens))
+    table = embed.variables["params"]["embedding"]
+    head = nn.Dense(7, use_bias=False, name="head")
+    return head.apply({"params": {"kernel": table.T}}, x)
+
+
+def test_a_model_with_a_nested_apply_is_adapted():
+  model = NestedHead()
+  adapted = adapt(model, SPEC, TOKENS)
+  assert set(adapted.targets) == {"dense/kernel"}
+  variables = model.init(KEY, TOKENS)
+  adapters = _random_like(adapted.init(KEY, variables))
+  np.testing.assert_allclose(
+    adapted.apply(variables, primary(adapters), TOKENS),
+    model.apply(adapted.merge(variables, adapters), TOKENS),
+    **CLOSE,
+  )
+
+
+def test_partitioned_kernels_are_adapted_under_a_set_mesh():
+  model = nn.Dense(
+    4, kernel_init=nn.with_partitioning(nn.initializers.normal(), ("x", None))
+  )
+  mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  x = _normal(2, 8)
+  with jax.set_mesh(mesh):
+    variables = model.init(KEY, x)
+    adapted = adapt(model, SPEC, x)
+    adapters = _random_like(adapted.init(KEY, variables))
+    np.testing.assert_allclose(
+      adapted.apply(variables, primary(adapters), x),
+      model.apply(adapted.merge(variables, adapters), x),
+      **CLOSE,
+    )
+
+
+def test_the_model_is_traced_twice_however_many_targets_there_are():
+  calls = []
+
+  class Counted(nn.Module):
+    """Counts its calls."""
+
+    @nn.compact
+    def __call__(self, x):
+      calls.append(x)
+      for _ in range(4):
+        x = nn.Dense(5)(x)
+      return x
+
+  adapted = adapt(Counted(), SPEC, jnp.ones((2, 5)))
+  assert len(adapted.targets) == 4
+  assert len(calls) == 2  # for the shapes of its parameters, and for their uses
+
+
+def test_a_cast_and_a_sharding_constraint_leave_a_weight_adaptable():
+  def multiply(x, w):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    w = jax.lax.with_sharding_constraint(jnp.asarray(w, jnp.bfloat16), sharding)
+    return jnp.dot(x, w.astype(jnp.float32))
+
+  model, x = Custom(multiply), _normal(2, 5)
+  adapted = adapt(model, SPEC, x)
+  assert set(adapted.targets) == {"w", "dense/kernel"}
+  variables = model.init(KEY, x)
+  adapters = _random_like(adapted.init(KEY, variables))
+  rounded = variables["params"]["w"].astype(jnp.bfloat16)
+  merged = adapted.merge(variables, adapters)["params"]
+  weight = rounded + adapters["primary"]["w"].weight()
+  np.testing.assert_allclose(
+    adapted.apply(variables, primary(adapters), x),
+    x @ weight @ merged["dense"]["kernel"] + merged["dense"]["bias"],
+    **CLOSE,
+  )
+
+
+def test_another_method_that_uses_a_weight_otherwise_is_refused():
+  class Both(nn.Module):
+    """Multiplies by a kernel, and in another method by its transpose."""
+
+    def setup(self):
+      self.w = self.param("w", nn.initializers.normal(), (5, 5))
+
+    def __call__(self, x):
+      return jnp.dot(x, self.w)
+
+    def back(self, x):
+      return jnp.einsum("bi,oi->bo", x, self.w)
+
+  model, x = Both(), _normal(2, 5)
+  adapted = adapt(model, SPEC, x, methods=("__call__", "back"))
+  variables = model.init(KEY, x)
+  adapters = adapted.init(KEY, variables)
+  with pytest.raises(ValueError, match="weight w is multiplied by along its"):
+    adapted.apply(variables, adapters, x, method="back")
+
+
+def test_dropout_of_adapters_differs_between_scanned_layers():
+  model, x, _ = CASES["scan"]
+  variables = jax.tree.map(jnp.zeros_like, model.init(KEY, x))
+  spec = LoraSpec(rank=5, alpha=5.0, auxiliary_rank=0, dropout=0.5)
+  adapted = adapt(model, spec, x)
+  # Each layer is then tanh(dropped x), and a zero stays.
+  eye = jnp.broadcast_to(jnp.eye(5), (3, 5, 5))
+  adapters = jax.tree.map(lambda _: eye, adapted.init(KEY, variables))
+  x = jnp.ones((200, 5))
+  y = adapted.apply(variables, adapters, x, rngs={"dropout": KEY})
+  # One mask for all three layers would keep a half; 1000 draws, 5 sigma.
+  np.testing.assert_allclose(np.mean(y != 0), 0.125, atol=0.053)
 
 
 NOT_ADAPTED = {

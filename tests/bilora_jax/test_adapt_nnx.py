@@ -1,16 +1,19 @@
 """`adapt` on NNX: the same outputs as dense weights summed by hand."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 from dense import outputs
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from bilora_jax import LoraSpec, adapt, primary
+from bilora_jax import LoraSpec, adapt, bilora, primary
 
 SPEC = LoraSpec(rank=2, alpha=3.0, auxiliary_rank=3)
 SCALE = 1.5  # 3 / 2
@@ -387,27 +390,297 @@ def test_the_given_model_is_not_changed(full):
   assert nnx.graphdef(model) == before
 
 
-def test_layers_under_nnx_scan_are_refused():
-  class Scanned(nnx.Module):
-    """Stacked weights."""
+class Scanned(nnx.Module):
+  """Stacked layers under `nnx.scan`, beside a layer outside of it."""
+
+  def __init__(self):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def stack(rngs):
+      return nnx.Linear(5, 5, rngs=rngs)
+
+    self.layers = stack(nnx.Rngs(0))
+    self.head = nnx.Linear(5, 3, rngs=RNGS)
+
+  def __call__(self, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, layer):
+      return jnp.tanh(layer(x))
+
+    return self.head(forward(x, self.layers))
+
+
+class Unrolled(nnx.Module):
+  """The same layers, one after the other."""
+
+  def __init__(self):
+    self.layers = nnx.List([nnx.Linear(5, 5, rngs=RNGS) for _ in range(3)])
+    self.head = nnx.Linear(5, 3, rngs=RNGS)
+
+  def __call__(self, x):
+    for layer in self.layers:
+      x = jnp.tanh(layer(x))
+    return self.head(x)
+
+
+@pytest.mark.parametrize(
+  "changed", [{}, {"dora": True}, {"base_dtype": "int8"}], ids=str
+)
+def test_a_scanned_model_is_the_unrolled_one(changed):
+  spec = LoraSpec(rank=2, alpha=3.0, auxiliary_rank=3, **changed)
+  x = _normal(2, 5)
+  scanned, unrolled = adapt(Scanned(), spec, x), adapt(Unrolled(), spec, x)
+  assert scanned.targets == {"layers/kernel": (3, 5, 5), "head/kernel": (5, 3)}
+  state = _random_like(nnx.state(Scanned()))
+  flat = nnx.to_pure_dict(state)
+  one_by_one = nnx.state(Unrolled())
+  nnx.replace_by_pure_dict(
+    one_by_one, {**flat, "layers": _apart(flat["layers"])}
+  )
+  if spec.base_dtype:
+    state, one_by_one = scanned.quantize(state), unrolled.quantize(one_by_one)
+  adapters = _random_like(scanned.init(KEY, state))
+  others = {
+    part: {
+      **tree,
+      "layers": {str(i): x for i, x in _apart(tree["layers"]).items()},
+    }
+    for part, tree in adapters.items()
+  }
+
+  def loss(adapted, state, adapters):
+    return jnp.sum(adapted.apply(state, adapters, x) ** 2)
+
+  stacked, grads = jax.value_and_grad(loss, 2)(scanned, state, adapters)
+  wanted, apart = jax.value_and_grad(loss, 2)(unrolled, one_by_one, others)
+  np.testing.assert_allclose(stacked, wanted, **CLOSE)
+  pair, pairs = grads["auxiliary"]["layers"], apart["auxiliary"]["layers"]
+  for i, one in _apart(pair).items():
+    for got, want in zip(*map(jax.tree.leaves, (one, pairs[str(i)]))):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def _apart(tree):
+  return {i: jax.tree.map(operator.itemgetter(i), tree) for i in range(3)}
+
+
+def test_weights_that_are_mapped_over_are_adapted():
+  class Experts(nnx.Module):
+    """Stacked weights under `nnx.vmap`."""
 
     def __init__(self):
       @nnx.split_rngs(splits=3)
       @nnx.vmap
       def stack(rngs):
-        return nnx.Linear(5, 5, rngs=rngs)
+        return nnx.Linear(5, 4, rngs=rngs)
 
-      self.layers = stack(nnx.Rngs(0))
+      self.experts = stack(nnx.Rngs(0))
 
     def __call__(self, x):
-      @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-      def forward(x, layer):
-        return layer(x)
+      run = nnx.vmap(lambda expert, x: expert(x), in_axes=(0, None))
+      return run(self.experts, x)
 
-      return forward(x, self.layers)
+  model, x = Experts(), _normal(2, 5)
+  adapted = adapt(model, SPEC, x)
+  assert adapted.targets == {"experts/kernel": (3, 5, 4)}
+  variables = nnx.state(model)
+  adapters = _random_like(adapted.init(KEY, variables))
+  np.testing.assert_allclose(
+    adapted.apply(variables, primary(adapters), x),
+    _plain(model, adapted.merge(variables, adapters), x),
+    **CLOSE,
+  )
 
-  with pytest.raises(ValueError, match="room for adapters; Qwix cannot"):
-    adapt(Scanned(), SPEC, jnp.ones((2, 5)))
+
+@pytest.mark.parametrize("host", ["to_nnx", "to_linen", "rnn"])
+def test_bridges_and_recurrent_layers_are_adapted(host):
+  x = _normal(2, 3, 5)
+  if host == "to_nnx":
+    model = nnx.bridge.ToNNX(nn.Dense(4), rngs=nnx.Rngs(0)).lazy_init(x)
+    variables, plain = nnx.state(model), functools.partial(_plain, model)
+  elif host == "rnn":
+    model = nnx.RNN(nnx.SimpleCell(5, 4, rngs=RNGS), rngs=nnx.Rngs(0))
+    variables, plain = nnx.state(model), functools.partial(_plain, model)
+  else:
+    model = nnx.bridge.to_linen(nnx.Linear, 5, 4)
+    variables, plain = model.init(KEY, x), model.apply
+  adapted = adapt(model, SPEC, x)
+  adapters = _random_like(adapted.init(KEY, variables))
+  merged = adapted.merge(variables, adapters)
+  if host != "to_linen":
+    adapted = adapted.eval()
+  got = adapted.apply(variables, primary(adapters), x)
+  np.testing.assert_allclose(got, plain(merged, x), **CLOSE)
+  assert np.abs(got - plain(variables, x)).max() > 1e-2
+
+
+def test_parameters_themselves_are_operands_too():
+  class Raw(nnx.Module):
+    """Products of parameters, not of their values."""
+
+    def __init__(self):
+      self.w, self.v = nnx.Param(_normal(5, 4)), nnx.Param(_normal(4, 3))
+
+    def __call__(self, x):
+      return jnp.dot(jnp.einsum("bi,io->bo", x, self.w), self.v)
+
+  model, x = Raw(), _normal(2, 5)
+  adapted = adapt(model, SPEC, x)
+  assert set(adapted.targets) == {"w", "v"}
+  variables = nnx.state(model)
+  adapters = _random_like(adapted.init(KEY, variables))
+  np.testing.assert_allclose(
+    adapted.apply(variables, primary(adapters), x),
+    _plain(model, adapted.merge(variables, adapters), x),
+    **CLOSE,
+  )
+
+
+# Training and evaluation.
+
+
+class Noisy(nnx.Module):
+  """Dropout and running statistics, switched by `train` and `eval`."""
+
+  def __init__(self):
+    self.body = nnx.Linear(5, 6, rngs=RNGS)
+    self.norm = nnx.BatchNorm(6, momentum=0.8, rngs=RNGS)
+    self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
+    self.head = nnx.Linear(6, 3, rngs=RNGS)
+
+  def __call__(self, x):
+    return self.head(self.drop(jnp.tanh(self.norm(self.body(x)))))
+
+
+class LinenNoisy(nn.Module):
+  """The same in Linen."""
+
+  @nn.compact
+  def __call__(self, x, key, train):
+    x = nn.Dense(6, name="body")(x)
+    x = nn.BatchNorm(not train, momentum=0.8, name="norm")(x)
+    # Of each key NNX makes its first stream's, and of that the first key.
+    key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
+    x = nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x), rng=key)
+    return nn.Dense(3, name="head")(x)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+  model, x = Noisy(), _normal(8, 5)
+  adapted = adapt(model, SPEC, x)
+  variables = nnx.state(model)
+  return adapted, variables, adapted.init(KEY, variables), x
+
+
+def test_dropout_and_batch_norm_train_as_in_linen(noisy):
+  adapted, variables, adapters, x = noisy
+  y = _normal(8, 3, seed=5)
+  model = LinenNoisy()
+  linen = adapt(model, SPEC, x, KEY, train=True)
+  pure = nnx.to_pure_dict(variables)
+  params = {k: pure[k] for k in ("body", "head")}
+  params["norm"] = {k: pure["norm"][k] for k in ("scale", "bias")}
+  stats = {k: pure["norm"][k] for k in ("mean", "var")}
+  others = {"params": params, "batch_stats": {"norm": stats}}
+  tx = bilora(optax.adam(0.05), rho=0.5)
+
+  def nnx_loss(adapters, variables, key):
+    output, variables = adapted.train().apply(
+      variables, adapters, x, rngs={"dropout": key}, mutable=True
+    )
+    return jnp.mean((output - y) ** 2), variables
+
+  def linen_loss(adapters, variables, key):
+    output, changed = linen.apply(
+      variables, adapters, x, key, train=True, mutable=["batch_stats"]
+    )
+    return jnp.mean((output - y) ** 2), {**variables, **changed}
+
+  def trained(loss, variables):
+    @jax.jit
+    def step(adapters, state, variables, key):
+      gradient = jax.value_and_grad(loss, has_aux=True)
+      (value, variables), grads = gradient(adapters, variables, key)
+      updates, state = tx.update(grads, state, adapters)
+      return optax.apply_updates(adapters, updates), state, variables, value
+
+    ours, state, losses = adapters, tx.init(adapters), []
+    for i in range(20):
+      ours, state, variables, value = step(
+        ours, state, variables, jax.random.key(i)
+      )
+      losses.append(value)
+    return np.asarray(losses), ours, variables
+
+  losses, ours, variables = trained(nnx_loss, variables)
+  wanted, theirs, others = trained(linen_loss, others)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+  for got, want in zip(*map(jax.tree.leaves, (ours, theirs))):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  for name in stats:
+    np.testing.assert_allclose(
+      variables["norm"][name][...],
+      others["batch_stats"]["norm"][name],
+      rtol=1e-5,
+      atol=1e-5,
+    )
+  np.testing.assert_allclose(
+    adapted.eval().apply(variables, primary(ours), x),
+    linen.apply(others, primary(theirs), x, KEY, train=False),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  # Noise that is on, and new in each step, is seen in the losses.
+  assert np.abs(np.diff(losses)).min() > 0
+
+
+def test_training_draws_by_the_key_and_evaluation_does_not(noisy):
+  adapted, variables, adapters, x = noisy
+  adapters = _random_like(adapters)
+
+  def run(adapted, i):
+    rngs = {"dropout": jax.random.key(i)}
+    return adapted.apply(variables, adapters, x, rngs=rngs, mutable=True)[0]
+
+  first, again, other = (run(adapted.train(), i) for i in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+  np.testing.assert_array_equal(
+    run(adapted.eval(), 0), adapted.eval().apply(variables, adapters, x)
+  )
+  np.testing.assert_array_equal(run(adapted.eval().train(), 0), first)
+
+
+def test_random_numbers_or_state_that_would_be_lost_are_refused(noisy):
+  adapted, variables, adapters, x = noisy
+  with pytest.raises(ValueError, match=r"Pass rngs={'dropout': key} to train"):
+    adapted.apply(variables, adapters, x)
+  rngs = {"dropout": KEY}
+  with pytest.raises(
+    ValueError, match=r"norm/mean, norm/var\), which would be"
+  ):
+    adapted.apply(variables, adapters, x, rngs=rngs)
+  with pytest.raises(ValueError, match=r"keys for \['noise'\]; the streams"):
+    adapted.apply(variables, adapters, x, rngs={"noise": KEY})
+  with pytest.raises(ValueError, match="train=False"):
+    adapt(nn.Dense(3), SPEC, x).eval()
+
+
+def test_the_model_itself_is_refused_as_variables(noisy):
+  adapted, _, adapters, x = noisy
+  for call in (
+    lambda: adapted.init(KEY, Noisy()),
+    lambda: adapted.apply(Noisy(), adapters, x),
+    lambda: adapted.merge(Noisy(), adapters),
+  ):
+    with pytest.raises(ValueError, match=r"nnx.state\(model\); got the model"):
+      call()
+
+
+def test_an_input_of_a_wrong_shape_has_jax_s_own_error():
+  with pytest.raises(TypeError, match=r"got \(6,\) and \(5,\)"):
+    adapt(Scanned(), SPEC, jnp.ones((2, 6)))
 
 
 def test_variables_of_another_model_are_refused_by_name():

@@ -230,13 +230,20 @@ def test_nnx_is_as_linen_and_starts_of_others_go_with_it():
 
 
 @pytest.mark.parametrize("changed", [{"dora": True}, {"base_dtype": "int8"}])
-def test_an_nnx_weight_of_its_factor_s_shape_is_refused(changed):
-  # r1 + r2 = 3 makes lora_a (4, 3) as well; Qwix would adapt nothing.
+def test_an_nnx_weight_of_its_factor_s_shape_is_as_in_linen(changed):
+  # r1 + r2 = 3 makes the joined a (4, 3) as well.
   spec = LoraSpec(rank=2, auxiliary_rank=1, **changed)
-  x = np.ones((2, 4), np.float32)
-  with pytest.raises(ValueError, match="'kernel_lora_a of rank 3'"):
-    adapt(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), spec, x)
-  adapt(nn.Dense(3), spec, x)
+  x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  states = nnx.state(model), {"params": nnx.to_pure_dict(nnx.state(model))}
+  outputs = []
+  for host, state in zip((model, nn.Dense(3)), states):
+    adapted = adapt(host, spec, x)
+    state = adapted.quantize(state) if spec.base_dtype else state
+    adapters = adapted.init(jax.random.key(0), state)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.5, adapters)
+    outputs.append(adapted.apply(state, adapters, x))
+  np.testing.assert_allclose(*outputs, rtol=1e-6)
 
 
 def test_a_quantised_base_has_the_norms_of_what_it_stands_for():

@@ -660,7 +660,7 @@ def test_nnx_gives_what_its_rounded_kernels_give():
     return (
       jax.grad(loss, has_aux=True)(adapters),
       nnx.merge(graphdef, rounded)(X),
-      adapted.apply(quantised, primary(adapters), X),
+      adapted.apply(quantised, primary(adapters), X, mutable=True)[0],
       nnx.merge(graphdef, adapted.merge(quantised, adapters))(X),
     )
 
@@ -775,16 +775,25 @@ def test_what_cannot_be_is_refused_in_sentences():
 
 
 def test_a_kernel_that_is_not_only_multiplied_by_is_refused():
+  spec = LoraSpec(rank=1, base_dtype="int8", targets="|.+")
+  message = _refused(adapt, Squared(), spec, jnp.ones((1, 4)))
+  assert "the weight kernel cannot be adapted: it is not only mult" in message
+  assert "also used in square." in message
+
+
+def test_two_weights_of_one_shape_in_a_module_keep_apart():
   x = jnp.ones((1, 4))
-  adapted = adapt(Squared(), LoraSpec(rank=1, base_dtype="int8"), x)
-  quantised = adapted.quantize({"params": {"kernel": jnp.ones((4, 3))}})
+  model = Twins()
+  adapted = adapt(model, LoraSpec(rank=1, base_dtype="int8"), x)
+  variables = nnx.state(model)
+  # Absolute maxima of 127 are whole steps of int8: nothing is rounded.
+  gate, up = jnp.full((4, 3), 127.0), jnp.full((4, 3), -127.0)
+  variables = nnx.State({"gate": nnx.Param(gate), "up": nnx.Param(up)})
+  quantised = adapted.quantize(variables)
   adapters = adapted.init(KEY, quantised)
-  message = _refused(adapted.apply, quantised, adapters, x)
-  assert "with DoRA, here of shape (4, 3), can be mult" in message
-
-
-def test_weights_that_qwix_would_mistake_are_refused():
-  spec = LoraSpec(rank=1, base_dtype="int8")
-  message = _refused(adapt, Twins(), spec, jnp.ones((1, 4)))
-  assert "cannot tell arrays of one NNX module" in message
-  assert "'gate', 'up'" in message
+  pair = adapters["primary"]["up"]
+  adapters["primary"]["up"] = type(pair)(pair.a, pair.b + 1.0, pair.scale)
+  changed = up + adapters["primary"]["up"].weight()
+  np.testing.assert_allclose(
+    adapted.apply(quantised, adapters, x), (x @ gate) * (x @ changed), rtol=1e-5
+  )

@@ -236,6 +236,22 @@ def test_nnx_runs_them_too(kind):
   np.testing.assert_allclose(merged, alone, **CLOSE)
 
 
+def test_a_pair_and_a_gain_of_one_weight_both_count():
+  # The kernel has the shape of the pair's `a`, which Qwix could not tell apart.
+  model = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
+  variables, adapted = nnx.state(model), adapt(model, SPEC, X)
+  gains = adapters.init(jax.random.key(0), adapted, variables, adapters.ia3())[
+    "auxiliary"
+  ]
+  primary = adapted.init(jax.random.key(1), variables)["primary"]
+  new = shaken({"primary": primary, "auxiliary": gains})
+  kernel = np.float64(variables["kernel"][...])
+  whole = kernel + dense(new["primary"]["kernel"], kernel)
+  whole += dense(new["auxiliary"]["kernel"], whole)
+  got = adapted.apply(variables, new, X)
+  np.testing.assert_allclose(got, X @ whole, **CLOSE)
+
+
 def test_a_quantised_base_and_dora_take_them():
   model, x = nn.Dense(5, use_bias=False), X[0]
   variables = model.init(jax.random.key(0), x)

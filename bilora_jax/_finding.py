@@ -1,0 +1,353 @@
+"""Where a model multiplies by its weights.
+
+`Finder` marks the products while the model is traced abstractly, and
+`find_sites` follows each weight through the traced program to its marks.
+Nothing is computed and nothing is allocated.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import inspect
+import json
+import os
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+import jax
+from jax import ad_checkpoint, core
+from jax.extend import core as programs
+import jax.numpy as jnp
+
+from bilora_jax import _products
+from bilora_jax._site import Path, Site
+
+# An embedding's table is looked up, not multiplied by; a tied head does
+# multiply, by the transpose, and an adapter there would miss the look-ups.
+_NOT_ADAPTED = ("embedding",)
+_MARK = "bilora_jax product "
+_SAME = ("convert_element_type", "copy", "sharding_constraint", "name")
+# Of `flax.linen.Module`, where a model is entered.
+_ENTRIES = ("apply", "init_with_output")
+# Where the frames of jitted functions are JAX's own.
+_PJIT = os.path.join(os.path.dirname(jax.__file__), "_src", "pjit.py")
+# The parameters of JAX's equations that hold the program of a call.
+_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+class Finder(_products.Products):
+  """Marks the second operand of each product, with the product's axes.
+
+  Products in jitted functions have no mark: JAX keeps their traces.
+  """
+
+  def get_intercept_map(self):
+    return super().get_intercept_map() | {
+      "flax.linen.Module.param": self.nn_param,
+    }
+
+  def nn_param(self, module, name, *args, **kwargs):
+    # Flax traces each initializer for its shape, which takes as long as init.
+    stored = module.get_variable("params", name)
+    return module.param(name, *args, **kwargs) if stored is None else stored
+
+  def dot_general(self, lhs, rhs, dimension_numbers, *args, **kwargs):
+    lhs, rhs = map(_products.value, (lhs, rhs))
+    rhs = _marked(lhs, rhs, dimension_numbers)
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+
+  def dot(self, a, b, *args, **kwargs):
+    a, b = map(_products.value, (a, b))
+    if min(jnp.ndim(a), jnp.ndim(b)) > 0:
+      b = _marked(a, b, _products.dot_as_product(a, b))
+    return jnp.dot(a, b, *args, **kwargs)
+
+  def einsum(self, subscripts, *operands, **kwargs):
+    operands = tuple(map(_products.value, operands))
+    product = _products.einsum_as_product(subscripts, *operands)
+    if product is not None:
+      lhs, rhs = operands
+      operands = lhs, _marked(lhs, rhs, product[0])
+    return jnp.einsum(subscripts, *operands, **kwargs)
+
+  def conv_general_dilated(
+    self,
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count=1,
+    batch_group_count=1,
+    **kwargs,
+  ):
+    lhs, rhs = map(_products.value, (lhs, rhs))
+    numbers = jax.lax.conv_dimension_numbers(
+      lhs.shape, rhs.shape, dimension_numbers
+    )
+    last = rhs.ndim - 1
+    # Of a grouped convolution, the groups would have to divide the rank, and
+    # the adapter would not be a product of two factors.
+    if (
+      feature_group_count == batch_group_count == 1
+      and numbers.rhs_spec[0] == numbers.out_spec[1] == last
+    ):
+      axes = (((), tuple(range(last))), ((), ()))
+      rhs = _marked(lhs, rhs, axes, convolution=True)
+    return jax.lax.conv_general_dilated(
+      lhs,
+      rhs,
+      window_strides,
+      padding,
+      lhs_dilation,
+      rhs_dilation,
+      dimension_numbers,
+      feature_group_count,
+      batch_group_count,
+      **kwargs,
+    )
+
+
+def find_sites(
+  program: programs.ClosedJaxpr, shapes: Mapping[Path, Any]
+) -> tuple[dict[Path, Site], dict[Path, str]]:
+  """All weights that adapters can be put on.
+
+  Args:
+    program: the model's, traced under a `Finder`; its first inputs are the
+      parameters.
+    shapes: of the parameters, in the order of these inputs.
+
+  Returns:
+    The sites by path; and why not, for weights that are multiplied by but
+    cannot be adapted.
+  """
+  uses = _Uses()
+  weights: list[_Weight | None] = [_Weight(path) for path in shapes]
+  rest = len(program.jaxpr.invars) - len(weights)
+  uses.follow(program.jaxpr, weights + [None] * rest)
+  sites, unfit = {}, {}
+  for path, products in uses.products.items():
+    if path[-1] in _NOT_ADAPTED:
+      continue
+    found = {_site(path, tuple(shapes[path].shape), x) for x in products}
+    if any(x.altered for x in products):
+      unfit[path] = (
+        "it is transposed, reshaped or scaled before it is multiplied by, or "
+        "scanned along another axis than the first"
+      )
+    elif None in found:
+      unfit[path] = (
+        "it is mapped over another axis than the first, or all its axes are of "
+        "one size and do not tell"
+      )
+    elif len(found) > 1:
+      unfit[path] = "it is multiplied by in two ways"
+    elif path in uses.others:
+      unfit[path] = (
+        "it is not only multiplied by, but also used in "
+        f"{', '.join(sorted(uses.others[path]))}"
+      )
+    else:
+      sites[path] = found.pop()
+  return sites, unfit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+  """A parameter, or what was made of it.
+
+  Attributes:
+    altered: whether by more than casts, and slices of its leading axes.
+  """
+
+  path: Path
+  scanned: int = 0
+  altered: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+  """A product with a weight, as the layer sees it: inside of scans."""
+
+  shape: tuple[int, ...]
+  batch: tuple[int, ...]
+  contracted: tuple[int, ...]
+  convolution: bool
+  dtype: str
+  scanned: int
+  altered: bool
+
+
+class _Uses:
+  """What a program does with its parameters.
+
+  Attributes:
+    products: with a parameter, by its path.
+    others: names of other operations that read a parameter.
+  """
+
+  def __init__(self):
+    self.products: dict[Path, set[_Product]] = {}
+    self.others: dict[Path, set[str]] = {}
+
+  def follow(
+    self, program: Any, inputs: Sequence[_Weight | None]
+  ) -> list[_Weight | None]:
+    """Records all uses in a program, and says what of its outputs are weights.
+
+    Args:
+      program: a jaxpr.
+      inputs: what its inputs are.
+    """
+    program = getattr(program, "jaxpr", program)
+    known = {v: x for v, x in zip(program.invars, inputs) if x is not None}
+
+    def weight(variable: Any) -> _Weight | None:
+      literal = isinstance(variable, programs.Literal)
+      return None if literal else known.get(variable)
+
+    for equation in program.eqns:
+      weights = [weight(x) for x in equation.invars]
+      if any(weights):
+        made = self._equation(equation, weights)
+        known |= {v: x for v, x in zip(equation.outvars, made) if x is not None}
+    return [weight(x) for x in program.outvars]
+
+  def _equation(
+    self, equation: Any, weights: list[_Weight | None]
+  ) -> list[_Weight | None]:
+    name, params = equation.primitive.name, equation.params
+    first = weights[0]
+    if name == "name" and params["name"].startswith(_MARK):
+      assert first is not None  # its only input
+      product = _parsed(params["name"], first)
+      self.products.setdefault(first.path, set()).add(product)
+      return []
+    if name in _SAME:
+      return [first]
+    if name == "scan":
+      carry = params["num_carry"]
+      return self._loop(params["jaxpr"], weights, params["num_consts"], carry)
+    if name == "while":
+      self.follow(
+        params["cond_jaxpr"],
+        weights[: params["cond_nconsts"]]
+        + weights[params["cond_nconsts"] + params["body_nconsts"] :],
+      )
+      weights = weights[params["cond_nconsts"] :]
+      fixed = params["body_nconsts"]
+      carry = len(weights) - fixed
+      return self._loop(params["body_jaxpr"], weights, fixed, carry)
+    if name == "cond":
+      for branch in params["branches"]:
+        self.follow(branch, weights[1:])
+      return []
+    for key in _PROGRAMS:
+      inner = params.get(key)
+      if inner is not None:
+        inner = getattr(inner, "jaxpr", inner)
+        if len(inner.invars) == len(weights):
+          return self.follow(inner, weights)
+    for used in filter(None, weights):
+      if not used.altered:
+        self.others.setdefault(used.path, set()).add(name)
+    arrays = [w for w, x in zip(weights, equation.invars) if x.aval.ndim > 0]
+    if len(arrays) > 1 or not arrays or arrays[0] is None:
+      return []
+    altered = dataclasses.replace(arrays[0], altered=True)
+    return [altered] * len(equation.outvars)
+
+  def _loop(
+    self,
+    program: Any,
+    weights: list[_Weight | None],
+    fixed: int,
+    carry: int,
+  ) -> list[_Weight | None]:
+    """As `_equation`, of inputs that are fixed, carried, and sliced."""
+    carried = weights[fixed : fixed + carry]
+    slices = [
+      x and dataclasses.replace(x, scanned=x.scanned + 1)
+      for x in weights[fixed + carry :]
+    ]
+    made = self.follow(program, weights[: fixed + carry] + slices)
+    for before, after in zip(carried, made):
+      if before is not None and before != after:
+        self.others.setdefault(before.path, set()).add("the carry of a loop")
+    return made[:carry] + [
+      x and dataclasses.replace(x, scanned=x.scanned - 1) for x in made[carry:]
+    ]
+
+
+def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
+  """The second operand of a product, with a note in the traced program."""
+  if not isinstance(rhs, core.Tracer) or rhs.ndim < 2 or _in_jitted_function():
+    return rhs
+  (_, contracted), (_, batch) = axes
+  note = {
+    "shape": rhs.shape,
+    "batch": tuple(map(int, batch)),
+    "contracted": tuple(map(int, contracted)),
+    "convolution": convolution,
+    "dtype": jnp.result_type(lhs).name,
+  }
+  return ad_checkpoint.checkpoint_name(rhs, _MARK + json.dumps(note))
+
+
+def _parsed(mark: str, weight: _Weight) -> _Product:
+  note = json.loads(mark.removeprefix(_MARK))
+  return _Product(
+    shape=tuple(note["shape"]),
+    batch=tuple(note["batch"]),
+    contracted=tuple(note["contracted"]),
+    convolution=note["convolution"],
+    dtype=note["dtype"],
+    scanned=weight.scanned,
+    altered=weight.altered,
+  )
+
+
+def _site(path: Path, shape: tuple[int, ...], product: _Product) -> Site | None:
+  # Axes of a map are not sliced off, as those of a scan are.
+  scanned = len(shape) - len(product.shape)
+  if scanned < product.scanned or shape[scanned:] != product.shape:
+    return None
+  if scanned > product.scanned and len(set(shape[scanned - 1 :])) == 1:
+    return None  # any of these axes may be the one that is mapped over
+  used = {*product.batch, *product.contracted}
+  remaining = (i for i in range(len(product.shape)) if i not in used)
+
+  def outside(axes):
+    return tuple(scanned + axis for axis in axes)
+
+  return Site(
+    path=path,
+    shape=shape,
+    scanned=scanned,
+    batch=outside(product.batch),
+    contracted=outside(product.contracted),
+    remaining=outside(remaining),
+    convolution=product.convolution,
+    dtype=jnp.dtype(product.dtype),
+  )
+
+
+def _in_jitted_function() -> bool:
+  """Whether JAX traces a jitted function that the model called.
+
+  A jitted method of an NNX module is none: its trace is the module's own.
+  """
+  frame = inspect.currentframe()
+  jitted = False
+  while frame is not None:
+    module = frame.f_locals.get("self")
+    if isinstance(module, nnx.Module) or (
+      isinstance(module, nn.Module) and frame.f_code.co_name in _ENTRIES
+    ):
+      return jitted
+    jitted |= frame.f_code.co_filename == _PJIT
+    frame = frame.f_back
+  return False
