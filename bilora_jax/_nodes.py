@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import optax
 
 _Class = TypeVar("_Class", bound=type)
+
+# The bits of a float32 that hold its exponent.
+_EXPONENT = 0x7F800000
 
 
 class Adapter(Protocol):
@@ -25,8 +29,8 @@ class Adapter(Protocol):
     the perturbation, and are not learned.
   - `kept`, names of fields that stay where a radius of 0 sets the perturbation
     to zero. Of degree 2 or more, nothing climbs again from all zeros.
-  - `frobenius_norm()`, the norm itself, for a node whose fields may be of very
-    different sizes.
+  - `scaled_square()`, the square over a power of two squared, and that power,
+    `(*batch)` each, for a node whose fields may be of very different sizes.
 
   Attributes:
     degree: k; the perturbation is multiplied by `t**k` where all fields that
@@ -38,9 +42,8 @@ class Adapter(Protocol):
   def squared_norm(self) -> jax.Array:
     """The square of the perturbation's norm, `(*batch)`, in float32.
 
-    It may be infinite, NaN or zero where squares leave float32: the ball then
-    takes `frobenius_norm`, or this again, of fields that are divided by their
-    largest entry.
+    It may be infinite, NaN or zero where squares leave float32: the ball takes
+    it of fields that are divided by their magnitude, or takes `scaled_square`.
     """
     ...
 
@@ -87,32 +90,43 @@ def moving(node: Any) -> list[Any]:
   return jax.tree.leaves(moved, is_leaf=is_masked)
 
 
-def norm(node: Any) -> jax.Array:
-  """The norm of a node's perturbation, in float32.
+def scaled_square(node: Any) -> tuple[jax.Array, jax.Array]:
+  """The square of a node's norm over a power of two squared, and that power.
 
-  It is in float32's range wherever the norm is: fields are divided by their
-  largest entry before anything is squared.
+  Both are in float32's range wherever the norm is: fields are divided by their
+  magnitude before anything is squared.
 
   Args:
     node: an adapter, as `bilora_jax.Factors` is one.
 
   Returns:
-    `(*batch)`, one norm for each index of the batch axes.
+    Two arrays `(*batch)`, for each index of the batch axes.
   """
-  if hasattr(node, "frobenius_norm"):
-    return node.frobenius_norm()
+  if hasattr(node, "scaled_square"):
+    return node.scaled_square()
   fields = moving(node)
   batch = jax.eval_shape(lambda: node.squared_norm()).ndim
-  size = largest(fields[0], batch)
-  for field in fields[1:]:
-    size = jnp.maximum(size, largest(field, batch))
+  size = functools.reduce(
+    jnp.maximum, [magnitude(field, batch) for field in fields]
+  )
   scaled = map_fields(
     lambda name, x: x if is_held(node, name) else over(x, size), node
   )
-  root = safe_sqrt(scaled.squared_norm())
-  for _ in range(node.degree):
-    root *= size
-  return root
+  power = functools.reduce(jnp.multiply, [size] * node.degree)
+  return scaled.squared_norm(), power
+
+
+def norm(node: Any) -> jax.Array:
+  """The norm of a node's perturbation, `(*batch)`, in float32.
+
+  It is in float32's range wherever the norm is. The derivative at a norm of 0
+  is 0.
+
+  Args:
+    node: an adapter, as `bilora_jax.Factors` is one.
+  """
+  square, power = scaled_square(node)
+  return power * safe_sqrt(square)
 
 
 def without_held(
@@ -170,15 +184,23 @@ def _hidden(tree: Any) -> Any:
   return jax.tree.map(one, tree, is_leaf=is_adapter)
 
 
-def largest(x: jax.Array, batch: int) -> jax.Array:
-  """The largest magnitude of each array, `(*batch)` float32; 1 for zeros.
+def magnitude(x: jax.Array, batch: int) -> jax.Array:
+  """The largest power of two below each array's largest entry; 1 for zeros.
 
-  It is a scale, and no gradient goes through it.
+  It is a scale, `(*batch)` float32, and no gradient goes through it.
   """
   x = jax.lax.stop_gradient(jnp.abs(x.astype(jnp.float32)))
   size = jnp.max(x, axis=tuple(range(batch, x.ndim)), initial=0.0)
+  return power_of_two(size)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+  """The largest power of two that is at most x; 1 of zeros, infinities, NaN."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+  # A float without its fraction.
+  power = jax.lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
   # Infinite entries have an infinite norm, and not infinity over infinity.
-  return jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
+  return jnp.where((power > 0) & jnp.isfinite(x), power, 1.0)
 
 
 def over(x: jax.Array, size: jax.Array) -> jax.Array:

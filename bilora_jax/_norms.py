@@ -10,9 +10,6 @@ import jax.numpy as jnp
 from bilora_jax import _nodes
 from bilora_jax._factors import Factors, batch_axes, is_factors
 
-# Squares whose sum is outside of these are taken anew, of scaled fields.
-_LEAST, _MOST = 1e-30, 1e37
-
 
 def norms(
   tree: Any, specs: Any = None, *, user: str = "keep_in_ball"
@@ -98,60 +95,36 @@ def map_pairs(f: Callable[..., Any], *trees: Any) -> Any:
 def _norms(
   found: tuple[Any, ...], specs: tuple[Factors | None, ...]
 ) -> tuple[jax.Array, list[jax.Array]]:
-  """The norm over all nodes, and each node's."""
-  shards = _shards(found, specs)
+  """The norm over all nodes, and each node's.
 
-  def total(squares):
-    sums = (
-      across(jax.lax.psum, x, jnp.sum(s)) for x, s in zip(shards, squares)
-    )
-    return sum(sums, start=jnp.float32(0.0))
-
-  squares = [
-    node.squared_norm() if spec is None else node.squared_norm(spec)
+  Squares leave float32 long before norms do, so all of them are over powers of
+  two squared, which round nothing.
+  """
+  scaled = [
+    _nodes.scaled_square(node) if spec is None else node.scaled_square(spec)
     for node, spec in zip(found, specs)
   ]
-  square = total(squares)
-
-  def as_found():
-    return jnp.sqrt(square), [jnp.sqrt(s) for s in squares]
-
-  def of_scaled():
-    each = _scaled_norms(found, specs)
-    largest = jnp.float32(0.0)
-    for axes, size in zip(shards, each):
-      most = jnp.max(size, initial=0.0)
-      largest = jnp.maximum(largest, across(jax.lax.pmax, axes, most))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return scale * jnp.sqrt(total([(x / scale) ** 2 for x in each])), each
-
-  if not found:
-    return as_found()
-  # Squares leave float32 long before norms do; the other branch is seldom run.
-  in_range = (square > _LEAST) & (square < _MOST)
-  return jax.lax.cond(in_range, as_found, of_scaled)
+  shards = _shards(found, specs)
+  largest = functools.reduce(
+    jnp.maximum,
+    [
+      across(jax.lax.pmax, axes, jnp.max(_size(*pair), initial=0.0))
+      for axes, pair in zip(shards, scaled)
+    ],
+    jnp.float32(0.0),
+  )
+  scale = _nodes.power_of_two(largest)
+  sums = [
+    across(jax.lax.psum, axes, jnp.sum(square * (power / scale) ** 2))
+    for axes, (square, power) in zip(shards, scaled)
+  ]
+  norm = scale * jnp.sqrt(sum(sums, start=jnp.float32(0.0)))
+  return norm, [power * jnp.sqrt(square) for square, power in scaled]
 
 
-def _scaled_norms(
-  found: tuple[Any, ...], specs: tuple[Factors | None, ...]
-) -> list[jax.Array]:
-  """Each node's norm, whatever its entries; nodes of one shape at once."""
-  alike: dict[Any, list[int]] = {}
-  for i, (node, spec) in enumerate(zip(found, specs)):
-    arrays, structure = jax.tree.flatten(node)
-    kind = (structure, *map(jax.typeof, arrays), spec)
-    alike.setdefault(kind, []).append(i)
-  each: dict[int, jax.Array] = {}
-  for (*_, spec), places in alike.items():
-
-    def norm(node, spec=spec):
-      return _nodes.norm(node) if spec is None else node.frobenius_norm(spec)
-
-    stacked = jax.tree.map(
-      lambda *xs: jnp.stack(xs), *(found[i] for i in places)
-    )
-    each |= dict(zip(places, jax.vmap(norm)(stacked)))
-  return [each[i] for i in range(len(found))]
+def _size(square: jax.Array, power: jax.Array) -> jax.Array:
+  """The power, where there is something to scale."""
+  return jnp.where(square > 0, power, 0.0)
 
 
 def _node_specs(specs: Any, tree: Any) -> tuple[Factors | None, ...]:

@@ -35,13 +35,14 @@ class OrthonormalA(HeldA):
     """The square of `frobenius_norm`, `(*batch)`, in float32."""
     return self.scale**2 * _square(self.b, sharded_sides(self, specs)[1])
 
-  def frobenius_norm(self, specs: Factors | None = None) -> jax.Array:
-    """The Frobenius norm of the weight, `(*batch)`, in float32."""
+  def scaled_square(
+    self, specs: Factors | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """As that of `Factors`."""
     axes = sharded_sides(self, specs)[1]
-    size = _nodes.largest(self.b, self.b.ndim - 2)
+    size = _nodes.magnitude(self.b, self.b.ndim - 2)
     size = jax.lax.pmax(size, axes) if axes else size
-    root = _nodes.safe_sqrt(_square(_nodes.over(self.b, size), axes))
-    return abs(self.scale) * root * size
+    return self.scale**2 * _square(_nodes.over(self.b, size), axes), size
 
 
 def _square(b: jax.Array, axes: tuple[str, ...]) -> jax.Array:
