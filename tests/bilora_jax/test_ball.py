@@ -267,6 +267,15 @@ def test_what_stays_in_the_ball_is_left_to_the_bit():
     np.testing.assert_array_equal(x, y)
 
 
+def test_no_step_waits_for_a_branch():
+  # On a GPU the host takes a branch, and waits for the device to know which.
+  adapters, _ = problems.make(problems.SMALL)
+  tx = bilora(optax.adam(0.05), RHO)
+  lowered = jax.jit(tx.update).lower(adapters, tx.init(adapters), adapters)
+  assert "stablehlo.case" not in lowered.as_text()
+  assert "stablehlo.if" not in lowered.as_text()
+
+
 def test_what_has_no_ball_and_bad_arguments_are_refused():
   adapters, _ = problems.make(problems.SMALL)
   with pytest.raises(ValueError, match=r"of one bilora; .* that it got has 0"):
