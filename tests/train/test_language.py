@@ -103,7 +103,7 @@ def test_parts_of_a_batch_and_less_memory_do_not_change_a_run(
 
 def test_scanned_layers_train_alike_on_a_mesh(run, finished, tmp_path):
   one, mesh = (tmp_path / name for name in ("one", "mesh"))
-  more = ("--scan-layers", "--remat", "full")
+  more = ("--scan-layers", "--remat", "full", "--epochs", "1")
   assert run(one, *more) == 0
   # New adapters are other draws, but leave the model as it is.
   np.testing.assert_allclose(_losses(one)[0], _losses(finished)[0], rtol=1e-5)
@@ -124,13 +124,20 @@ def test_a_quantised_base_learns_the_same_on_a_mesh(run, finished, tmp_path):
   _assert_same_run(mesh, one)
 
 
+@pytest.fixture(scope="module")
+def in_four_bits(tmp_path_factory, run):
+  """A run in bfloat16 on a quantised base, with samples and a profile."""
+  folder = tmp_path_factory.mktemp("four_bits") / "run"
+  dtypes = ("--base-dtype", "nf4", "--dtype", "bfloat16")
+  more = ("--eval-rows", "4", "--samples", "2", "--profile", "2")
+  assert run(folder, *dtypes, "--epochs", "1", *more) == 0
+  return folder
+
+
 def test_what_generates_is_stored_and_computed_in_as_the_run_was(
-  run, tmp_path, monkeypatch, capsys
+  in_four_bits, monkeypatch, capsys
 ):
-  folder = tmp_path / "run"
-  more = ("--base-dtype", "nf4", "--dtype", "bfloat16", "--epochs", "1")
-  assert run(folder, *more, "--samples", "2") == 0
-  samples = (folder / "samples.jsonl").read_text().splitlines()
+  samples = (in_four_bits / "samples.jsonl").read_text().splitlines()
   assert len(samples) == 2 and json.loads(samples[0])["answer"]
   made = []
   variables = Pretrained.variables
@@ -140,7 +147,7 @@ def test_what_generates_is_stored_and_computed_in_as_the_run_was(
     return made[-1][1]
 
   monkeypatch.setattr(Pretrained, "variables", recorded)
-  _says(capsys, "--run", str(folder), "--prompt", "7: a film?")
+  _says(capsys, "--run", str(in_four_bits), "--prompt", "7: a film?")
   ((model, found),) = made
   assert model.dtype == "bfloat16"
   layer = found["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
@@ -148,34 +155,33 @@ def test_what_generates_is_stored_and_computed_in_as_the_run_was(
   assert found["params"]["norm"]["scale"].dtype == "bfloat16"
 
 
-def test_a_decoder_answers_snippets_in_words(run, tmp_path, data_dir):
-  folder = tmp_path / "run"
-  more = ("--task", "snippets", "--data", "", "--train-rows", "64")
-  assert run(folder, *more, "--max-length", "96", "--epochs", "4") == 0
-  losses = _losses(folder)
+def test_a_profile_is_written_when_asked_for(in_four_bits):
+  assert list((in_four_bits / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.fixture(scope="module")
+def of_snippets(tmp_path_factory, run):
+  """A run on a labelled task, validated before the first step."""
+  folder = tmp_path_factory.mktemp("snippets") / "run"
+  more = ("--task", "snippets", "--data", "", "--max-length", "96")
+  more += ("--train-rows", "64", "--epochs", "4")
+  assert run(folder, *more, "--eval-rows", "8", "--eval-first") == 0
+  return folder
+
+
+def test_a_decoder_answers_snippets_in_words(of_snippets):
+  losses = _losses(of_snippets)
   assert np.mean(losses[-4:]) < np.mean(losses[:4])
-  results = json.loads((folder / "results.json").read_text())
+  results = json.loads((of_snippets / "results.json").read_text())
   assert results["metric"] == "accuracy"
   assert results["baseline"] is not None
 
 
-def test_what_is_held_out_can_be_few_rows_and_seen_before_training(
-  run, tmp_path, data_dir
-):
-  folder = tmp_path / "run"
-  more = ("--task", "snippets", "--data", "", "--train-rows", "16")
-  more += ("--eval-rows", "8", "--eval-first", "--no-baseline")
-  assert run(folder, *more, "--max-length", "96", "--epochs", "1") == 0
-  results = json.loads((folder / "results.json").read_text())
+def test_what_is_held_out_can_be_few_rows_and_seen_before_training(of_snippets):
+  results = json.loads((of_snippets / "results.json").read_text())
   assert results["test"]["rows"] == 8
-  validated = [row["step"] for row in rows(folder) if "validation_loss" in row]
-  assert validated == [0, 2]
-
-
-def test_a_profile_is_written_when_asked_for(run, tmp_path):
-  folder = tmp_path / "run"
-  assert run(folder, "--epochs", "1", "--profile", "2") == 0
-  assert list((folder / "profile").rglob("*.xplane.pb"))
+  validated = [x["step"] for x in rows(of_snippets) if "validation_loss" in x]
+  assert validated == [0, 8, 16, 24, 32]
 
 
 @pytest.mark.parametrize(
@@ -334,14 +340,12 @@ def test_conversations_are_evaluated_and_have_no_labels(
   assert "AutoModelForCausalLM" in card and "apply_chat_template" in card
 
 
-def test_a_run_is_heard_in_its_own_dtypes(run, tmp_path, capsys):
-  folder = tmp_path / "run"
-  dtypes = ("--dtype", "bfloat16", "--base-dtype", "nf4")
-  assert run(folder, *dtypes, "--epochs", "1", "--eval-rows", "4") == 0
-  opened = finished_lib.open_run(folder)
+def test_a_run_is_heard_in_its_own_dtypes(in_four_bits, capsys):
+  opened = finished_lib.open_run(in_four_bits)
   params = opened.variables["params"]
   assert params["embed_tokens"]["embedding"].dtype == "bfloat16"
   kernel = params["layers_0"]["mlp"]["up_proj"]["kernel"]
   assert not isinstance(kernel, jax.Array)  # but one in four bits
   capsys.readouterr()
-  assert "> hello" in _says(capsys, "--run", str(folder), "--prompt", "hello")
+  run = ("--run", str(in_four_bits))
+  assert "> hello" in _says(capsys, *run, "--prompt", "hello")

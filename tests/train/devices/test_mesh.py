@@ -1,10 +1,12 @@
 """Runs on meshes end where the run on one device ends."""
 
 import json
+import os
 import signal
 import socket
 
 import jax
+import lives
 import numpy as np
 from outcomes import adapters, assert_no_step_twice, checkpoint, rows
 import pytest
@@ -21,6 +23,16 @@ from train.run import loop, step
 TOLERANCE = 1e-5
 CUBE = "data=2,fsdp=2,tensor=2"
 _TIMEOUT_SECONDS = 200
+# Evaluated at the end only: an evaluation is a program to compile on each mesh,
+# and no save is under way when a process is killed.
+AT_THE_END = ["--eval-every", "24", "--checkpoint-every", "6", "--no-baseline"]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(run, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("device") / "run"
+  assert run(folder, *AT_THE_END) == 0
+  return folder
 
 
 def assert_near(left, right):
@@ -65,7 +77,7 @@ def test_other_methods_end_on_a_mesh_where_one_device_does(
   run, tmp_path, method, mesh
 ):
   left, right = (tmp_path / name for name in ("mesh", "device"))
-  options = ("--method", method, "--no-baseline", "--learning-rate", "1e-3")
+  options = ("--method", method, "--learning-rate", "1e-3", *AT_THE_END)
   assert run(left, *options, "--mesh", mesh) == 0
   assert run(right, *options) == 0
   ours, theirs = (
@@ -82,17 +94,17 @@ def test_other_methods_end_on_a_mesh_where_one_device_does(
 
 
 def test_a_run_resumes_on_other_meshes(
-  run, finished, tmp_path, capsys, monkeypatch, signal_at
+  run, on_one_device, tmp_path, capsys, monkeypatch, signal_at
 ):
   for mesh, last in (("", 7), ("fsdp=8", 15), ("data=2,tensor=4", None)):
     if last is not None:
       signal_at(signal.SIGTERM, last)
-    assert run(tmp_path / "run", "--mesh", mesh) == 0
+    assert run(tmp_path / "run", "--mesh", mesh, *AT_THE_END) == 0
     monkeypatch.undo()
   out = capsys.readouterr().out
   assert "resumed after step 7" in out and "resumed after step 15" in out
-  _near(adapters(tmp_path / "run"), adapters(finished))
-  _near(checkpoint(tmp_path / "run"), checkpoint(finished))
+  _near(adapters(tmp_path / "run"), adapters(on_one_device))
+  _near(checkpoint(tmp_path / "run"), checkpoint(on_one_device))
 
 
 def _axes(tree):
@@ -244,19 +256,20 @@ def test_one_of_several_processes_joins_the_others_by_itself(
 
 
 # JAX's own patience with a process that is gone is 100 seconds.
-FOUR_DEVICES = """
-import functools, os
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-os.environ["JAX_PLATFORMS"] = "cpu"
+FOUR_DEVICES = f"""
+import functools, os, signal
 import jax
+signal.alarm({_TIMEOUT_SECONDS})
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize = functools.partial(
-  jax.distributed.initialize, heartbeat_timeout_seconds=20
+  jax.distributed.initialize, heartbeat_timeout_seconds=10
 )
 """
 
 # After a checkpoint, that is whole, and before the next.
 KILLED_AT_9 = """
-import signal
+import os, signal
 from train.run import checkpoints, journal
 save_last = checkpoints.Checkpoints.save_last
 def save_and_wait(self, *arguments):
@@ -270,65 +283,54 @@ journal.Journal.advance = advance
 """
 
 
-def _two(spawn, folder, *options, driver="", driven=1, mesh=CUBE):
-  """Two processes of one run; the driver is that of one of them."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    where = f"127.0.0.1:{free.getsockname()[1]}"
-  processes = [
-    spawn(
-      folder,
-      *("--mesh", mesh, "--coordinator", where),
-      *("--num-processes", "2", "--process-id", str(i), *options),
-      driver=FOUR_DEVICES + (driver if i == driven else ""),
-    )
-    for i in range(2)
-  ]
-  try:
-    # Their lines are few enough for the pipe of the second to hold.
-    found = [p.communicate(timeout=_TIMEOUT_SECONDS) for p in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  return [(p.returncode, *texts) for p, texts in zip(processes, found)]
-
-
-# Evaluated at the end only, so that no save is under way at the kill.
-EVALUATED_AT_THE_END = ("--eval-every", "24", "--checkpoint-every", "6")
-
-
 @pytest.fixture(scope="module")
-def on_one_device(run, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("device") / "run"
-  assert run(folder, *EVALUATED_AT_THE_END) == 0
-  return folder
+def two(options, tmp_path_factory):
+  """Two processes of one run; the driver is that of one of them."""
+  with lives.Lives(os.environ) as started:
+
+    def ended(folder, *more, driver="", driven=1):
+      with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+      both = [
+        started.start(
+          folder,
+          *(*options, "--run-dir", str(folder), "--mesh", CUBE),
+          *("--coordinator", where, "--num-processes", "2"),
+          *("--process-id", str(i), *more),
+          driver=FOUR_DEVICES + (driver if i == driven else ""),
+        )
+        for i in range(2)
+      ]
+      return [started.end(process) for process in both]
+
+    yield ended
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_process_is_killed_the_other_ends_and_one_can_resume(
-  spawn, run, on_one_device, tmp_path, capsys, killed
+  two, run, on_one_device, tmp_path, capsys, killed
 ):
-  options = EVALUATED_AT_THE_END
   folder = tmp_path / "run"
-  ends = _two(spawn, folder, *options, driver=KILLED_AT_9, driven=killed)
-  code, _, err = ends[killed]
-  assert code == 128 + signal.SIGKILL
-  assert "error: this process was ended by SIGKILL" in err.splitlines()[-1]
-  code, _, err = ends[1 - killed]
-  assert code == 1
+  ends = two(folder, *AT_THE_END, driver=KILLED_AT_9, driven=killed)
+  gone, left = ends[killed], ends[1 - killed]
+  assert gone.code == 128 + signal.SIGKILL
+  told = gone.err.splitlines()[-1]
+  assert "error: this process was ended by SIGKILL" in told
+  assert left.code == 1
   # The collective fails in Python, or the heartbeat does, and JAX aborts.
-  last = err.splitlines()[-1]
+  last = left.err.splitlines()[-1]
   assert "another process is gone" in last or "JAX aborted this process" in last
   # What two processes saved, one device goes on with.
-  assert run(folder, *options) == 0
+  assert run(folder, *AT_THE_END) == 0
   assert "resumed after step 6" in capsys.readouterr().out
   assert_near(folder, on_one_device)
 
 
 # The second is asked to stop; the first hears of it at the next line.
 INTERRUPTED_AT_7 = """
-import signal
+import os, signal
 from train.run import journal
 def advance(self, step):
   if step == 7:
@@ -339,33 +341,32 @@ journal.Journal.advance = advance
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_all_resume_where_one_device_does(
-  spawn, finished, tmp_path
+  two, finished, tmp_path
 ):
   folder = tmp_path / "run"
-  (code, out, err), (code_1, out_1, err_1) = _two(
-    spawn, folder, driver=INTERRUPTED_AT_7
-  )
-  assert code == 0, err
-  assert code_1 == 0, err_1
-  assert "interrupted after step 9" in out
-  (code, out, err), (code_1, out_1, err_1) = _two(spawn, folder)
-  assert code == 0, err
-  assert code_1 == 0, err_1
-  assert "resumed after step 9" in out
-  assert "test accuracy" in out
-  assert "step" not in out_1
+  first, second = two(folder, driver=INTERRUPTED_AT_7)
+  assert first.code == 0, first.err
+  assert second.code == 0, second.err
+  assert "interrupted after step 9" in first.out
+  first, second = two(folder)
+  assert first.code == 0, first.err
+  assert second.code == 0, second.err
+  assert "resumed after step 9" in first.out
+  assert "test accuracy" in first.out
+  assert "step" not in second.out
   assert_near(folder, finished)
   assert_no_step_twice(folder)
 
 
 @pytest.mark.slow
 def test_all_processes_are_refused_a_folder_that_another_command_is_in(
-  spawn, tmp_path
+  two, tmp_path
 ):
   folder = tmp_path / "run"
   with locks.held(folder / locks.FILE, "it"):
-    (code, _, err), (code_1, _, err_1) = _two(spawn, folder)
+    first, second = two(folder)
     assert not [x for x in folder.iterdir() if x.name != locks.FILE]
-  assert (code, code_1) == (2, 2)
-  assert f"{folder} is in use by process" in err.splitlines()[-1]
-  assert "another process of this job was refused" in err_1.splitlines()[-1]
+  assert (first.code, second.code) == (2, 2)
+  assert f"{folder} is in use by process" in first.err.splitlines()[-1]
+  told = second.err.splitlines()[-1]
+  assert "another process of this job was refused" in told

@@ -7,6 +7,7 @@ thread. `python lives.py` reads requests, a line of JSON each, and answers each
 with one.
 """
 
+import atexit
 from collections.abc import Mapping
 import errno
 import gc
@@ -72,6 +73,7 @@ class Lives:
     *arguments: str,
     fault: str = "",
     at: int = 0,
+    driver: str = "",
   ) -> int:
     """Starts the program, and tells the process.
 
@@ -81,21 +83,23 @@ class Lives:
       fault: "kill", "full" (the disk, from then on), "back" (the clock, by a
         day) or "interrupt" (Ctrl-C).
       at: the number of the operation before which it comes, from 1.
+      driver: Python that runs before the program.
     """
     return self._asked(
       root=str(root),
       arguments=arguments,
       fault=fault,
       at=at,
+      driver=driver,
     )
 
   def end(self, process: int) -> Ended:
     """Waits for the end of one."""
     return Ended(*self._asked(wait=process))
 
-  def live(self, root: pathlib.Path, *arguments: str, **fault: Any) -> Ended:
-    """Starts one, and waits for its end."""
-    return self.end(self.start(root, *arguments, **fault))
+  def live(self, root: pathlib.Path, *arguments: str, **more: Any) -> Ended:
+    """Starts one, as `start` does, and waits for its end."""
+    return self.end(self.start(root, *arguments, **more))
 
   def _asked(self, **request: Any) -> Any:
     assert self._process.stdin and self._process.stdout
@@ -163,6 +167,7 @@ def _live(
   _install(request["root"], request["fault"], request["at"], counter)
   sys.argv = ["train", *request["arguments"]]
   try:
+    exec(request["driver"], {})
     code = program.program()
   except SystemExit as end:
     code = end.code
@@ -171,6 +176,8 @@ def _live(
 
     traceback.print_exc()
     code = 99
+  # JAX waits there for the other processes of a run.
+  atexit._run_exitfuncs()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
