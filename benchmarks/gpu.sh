@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The benchmarks on one GPU, sized for an H100: benchmarks/gpu.sh [PART...]
 #
-# Parts: tests attention minilm minilm-256 smollm2-135m 1b llama3.1-8b
-# llama3.1-8b-full clip peft peft-compiled finetune; by default all. A part takes
-# 1 to 4 minutes.
+# Parts: tests attention minilm minilm-256 smollm2-135m profile 1b 1b-unrolled
+# llama3.1-8b llama3.1-8b-full clip peft peft-compiled finetune; by default all. A
+# part takes 1 to 4 minutes.
 #
 #   PYTHON        has this package and jax[cuda13]; by default python
 #   TORCH_PYTHON  has torch for CUDA, peft and transformers; without it the
@@ -22,8 +22,8 @@ card=${CARD:-$(nvidia-smi --query-gpu=name --format=csv,noheader |
   head -1 | awk '{print tolower($2)}')}
 parts=("$@")
 if [ ${#parts[@]} -eq 0 ]; then
-  parts=(tests attention minilm minilm-256 smollm2-135m 1b llama3.1-8b
-    llama3.1-8b-full clip peft peft-compiled finetune)
+  parts=(tests attention minilm minilm-256 smollm2-135m profile 1b 1b-unrolled
+    llama3.1-8b llama3.1-8b-full clip peft peft-compiled finetune)
 fi
 failed=()
 # Several processes share the card: of one that takes a pool, it would take all.
@@ -73,6 +73,14 @@ for part in "${parts[@]}"; do
     smollm2-135m)
       step_time smollm2-135m 30 --workload smollm2-135m --steps 5 \
         --memory-jobs 4
+      ;;
+    profile)
+      run "$python" -m benchmarks.step_profile --workload smollm2-135m --steps 5 \
+        --out "$results/step_profile_smollm2-135m_$card.json"
+      ;;
+    1b-unrolled)
+      step_time 1b-unrolled 20 --workload 1b --steps 2 --memory-jobs 2 \
+        --unrolled --remat none
       ;;
     1b) step_time 1b 20 --workload 1b --steps 2 --memory-jobs 2 ;;
     llama3.1-8b) step_time llama3.1-8b 10 --workload llama3.1-8b ;;

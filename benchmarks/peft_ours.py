@@ -54,10 +54,10 @@ def _start(options: argparse.Namespace):
 
 def _decoder(config, folder: pathlib.Path, batch) -> workloads.Workload:
   sizes = decoder_config.DecoderConfig.from_hf(config)
-  # PEFT's model keeps its activations too.
-  model = decoder.Decoder(sizes, jnp.bfloat16, jnp.bfloat16, scan=True)
+  # PEFT's model keeps its activations too, and has its layers one by one.
+  model = decoder.Decoder(sizes, jnp.bfloat16, jnp.bfloat16)
   params = decoder_weights.params(
-    sizes, tensors.open_safetensors(folder), scan=True, dtype=jnp.bfloat16
+    sizes, tensors.open_safetensors(folder), dtype=jnp.bfloat16
   )
   return workloads.of_decoder(
     model, lambda: {"params": params}, *batch["tokens"].shape

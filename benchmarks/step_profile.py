@@ -30,7 +30,11 @@ def main() -> None:
       f"is {jax.default_backend()}."
     )
   workload = workloads.build(
-    options.workload, options.batch_size, options.length, options.remat
+    options.workload,
+    options.batch_size,
+    options.length,
+    options.remat,
+    not options.unrolled,
   )
   variables = workload.variables()
   batch = jax.device_put(workload.batch)
@@ -50,6 +54,7 @@ def main() -> None:
     "benchmarks.step_profile",
     device=jax.devices()[0].device_kind,
     workload=options.workload,
+    unrolled=options.unrolled,
     batch=list(workload.batch["tokens"].shape),
     steps=options.steps,
     rows=rows,
@@ -69,6 +74,11 @@ def _options() -> argparse.Namespace:
   parser.add_argument("--batch-size", type=int)
   parser.add_argument("--length", type=int)
   parser.add_argument("--remat", choices=remat.CHOICES, default="dots")
+  parser.add_argument(
+    "--unrolled",
+    action="store_true",
+    help="layers of decoders written out, and not in a scan",
+  )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
     "--methods", nargs="+", choices=variants.ALL, default=list(variants.NAMES)

@@ -84,6 +84,7 @@ def measure(
     "benchmarks.step_time",
     device=kind,
     workload=options.workload,
+    unrolled=options.unrolled,
     batch=list(workload.batch["tokens"].shape),
     rounds=options.rounds,
     steps_a_turn=options.steps,
@@ -112,6 +113,11 @@ def _options() -> argparse.Namespace:
   parser.add_argument("--length", type=int)
   parser.add_argument(
     "--remat", choices=remat.CHOICES, default="dots", help="of decoders"
+  )
+  parser.add_argument(
+    "--unrolled",
+    action="store_true",
+    help="layers of decoders written out, and not in a scan",
   )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
@@ -142,7 +148,11 @@ def _names(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _workload(options: argparse.Namespace) -> workloads.Workload:
   return workloads.build(
-    options.workload, options.batch_size, options.length, options.remat
+    options.workload,
+    options.batch_size,
+    options.length,
+    options.remat,
+    not options.unrolled,
   )
 
 

@@ -86,6 +86,7 @@ def build(
   batch_size: int | None = None,
   length: int | None = None,
   remat: str = "dots",
+  scan: bool = True,
 ) -> Workload:
   """The workload of that name.
 
@@ -95,12 +96,13 @@ def build(
     batch_size: rows, if not the workload's own.
     length: tokens in a row, likewise.
     remat: of decoders; see `decoder.Decoder`.
+    scan: likewise.
   """
   if name in _BERTS:
     return _bert(batch_size or _BERTS[name], length or 32)
   config = DECODERS[name]
   model = decoder.Decoder(
-    config, jnp.bfloat16, jnp.bfloat16, remat=remat, scan=True
+    config, jnp.bfloat16, jnp.bfloat16, remat=remat, scan=scan
   )
   # Drawn on the device: of the largest, the host may not have the memory.
   variables = jax.jit(

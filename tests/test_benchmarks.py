@@ -1,9 +1,11 @@
 """The benchmarks time what they say: the same losses, counts and ratios."""
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 from flax import linen as nn
@@ -22,6 +24,7 @@ from benchmarks import (
   worker,
   workloads,
 )
+from train import config as config_lib
 from train.data.objectives import CLASSIFICATION
 from train.models.bert import model as bert
 from train.models.decoder import config as decoder_config
@@ -217,6 +220,7 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     batch_size=None,
     length=None,
     remat="dots",
+    unrolled=False,
     rounds=1,
     warmup=0,
     steps=1,
@@ -229,6 +233,49 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(24 / row["median_seconds"])
     assert row["planned_bytes"] > 0
   assert result["rows"][0]["median_ratio"] == 1
+
+
+class _Parsed(Exception):
+  """A command line was understood, and its work would begin."""
+
+
+def test_the_gpu_script_asks_for_nothing_that_is_not_there(
+  monkeypatch, tmp_path
+):
+  # It is run where a minute is dear, and no machine here can run it.
+  commands, python = tmp_path / "commands", tmp_path / "python"
+  python.write_text(f'#!/bin/sh\n(printf "%s\\0" "$@"; echo) >> {commands}\n')
+  python.chmod(0o755)
+  environment = {"PYTHON": python, "TORCH_PYTHON": "a-python", "CARD": "card"}
+  subprocess.run(
+    ["bash", _ROOT / "benchmarks/gpu.sh"],
+    env=os.environ | environment | {"RESULTS": tmp_path},
+    check=True,
+  )
+  parse = argparse.ArgumentParser.parse_args
+
+  def parsed(*args, **kwargs):
+    parse(*args, **kwargs)
+    raise _Parsed
+
+  monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+  modules = set()
+  for line in commands.read_text().splitlines():
+    flag, module, *options = line.rstrip("\0").split("\0")
+    assert flag == "-m"
+    modules.add(module)
+    if module == "train":
+      config_lib.parse(options)
+    elif module == "pytest":
+      assert (_ROOT / options[0]).is_dir()
+    else:
+      monkeypatch.setattr(sys, "argv", [module, *options])
+      with pytest.raises(_Parsed):
+        importlib.import_module(module).main()
+  measured = {"attention", "step_time", "step_profile", "clip_cost"}
+  assert modules == {"pytest", "train", "benchmarks.against_peft"} | {
+    f"benchmarks.{name}" for name in measured
+  }
 
 
 def test_attention_is_compared_with_exact_products(monkeypatch, tmp_path):
