@@ -1,6 +1,7 @@
 """The plots of a study, from its rows alone: small SVGs, the same each time."""
 
 from collections.abc import Collection, Mapping, Sequence
+import contextlib
 import io
 import itertools
 import pathlib
@@ -46,12 +47,17 @@ def save(canvas: Figure, path: pathlib.Path) -> None:
     OSError: if it cannot be written.
   """
   text = io.StringIO()
-  with matplotlib.rc_context(_STYLE):
+  with styled():
     nothing = dict.fromkeys(("Date", "Creator"))
     canvas.savefig(text, format="svg", metadata=nothing)
   # A hundredth of a point is not to be seen, and is half of a file.
   short = re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue())
   files.write_atomically(path, short)
+
+
+def styled() -> contextlib.AbstractContextManager[Any]:
+  """What all plots are drawn within."""
+  return matplotlib.rc_context(_STYLE)
 
 
 def figures(
@@ -64,9 +70,8 @@ def figures(
     results: of the task, by the method.
     landscapes: rows of `drawn`, by the method.
   """
-  with matplotlib.rc_context(_STYLE):
+  with styled():
     found = {
-      "accuracy": accuracy(study, results),
       "sharpness": sharpness(study, results),
       "curves": curves(study, results),
       "diagnostics": diagnostics(study, results),
@@ -75,73 +80,6 @@ def figures(
       "plane": plane(study, landscapes),
     }
   return {name: canvas for name, canvas in found.items() if canvas is not None}
-
-
-def accuracy(study: Study, results: Results) -> Figure | None:
-  """The test metric of each method beside what a step of it costs."""
-  name = tables.metric(results)
-  factor, sign = tables.unit(name)
-  found = {
-    label: result
-    for label, result in results.items()
-    if result.of("test", name)
-  }
-  if not found:
-    return None
-
-  def mean(label: str, *names: str | int) -> estimates.Estimate:
-    value = estimates.mean(list(found[label].of(*names).values()))
-    assert value is not None
-    return value
-
-  def order(label: str) -> tuple[float, float]:
-    gradients = mean(label, "gradients_per_step").mean
-    return -gradients, mean(label, "test", name).mean
-
-  # Few gradients at the top, and among equals the best.
-  labels = sorted(found, key=order)
-  colours = _colours(study, results)
-  canvas = _canvas(7.2, 0.9 + 0.24 * len(labels))
-  left, right = canvas.subplots(
-    1, 2, sharey=True, gridspec_kw={"width_ratios": [2, 1]}
-  )
-  times = (
-    mean(study.reference, "step_seconds")
-    if (study.reference in found)
-    else None
-  )
-  for y, label in enumerate(labels):
-    own = mean(label, "test", name)
-    colour = colours.get(label, "#777777")
-    left.errorbar(
-      own.mean * factor,
-      y,
-      xerr=None if own.half is None else own.half * factor,
-      fmt="o",
-      color=colour,
-      markersize=4,
-      capsize=2,
-    )
-    gradients = mean(label, "gradients_per_step").mean
-    right.barh(y, gradients, height=0.6, color=colour, alpha=0.25)
-    if times is not None:
-      ratio = mean(label, "step_seconds").mean / times.mean
-      right.plot(ratio, y, "o", color=colour, markersize=4)
-  if study.reference in found:
-    base = mean(study.reference, "test", name).mean * factor
-    left.axvline(base, color=_GREY, linewidth=0.8, zorder=0)
-  left.set_yticks(range(len(labels)), labels)
-  left.set(xlabel=f"test {name.replace('_', ' ')}{sign}, 95%")
-  right.set(
-    xlabel="bar: gradients a step\ndot: a step's time, over\n"
-    + _wrapped(f"{study.reference}'s"),
-    xlim=(0, None),
-  )
-  for axes in (left, right):
-    axes.grid(axis="y", linewidth=0.3)
-    axes.set_axisbelow(True)
-  right.tick_params(axis="y", length=0)
-  return canvas
 
 
 def sharpness(study: Study, results: Results) -> Figure | None:
@@ -163,7 +101,7 @@ def sharpness(study: Study, results: Results) -> Figure | None:
       panels[title] = lines
   if not panels:
     return None
-  colours = _colours(study, results)
+  colours = colours_of(study, results)
   canvas, grid = _panels(len(panels))
   for axes, (title, lines) in zip(grid, panels.items()):
     for label, line in _last_coloured(lines, colours):
@@ -176,9 +114,9 @@ def sharpness(study: Study, results: Results) -> Figure | None:
     axes.minorticks_off()
     if positive:
       axes.set_yscale("log")
-    axes.set(title=_wrapped(title), xlabel="radius")
+    axes.set(title=wrapped(title), xlabel="radius")
   _label_rows(grid, "rise of the loss, nats")
-  _legend(canvas, colours, [label for x in panels.values() for label in x])
+  legend_below(canvas, colours, [label for x in panels.values() for label in x])
   return canvas
 
 
@@ -235,7 +173,7 @@ def tuning(study: Study, results: Results) -> Figure | None:
   canvas, grid = _panels(len(tuned), sharey=True)
   for axes, (label, result) in zip(grid, tuned.items()):
     _grid(axes, result, factor)
-    axes.set(title=_wrapped(label))
+    axes.set(title=wrapped(label))
   _label_rows(grid, f"validation {name.replace('_', ' ')}{sign}")
   return canvas
 
@@ -244,13 +182,13 @@ def line(study: Study, found: Mapping[str, Any]) -> Figure | None:
   """The loss along one direction, of each method that was drawn."""
   if not found:
     return None
-  colours = _colours(study, found)
+  colours = colours_of(study, found)
   canvas, (axes,) = _panels(1)
   for label, row in _last_coloured(found, colours):
     losses = np.asarray(row["line"], float)
     axes.plot(row["steps"], losses, color=colours.get(label, _GREY))
   axes.set(xlabel="step, in the filters' norms", ylabel="loss, nats")
-  _legend(canvas, colours, list(found))
+  legend_below(canvas, colours, list(found))
   return canvas
 
 
@@ -273,7 +211,7 @@ def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
     filled = axes.contourf(
       steps, steps, values[label].T, levels, cmap="viridis"
     )
-    axes.set(title=_wrapped(label), aspect="equal")
+    axes.set(title=wrapped(label), aspect="equal")
     if axes is grid[-1]:
       canvas.colorbar(filled, ax=grid, label="loss, nats", shrink=0.8)
   return canvas
@@ -290,7 +228,7 @@ def highlighted(study: Study, labels: Collection[str]) -> list[str]:
   return [label for label in dict.fromkeys(chosen) if label in labels]
 
 
-def _colours(study: Study, results: Mapping[str, Any]) -> dict[str, str]:
+def colours_of(study: Study, results: Mapping[str, Any]) -> dict[str, str]:
   """Colours by label: of all methods if they are few, else of some.
 
   Those of the highlighted are the same in all plots.
@@ -315,18 +253,18 @@ def _curves(
   if not panels:
     return None
   every = dict.fromkeys(label for lines in panels.values() for label in lines)
-  colours = _colours(study, every)
+  colours = colours_of(study, every)
   banded = highlighted(study, every) if bands else []
   canvas, grid = _panels(len(panels))
   for axes, (title, lines) in zip(grid, panels.items()):
     for label, (steps, middle, half) in _last_coloured(lines, colours):
       width = half if label in banded else np.zeros_like(half)
       _band(axes, steps, middle, width, colours.get(label))
-    axes.set(title=_wrapped(title), xlabel="step")
+    axes.set(title=wrapped(title), xlabel="step")
     if title == titles.get("c_over_rho"):
       # From about 1 to what an ascent at an infinite rate has.
       axes.set_yscale("log")
-  _legend(canvas, colours, list(every))
+  legend_below(canvas, colours, list(every))
   return canvas
 
 
@@ -376,11 +314,13 @@ def _grid(axes: mpl_axes.Axes, result: Result, factor: float) -> None:
     axes.legend(fontsize=7)
 
 
-def _canvas(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+  """An empty figure, in inches."""
   return Figure(figsize=(width, height), layout="constrained")
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+  """A title on as many lines as it takes."""
   return textwrap.fill(text, 32)
 
 
@@ -390,7 +330,7 @@ def _panels(
   """As many axes, in rows of up to four."""
   columns = min(count, 4) if count != 5 else 3
   rows = -(-count // columns)
-  canvas = _canvas(max(2.6 * columns, 4.4), 2.5 * rows if count > 1 else 3.2)
+  canvas = blank(max(2.6 * columns, 4.4), 2.5 * rows if count > 1 else 3.2)
   grid = canvas.subplots(rows, columns, squeeze=False, sharey=sharey)
   flat = [axes for row in grid for axes in row]
   for axes in flat[count:]:
@@ -431,7 +371,7 @@ def _label_rows(grid: Sequence[mpl_axes.Axes], text: str) -> None:
       axes.set_ylabel(text)
 
 
-def _legend(
+def legend_below(
   canvas: Figure, colours: Mapping[str, str], labels: Sequence[str]
 ) -> None:
   """Below the panels: who has which colour, and that the rest is grey."""

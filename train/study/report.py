@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from .. import files
-from . import drawn, plan, plots, record, results, tables
+from . import drawn, forest, plan, plots, record, results, tables
 from .results import Result, Results
 from .spec import Study
 
@@ -31,6 +31,11 @@ def write(study: Study) -> pathlib.Path:
   folder = study.folder / PLOTS
   folder.mkdir(parents=True, exist_ok=True)
   lines = _head(study, found)
+  with plots.styled():
+    forest_plot = forest.differences(study, found)
+  if forest_plot is not None:
+    plots.save(forest_plot, folder / "differences.svg")
+    lines += ["", f"![differences]({PLOTS}/differences.svg)"]
   for task, of_task in found.items():
     pictures = _pictures(study, task, of_task, lines_of.get(task, {}), folder)
     lines += ["", f"## {task}", "", *_task(study, of_task, pictures)]
@@ -71,7 +76,7 @@ def _task(
     return ["", pictures[name]] if name in pictures else []
 
   lines = tables.accuracy(study, found)
-  lines += ["", tables.accuracy_note(study, found), *picture("accuracy")]
+  lines += ["", tables.accuracy_note(study, found)]
   lines += _after(study, found)
   sharp = {
     key: tables.sharpness(study, found, *key) for key in tables.DIRECTIONS
@@ -85,6 +90,7 @@ def _task(
       f"Rise of the loss of {study.sharpness.rows} training rows, in nats, at "
       f"the {study.sharpness.at} weights; ± is the 95% t-interval over seeds.",
       *picture("sharpness"),
+      *picture("gain"),
     ]
     for key, table in sharp.items():
       if table:
@@ -150,7 +156,12 @@ def _pictures(
 ) -> dict[str, str]:
   """The Markdown of each plot that there is something for, by its name."""
   links = {}
-  for name, canvas in plots.figures(study, found, landscapes).items():
+  drawn_of = plots.figures(study, found, landscapes)
+  with plots.styled():
+    gain = forest.against_sharpness(study, found)
+  if gain is not None:
+    drawn_of["gain"] = gain
+  for name, canvas in drawn_of.items():
     file = f"{_slug(task)}-{name}.svg"
     plots.save(canvas, folder / file)
     links[name] = f"![{name}]({PLOTS}/{file})"

@@ -43,7 +43,7 @@ def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
   reference = results.get(study.reference)
   others = [label for label in results if label != study.reference]
   paired = {
-    label: [] if reference is None else _paired(results[label], reference, name)
+    label: [] if reference is None else gains(results[label], reference, name)
     for label in others
   }
   flips = [estimates.sign_flip(paired[label]) for label in others]
@@ -379,7 +379,8 @@ def failures(results: Iterable[Result]) -> list[str]:
   ]
 
 
-def _paired(result: Result, reference: Result, name: str) -> list[float]:
+def gains(result: Result, reference: Result, name: str) -> list[float]:
+  """The test metric less the reference's, by the seeds that both have."""
   return estimates.differences(
     result.of("test", name), reference.of("test", name)
   )

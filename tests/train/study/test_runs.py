@@ -131,8 +131,9 @@ def test_a_finished_study_is_told_of(done):
   text = report.write(own).read_text()
   assert "6 of 6 runs are finished." in text
   links = re.findall(r"\]\((plots/.*?\.svg)\)", text)
-  names = {link.split("-")[-1] for link in links}
-  assert names >= {"accuracy.svg", "sharpness.svg", "landscape.svg"}
+  names = {re.split("[-/]", link)[-1] for link in links}
+  wanted = {"differences.svg", "gain.svg", "sharpness.svg", "landscape.svg"}
+  assert names >= wanted
   assert all((own.folder / link).exists() for link in links)
 
 

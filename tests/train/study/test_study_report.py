@@ -6,7 +6,7 @@ import json
 import pytest
 
 from train.run import config as config_lib
-from train.study import plan, plots, record, report
+from train.study import forest, plan, plots, record, report, results
 from train.study.main import main
 
 METHODS = [
@@ -66,6 +66,8 @@ def made(study, tmp_path):
 def unplotted(monkeypatch):
   """For tests of what the tables say."""
   monkeypatch.setattr(plots, "figures", lambda *_: {})
+  monkeypatch.setattr(forest, "differences", lambda *_: None)
+  monkeypatch.setattr(forest, "against_sharpness", lambda *_: None)
 
 
 def _write(own, rows):
@@ -103,6 +105,26 @@ def test_the_numbers_are_those_of_the_rows(made):
   lines = text.split("### Tuning")[1]
   assert "| Bi-LoRA | rho 0.05 | 1 | 50.00 |  |" in lines
   assert "| Bi-LoRA | rho 0.5 | 1 | 60.00 | won |" in lines
+
+
+def test_gains_are_drawn_as_paired_differences(made):
+  own, rows = made
+  found = results.collect(own, {row["key"]: row for row in rows})
+
+  def points(figure):
+    """Of the first panel: the middle of each method's error bars."""
+    return [bar.lines[0].get_xydata()[0] for bar in figure.axes[0].containers]
+
+  # Seeds are 10 points apart, and each pair a point.
+  forest_plot = forest.differences(own, found)
+  assert points(forest_plot)[0] == pytest.approx([1.0, 0.0])
+  (label,) = forest_plot.axes[0].get_yticklabels()
+  assert label.get_text() == "Bi-LoRA"
+  assert forest_plot.axes[0].get_xlabel() == "accuracy, points (n = 2)"
+  # Of the radii 0.1 and 1, it is the second.
+  gain = forest.against_sharpness(own, next(iter(found.values())))
+  assert points(gain)[0] == pytest.approx([-1.0, 1.0])
+  assert forest.differences(own, {"none": {}}) is None
 
 
 def test_a_report_is_a_function_of_the_rows(made):
