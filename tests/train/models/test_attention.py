@@ -148,16 +148,17 @@ def test_on_cpu_products_are_batched(monkeypatch):
 @pytest.mark.parametrize(
   ("backend", "dtype", "size", "length", "kernel"),
   [
-    ("gpu", "bfloat16", 64, 100, "cudnn"),
-    ("gpu", "float16", 256, 100, "cudnn"),
-    ("gpu", "float32", 64, 100, "xla"),
-    ("gpu", "bfloat16", 36, 100, "xla"),
-    ("gpu", "bfloat16", 264, 100, "xla"),
+    ("gpu", "bfloat16", 64, 128, "cudnn"),
+    ("gpu", "float16", 256, 128, "cudnn"),
+    ("gpu", "float32", 64, 128, "xla"),
+    ("gpu", "bfloat16", 36, 128, "xla"),
+    ("gpu", "bfloat16", 264, 128, "xla"),
+    ("gpu", "bfloat16", 64, 127, "xla"),
     ("tpu", "float32", 64, 512, "splash"),
     ("tpu", "float32", 64, 511, "xla"),
   ],
 )
-def test_the_choice_goes_by_backend_dtype_and_width(
+def test_the_choice_goes_by_backend_dtype_width_and_length(
   hopper, monkeypatch, backend, dtype, size, length, kernel
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
