@@ -69,7 +69,9 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return values, vectors
 
 
-def orthonormal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+def orthonormal(
+  matrices: Sequence[jax.Array], rows: Sequence[jax.Array] | None = None
+) -> list[jax.Array]:
   r"""Orthonormal bases of columns' spans, of many matrices at once.
 
   Each pass divides a matrix by the root of its shifted Gram matrix,
@@ -86,6 +88,8 @@ def orthonormal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
   Args:
     matrices: `(*batch, n, r)`, float32.
+    rows: of each matrix those that a basis may use, bool `(n,)`; the others
+      are zero. By default all.
 
   Returns:
     Matrices like them, :math:`Q`, with :math:`Q Q^\top X = X` and
@@ -97,18 +101,21 @@ def orthonormal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     Fukaya et al, `Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2020.
   """
-  bases = [_filled(x) for x in matrices]
+  if rows is None:
+    rows = [jnp.ones(x.shape[-2], bool) for x in matrices]
+  bases = [_filled(x, mask) for x, mask in zip(matrices, rows)]
   for _ in range(_PASSES):
     grams = [_matmul(x.mT, x) for x in bases]
     bases = [_matmul(x, root) for x, root in zip(bases, _inverse_roots(grams))]
   return bases
 
 
-def _filled(x: jax.Array) -> jax.Array:
+def _filled(x: jax.Array, rows: jax.Array) -> jax.Array:
   """A matrix of size 1, with a little of a random one, which has all ranks."""
   largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
   fill = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
-  return x / jnp.where(largest > 0, largest, 1) + _SHIFT * fill
+  fill = jnp.where(rows[:, None], _SHIFT * fill, 0)
+  return x / jnp.where(largest > 0, largest, 1) + fill
 
 
 def _inverse_roots(grams: Sequence[jax.Array]) -> list[jax.Array]:

@@ -102,13 +102,8 @@ def power_ascent(
     # What comes in is to be descended. Of size 1, as squares underflow.
     ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), updates)
     old = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    new = jax.lax.cond(
-      state.count % 2 == 0,
-      functools.partial(_renewed, decay=decay, of_b=True),
-      functools.partial(_renewed, decay=decay, of_b=False),
-      old,
-      ascent,
-    )
+    # No `lax.cond`: on a GPU the host would wait to know which branch it is.
+    new = _renewed(old, ascent, decay=decay, of_b=state.count % 2 == 0)
     updates = jax.tree.map(
       lambda p, x, y: jnp.where(moves, y - x, 0).astype(p.dtype),
       params,
@@ -121,7 +116,7 @@ def power_ascent(
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
+def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: jax.Array) -> Any:
   """The pairs with one factor renewed, and then orthonormal."""
   scales = _norms.map_pairs(lambda p: _scale(p, of_b), old)
   old = _norms.map_pairs(_rescaled, old, scales)
@@ -144,12 +139,12 @@ def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: bool) -> Any:
   return _orthonormal(_norms.map_pairs(joined, old, mean), of_b)
 
 
-def _renews_b(pair: Factors, of_b: bool) -> jax.Array:
+def _renews_b(pair: Factors, of_b: jax.Array) -> jax.Array:
   """Whether it is b's turn, or a has no gradient, `(*batch, 1, 1)`."""
   return of_b | jnp.all(pair.b == 0, (-2, -1), keepdims=True)
 
 
-def _scale(pair: Factors, of_b: bool) -> jax.Array:
+def _scale(pair: Factors, of_b: jax.Array) -> jax.Array:
   """What to divide `a` by, and multiply `b` by, `(*batch, 1, 1)`.
 
   The factor that stays then has the norm of an orthonormal one, which it is
@@ -176,7 +171,7 @@ def _projected(pair: Factors, ascent: Factors) -> Factors:
   return Factors(c * ascent.a, c * ascent.b, pair.scale)
 
 
-def _normalised(old: Any, new: Any, of_b: bool, share: Any) -> Any:
+def _normalised(old: Any, new: Any, of_b: jax.Array, share: Any) -> Any:
   """The renewed factors at a share of `_OUTSIDE`, the others orthonormal."""
 
   def square(pair, x):
@@ -192,7 +187,7 @@ def _sum(x: Factors, y: Factors) -> Factors:
   return Factors(x.a + y.a, x.b + y.b, x.scale)
 
 
-def _orthonormal(tree: Any, of_b: bool) -> Any:
+def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
   """The same weights with an orthonormal `b`, or else `a`, but for a scale.
 
   That is the same for all pairs, and gives both factors about one size: from
@@ -202,17 +197,35 @@ def _orthonormal(tree: Any, of_b: bool) -> Any:
   size = math.sqrt(_OUTSIDE)
   pairs = _norms.pairs(tree, user="power_ascent")
   # All at once: of some hundred pairs each would wait for kernels of its own.
+  found = [_factor(pair, of_b) for pair in pairs]
   bases = iter(
-    _linalg.orthonormal([pair.b.mT if of_b else pair.a for pair in pairs])
+    _linalg.orthonormal([x for x, _ in found], [r for _, r in found])
   )
 
   def one(pair):
     q = next(bases)
-    if of_b:
-      a = matmul(pair.a, matmul(pair.b, q)) / size
-      return Factors(a, size * q.mT, pair.scale)
+    of_a, of_bt = (q[..., :n, :] for n in (pair.a.shape[-2], pair.b.shape[-1]))
     return Factors(
-      size * q, matmul(matmul(q.mT, pair.a), pair.b) / size, pair.scale
+      jnp.where(
+        of_b, matmul(pair.a, matmul(pair.b, of_bt)) / size, size * of_a
+      ),
+      jnp.where(
+        of_b, size * of_bt.mT, matmul(matmul(of_a.mT, pair.a), pair.b) / size
+      ),
+      pair.scale,
     )
 
   return _norms.map_pairs(one, tree)
+
+
+def _factor(pair: Factors, of_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The transpose of `b`, or else `a`, on zeros to be equally long; its rows."""
+  both = pair.a, pair.b.mT
+  longest = max(x.shape[-2] for x in both)
+  a, b = (
+    jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, longest - x.shape[-2]), (0, 0)])
+    for x in both
+  )
+  size_in, size_out = (x.shape[-2] for x in both)
+  rows = jnp.arange(longest) < jnp.where(of_b, size_out, size_in)
+  return jnp.where(of_b, b, a), rows

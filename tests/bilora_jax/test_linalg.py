@@ -83,6 +83,14 @@ def test_a_basis_of_more_columns_than_rows_spans_all():
   np.testing.assert_allclose(q @ q.T, np.eye(3), atol=3e-5)
 
 
+def test_a_basis_stays_in_the_rows_that_it_may_use():
+  x = np.zeros((7, 4), np.float32)
+  x[:5, :2] = _drawn(5, 2)  # two directions of four
+  (q,) = _linalg.orthonormal([x], [np.arange(7) < 5])
+  np.testing.assert_allclose(q.T @ q, np.eye(4), atol=3e-5)
+  assert not np.any(q[5:])
+
+
 def test_the_derivative_is_that_of_jax():
   def total(decompose):
     return lambda x: jnp.sum(decompose(x)[1] ** 3)
