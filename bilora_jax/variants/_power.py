@@ -219,7 +219,7 @@ def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
 
 
 def _factor(pair: Factors, of_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The transpose of `b`, or else `a`, on zeros to be equally long; its rows."""
+  """The transpose of `b`, or else `a`, zeros added to be as long; its rows."""
   both = pair.a, pair.b.mT
   longest = max(x.shape[-2] for x in both)
   a, b = (
