@@ -124,9 +124,15 @@ def test_the_loss_on_words_and_the_likeliest_of_them(case):
         loss = theirs(input_ids=source, labels=_torch(word)[None]).loss
         scores[i, j] = -loss.item() * len(word)
   ours = t5_label_words.T5LabelWords(model.config, scan=model.scan, words=words)
-  logits = jax.jit(ours.apply)(variables, tokens, mask)
   objective = objectives.words(words)
-  items = objective.items(logits, {"labels": labels})
+  batch = {
+    "tokens": tokens,
+    "mask": mask,
+    "token_types": np.zeros_like(tokens),
+    "labels": labels,
+  }
+  told = jax.jit(ours.apply)(variables, *objective.inputs(batch))
+  items = objective.items(told, batch)
   close((items.losses * items.weights).sum() / items.weights.sum(), want)
   np.testing.assert_array_equal(items.predictions, scores.argmax(1))
   right = scores[np.arange(3), labels]
