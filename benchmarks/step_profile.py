@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from benchmarks import rounds, step_time, variants, workloads
-from train.models import remat
 
 # A fusion's number says nothing: `loop_add_fusion_12` is one of many alike.
 _NUMBER = re.compile(r"(_\d+)+$")
@@ -29,13 +28,7 @@ def main() -> None:
       "benchmarks.step_profile reads the kernels of a GPU; JAX's backend here "
       f"is {jax.default_backend()}."
     )
-  workload = workloads.build(
-    options.workload,
-    options.batch_size,
-    options.length,
-    options.remat,
-    not options.unrolled,
-  )
+  workload = workloads.from_options(options)
   variables = workload.variables()
   batch = jax.device_put(workload.batch)
   rows = []
@@ -67,18 +60,8 @@ def _options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    "--workload", choices=workloads.NAMES, default=workloads.NAMES[0]
-  )
+  workloads.add_options(parser)
   parser.add_argument("--steps", type=int, default=10)
-  parser.add_argument("--batch-size", type=int)
-  parser.add_argument("--length", type=int)
-  parser.add_argument("--remat", choices=remat.CHOICES, default="dots")
-  parser.add_argument(
-    "--unrolled",
-    action="store_true",
-    help="layers of decoders written out, and not in a scan",
-  )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
     "--methods", nargs="+", choices=variants.ALL, default=list(variants.NAMES)

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import rounds, variants, workloads
-from train.models import remat
 from train.run import step
 
 # Dense bfloat16 operations a second, from the makers' data sheets.
@@ -57,7 +56,7 @@ def measure(
     options: of the command line.
     peaks: bytes by method, of those that ran in processes of their own.
   """
-  workload = _workload(options)
+  workload = workloads.from_options(options)
   variables = workload.variables()
   batch = jax.device_put(workload.batch)
   turns, planned = {}, {}
@@ -98,9 +97,7 @@ def _options() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    "--workload", choices=workloads.NAMES, default=workloads.NAMES[0]
-  )
+  workloads.add_options(parser)
   parser.add_argument("--rounds", type=int, default=30)
   parser.add_argument("--warmup", type=int, default=3, help="rounds not kept")
   parser.add_argument(
@@ -108,16 +105,6 @@ def _options() -> argparse.Namespace:
     type=int,
     default=1,
     help="steps of a method in a round; more where one is a few milliseconds",
-  )
-  parser.add_argument("--batch-size", type=int)
-  parser.add_argument("--length", type=int)
-  parser.add_argument(
-    "--remat", choices=remat.CHOICES, default="dots", help="of decoders"
-  )
-  parser.add_argument(
-    "--unrolled",
-    action="store_true",
-    help="layers of decoders written out, and not in a scan",
   )
   parser.add_argument("--out", type=pathlib.Path)
   parser.add_argument(
@@ -144,16 +131,6 @@ def _names(options: argparse.Namespace) -> tuple[str, ...]:
   if options.methods:
     return tuple(options.methods)
   return variants.ALL if options.all_methods else variants.NAMES
-
-
-def _workload(options: argparse.Namespace) -> workloads.Workload:
-  return workloads.build(
-    options.workload,
-    options.batch_size,
-    options.length,
-    options.remat,
-    not options.unrolled,
-  )
 
 
 def compiled_turn(
@@ -225,7 +202,7 @@ def _peaks(options: argparse.Namespace, cache: str) -> dict[str, int | None]:
 
 
 def _peak_bytes(options: argparse.Namespace) -> str:
-  workload = _workload(options)
+  workload = workloads.from_options(options)
   turn, _ = compiled_turn(
     options.memory_of,
     workload,

@@ -1,5 +1,6 @@
 """The models and batches that steps are timed on, by name."""
 
+import argparse
 from collections.abc import Callable
 import dataclasses
 import math
@@ -11,6 +12,7 @@ import numpy as np
 
 from train.data.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from train.models import load
+from train.models import remat as remat_lib
 from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
 
@@ -109,6 +111,32 @@ def build(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   )
   return of_decoder(model, variables, batch_size or 8, length or 1024)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+  """The options that `from_options` reads."""
+  parser.add_argument("--workload", choices=NAMES, default=NAMES[0])
+  parser.add_argument("--batch-size", type=int)
+  parser.add_argument("--length", type=int)
+  parser.add_argument(
+    "--remat", choices=remat_lib.CHOICES, default="dots", help="of decoders"
+  )
+  parser.add_argument(
+    "--unrolled",
+    action="store_true",
+    help="layers of decoders written out, and not in a scan",
+  )
+
+
+def from_options(options: argparse.Namespace) -> Workload:
+  """The workload that a command line asks for."""
+  return build(
+    options.workload,
+    options.batch_size,
+    options.length,
+    options.remat,
+    not options.unrolled,
+  )
 
 
 def of_decoder(

@@ -104,8 +104,7 @@ def keep_in_ball(
     not start at 0. The same holds where c is infinite.
 
   .. note::
-    Norms are right for entries from 1e-30 to 1e30, except that beside other
-    nodes a pair counts as zero if one of its factors is below 1e-19 throughout.
+    Norms are right for entries from 1e-30 to 1e30, of lopsided pairs too.
     After an update c is at most `rho * (1 + 1e-6)`, unless the parameters
     before it were far outside of the ball: Optax adds updates, and their sum
     has the rounding of what they are added to.

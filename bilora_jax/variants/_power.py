@@ -43,9 +43,9 @@ def power_ascent(
 
   with one constant over all pairs, so that :math:`W'` is the direction in
   which the linearised loss rises most, among those in the spans. The new factor
-  is then made the orthonormal one. Where the
-  gradient stays, this is block power iteration: from almost any start
-  :math:`W'` tends to :math:`G_r`, the gradient's best rank-r approximation, as
+  is then made the orthonormal one. Where the gradient stays, this is block
+  power iteration: from almost any start :math:`W'` tends to :math:`G_r`, the
+  gradient's best rank-r approximation, as
   :math:`(\sigma_{r+1} / \sigma_r)^t` in each layer, and in the ball to
   :math:`\rho\, G_r / \|G_r\|_F` with one norm over all layers, which is what
   proposition 3 is about. Both factors at once, as in gradient ascent, would

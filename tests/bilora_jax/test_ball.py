@@ -267,6 +267,19 @@ def test_what_stays_in_the_ball_is_left_to_the_bit():
     np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_lopsided_pair_beside_another_counts_in_full(size):
+  tree = {"x": pair(0, a=size, b=1 / size), "y": pair(1)}
+  _, state = projected(tree)
+  wanted = np.sqrt(
+    sum(
+      np.sum((x.scale * np.float64(x.a) @ np.float64(x.b)) ** 2)
+      for x in tree.values()
+    )
+  )
+  assert state.auxiliary_norm == pytest.approx(wanted, rel=1e-6)
+
+
 def test_no_step_waits_for_a_branch():
   # On a GPU the host takes a branch, and waits for the device to know which.
   adapters, _ = problems.make(problems.SMALL)
