@@ -52,7 +52,7 @@ def counted():
 
 
 def _params(**kwargs):
-  config, found, _ = decoder_cases.load(NAME)
+  config, found, *_ = decoder_cases.load(NAME)
   return decoder_weights.params(config, found, **kwargs)
 
 

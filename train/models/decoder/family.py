@@ -54,7 +54,7 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 def _kind(model: decoder.Decoder) -> Kind:
   return Kind(
-    "Qwen2ForCausalLM" if model.config.qkv_bias else "LlamaForCausalLM",
+    model.config.architecture,
     dict(weights.modules(model.config, model.scan)),
     "model.",
     "CAUSAL_LM",

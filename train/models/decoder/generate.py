@@ -90,6 +90,7 @@ def _generate(
   # The last token is returned without being run.
   slots = jnp.arange(length + count - 1)
   real_BxS = jnp.pad(mask, ((0, 0), (0, count - 1)), constant_values=True)
+  places_BxS = jnp.maximum(jnp.cumsum(real_BxS, 1) - 1, 0)
 
   def run(tokens, positions, columns, cache, last):
     # What is real and not later; padding sees itself, so that its softmax is
@@ -102,6 +103,7 @@ def _generate(
       cache,
       columns[0],
       last,
+      places_BxS,
       method="decode",
     )
 
@@ -110,7 +112,7 @@ def _generate(
 
   logits_BxV, cache = run(
     tokens,
-    jnp.maximum(jnp.cumsum(mask, 1) - 1, 0),
+    places_BxS[:, :length],
     slots[:length],
     decoder.empty_cache(model, batch, slots.size),
     length - 1 - jnp.argmax(mask[:, ::-1], 1),

@@ -101,8 +101,13 @@ def _plan(
   parts: list[tuple[stored.Path, str, tuple[int, ...]]] = []
   for path, shape in denses.items():
     parts.append(((*path, "kernel"), "weight", shape))
-    if config.qkv_bias and path[-1] in ("q_proj", "k_proj", "v_proj"):
+    if _has_bias(config, path[-1]):
       parts.append(((*path, "bias"), "bias", shape[:1]))
+  if config.qk_norm:
+    parts += [
+      (("self_attn", name, "scale"), "weight", (config.head_dim,))
+      for name in ("q_norm", "k_norm")
+    ]
   parts += [
     ((name, "scale"), "weight", (width,))
     for name in ("input_layernorm", "post_attention_layernorm")
@@ -131,3 +136,9 @@ def _plan(
       source = stored.Source((names[i],), shape, transposed, False)
       plan[f"layers_{i}", *path] = source
   return plan
+
+
+def _has_bias(config: DecoderConfig, module: str) -> bool:
+  if module in ("q_proj", "k_proj", "v_proj"):
+    return config.qkv_bias
+  return config.out_bias if module == "o_proj" else config.mlp_bias
