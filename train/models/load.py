@@ -109,6 +109,7 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     text_tokenizer=text_tokenizer,
     pad_id=model.pad_id if model.pad_id is not None else eos_id or 0,
     eos_id=eos_id,
+    stop_ids=() if eos_id is None else (eos_id,),
     template=templates.Template(
       model.chat_template or templates.PLAIN, text(model.bos_id), text(eos_id)
     ),

@@ -209,8 +209,12 @@ def test_a_row_that_has_ended_stays_ended():
   tokens = np.array([[0, 2], [4, 0], [7, 5]])
   mask = np.array([[1, 1], [1, 0], [1, 1]])
   model = decoder.Decoder(TINY)
-  new = generate.generate(model, _counting, tokens, mask, 5, eos_id=5)
+  new = generate.generate(model, _counting, tokens, mask, 5, stop_ids=(5,))
   want = [[3, 4, 5, 5, 5], [5, 5, 5, 5, 5], [6, 7, 8, 9, 10]]
+  np.testing.assert_array_equal(new, want)
+  # Each row ends with its own token, also where the others have all ended.
+  new = generate.generate(model, _counting, tokens, mask, 5, stop_ids=(4, 5, 7))
+  want = [[3, 4, 4, 4, 4], [5, 5, 5, 5, 5], [6, 7, 7, 7, 7]]
   np.testing.assert_array_equal(new, want)
   new = generate.generate(model, _counting, tokens, mask, 2)
   np.testing.assert_array_equal(new, [[3, 4], [5, 6], [6, 7]])

@@ -14,11 +14,14 @@ from .config import MODEL_TYPE, T5Config
 
 
 def _complete(found: Pretrained) -> Pretrained:
+  config, notes = weights.with_own_head(found.config, found.tensors)
   return dataclasses.replace(
     found,
-    config=weights.with_own_head(found.config, found.tensors),
-    pad_id=found.config.pad_id,
-    eos_id=found.config.eos_id,
+    config=config,
+    pad_id=config.pad_id,
+    eos_id=config.eos_id,
+    stop_ids=(config.eos_id,),
+    notes=notes,
   )
 
 
