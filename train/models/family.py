@@ -310,7 +310,7 @@ class Pretrained:
       tensors: from `tensors_of`.
       labels: of a new head.
     """
-    gone = ("dtype", "_name_or_path", "num_labels")
+    gone = ("dtype", "_name_or_path", "num_labels", "quantization_config")
     config = {k: v for k, v in self.hf_config.items() if k not in gone}
     config |= {
       "architectures": [self.kind(model).architecture],

@@ -61,12 +61,11 @@ def open_pretrained(
 
 def _open_folder(folder: pathlib.Path) -> Pretrained:
   hf_config = weights.read_config(folder)
-  quantised.refuse_config(folder, hf_config)
+  dequantise = quantised.reader(folder, hf_config)
   found = _opened(folder, hf_config, folder / "config.json")
   if found.family.reads == "texts":
     token_ids.check_folder(folder, found.config.vocab_size)
-  stored = tensors.open_safetensors(folder)
-  quantised.refuse_tensors(folder, stored)
+  stored = dequantise(folder, tensors.open_safetensors(folder))
   text_tokenizer = None
   if found.family.reads == "texts":
     has_own = checked.is_file(folder / tokenizers_.FILE)
