@@ -66,7 +66,7 @@ def test_a_head_of_its_own_is_not_scaled(keys):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "bert"}, "model_type must be 't5', got 'bert'"),
+    ({"model_type": "bert"}, "model_type must be one of t5, mt5, got 'bert'"),
     ({"d_kv": 0}, "d_kv must be a positive integer, got 0"),
     ({"num_heads": True}, "num_heads must be a positive integer, got True"),
     ({"layer_norm_epsilon": 0.0}, "must be a positive number, got 0.0"),
@@ -187,3 +187,16 @@ def test_config_files_of_the_references_say_what_they_are():
     text = (t5_cases.DATA / name / "config.json").read_text()
     config = t5_config.T5Config.from_hf(json.loads(text))
     assert config.tied is config.scaled is release
+
+
+def test_an_mt5_is_never_scaled_whatever_its_file_says_of_its_head():
+  # As published, as transformers 5 writes it, and silent.
+  for said in (
+    {"tie_word_embeddings": False},
+    {"tie_word_embeddings": True},
+    {},
+  ):
+    config = t5_config.T5Config.from_hf({**BASE, "model_type": "mt5", **said})
+    assert not config.scaled
+    head = {"lm_head.weight": np.zeros((1, 1))}
+    assert not t5_weights.with_own_head(config, head)[0].tied
