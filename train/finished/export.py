@@ -21,7 +21,7 @@ from ..models.io import weights
 from . import card, hub
 from .finished import Finished, open_run
 
-# Beside the weights, what transformers makes a tokenizer of.
+# Beside the weights, what transformers makes a tokenizer or a processor of.
 _TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -33,6 +33,7 @@ _TOKENIZER = (
   "spiece.model",
   "chat_template.jinja",
   "generation_config.json",
+  "preprocessor_config.json",
 )
 _SHARD = 2 * 10**9  # bytes
 _WRITTEN = ("adapter_config.json", "config.json")

@@ -63,7 +63,9 @@ class Family:
 
   A classifier that answers by a new head has it as its module `head`, a
   `Dense` from the config's `hidden_size` to the model's `num_classes`. A
-  language model has the head that it came with.
+  language model has the head that it came with. The config of a family that
+  reads images has `patch_size`, `grid`, `side`, `mean` and `deviation`, as
+  `vit.config.VitConfig` has them.
 
   Attributes:
     name: as sentences have it: 'BERT'.
