@@ -186,14 +186,19 @@ def _told(run: Finished) -> str:
 
 
 def _text(run: Finished) -> str:
+  pooled = (
+    "# What was trained are the logits of the first token.\n"
+    "logits = logits[0]\n"
+    if run.pretrained.kind(run.model).first
+    else "# The mean over the tokens is what was trained.\n"
+    "logits = logits.mean(0)\n"
+  )
   texts = ", ".join(map(repr, _examples(run)))
   return (
     f"batch = tokenizer({texts}, return_tensors='pt', truncation=True,\n"
     f"                  max_length={run.config.data.max_length})\n"
     "with torch.no_grad():\n"
-    "  logits = model(**batch).logits[0]\n"
-    "# The mean over the tokens is what was trained.\n"
-    "logits = logits.mean(0)\n" + _told(run)
+    "  logits = model(**batch).logits[0]\n" + pooled + _told(run)
   )
 
 

@@ -1,10 +1,9 @@
 """BERT encoder and classifier in Flax Linen.
 
-Shapes: B batch, L length, N = B·L tokens, D width, H heads, K = D/H.
+Shapes: B batch, L length, N = B·L tokens, D width, E width of the embeddings,
+H heads, K = D/H.
 """
 
-import collections.abc
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,27 +13,8 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
-from ... import options
-from .. import attention, remat
-
-_ACTIVATIONS: dict[str, collections.abc.Callable[[jax.Array], jax.Array]] = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-  "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "relu": jax.nn.relu,
-}
-
-# Field of BertConfig -> key of Hugging Face's config.json.
-_HF_KEYS = {
-  "vocab_size": "vocab_size",
-  "hidden_size": "hidden_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "intermediate_size": "intermediate_size",
-  "max_positions": "max_position_embeddings",
-  "type_vocab_size": "type_vocab_size",
-  "layer_norm_eps": "layer_norm_eps",
-}
+from .. import activations, attention, pooling, remat
+from .config import BertConfig as BertConfig
 
 # Module -> names of its kernel's or embedding's axes.
 _AXES = {
@@ -44,94 +24,12 @@ _AXES = {
   "attention_out": ("heads", "embed"),
   "intermediate": ("embed", "mlp"),
   "output": ("mlp", "embed"),
+  "projection": (None, "embed"),
   "head": ("embed", None),
   "word": ("vocab", None),
   "position": ("vocab", None),
   "token_type": ("vocab", None),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-  """Sizes of a BERT encoder (Devlin et al., NAACL 2019, section 3).
-
-  Raises:
-    ValueError: a size is not a positive integer, the heads do not divide the
-      width, or the activation is not one of those implemented.
-  """
-
-  vocab_size: int
-  hidden_size: int
-  num_layers: int
-  num_heads: int
-  intermediate_size: int
-  max_positions: int = 512
-  type_vocab_size: int = 2
-  layer_norm_eps: float = 1e-12
-  hidden_act: str = "gelu"
-
-  def __post_init__(self):
-    for field, key in _HF_KEYS.items():
-      value = getattr(self, field)
-      if field == "layer_norm_eps":
-        if not options.fits(value, float) or value <= 0:
-          raise ValueError(
-            f"{key} must be a positive number, got {options.shown(value)}."
-          )
-      elif not options.fits(value, int) or value < 1:
-        raise ValueError(
-          f"{key} must be a positive integer, got {options.shown(value)}."
-        )
-    if self.hidden_size % self.num_heads:
-      raise ValueError(
-        f"hidden_size must be a multiple of num_attention_heads, got "
-        f"{self.hidden_size} and {self.num_heads}."
-      )
-    if self.hidden_act not in tuple(_ACTIVATIONS):
-      raise ValueError(
-        f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got "
-        f"{options.shown(self.hidden_act)}."
-      )
-
-  @property
-  def head_size(self) -> int:
-    """K, the width of a head."""
-    return self.hidden_size // self.num_heads
-
-  @classmethod
-  def from_hf(cls, config: collections.abc.Mapping[str, Any]) -> "BertConfig":
-    """The configuration that a Hugging Face config.json describes.
-
-    Args:
-      config: the decoded JSON object.
-
-    Raises:
-      ValueError: a key is missing or has a value that this encoder does not
-        implement (another model_type, relative positions, a decoder).
-    """
-    if config.get("model_type") != "bert":
-      raise ValueError(
-        "model_type must be 'bert', got "
-        f"{options.shown(config.get('model_type'))}."
-      )
-    missing = [key for key in _HF_KEYS.values() if key not in config]
-    if missing:
-      raise ValueError(f"The BERT configuration lacks {', '.join(missing)}.")
-    position = config.get("position_embedding_type", "absolute")
-    if position != "absolute":
-      raise ValueError(
-        "position_embedding_type must be 'absolute', got "
-        f"{options.shown(position)}."
-      )
-    if config.get("is_decoder") not in (False, None):
-      raise ValueError(
-        "is_decoder must be false: this BERT is an encoder, without a causal "
-        f"mask. Got {options.shown(config['is_decoder'])}."
-      )
-    return cls(
-      **{field: config[key] for field, key in _HF_KEYS.items()},
-      hidden_act=config.get("hidden_act", "gelu"),
-    )
 
 
 class Bert(nn.Module):
@@ -162,7 +60,8 @@ class Bert(nn.Module):
     Args:
       tokens: token ids, int (B, L).
       mask: 1 or True at a real token, 0 or False at padding, (B, L).
-      token_types: segment ids, int (B, L); None is all zeros.
+      token_types: segment ids, int (B, L); None is all zeros. They are not
+        looked at where the model has no segments.
 
     Returns:
       (B, L, D) in the compute dtype. What stands at padding is finite and
@@ -193,15 +92,15 @@ class Bert(nn.Module):
 
 
 class BertClassifier(nn.Module):
-  """BERT with a linear head on the mean hidden state of the real tokens.
+  """BERT with a linear head on the pooled hidden states of the real tokens.
 
-  As sentence-transformers pools MiniLM.
+  By the mean, or as the config's `pooling` says.
 
   Attributes:
     config: the sizes.
     num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. The mean and the head
-      are float32.
+    dtype: compute dtype of the encoder; None is float32. The pooling and the
+      head are float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -229,15 +128,13 @@ class BertClassifier(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """The mean hidden states without the head, float32 (B, D).
+    """The pooled hidden states without the head, float32 (B, D).
 
     Call as `model.apply(variables, tokens, mask, method="features")`. That of a
     row of padding is zeros.
     """
-    x_BxLxD = self.encoder(tokens, mask, token_types).astype(jnp.float32)
-    mask_BxLx1 = mask.astype(bool)[..., None].astype(jnp.float32)
-    count_Bx1 = jnp.maximum(mask_BxLx1.sum(1), 1.0)
-    return (x_BxLxD * mask_BxLx1).sum(1) / count_Bx1
+    x_BxLxD = self.encoder(tokens, mask, token_types)
+    return pooling.pooled(x_BxLxD, mask, self.config.pooling)
 
 
 def logical_axes(variables: Any) -> Any:
@@ -273,15 +170,30 @@ class _Embeddings(nn.Module):
     c = self.config
     embed = functools.partial(
       nn.Embed,
-      features=c.hidden_size,
+      features=c.embedding_width,
       embedding_init=nn.initializers.normal(0.02),
     )
     x = embed(c.vocab_size, name="word")(tokens)
-    x += embed(c.type_vocab_size, name="token_type")(token_types)
-    positions = jnp.arange(tokens.shape[1])
-    x += embed(c.max_positions, name="position")(positions)
-    x = x.reshape(-1, c.hidden_size)
-    return _norm(c, "norm")(x).astype(self.dtype or jnp.float32)
+    if c.type_vocab_size is not None:
+      x += embed(c.type_vocab_size, name="token_type")(token_types)
+    x += embed(c.max_positions, name="position")(_positions(c, tokens))
+    x_NxE = x.reshape(-1, c.embedding_width)
+    dtype = self.dtype or jnp.float32
+    x_NxE = _norm(c, "norm")(x_NxE).astype(dtype)
+    if c.embedding_size is None:
+      return x_NxE
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(
+      c.hidden_size, dtype=dtype, kernel_init=init, name="projection"
+    )(x_NxE)
+
+
+def _positions(config: BertConfig, tokens: jax.Array) -> jax.Array:
+  """Rows of the embedding of positions, int (L,), or (B, L) by the tokens."""
+  if config.padding_id is None:
+    return jnp.arange(tokens.shape[1])
+  real_BxL = (tokens != config.padding_id).astype(jnp.int32)
+  return config.padding_id + jnp.cumsum(real_BxL, 1) * real_BxL
 
 
 class _Layer(nn.Module):
@@ -311,7 +223,7 @@ class _Layer(nn.Module):
     x_NxD = self._residual("attention_norm", x_NxD, y_NxD)
 
     y_NxF = dense(c.intermediate_size, name="intermediate")(x_NxD)
-    y_NxF = _ACTIVATIONS[c.hidden_act](y_NxF)
+    y_NxF = activations.BY_NAME[c.hidden_act](y_NxF)
     y_NxD = dense(c.hidden_size, name="output")(y_NxF)
     return self._residual("output_norm", x_NxD, y_NxD)
 
@@ -347,8 +259,8 @@ def _check_shapes(
       f"token_types must have the shape of tokens, {tokens.shape}, got "
       f"{token_types.shape}."
     )
-  if tokens.shape[1] > config.max_positions:
+  if tokens.shape[1] > config.longest:
     raise ValueError(
-      f"tokens must be at most {config.max_positions} long, the positions "
+      f"tokens must be at most {config.longest} long, the positions "
       f"this BERT has learned, got {tokens.shape[1]}."
     )

@@ -1,0 +1,64 @@
+"""What the families of encoders of texts have in common."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import pooling
+from .family import Kind, Pretrained
+from .io import tokenizer
+
+
+def complete(found: Pretrained) -> Pretrained:
+  """Adds how the folder pools, and the token that pads."""
+  how = pooling.of(found.path, found.hf_config)
+  return dataclasses.replace(
+    found,
+    config=dataclasses.replace(found.config, pooling=how),
+    pad_id=tokenizer.pad_id(found.tokenizer),
+  )
+
+
+def example_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Shapes of tokens and of their mask."""
+  del config
+  return (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2
+
+
+def token_classifier(
+  architecture: str, names: Mapping[str, Any], prefix: str, how: str
+) -> Kind:
+  """A classifier of tokens in transformers, of which ours is a part.
+
+  Its logits, pooled as our hidden states are, are ours, for a linear head and a
+  mean may change places.
+
+  Args:
+    architecture: its class.
+    names: from paths of the encoder's kernels to modules.
+    prefix: of the encoder.
+    how: our model pools; one of `pooling.CHOICES`.
+
+  Raises:
+    ValueError: if it pools by the maximum, which is not linear.
+  """
+  if how == "max":
+    raise ValueError(
+      "transformers has no classifier that pools by the maximum of the hidden "
+      "states, as this model's sentence-transformers configuration says."
+    )
+  heads = dict.fromkeys(("head/kernel", "head/bias"), "classifier")
+  return Kind(
+    architecture, {**names, **heads}, prefix, "TOKEN_CLS", first=how == "cls"
+  )
+
+
+def head(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """The tensors of a classifier's new head."""
+  return {
+    "classifier.weight": np.asarray(params["head"]["kernel"]).T,
+    "classifier.bias": np.asarray(params["head"]["bias"]),
+  }
