@@ -9,7 +9,8 @@ import numpy as np
 
 from . import pooling
 from .family import Kind, Pretrained
-from .io import tokenizer
+from .io import tensors as tensors_
+from .io import tokenizer, weights
 
 
 def complete(found: Pretrained) -> Pretrained:
@@ -62,3 +63,38 @@ def head(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     "classifier.weight": np.asarray(params["head"]["kernel"]).T,
     "classifier.bias": np.asarray(params["head"]["bias"]),
   }
+
+
+def by_full_name(
+  tensors: Mapping[str, tensors_.Tensor],
+  prefix: str,
+  parts: tuple[str, ...],
+  model: str,
+) -> dict[str, tensors_.Tensor]:
+  """Tensors of an encoder by the names that a classifier's folder has.
+
+  Bare models lack the prefix, and layer norms have the older names gamma and
+  beta.
+
+  Args:
+    tensors: by name.
+    prefix: of the encoder.
+    parts: what names of a bare model's tensors begin with.
+    model: its name for the sentence.
+
+  Raises:
+    WeightsError: if one is there by two names.
+  """
+  found: dict[str, str] = {}
+  for name in tensors:
+    full = prefix + name if name.startswith(parts) else name
+    for old, new in (("gamma", "weight"), ("beta", "bias")):
+      if full.endswith(f".LayerNorm.{old}"):
+        full = full.removesuffix(old) + new
+    other = found.setdefault(full, name)
+    if other != name:
+      raise weights.WeightsError(
+        f"The tensors do not fit the {model}'s configuration: {other} and "
+        f"{name} are two names of one."
+      )
+  return {full: tensors[name] for full, name in found.items()}

@@ -232,6 +232,17 @@ _REFUSED = [
   ("distilbert", {"activation": "silu"}, "hidden_act must be one of"),
   ("distilbert", {"dim": 0}, "dim must be a positive integer, got 0"),
   ("electra", {"embedding_size": "12"}, "embedding_size must be a positive"),
+  ("deberta", {"relative_attention": False}, "relative_attention must be true"),
+  ("deberta", {"talking_head": True}, "talking_head must be False"),
+  ("deberta", {"pos_att_type": "p2p"}, "pos_att_type must be a list of c2p"),
+  ("deberta", {"embedding_size": 12}, "embedding_size must be 24"),
+  ("deberta", {"type_vocab_size": -1}, "type_vocab_size must be a positive"),
+  ("deberta_v3", {"conv_kernel_size": 3}, "conv_kernel_size must be 0"),
+  ("deberta_v3", {"attention_head_size": 4}, "attention_head_size must be 8"),
+  ("deberta_v3", {"norm_rel_ebd": "rms"}, "norm_rel_ebd must be 'none' or"),
+  ("deberta_v3", {"position_buckets": 96}, "position_buckets must be at least"),
+  ("deberta_v3", {"max_relative_positions": 1.5}, "must be an integer"),
+  ("deberta_v3", {"hidden_act": "mish"}, "hidden_act must be one of"),
 ]
 
 

@@ -13,23 +13,10 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
-from .. import activations, attention, pooling, remat
+from .. import attention, encoder_layers, pooling, remat
 from .config import BertConfig as BertConfig
 
-# Module -> names of its kernel's or embedding's axes.
-_AXES = {
-  "query": ("embed", "heads"),
-  "key": ("embed", "heads"),
-  "value": ("embed", "heads"),
-  "attention_out": ("heads", "embed"),
-  "intermediate": ("embed", "mlp"),
-  "output": ("mlp", "embed"),
-  "projection": (None, "embed"),
-  "head": ("embed", None),
-  "word": ("vocab", None),
-  "position": ("vocab", None),
-  "token_type": ("vocab", None),
-}
+_AXES = {**encoder_layers.AXES, "projection": (None, "embed")}
 
 
 class Bert(nn.Module):
@@ -70,7 +57,9 @@ class Bert(nn.Module):
     Raises:
       ValueError: a shape is wrong, or L exceeds the learned positions.
     """
-    _check_shapes(self.config, tokens, mask, token_types)
+    encoder_layers.check_shapes(
+      tokens, mask, token_types, self.config.longest, "BERT"
+    )
     if token_types is None:
       token_types = jnp.zeros_like(tokens)
     x_NxD = _Embeddings(self.config, self.dtype, name="embeddings")(
@@ -138,25 +127,8 @@ class BertClassifier(nn.Module):
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a classifier's variables: embed, heads, mlp or none.
-
-  Vectors of width D have none: it costs more to gather than to keep them.
-
-  Args:
-    variables: of `BertClassifier`; shapes are enough.
-
-  Returns:
-    A tree like `variables` of `jax.sharding.PartitionSpec`.
-  """
-
-  def of(path, x):
-    module, leaf = path[-2].key, path[-1].key
-    names = _AXES.get(module, (None,) * x.ndim)
-    if leaf == "bias":
-      names = tuple(name if name != "embed" else None for name in names[-1:])
-    return jax.sharding.PartitionSpec(*names)
-
-  return jax.tree_util.tree_map_with_path(of, variables)
+  """Names of the axes of a classifier's variables; see `encoder_layers`."""
+  return encoder_layers.logical_axes(variables, _AXES)
 
 
 class _Embeddings(nn.Module):
@@ -179,13 +151,10 @@ class _Embeddings(nn.Module):
     x += embed(c.max_positions, name="position")(_positions(c, tokens))
     x_NxE = x.reshape(-1, c.embedding_width)
     dtype = self.dtype or jnp.float32
-    x_NxE = _norm(c, "norm")(x_NxE).astype(dtype)
+    x_NxE = encoder_layers.norm(c.layer_norm_eps, "norm")(x_NxE).astype(dtype)
     if c.embedding_size is None:
       return x_NxE
-    init = nn.initializers.normal(0.02)
-    return nn.Dense(
-      c.hidden_size, dtype=dtype, kernel_init=init, name="projection"
-    )(x_NxE)
+    return encoder_layers.dense(c.hidden_size, dtype, "projection")(x_NxE)
 
 
 def _positions(config: BertConfig, tokens: jax.Array) -> jax.Array:
@@ -207,60 +176,13 @@ class _Layer(nn.Module):
   def __call__(self, x_NxD: jax.Array, seen: attention.Seen) -> jax.Array:
     c = self.config
     dtype = self.dtype or jnp.float32
-    dense = functools.partial(
-      nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02)
-    )
 
     def heads(name: str) -> jax.Array:
-      y_NxD = dense(c.hidden_size, name=name)(x_NxD)
+      y_NxD = encoder_layers.dense(c.hidden_size, dtype, name)(x_NxD)
       return y_NxD.reshape(-1, self.length, c.num_heads, c.head_size)
 
     y_BxLxHxK = attention.attention(
       heads("query"), heads("key"), heads("value"), seen
     )
     y_NxD = y_BxLxHxK.reshape(-1, c.hidden_size)
-    y_NxD = dense(c.hidden_size, name="attention_out")(y_NxD)
-    x_NxD = self._residual("attention_norm", x_NxD, y_NxD)
-
-    y_NxF = dense(c.intermediate_size, name="intermediate")(x_NxD)
-    y_NxF = activations.BY_NAME[c.hidden_act](y_NxF)
-    y_NxD = dense(c.hidden_size, name="output")(y_NxF)
-    return self._residual("output_norm", x_NxD, y_NxD)
-
-  def _residual(self, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    total = x.astype(jnp.float32) + y.astype(jnp.float32)
-    return _norm(self.config, name)(total).astype(x.dtype)
-
-
-def _norm(config: BertConfig, name: str) -> nn.LayerNorm:
-  # The fast variance, E[x²] - E[x]², cancels where the mean is large.
-  return nn.LayerNorm(
-    epsilon=config.layer_norm_eps,
-    dtype=jnp.float32,
-    use_fast_variance=False,
-    name=name,
-  )
-
-
-def _check_shapes(
-  config: BertConfig,
-  tokens: jax.Array,
-  mask: jax.Array,
-  token_types: jax.Array | None,
-) -> None:
-  if tokens.ndim != 2:
-    raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
-  if mask.shape != tokens.shape:
-    raise ValueError(
-      f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}."
-    )
-  if token_types is not None and token_types.shape != tokens.shape:
-    raise ValueError(
-      f"token_types must have the shape of tokens, {tokens.shape}, got "
-      f"{token_types.shape}."
-    )
-  if tokens.shape[1] > config.longest:
-    raise ValueError(
-      f"tokens must be at most {config.longest} long, the positions "
-      f"this BERT has learned, got {tokens.shape[1]}."
-    )
+    return encoder_layers.after_attention(c, x_NxD, y_NxD)

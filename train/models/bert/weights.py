@@ -8,7 +8,8 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import stored, weights
+from .. import encoders
+from ..io import stored
 from ..io import tensors as tensors_
 from .config import BertConfig
 
@@ -218,21 +219,5 @@ def _by_full_name(
   config: BertConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, tensors_.Tensor]:
   theirs = _NAMES[config.model_type]
-  found: dict[str, str] = {}
-  for name in tensors:
-    other = found.setdefault(_full_name(theirs, name), name)
-    if other != name:
-      raise weights.WeightsError(
-        f"The tensors do not fit the {theirs.model}'s configuration: {other} "
-        f"and {name} are two names of one."
-      )
-  return {full: tensors[name] for full, name in found.items()}
-
-
-def _full_name(theirs: _Names, name: str) -> str:
-  if name.startswith((_EMBEDDINGS, _PROJECTION, theirs.layers)):
-    name = theirs.prefix + name
-  for old, new in (("gamma", "weight"), ("beta", "bias")):
-    if name.endswith(f".LayerNorm.{old}"):
-      name = name.removesuffix(old) + new
-  return name
+  parts = (_EMBEDDINGS, _PROJECTION, theirs.layers)
+  return encoders.by_full_name(tensors, theirs.prefix, parts, theirs.model)
