@@ -16,11 +16,12 @@ DATA = pathlib.Path(__file__).with_name("data")
 NAMES = (
   *("roberta", "xlm_roberta", "distilbert", "electra"),
   *("deberta", "deberta_v2", "deberta_v3"),
+  "modernbert",
 )
 # Without their tokenizer.json, these need a package that CI has not.
 SENTENCE_PIECE = {"xlm_roberta", "deberta_v2", "deberta_v3"}
 # Of these the program makes runs: one of each way to compute.
-RUN = ("electra", "deberta_v3")
+RUN = ("electra", "deberta_v3", "modernbert")
 LABELS = 3
 
 

@@ -3,14 +3,12 @@
 import json
 
 import encoder_cases
-import jax
 import numpy as np
 import outcomes
 import pytest
 from safetensors import numpy as st_numpy
 
 from train import __main__ as program
-from train.finished import finished
 from train.models import load
 
 
@@ -25,9 +23,16 @@ def ended(request, run, tmp_path_factory):
   return request.param, folder
 
 
-def _export(folder, out, *more):
-  options = ["--run", str(folder), "--out", str(out), *more]
-  assert program.main(["export", *options]) == 0
+@pytest.fixture(scope="module")
+def exported(ended, tmp_path_factory):
+  """The case's tensors, and folders with the run's adapters and its model."""
+  name, folder = ended
+  out = tmp_path_factory.mktemp("exported")
+  for part, more in (("adapter", []), ("model", ["--merged"])):
+    options = ["--run", str(folder), "--out", str(out / part), *more]
+    assert program.main(["export", *options]) == 0
+  stored = encoder_cases.DATA / name / "model.safetensors"
+  return st_numpy.load_file(stored), out
 
 
 def test_two_steps_move_every_adapter(ended):
@@ -39,46 +44,47 @@ def test_two_steps_move_every_adapter(ended):
     assert np.abs(factor).max() > 0, name
 
 
-def test_exported_adapters_are_of_modules_of_transformers(ended, tmp_path):
-  name, folder = ended
-  _export(folder, tmp_path / "adapter")
-  found = st_numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-  # A folder that transformers wrote, of a classifier.
-  stored = st_numpy.load_file(encoder_cases.DATA / name / "model.safetensors")
-  for key, value in found.items():
-    module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-    if part == "A.weight":
-      assert value.shape[1] == stored[f"{module}.weight"].shape[1]
-    elif part == "B.weight":
-      assert value.shape[0] == stored[f"{module}.weight"].shape[0]
-    else:
-      assert module in ("classifier.weight", "classifier.bias")
-
-
-def test_a_merged_model_computes_what_the_run_did(ended, tmp_path):
-  name, folder = ended
-  _export(folder, tmp_path / "model", "--merged")
-  case = encoder_cases.load_case(name)
-  stored = st_numpy.load_file(encoder_cases.DATA / name / "model.safetensors")
-  found = st_numpy.load_file(tmp_path / "model" / "model.safetensors")
-  assert {*found} == {*stored}
-  config = json.loads((tmp_path / "model" / "config.json").read_text())
-  assert (
-    config["architectures"]
-    == json.loads((encoder_cases.DATA / name / "config.json").read_text())[
-      "architectures"
-    ]
-  )
-  merged = load.open_pretrained(str(tmp_path / "model"))
-  ended_run = finished.open_run(str(folder))
-  model = merged.classifier(2)
-  variables = merged.variables(model)
-  variables["params"]["head"] = {
-    "kernel": found["classifier.weight"].T,
-    "bias": found["classifier.bias"],
+def test_a_merged_model_is_the_sum_of_transformers_tensors_and_of_pefts(
+  ended, exported
+):
+  stored, out = exported
+  merged = st_numpy.load_file(out / "model" / "model.safetensors")
+  assert {*merged} == {*stored}
+  config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+  scale = config["lora_alpha"] / config["r"]
+  adapter = {
+    name.removeprefix("base_model.model."): value
+    for name, value in st_numpy.load_file(
+      out / "adapter" / "adapter_model.safetensors"
+    ).items()
   }
-  wanted = jax.jit(ended_run.adapted.apply)(
-    ended_run.variables, ended_run.adapters, *case.inputs
-  )
-  got = jax.jit(model.apply)(variables, *case.inputs)
-  np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+  changed = set()
+  for name, value in merged.items():
+    module = name.removesuffix(".weight")
+    if name.startswith("classifier."):
+      np.testing.assert_array_equal(value, adapter.pop(name))
+      continue
+    wanted = stored[name]
+    if f"{module}.lora_A.weight" in adapter:
+      changed.add(name)
+      a, b = (adapter.pop(f"{module}.lora_{x}.weight") for x in "AB")
+      wanted = wanted + scale * b @ a
+    np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-6, err_msg=name)
+  # All that PEFT has was found, and every linear layer has some of it.
+  assert not adapter
+  names = load.open_pretrained(str(out / "model")).tensors
+  assert {*names} == {*stored}
+  case = encoder_cases.load_case(ended[0])
+  kernels = case.pretrained.kind(case.model).names.values()
+  assert changed == {f"{name}.weight" for name in kernels} - {
+    "classifier.weight"
+  }
+
+
+def test_an_exported_model_says_what_it_is(ended, exported):
+  name, (_, out) = ended[0], exported
+  wanted = json.loads((encoder_cases.DATA / name / "config.json").read_text())
+  found = json.loads((out / "model" / "config.json").read_text())
+  assert found["architectures"] == wanted["architectures"]
+  card = (out / "model" / "README.md").read_text()
+  assert ("logits.mean(0)" in card) == ("Token" in wanted["architectures"][0])

@@ -1,5 +1,6 @@
 """Encoders by their model_type: parity with transformers, tokens, refusals."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as st_numpy
 
+import bilora_jax
 from train.models import load, pooling
 from train.models.io import tensors, tokenizer, vocabulary, weights
+from train.models.modernbert import config as modernbert
 
 # Of float32, and hidden states of about 1.
 TOLERANCE = 1e-5
@@ -76,6 +79,19 @@ def test_names_for_peft_are_of_all_kernels_and_of_modules_that_are_there(case):
   assert own < {*case.pretrained.tensors}
 
 
+def test_every_axis_of_the_variables_has_a_name_or_none(case):
+  axes = case.pretrained.logical_axes(case.variables)
+  jax.tree.map(
+    lambda x, names: np.testing.assert_equal(len(names), x.ndim),
+    case.variables,
+    axes,
+  )
+  flat = traverse_util.flatten_dict(axes["params"]["encoder"])
+  # Weights of layers are split over devices along their inputs and outputs.
+  for path, names in flat.items():
+    assert path[-1] != "kernel" or {*names} & {"embed", "heads", "mlp"}, path
+
+
 def test_a_bare_model_without_the_prefix_is_read(case, tmp_path):
   kind = case.pretrained.kind(case.model)
   _copy(case, tmp_path)
@@ -85,7 +101,8 @@ def test_a_bare_model_without_the_prefix_is_read(case, tmp_path):
     if name.startswith(kind.prefix)
   }
   st_numpy.save_file(bare, tmp_path / "model.safetensors")
-  found = load.open_pretrained(str(tmp_path)).variables(case.model)
+  pretrained = load.open_pretrained(str(tmp_path))
+  found = pretrained.variables(pretrained.classifier(2))
   jax.tree.map(
     np.testing.assert_array_equal,
     found["params"]["encoder"],
@@ -130,6 +147,51 @@ def test_tensors_of_wrong_shapes_and_names_are_refused(case, tmp_path):
     f"{third}.lost has no place",
   ):
     assert part in str(error.value)
+
+
+def test_projections_that_positions_share_have_their_adapters_in_both_uses():
+  case = encoder_cases.load_case("deberta_v3")
+  spec = bilora_jax.LoraSpec(
+    rank=2, alpha=4.0, auxiliary_rank=0, targets=".*/(query|key)"
+  )
+  adapted = bilora_jax.adapt(case.model, spec, *case.inputs)
+  shapes = jax.eval_shape(adapted.init, jax.random.key(0), case.variables)
+  rng = np.random.default_rng(0)
+  adapters = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes
+  )
+  logits = jax.jit(adapted.apply)(case.variables, adapters, *case.inputs)
+  merged = adapted.merge(case.variables, adapters)
+  wanted = case._replace(variables=merged).apply(*case.inputs)[1]
+  np.testing.assert_allclose(logits, wanted, rtol=0, atol=TOLERANCE)
+  assert np.abs(wanted - case.apply(*case.inputs)[1]).max() > 0.1
+
+
+def test_a_modernbert_without_its_pretraining_s_head_pools_alone(tmp_path):
+  case = encoder_cases.load_case("modernbert")
+  _copy(case, tmp_path)
+  own = tensors.read_all(case.pretrained.tensors)
+  del own["head.dense.weight"], own["head.norm.weight"]
+  st_numpy.save_file(own, tmp_path / "model.safetensors")
+  _sentence_transformer(tmp_path, pooling_mode="cls")
+  pretrained = load.open_pretrained(str(tmp_path))
+  model = pretrained.classifier(2)
+  assert (model.config.prediction, model.config.pooling) == (False, "cls")
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *case.inputs)
+  assert set(shapes["params"]) == {"encoder", "head"}
+  with pytest.raises(ValueError, match=r"has no head\.dense\.weight"):
+    pretrained.kind(model)
+
+
+def test_a_modernbert_of_transformers_4_is_that_of_5():
+  hf = dict(encoder_cases.load_case("modernbert").pretrained.hf_config)
+  new = modernbert.ModernBertConfig.from_hf(hf)
+  assert [new.is_local(i) for i in range(3)] == [False, True, False]
+  del hf["layer_types"], hf["rope_parameters"]
+  hf |= {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+  assert modernbert.ModernBertConfig.from_hf(hf) == dataclasses.replace(
+    new, local_layers=None
+  )
 
 
 def test_texts_longer_than_the_positions_are_refused():
@@ -243,6 +305,23 @@ _REFUSED = [
   ("deberta_v3", {"position_buckets": 96}, "position_buckets must be at least"),
   ("deberta_v3", {"max_relative_positions": 1.5}, "must be an integer"),
   ("deberta_v3", {"hidden_act": "mish"}, "hidden_act must be one of"),
+  ("modernbert", {"attention_bias": True}, "attention_bias must be False"),
+  ("modernbert", {"classifier_pooling": "last"}, "pooling must be one of"),
+  ("modernbert", {"layer_types": ["full_attention"]}, "num_hidden_layers, 3"),
+  ("modernbert", {"layer_types": [[]]}, "layer_types must be a list of"),
+  ("modernbert", {"local_attention": 0}, "local_attention must be a positive"),
+  ("modernbert", {"num_attention_heads": 24}, "a multiple of twice"),
+  (
+    "modernbert",
+    {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+    "rope_type must be 'default'",
+  ),
+  ("modernbert", {"rope_parameters": [1]}, "rope_parameters must be an object"),
+  (
+    "modernbert",
+    {"rope_parameters": None, "rope_scaling": {"factor": 2.0}},
+    "rope_scaling must be null",
+  ),
 ]
 
 
