@@ -31,6 +31,8 @@ _TOKENIZER = (
   "vocab.json",
   "merges.txt",
   "spiece.model",
+  "sentencepiece.bpe.model",
+  "spm.model",
   "chat_template.jinja",
   "generation_config.json",
   "preprocessor_config.json",

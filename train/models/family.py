@@ -32,12 +32,15 @@ class Kind:
     names: from paths of kernels, and of the head, to modules; for `peft`.
     prefix: what the names of the bare model lack.
     task_type: PEFT's; None if it has none.
+    first: of a classifier of tokens, whether our logits are those of the first
+      token, and not the mean over all.
   """
 
   architecture: str
   names: dict[str, Any]
   prefix: str
   task_type: str | None
+  first: bool = False
 
 
 def _same(pretrained: "Pretrained") -> "Pretrained":

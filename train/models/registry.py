@@ -7,14 +7,19 @@ from flax import linen as nn
 
 from .. import options
 from .bert import family as bert
+from .deberta import family as deberta
 from .decoder import family as decoder
 from .family import Family
+from .modernbert import family as modernbert
 from .t5 import family as t5
 from .vit import family as vit
 
 _families = {
   family.name: family
-  for family in (bert.FAMILY, decoder.FAMILY, t5.FAMILY, vit.FAMILY)
+  for family in (
+    *(bert.FAMILY, deberta.FAMILY, modernbert.FAMILY),
+    *(decoder.FAMILY, t5.FAMILY, vit.FAMILY),
+  )
 }
 
 
