@@ -247,12 +247,12 @@ def _spec(case, **fields):
   )
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_peft_computes_with_our_folder_what_we_do(
-  case, tmp_path, rslora, auxiliary
+  case, tmp_path, how, auxiliary
 ):
-  case.adapt(_spec(case, rslora=rslora))
+  case.adapt(_spec(case, **({how: True} if how else {})))
   adapters = _random_adapters(case)
   kind = registry.of(case.model).kind_of(case.model)
   peft.save(
@@ -285,8 +285,8 @@ _TARGETS = {
 }
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
+def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
   base = _KINDS[case.name].from_pretrained(case.folder)
   kind = registry.of(case.model).kind_of(case.model)
   model = torch_peft.get_peft_model(
@@ -295,7 +295,8 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
       task_type=kind.task_type,
       r=3,
       lora_alpha=5,
-      use_rslora=rslora,
+      use_rslora=how == "rslora",
+      use_dora=how == "dora",
       target_modules=_TARGETS[case.name],
       rank_pattern={_TARGETS[case.name][0]: 2},
       alpha_pattern={_TARGETS[case.name][-1]: 4},
@@ -306,7 +307,7 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
   if case.name == "vit":
     _blind(model.classifier.modules_to_save.default)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   adapters = peft.load(tmp_path, case.adapted, kind.names)
   np.testing.assert_allclose(
@@ -319,7 +320,7 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   lora = torch_peft.LoraConfig(r=2, target_modules=_TARGETS[case.name][:2])
   model = torch_peft.get_peft_model(base, lora)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   kind = registry.of(case.model).kind_of(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)

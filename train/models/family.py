@@ -29,15 +29,17 @@ class Kind:
 
   Attributes:
     architecture: its class.
-    names: from paths of kernels, and of the head, to modules; for `peft`.
+    names: from paths of parameters, and of the head, to modules; for `peft`.
     prefix: what the names of the bare model lack.
     task_type: PEFT's; None if it has none.
+    idle: ends of names of modules that it lacks and computes the same without.
   """
 
   architecture: str
   names: dict[str, Any]
   prefix: str
   task_type: str | None
+  idle: tuple[str, ...] = ()
 
 
 def _same(pretrained: "Pretrained") -> "Pretrained":

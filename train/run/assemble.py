@@ -1,5 +1,6 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
+from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
@@ -128,7 +129,9 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       f"{optimisation.epochs:,} of {data.steps_per_epoch:,} steps each are "
       "more."
     )
-  method = method_of(config, model, inputs, steps, data.objective)
+  method = method_of(
+    config, model, inputs, steps, data.objective, pretrained.tensors
+  )
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
@@ -192,6 +195,7 @@ def method_of(
   inputs: tuple[Any, ...],
   steps: int,
   objective: Objective,
+  base: Mapping[str, Any] | None = None,
 ) -> methods.Method:
   """The method of a configuration, for a model; see `methods.method.build`."""
   return methods.build(
@@ -203,6 +207,7 @@ def method_of(
     steps,
     objective,
     config.model.quantised,
+    base,
   )
 
 

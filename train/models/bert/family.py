@@ -38,7 +38,9 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 def _kind(model: bert.BertClassifier) -> Kind:
   names = dict(weights.modules(model.config))
   names |= dict.fromkeys(("head/kernel", "head/bias"), "classifier")
-  return Kind("BertForTokenClassification", names, "bert.", "TOKEN_CLS")
+  # The mean of the last hidden states needs no pooler.
+  idle = ("pooler.dense",)
+  return Kind("BertForTokenClassification", names, "bert.", "TOKEN_CLS", idle)
 
 
 def _tensors(
