@@ -162,8 +162,10 @@ class Pretrained:
     text_tokenizer: without truncation and padding; None for images.
     pad_id: the token that pads.
     eos_id: the token that ends a turn or a text, if it has one.
+    stop_ids: all tokens that generation ends at, `eos_id` among them.
     template: of conversations; None if the family holds none.
     hf_config: the configuration as transformers has it, in its config.json.
+    notes: sentences for the user, of what was found in it.
   """
 
   path: pathlib.Path
@@ -173,8 +175,10 @@ class Pretrained:
   text_tokenizer: tokenizers.Tokenizer | None = None
   pad_id: int = 0
   eos_id: int | None = None
+  stop_ids: tuple[int, ...] = ()
   template: templates.Template | None = None
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -308,7 +312,7 @@ class Pretrained:
       tensors: from `tensors_of`.
       labels: of a new head.
     """
-    gone = ("dtype", "_name_or_path", "num_labels")
+    gone = ("dtype", "_name_or_path", "num_labels", "quantization_config")
     config = {k: v for k, v in self.hf_config.items() if k not in gone}
     config |= {
       "architectures": [self.kind(model).architecture],
@@ -348,7 +352,7 @@ class Pretrained:
 
     def answer(tokens, mask, key=None):
       return generate(
-        model, apply, tokens, mask, key=key, eos_id=self.eos_id, **sampling
+        model, apply, tokens, mask, key=key, stop_ids=self.stop_ids, **sampling
       )
 
     return answer

@@ -61,12 +61,11 @@ def open_pretrained(
 
 def _open_folder(folder: pathlib.Path) -> Pretrained:
   hf_config = weights.read_config(folder)
-  quantised.refuse_config(folder, hf_config)
+  dequantise = quantised.reader(folder, hf_config)
   found = _opened(folder, hf_config, folder / "config.json")
   if found.family.reads == "texts":
     token_ids.check_folder(folder, found.config.vocab_size)
-  stored = tensors.open_safetensors(folder)
-  quantised.refuse_tensors(folder, stored)
+  stored = dequantise(folder, tensors.open_safetensors(folder))
   text_tokenizer = None
   if found.family.reads == "texts":
     has_own = checked.is_file(folder / tokenizers_.FILE)
@@ -109,6 +108,7 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     text_tokenizer=text_tokenizer,
     pad_id=model.pad_id if model.pad_id is not None else eos_id or 0,
     eos_id=eos_id,
+    stop_ids=() if eos_id is None else (eos_id,),
     template=templates.Template(
       model.chat_template or templates.PLAIN, text(model.bos_id), text(eos_id)
     ),

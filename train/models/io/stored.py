@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any, Protocol
 
 from flax import traverse_util
@@ -215,6 +216,25 @@ def check(
       f"The tensors do not fit the {model}'s configuration: "
       f"{weights.listed(found)}."
     )
+
+
+def equal(one: tensors_.Tensor, other: tensors_.Tensor) -> bool:
+  """Whether two tensors have one shape and the same values.
+
+  They are read some rows at a time. Of two dtypes, the values are compared as
+  float32.
+  """
+  if tuple(one.shape) != tuple(other.shape):
+    return False
+  count, *rest = one.shape
+  step = max(1, _AT_ONCE // max(1, math.prod(rest)))
+  for start in range(0, count, step):
+    rows = slice(start, min(start + step, count))
+    index = (rows, *(slice(None) for _ in rest))
+    first, second = (x[index].astype(np.float32) for x in (one, other))
+    if not np.array_equal(first, second):
+      return False
+  return True
 
 
 def check_layers(
