@@ -15,17 +15,13 @@ import pytest
 
 import bilora_jax
 from train.methods import adapter
-from train.models import registry
-from train.models.bert import model as bert
-from train.models.bert import weights as bert_weights
-from train.models.decoder import config as decoder_config
-from train.models.decoder import model as decoder
-from train.models.decoder import weights as decoder_weights
+from train.models import family, registry
 from train.models.io import tensors, weights
 
 DATA = pathlib.Path(__file__).parent / "train" / "models" / "data"
 # Of float32, and logits of about 1.
 TOLERANCE = 1e-5
+LABELS = 3
 
 
 class Loaded(types.SimpleNamespace):
@@ -42,48 +38,55 @@ class Loaded(types.SimpleNamespace):
   def logits(self, adapters: Any, tokens: np.ndarray) -> np.ndarray:
     """Of one row (L,), as the model answers."""
     row = jnp.asarray(tokens)[None]
-    return self.adapted.apply(self.variables, adapters, *inputs(self, row))[0]
+    return self.adapted.apply(
+      self.variables, adapters, *inputs(self.model, row)
+    )[0]
 
 
 @functools.cache
-def base(name: str, scan: bool) -> Any:
-  """A model of DATA: itself, its parameters, and its tensors as stored."""
-  folder = DATA / name
-  hf_config = weights.read_config(folder)
-  stored = tensors.open_safetensors(folder)
-  if hf_config["model_type"] == "bert":
-    config = bert.BertConfig.from_hf(hf_config)
-    params = bert_weights.params(config, stored)
-    own = tensors.read_all(stored)
-    params["head"] = {
+def base(name: str, scan: bool, head: str = "own") -> Any:
+  """A model of DATA: itself, its variables, and its tensors as stored."""
+  hf_config = weights.read_config(DATA / name)
+  found = registry.by_model_type(hf_config["model_type"], head=head)
+  opened = family.Pretrained(
+    DATA / name,
+    found,
+    found.config.from_hf(hf_config),
+    tensors.open_safetensors(DATA / name),
+  )
+  options = {"scan": scan} if found.scans else {}
+  if not found.has_new_head:
+    model = opened.language_model(**options)
+    return model, opened.variables(model), opened.tensors
+  model = opened.classifier(LABELS, **options)
+  variables = opened.variables(model)
+  if "classifier.weight" in opened.tensors:
+    own = tensors.read_all(opened.tensors)
+    variables["params"]["head"] = {
       "kernel": jnp.asarray(own["classifier.weight"].T),
       "bias": jnp.asarray(own["classifier.bias"]),
     }
-    return (
-      bert.BertClassifier(config, len(own["classifier.bias"])),
-      params,
-      (stored),
-    )
-  config = decoder_config.DecoderConfig.from_hf(hf_config)
-  params = decoder_weights.params(config, stored, scan=scan)
-  return decoder.Decoder(config, scan=scan), params, stored
+  return model, variables, opened.tensors
 
 
-def inputs(loaded: Any, row: Any) -> tuple[Any, ...]:
-  if isinstance(loaded.model, bert.BertClassifier):
+def inputs(model: Any, row: Any) -> tuple[Any, ...]:
+  """What the model is given of rows of tokens; a classifier also the mask."""
+  if registry.of(model).has_new_head:
     return row, jnp.ones_like(row)
   return (row,)
 
 
-def load(folder: pathlib.Path, name: str, scan: bool) -> Loaded:
+def load(
+  folder: pathlib.Path, name: str, scan: bool = False, head: str = "own"
+) -> Loaded:
   """As a run does that starts from the folder, on a base of DATA."""
-  model, params, stored = base(name, scan)
-  found = Loaded(model=model, variables={"params": params})
+  model, variables, stored = base(name, scan, head)
+  found = Loaded(model=model, variables=variables)
   found.kind = registry.of(model).kind_of(model)
   given = adapter.of(str(folder), model, stored)
   spec = dataclasses.replace(given.spec(), auxiliary_rank=0)
   found.adapted = bilora_jax.adapt(
-    model, spec, *inputs(found, jnp.ones((1, 2), int))
+    model, spec, *inputs(model, jnp.ones((1, 2), int))
   )
   start = given.started(found.adapted)
   found.adapters = start(jax.random.key(0), found.variables)
@@ -107,19 +110,19 @@ def check(folder: pathlib.Path, facts: dict[str, Any], scan: bool) -> Any:
     tokens, wanted = file["tokens"], file.get("logits")
   if facts["refusal"]:
     with pytest.raises(ValueError) as error:
-      load(own, facts["base"], scan)
+      load(own, facts["base"], scan, facts["head"])
     assert re.search(facts["refusal"], str(error.value)), error.value
     assert str(own) in str(error.value)
     return None
   if scan and facts["selective"]:
     with pytest.raises(ValueError, match="are scanned, and so adapted alike"):
-      load(own, facts["base"], scan)
+      load(own, facts["base"], scan, facts["head"])
     return None
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*goes without; it is left out")
-    loaded = load(own, facts["base"], scan)
+    loaded = load(own, facts["base"], scan, facts["head"])
   got = loaded.logits(loaded.adapters, tokens)
-  if got.ndim == 1:  # of a BERT, the mean over the tokens
+  if got.ndim < wanted.ndim:  # of a BERT, the mean over the tokens
     wanted = wanted.mean(0)
   np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
   return loaded

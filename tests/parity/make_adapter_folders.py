@@ -20,6 +20,7 @@ import tempfile
 from typing import Any
 import warnings
 
+import make_peft_references
 import numpy as np
 import peft
 import safetensors.torch
@@ -31,6 +32,7 @@ OUT = DATA / "adapters"
 LENGTH = 7
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _TIED, _UNTIED, _BERT = "llama_tied", "qwen2", "peft_bert"
+_POOLED = "bert_pooled"
 _ATTENTION = ["q_proj", "v_proj"]
 
 Folder = pathlib.Path
@@ -56,7 +58,7 @@ class Case:
       empty if it is one to load.
     selective: whether layers differ, so that none can be scanned.
     kind: of PEFT's configuration.
-    model: the class of the base.
+    head: of the base: 'own', 'none' or 'sequence'.
     before: what is done to the base.
     after: what is done to the folder.
     reads: whether PEFT reads the folder; if not, its logits are those of the
@@ -68,7 +70,7 @@ class Case:
   refusal: str = ""
   selective: bool = False
   kind: Callable[..., Any] = peft.LoraConfig
-  model: Any = None
+  head: str = "own"
   before: Callable[[Model], Model] = _same
   after: Callable[[Folder], None] = _nothing
   reads: bool = True
@@ -141,7 +143,8 @@ def _decoder(base: str, **options: Any) -> Case:
 
 
 def _encoder(**options: Any) -> Case:
-  return _decoder(_BERT, **{"target_modules": ["query", "value"], **options})
+  given = {"base": _BERT, "target_modules": ["query", "value"], **options}
+  return _decoder(**given)
 
 
 CASES: dict[str, Case] = {
@@ -314,8 +317,21 @@ CASES: dict[str, Case] = {
   "encoder_embedding": _encoder(
     target_modules=["query", "word_embeddings"], task_type="TOKEN_CLS"
   ),
-  "bare_encoder": _encoder(
-    target_modules=["query", "dense"], model=transformers.AutoModel
+  "bare_encoder": _encoder(target_modules=["query", "dense"], head="none"),
+  # Heads for sequences.
+  "sequence_encoder": _encoder(
+    base=_POOLED,
+    target_modules=["query", "dense"],
+    task_type="SEQ_CLS",
+    head="sequence",
+  ),
+  "sequence_decoder": _decoder(_UNTIED, task_type="SEQ_CLS", head="sequence"),
+  "sequence_decoder_dora": _decoder(
+    _TIED,
+    task_type="SEQ_CLS",
+    target_modules="all-linear",
+    use_dora=True,
+    head="sequence",
   ),
   # What is no LoRA of the model.
   "pissa": _decoder(
@@ -363,16 +379,32 @@ COMMITTED = (
   *("head_of_another_base", "embedding", "embedding_tied", "tokens_tied"),
   *("resized", "lora_bias", "bias_lora_only", "adapter_name_inside", "old"),
   *("encoder_embedding", "bare_encoder", "of_the_future"),
+  *("sequence_encoder", "sequence_decoder"),
 )
 
 
 def base(case: Case) -> Model:
-  auto = case.model or (
-    transformers.AutoModelForTokenClassification
-    if case.base == _BERT
-    else transformers.AutoModelForCausalLM
-  )
-  return auto.from_pretrained(DATA / case.base, dtype=torch.float32)
+  """The base of a case, as published."""
+  folder, options = DATA / case.base, {"dtype": torch.float32}
+  if case.head == "none":
+    return transformers.AutoModel.from_pretrained(folder, **options)
+  if case.head == "sequence":
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+      folder, num_labels=3, **options
+    )
+  if case.base == _BERT:
+    auto = transformers.AutoModelForTokenClassification
+    return auto.from_pretrained(folder, **options)
+  return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def write_pooled() -> None:
+  """A BERT with its pooler, that the others have not."""
+  torch.manual_seed(0)
+  config = make_peft_references.bert_config()
+  model = transformers.BertModel(config)
+  parts = ("bias", "Norm")
+  make_peft_references.randomised(model, *parts).save_pretrained(DATA / _POOLED)
 
 
 def randomised(model: Model) -> Model:
@@ -386,12 +418,12 @@ def randomised(model: Model) -> Model:
 
 
 def logits(case: Case, model: Model, tokens: np.ndarray) -> np.ndarray:
-  """Of one row, (L, V), or of a bare encoder by the head of its base."""
+  """Of one row, (L, V) or (labels,); of a bare encoder by its base's head."""
   with torch.no_grad():
     found = model(torch.tensor(tokens)[None])
-    if case.model is None:
+    if case.head != "none":
       return found.logits[0].numpy()
-    head = base(dataclasses.replace(case, model=None)).classifier
+    head = base(dataclasses.replace(case, head="own")).classifier
     return head(found.last_hidden_state)[0].numpy()
 
 
@@ -438,10 +470,13 @@ def facts(name: str) -> dict[str, Any]:
     "base": case.base,
     "refusal": case.refusal,
     "selective": case.selective,
+    # Of a bare model it is the program's own.
+    "head": "sequence" if case.head == "sequence" else "own",
   }
 
 
 def main() -> None:
+  write_pooled()
   shutil.rmtree(OUT, ignore_errors=True)
   for name in CASES:
     with tempfile.TemporaryDirectory() as temporary:

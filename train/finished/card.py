@@ -128,6 +128,7 @@ _CLASSES = {
   "CAUSAL_LM": "AutoModelForCausalLM",
   "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
   "TOKEN_CLS": "AutoModelForTokenClassification",
+  "SEQ_CLS": "AutoModelForSequenceClassification",
   None: "AutoModelForImageClassification",
 }
 
@@ -166,7 +167,7 @@ def snippet(run: Finished, base: str, name: str, whole: bool) -> str:
 def _form(run: Finished, task_type: str | None) -> str:
   if task_type is None:
     return "image"
-  if task_type == "TOKEN_CLS":
+  if task_type in ("TOKEN_CLS", "SEQ_CLS"):
     return "text"
   if run.task.kind == "conversations":
     return "conversation"
@@ -192,9 +193,14 @@ def _text(run: Finished) -> str:
     f"                  max_length={run.config.data.max_length})\n"
     "with torch.no_grad():\n"
     "  logits = model(**batch).logits[0]\n"
-    "# The mean over the tokens is what was trained.\n"
-    "logits = logits.mean(0)\n" + _told(run)
+    + _MEAN * (run.config.model.head == "own")
+    + _told(run)
   )
+
+
+_MEAN = (
+  "# The mean over the tokens is what was trained.\nlogits = logits.mean(0)\n"
+)
 
 
 def _examples(run: Finished) -> tuple[str, ...]:

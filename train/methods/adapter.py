@@ -18,6 +18,7 @@ from ..models.family import Kind
 from ..models.io import weights
 
 _HEAD = "head/"
+_SEQUENCE = "SEQ_CLS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Folder:
       raise ValueError(
         f"the head in {self.path} is for the task_type {task!r}, and that of "
         f"this model is a {self.kind.architecture}'s, task_type "
-        f"{self.kind.task_type!r}. --new-head leaves it out, and trains a new "
-        "head."
+        f"{self.kind.task_type!r}. "
+        + "--head sequence is the model of SEQ_CLS, and " * (task == _SEQUENCE)
+        + "--new-head leaves it out, and trains a new head."
       )
     return found
 

@@ -110,7 +110,10 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   )
   _check_eval_batch(config, layout)
   pretrained = models.open_pretrained(
-    config.model.name, config.model.hub_revision, fingerprints.commit(folder)
+    config.model.name,
+    config.model.hub_revision,
+    fingerprints.commit(folder),
+    config.model.head,
   )
   data = load_data(config, pretrained, layout)
   fingerprint = fingerprints.of(config, pretrained, data)
