@@ -38,9 +38,7 @@ def extra(
       own = own.astype(np.float32)
       try:
         values[name] = stored.changes.get(name, np.asarray)(own)
-        if values[name].shape != own.shape:
-          raise ValueError(f"a change of the shape {values[name].shape}")
-      except (ValueError, IndexError) as error:
+      except ValueError as error:
         faults.append(
           f"what is done to {name} does not fit the base's, of the shape "
           f"{own.shape}: {error}"

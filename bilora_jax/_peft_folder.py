@@ -269,7 +269,12 @@ class _Reading:
       ends = (_TABLE_A, _TABLE_B)
       a, b = (self.tensors.pop(module + end, None) for end in ends)
       rank, _ = self.config.sizes(module)
-      if a is None or b is None or (len(a), b.shape[-1]) != (rank, rank):
+      if (
+        a is None
+        or b is None
+        or (a.ndim, b.ndim) != (2, 2)
+        or (len(a), b.shape[1]) != (rank, rank)
+      ):
         self.faults.append(
           f"{module} has no lora_embedding_A and lora_embedding_B of the rank "
           f"{rank} that {_peft_config.NAME} gives it"
@@ -370,8 +375,13 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return x.astype(np.float32) @ y.astype(np.float32)
 
 
-def _plus(scale: float, change: np.ndarray) -> Change:
-  return lambda base: base + np.float32(scale) * change.astype(np.float32)
+def _plus(scale: float, added: np.ndarray) -> Change:
+  def change(base: np.ndarray) -> np.ndarray:
+    if added.shape != base.shape:
+      raise ValueError(f"it is of the shape {added.shape}")
+    return base + np.float32(scale) * added.astype(np.float32)
+
+  return change
 
 
 def _with_rows(tokens: Sequence[int], rows: np.ndarray) -> Change:
@@ -381,6 +391,8 @@ def _with_rows(tokens: Sequence[int], rows: np.ndarray) -> Change:
         f"trainable_token_indices has the token {max(tokens)}, and the base "
         f"{len(base)} tokens"
       )
+    if rows.shape[1:] != base.shape[1:]:
+      raise ValueError(f"its rows are of the shape {rows.shape[1:]}")
     new = base.copy()
     new[list(tokens)] = rows.astype(np.float32)
     return new
