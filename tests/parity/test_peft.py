@@ -61,7 +61,9 @@ _T5 = {
 _VIT = vit.VitConfig(4, 3, 128, 2, 2, 256)
 _CONFIGS = {
   "bert": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
+  "bert sequence": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
+  "llama sequence": lambda: transformers.LlamaConfig(**_DECODER, num_labels=2),
   "qwen2": lambda: transformers.Qwen2Config(
     **_DECODER, tie_word_embeddings=True
   ),
@@ -75,16 +77,21 @@ _CONFIGS = {
 }
 _KINDS = {
   "bert": transformers.AutoModelForTokenClassification,
+  "bert sequence": transformers.AutoModelForSequenceClassification,
   "llama": transformers.AutoModelForCausalLM,
+  "llama sequence": transformers.AutoModelForSequenceClassification,
   "qwen2": transformers.AutoModelForCausalLM,
   "t5": transformers.AutoModelForSeq2SeqLM,
   "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
+_HEADS = {"bert sequence": "classifier", "llama sequence": "score"}
 _CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
   "bert": {},
+  "bert sequence": {"head": "sequence"},
   "llama": _CHATS,
+  "llama sequence": {"head": "sequence", "scan_layers": True},
   "qwen2": {**_CHATS, "scan_layers": True},
   "t5": {"scan_layers": True},
   "t5 v1.1": {},
@@ -136,6 +143,7 @@ def case(request, tmp_path_factory):
   model.save_pretrained(folder)
   found = _Case(name=name, folder=folder)
   kinds = {"bert": _bert, "vit": _vit, "t5": _t5, "t5 v1.1": _t5}
+  kinds |= dict.fromkeys(_HEADS, _sequence)
   kinds.get(name, _decoder)(found, model)
   return found
 
@@ -147,6 +155,17 @@ def _bert(case, model):
   case.model = pretrained.classifier(2)
   case.variables = pretrained.variables(case.model, 0)
   case.variables["params"]["head"] = _head(model, 16)
+
+
+def _sequence(case, model):
+  _decoder_inputs(case)
+  case.inputs += (jnp.ones_like(case.inputs[0]),)
+  pretrained = load.open_pretrained(str(case.folder), head="sequence")
+  scans = _RUNS[case.name].get("scan_layers", False)
+  case.model = pretrained.classifier(2, **({"scan": True} if scans else {}))
+  case.variables = pretrained.variables(case.model, 0)
+  head = _HEADS[case.name]
+  case.variables["params"]["head"] = _dense(getattr(model, head))
 
 
 def _decoder(case, _):
@@ -194,6 +213,13 @@ def _vit(case, model):
   case.variables = {"params": {"encoder": encoder, "head": head}}
 
 
+def _dense(module):
+  own = {"kernel": jnp.asarray(module.weight.detach().numpy().T)}
+  if module.bias is not None:
+    own["bias"] = jnp.asarray(module.bias.detach().numpy())
+  return own
+
+
 def _head(model, width):
   weight, bias = model.classifier.weight, model.classifier.bias
   return {
@@ -231,7 +257,7 @@ def _random_adapters(case):
 
 
 def _spec(case, **fields):
-  is_decoder = case.name not in ("bert", "vit")
+  is_decoder = case.name not in ("bert", "vit", *_HEADS)
   return bilora_jax.LoraSpec(
     rank=3,
     alpha=5.0,
@@ -248,12 +274,12 @@ def _spec(case, **fields):
   )
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_peft_computes_with_our_folder_what_we_do(
-  case, tmp_path, rslora, auxiliary
+  case, tmp_path, how, auxiliary
 ):
-  case.adapt(_spec(case, rslora=rslora))
+  case.adapt(_spec(case, **({how: True} if how else {})))
   adapters = _random_adapters(case)
   kind = registry.of(case.model).kind_of(case.model)
   peft.save(
@@ -278,7 +304,9 @@ def test_peft_computes_with_our_folder_what_we_do(
 
 _TARGETS = {
   "bert": ["query", "value", "dense"],
+  "bert sequence": ["query", "value", "dense"],
   "llama": ["q_proj", "v_proj", "down_proj"],
+  "llama sequence": ["q_proj", "v_proj", "down_proj"],
   "qwen2": ["q_proj", "v_proj", "down_proj"],
   "t5": ["q", "v", "wo"],
   "t5 v1.1": ["q", "v", "wo"],
@@ -286,8 +314,8 @@ _TARGETS = {
 }
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
+def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
   base = _KINDS[case.name].from_pretrained(case.folder)
   kind = registry.of(case.model).kind_of(case.model)
   model = torch_peft.get_peft_model(
@@ -296,7 +324,8 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
       task_type=kind.task_type,
       r=3,
       lora_alpha=5,
-      use_rslora=rslora,
+      use_rslora=how == "rslora",
+      use_dora=how == "dora",
       target_modules=_TARGETS[case.name],
       rank_pattern={_TARGETS[case.name][0]: 2},
       alpha_pattern={_TARGETS[case.name][-1]: 4},
@@ -307,7 +336,7 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
   if case.name == "vit":
     _blind(model.classifier.modules_to_save.default)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   adapters = peft.load(tmp_path, case.adapted, kind.names)
   np.testing.assert_allclose(
@@ -320,12 +349,12 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   lora = torch_peft.LoraConfig(r=2, target_modules=_TARGETS[case.name][:2])
   model = torch_peft.get_peft_model(base, lora)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   kind = registry.of(case.model).kind_of(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
   # Scanned layers are one; a T5 has three attentions in a layer of each.
-  wanted = {"qwen2": 2, "t5": 6, "t5 v1.1": 8}
+  wanted = {"qwen2": 2, "llama sequence": 2, "t5": 6, "t5 v1.1": 8}
   assert len(case.adapted.targets) == wanted.get(case.name, 4)
   assert set(found) == {"primary"}
 

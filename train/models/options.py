@@ -20,6 +20,11 @@ class ModelOptions:
   is read."""
   hub_revision: str = option("")
   """Branch, tag or commit of a hub name; empty: its main branch."""
+  head: Literal["own", "sequence"] = option("own")
+  """What a classifier answers by: the project's own (a new head on the mean
+  of an encoder's tokens, a decoder's words for the labels), or transformers'
+  new head for sequences (BERT's on its pooler, the `score` of Llama and its
+  like on the last token), whose adapters are PEFT's SEQ_CLS."""
   dtype: Literal["float32", "bfloat16"] = option("float32")
   """What the model computes in; adapters are stored in float32 always."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = option(

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilora_jax import peft
+
 from ..family import Family, Kind, Pretrained
 from ..io import special_tokens
 from ..io import template as templates
@@ -78,9 +80,13 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 
 def _kind(model: decoder.Decoder) -> Kind:
+  names: dict[str, Any] = dict(weights.modules(model.config, model.scan))
+  if model.config.tied:
+    table = "embed_tokens/embedding"
+    names[table] = peft.Tied(names[table], ("lm_head",))
   return Kind(
     model.config.architecture,
-    dict(weights.modules(model.config, model.scan)),
+    names,
     "model.",
     "CAUSAL_LM",
   )

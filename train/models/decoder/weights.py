@@ -148,7 +148,7 @@ def tensors(
 def modules(
   config: DecoderConfig, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
+  """The path of each parameter, and its module; of stacked layers, all."""
   return stored.modules(_plan(config, scan))
 
 

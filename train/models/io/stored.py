@@ -307,10 +307,14 @@ def tensors(
 
 
 def modules(plan: Mapping[Path, Source]) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
+  """The path of each parameter, and its module; of stacked layers, all.
+
+  Those are left out that are no weight or bias of a module.
+  """
   found = {}
   for path, source in plan.items():
-    if path[-1] == "kernel":
-      names = tuple(name.removesuffix(".weight") for name in source.names)
+    end = ".bias" if path[-1] == "bias" else ".weight"
+    if all(name.endswith(end) for name in source.names):
+      names = tuple(name.removesuffix(end) for name in source.names)
       found["/".join(path)] = names if source.stacked else names[0]
   return found

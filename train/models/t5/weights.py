@@ -123,8 +123,12 @@ def tensors(
 def modules(
   config: T5Config, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
-  return stored.modules(_plan(config, scan, _TABLES[0]))
+  """The path of each parameter, and its module; of stacked layers, all.
+
+  The embeddings are left out: PEFT's names of them are several.
+  """
+  found = stored.modules(_plan(config, scan, _TABLES[0]))
+  return {k: name for k, name in found.items() if not k.endswith("/embedding")}
 
 
 def _plan(
