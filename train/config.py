@@ -83,7 +83,13 @@ def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
       " and reports.\n\n"
       + _EXAMPLES.format(program=program, presets=presets.listed())
     ),
-    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    config=(
+      tyro.conf.OmitArgPrefixes,
+      tyro.conf.OmitSubcommandPrefixes,
+      # The fields have docstrings; to look for comments takes as long as all
+      # the rest.
+      tyro.conf.HelptextFromCommentsOff,
+    ),
   )
   given: dict[str, Any] = {"method": method}
   for name, kind in config_lib.groups(method).items():
