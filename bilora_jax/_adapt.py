@@ -406,7 +406,7 @@ class Adapted:
 
     Args:
       adapters: from `init`, with or without the auxiliary.
-      whole: whether `extra` must be there, if the spec has one.
+      whole: whether all of `extra` must be there, if the spec has one.
       any_kind: whether a kernel may have an adapter of another kind than the
         spec's pair, as those of `bilora_jax.adapters`.
 
@@ -427,7 +427,7 @@ class Adapted:
       wrong += [
         f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
-        for path in {**wanted, **found}
+        for path in ({**wanted, **found} if whole or part != "extra" else found)
         if found.get(path) != wanted.get(path)
       ]
     if whole and "extra" not in adapters and self.shapes("extra"):

@@ -43,7 +43,22 @@ class Convolution:
   width: int
 
 
-Module = str | Wider | Convolution
+@dataclasses.dataclass(frozen=True)
+class Tied:
+  """An embedding whose table is also the weight of other modules.
+
+  As that of a language model whose head is tied to it.
+
+  Attributes:
+    module: its name.
+    others: the names of the others.
+  """
+
+  module: str
+  others: tuple[str, ...]
+
+
+Module = str | Wider | Convolution | Tied
 Names = Mapping[str, Module | Sequence[Module]]
 
 # The last part of a parameter's path in Flax -> that of PyTorch's tensor.
@@ -109,9 +124,34 @@ class Places:
     return {
       name_of(module): (path, module)
       for path, modules in self.names.items()
-      if _LEAVES.get(_leaf(path)) != "bias"
+      if _leaf(path) not in ("bias", "scale", "embedding")
       for module in modules
       if not isinstance(module, Wider)
+    }
+
+  def embeddings(self) -> dict[str, str]:
+    """By name, the embeddings, and the paths of their tables."""
+    return {
+      name_of(module): path
+      for path, modules in self.names.items()
+      if _leaf(path) == "embedding"
+      for module in modules
+    }
+
+  def paths(self) -> dict[str, str]:
+    """By the name of a tensor, the path of the parameter that it is of."""
+    return {
+      name: path for path in self.names for name in self.tensor_names(path)
+    }
+
+  def ties(self) -> dict[str, str]:
+    """From modules to the embeddings whose tables are their weights."""
+    return {
+      other: module.module
+      for modules in self.names.values()
+      for module in modules
+      if isinstance(module, Tied)
+      for other in module.others
     }
 
   def modules(self, path: str, batch: Sequence[int]) -> tuple[Module, ...]:
@@ -146,10 +186,11 @@ class Places:
     leaf = _leaf(path)
     for module, one in zip(modules, value if stacked else value[None]):
       linear = one.ndim == 2 and not isinstance(module, Convolution)
-      if leaf not in _LEAVES or (leaf == "kernel" and not linear):
+      wide = leaf == "bias" and one.ndim > 1
+      if leaf not in _LEAVES or (leaf == "kernel" and not linear) or wide:
         raise ValueError(
           f"{path}, of shape {one.shape}, is trained whole, and what can be "
-          "written so are linear kernels, biases, scales and embeddings."
+          "written so are linear kernels, biases (out,), scales and embeddings."
         )
       if leaf == "kernel":
         one = one.T
@@ -218,6 +259,13 @@ def from_torch(
   if (a.ndim, b.ndim) != (2, 2) or len(a) != b.shape[1]:
     return None
   return a.T, b.T
+
+
+def magnitude_to_torch(module: Module, magnitude: np.ndarray) -> np.ndarray:
+  """DoRA's magnitude (out,) as PEFT has it of a module."""
+  if isinstance(module, Convolution):
+    return magnitude.reshape(1, -1, 1, 1)
+  return magnitude
 
 
 def name_of(module: Module) -> str:

@@ -13,32 +13,34 @@ of `nn.DenseGeneral`, are the two-dimensional ones of `nn.Linear`, reshaped; a
 module that is not linear in PyTorch is named as a `Convolution`.
 """
 
-from collections.abc import Mapping
-import dataclasses
+from collections.abc import Mapping, Sequence
 import math
 import os
 import pathlib
 import re
 from typing import Any
+import warnings
 
 from flax import traverse_util
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from bilora_jax import _files, _peft_config, _peft_names
+from bilora_jax import (
+  _dora,
+  _files,
+  _peft_base,
+  _peft_config,
+  _peft_folder,
+  _peft_names,
+)
 from bilora_jax._adapt import Adapted
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._peft_names import Convolution as Convolution
 from bilora_jax._peft_names import Names as Names
 from bilora_jax._peft_names import Places
+from bilora_jax._peft_names import Tied as Tied
 from bilora_jax._peft_names import Wider as Wider
 from bilora_jax._spec import LoraSpec
-
-_TENSORS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def save(
@@ -51,11 +53,13 @@ def save(
   task_type: str | None = None,
   auxiliary: bool = False,
 ) -> None:
-  """Writes the primary, and `extra` as `modules_to_save`, as PEFT would.
+  """Writes the primary, and what is trained as it is, as PEFT would.
 
   PEFT computes with it what `adapted.apply(variables, primary(adapters), ...)`
   does. Ranks and alphas that differ by module become `rank_pattern` and
-  `alpha_pattern`. Each file is whole or not there; the configuration is the
+  `alpha_pattern`. Of `extra`, DoRA's magnitudes stand beside their factors,
+  biases without their weights are PEFT's `bias`, and all else is
+  `modules_to_save`. Each file is whole or not there; the configuration is the
   last.
 
   Args:
@@ -73,14 +77,13 @@ def save(
       missing or does not fit, each named, or there is no auxiliary to write.
     OSError: if a file cannot be written.
   """
-  _refuse_dora(adapted.spec)
   adapted.check(adapters)
   if auxiliary and "auxiliary" not in adapters:
     raise ValueError(
       "auxiliary=True writes the auxiliary too, and the adapters have none."
     )
   pairs = _flatten(adapters["primary"])
-  extra = _flatten(adapters.get("extra", {}))
+  magnitudes, extra = _split(_flatten(adapters.get("extra", {})), pairs)
   places = Places.of(names)
   places.require([*pairs, *extra])
   if auxiliary:
@@ -95,29 +98,37 @@ def save(
       name = _peft_names.name_of(module)
       sizes[name] = pair.rank, _alpha(adapted.spec, path, pair.rank)
       found = _peft_names.to_torch(module, *own)
-      tensors[name + _A], tensors[name + _B] = found
-  whole: dict[str, None] = {}
-  for path, leaf in extra.items():
-    for name, (module, value) in zip(
-      places.tensor_names(path), places.tensors(path, leaf)
-    ):
-      tensors[name], whole[module] = value, None
+      tensors[name + _peft_folder.A], tensors[name + _peft_folder.B] = found
+    if path in magnitudes:
+      own = np.asarray(magnitudes[path], np.float32)
+      for module, one in zip(modules, own.reshape(len(modules), -1)):
+        tensors[_peft_names.name_of(module) + _peft_folder.MAGNITUDE] = (
+          _peft_names.magnitude_to_torch(module, one)
+        )
+  whole = _write_extra(places, extra, sizes, tensors)
   config = _peft_config.of(
     sizes,
     rslora=adapted.spec.rslora,
+    dora=adapted.spec.dora,
     dropout=adapted.spec.dropout,
-    modules_to_save=whole,
     task_type=task_type,
+    **whole,
   )
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   blob = safetensors.numpy.save(
-    {_PREFIX + k: np.ascontiguousarray(v) for k, v in tensors.items()},
+    {
+      _peft_folder.PREFIX + k: np.ascontiguousarray(v)
+      for k, v in tensors.items()
+    },
     metadata={"format": "pt"},
   )
   text = config.to_json(base_model)
   _files.write_all(
-    {folder / _TENSORS: blob, folder / _peft_config.NAME: text.encode()}
+    {
+      folder / _peft_folder.TENSORS: blob,
+      folder / _peft_config.NAME: text.encode(),
+    }
   )
 
 
@@ -126,6 +137,7 @@ def load_spec(
   names: Names,
   *,
   prefix: str = "",
+  left_out: Sequence[str] = (),
   auxiliary_rank: int = 8,
 ) -> LoraSpec:
   """The spec that a folder's adapters fit: its ranks, alphas and targets.
@@ -134,13 +146,14 @@ def load_spec(
     folder: that PEFT or `save` wrote.
     names: of the model's weights; see the module.
     prefix: as in `load`.
+    left_out: as in `load`.
     auxiliary_rank: r2 of an auxiliary to train beside them.
 
   Raises:
     ValueError: as `load`; or if scanned layers differ in rank or alpha, or some
       of them have no adapter.
   """
-  stored = _read(pathlib.Path(folder), names, prefix)
+  stored = _peft_folder.read(pathlib.Path(folder), names, prefix, left_out)
   default = {"rank": stored.config.rank, "alpha": stored.config.alpha}
   targets: dict[str, dict[str, Any]] = {}
   faults = []
@@ -173,8 +186,9 @@ def load_spec(
     **default,
     auxiliary_rank=auxiliary_rank,
     targets=targets,
-    extra="|".join(map(re.escape, sorted(stored.extra))) or None,
+    extra="|".join(map(re.escape, stored.extra())) or None,
     rslora=stored.config.rslora,
+    dora=stored.config.dora,
     dropout=stored.config.dropout,
   )
 
@@ -185,8 +199,14 @@ def load(
   names: Names,
   *,
   prefix: str = "",
+  base: Mapping[str, Any] | None = None,
+  left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Reads a folder that PEFT or `save` wrote, as a primary to train further.
+
+  What PEFT trains of an embedding, by factors or as the rows of some tokens,
+  and `lora_bias`, are read as parameters that are trained whole: they are added
+  to those of the base.
 
   Args:
     folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -195,24 +215,36 @@ def load(
     names: of all that is in the folder; see the module.
     prefix: what names begin with that the folder may lack, as `bert.` where
       the adapters were trained on a bare `BertModel`.
+    base: the base's tensors by Hugging Face's names, with that prefix or
+      without, as `safetensors.numpy.load_file` reads them. It is looked at if
+      the folder holds copies of some, as PEFT writes them of embeddings and
+      heads, which have to be equal; and for what is added to some.
+    left_out: names, or ends of names, of modules that this model lacks and
+      computes the same without, or is not to have of the folder, as the
+      `pooler.dense` of a BERT. What the folder has of them is left out, with a
+      warning.
 
   Returns:
-    A dict of `primary` and `extra`, of NumPy arrays in float32; no `extra` if
-    the folder has no `modules_to_save`. `adapted.init` makes what is missing.
+    A dict of `primary` and `extra`, of NumPy arrays in float32; of `extra` what
+    the folder has. `adapted.init` makes what is missing.
 
   Raises:
     ValueError: if a file is missing, damaged or a pickle; the configuration
-      asks for what is not there, as DoRA; or tensors are missing, unknown or of
-      another shape, rank or scale than the model's, each named.
+      asks for what is not there; or tensors are missing, unknown, not the
+      base's, or of another shape, rank or scale than the model's, each named.
   """
   folder = pathlib.Path(folder)
-  _refuse_dora(adapted.spec)
-  stored = _read(folder, names, prefix)
-  faults = _differences(stored, adapted)
-  if faults:
-    raise ValueError(
-      f"the adapter in {folder} does not fit the model and its spec: "
-      f"{'; '.join(faults)}."
+  stored = _peft_folder.read(folder, names, prefix, left_out)
+  extra, faults = _peft_base.extra(stored, base, prefix)
+  faults += _differences(stored, adapted)
+  _peft_folder.refuse(
+    faults, f"the adapter in {folder} does not fit the model and its spec"
+  )
+  if stored.left_out:
+    warnings.warn(
+      f"{folder} also has {', '.join(stored.left_out)}, which this model goes "
+      "without; it is left out.",
+      stacklevel=2,
     )
   try:
     parts = {
@@ -220,7 +252,7 @@ def load(
         "/".join(path): _pair(stored, "/".join(path), *shapes)
         for path, shapes in adapted.shapes("primary").items()
       },
-      "extra": dict(stored.extra),
+      "extra": extra | _magnitudes(stored, adapted),
     }
     adapters = {
       part: traverse_util.unflatten_dict(tree, sep="/")
@@ -233,151 +265,16 @@ def load(
   return adapters
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-  """What is in a folder.
-
-  Attributes:
-    pairs: `a` (in, r) and `b` (r, out) of each module.
-    extra: parameters that were trained whole, by path.
-  """
-
-  config: _peft_config.PeftConfig
-  places: Places
-  pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
-  extra: Mapping[str, np.ndarray]
-
-  def paths(self) -> list[str]:
-    """The weights of which a module has an adapter."""
-    known = self.places.adaptable()
-    return list(dict.fromkeys(known[module][0] for module in self.pairs))
-
-
-def _read(folder: pathlib.Path, names: Names, prefix: str) -> _Stored:
-  """Reads a folder, and checks it against its configuration and the names."""
-  config = _peft_config.read(folder)
-  tensors = _tensors(folder)
-  bare = not any(name.startswith(prefix) for name in tensors)
-  places = Places.of(names, prefix if bare else "")
-  known = places.adaptable()
-  faults = [
-    f"{name} is of {tensor.dtype}, and weights are floats"
-    for name, tensor in tensors.items()
-    if not jnp.issubdtype(tensor.dtype, jnp.floating)
-  ]
-  faults += [
-    f"the target {_files.shown(target)} is no module of this model"
-    for target in config.unknown_targets(known)
-  ]
-  pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-  for module in _with_adapters(config, tensors, known):
-    a, b = (tensors.pop(module + end, None) for end in (_A, _B))
-    if a is None or b is None:
-      ends = [end for end, x in ((_A, a), (_B, b)) if x is None]
-      faults += [f"{module}{end} is missing" for end in ends]
-      continue
-    rank, _ = config.sizes(module)
-    pair = _peft_names.from_torch(known[module][1], a, b)
-    if pair is None or pair[0].shape[1] != rank:
-      faults.append(
-        f"{module} has lora_A of the shape {a.shape} and lora_B of {b.shape}, "
-        f"which are not of the rank {rank} that {_peft_config.NAME} gives it"
-      )
-      continue
-    pairs[module] = pair[0].astype(np.float32), pair[1].astype(np.float32)
-  extra, wrong = _whole(config, places, tensors)
-  faults += wrong
-  faults += [f"{name} has no place in this model" for name in tensors]
-  if not pairs and not faults:
-    faults.append("no tensor is a lora_A or a lora_B")
-  if faults:
-    if len(faults) > 8:
-      # The last are of another kind than the first.
-      faults = [*faults[:6], f"... ({len(faults)} in all)", *faults[-2:]]
-    raise ValueError(
-      f"{folder} holds no adapter of this model: {'; '.join(faults)}."
-    )
-  return _Stored(config, places, pairs, extra)
-
-
-def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a folder, without the prefix that all names have."""
-  path = folder / _TENSORS
-  if not path.is_file() and (folder / _PICKLE).is_file():
-    raise ValueError(
-      f"{folder} has its weights in {_PICKLE}, a pickle, which can run code "
-      f"when it is read; save them as {_TENSORS} with PEFT first."
-    )
-  found, _ = _files.read_tensors(path)
-  other = [name for name in found if not name.startswith(_PREFIX)]
-  if other:
-    raise ValueError(
-      f"{path} is not PEFT's, whose names begin with {_PREFIX}; got "
-      f"{', '.join(other)}."
-    )
-  _files.require_finite(path, found)
-  return {name.removeprefix(_PREFIX): value for name, value in found.items()}
-
-
-def _refuse_dora(spec: LoraSpec) -> None:
-  if spec.dora:
-    raise ValueError(
-      "PEFT's folders are written and read here without DoRA's magnitudes; got "
-      "a spec with dora=True. `merge` has them in the model's own weights."
-    )
-
-
-def _with_adapters(
-  config: _peft_config.PeftConfig,
-  tensors: Mapping[str, Any],
-  known: Mapping[str, Any],
-) -> dict[str, None]:
-  """The modules that have an adapter, or should."""
-  return dict.fromkeys(config.targeted(known)) | dict.fromkeys(
-    name.removesuffix(end)
-    for name in tensors
-    for end in (_A, _B)
-    if name.endswith(end) and name.removesuffix(end) in known
-  )
-
-
-def _whole(
-  config: _peft_config.PeftConfig,
-  places: Places,
-  tensors: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Takes what was trained whole out of the tensors, and says what is wrong."""
-  extra, faults = {}, []
-  for path in places.names:
-    names = places.tensor_names(path)
-    saved = [n for n in names if config.is_saved(n.rpartition(".")[0])]
-    there = [n for n in names if n in tensors]
-    faults += [f"{n} is missing" for n in saved if n not in tensors]
-    faults += [
-      f"{n} is there and not among modules_to_save"
-      for n in there
-      if n not in saved
-    ]
-    if len(there) == len(names):
-      try:
-        extra[path] = places.parameter(path, tensors)
-      except ValueError as error:
-        faults.append(str(error))
-    elif there and len(saved) < len(names):
-      faults.append(
-        f"{', '.join(n for n in names if n not in there)} are missing, and "
-        f"scanned with {there[0]}"
-      )
-    for name in there:
-      del tensors[name]
-  return extra, faults
-
-
-def _differences(stored: _Stored, adapted: Adapted) -> list[str]:
+def _differences(stored: _peft_folder.Stored, adapted: Adapted) -> list[str]:
   """How a folder's adapters are other than a spec's, a phrase for each."""
   wanted = {"/".join(p): x for p, x in adapted.shapes("primary").items()}
   stored.places.require(wanted)
   faults = []
+  if adapted.spec.dora != stored.config.dora:
+    faults.append(
+      f"the folder has use_dora={stored.config.dora} and the spec "
+      f"dora={adapted.spec.dora}"
+    )
   there = set(stored.pairs)
   for path, (a_shape, _, scale) in wanted.items():
     for module in _names(stored, path, a_shape):
@@ -397,7 +294,7 @@ def _differences(stored: _Stored, adapted: Adapted) -> list[str]:
 
 
 def _pair(
-  stored: _Stored,
+  stored: _peft_folder.Stored,
   path: str,
   a_shape: tuple[int, ...],
   b_shape: tuple[int, ...],
@@ -413,7 +310,75 @@ def _pair(
   )
 
 
-def _names(stored: _Stored, path: str, a_shape: tuple[int, ...]) -> list[str]:
+def _magnitudes(
+  stored: _peft_folder.Stored, adapted: Adapted
+) -> dict[str, np.ndarray]:
+  """DoRA's, by their paths in `extra`."""
+  if not stored.config.dora:
+    return {}
+  found = {}
+  for path, (a_shape, *_) in adapted.shapes("primary").items():
+    modules = _names(stored, "/".join(path), a_shape)
+    own = np.stack([stored.magnitudes[module] for module in modules])
+    found["/".join(_dora.path_of(path))] = own.reshape(*a_shape[:-2], -1)
+  return found
+
+
+def _split(
+  extra: dict[str, Any], pairs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """DoRA's magnitudes by their kernels' paths, and what else is in `extra`."""
+  parts = _dora.split(
+    {tuple(path.split("/")): x for path, x in extra.items()},
+    [tuple(path.split("/")) for path in pairs],
+  )
+  magnitudes, others = (
+    {"/".join(path): x for path, x in part.items()} for part in parts
+  )
+  return magnitudes, others
+
+
+def _write_extra(
+  places: Places,
+  extra: Mapping[str, Any],
+  adapted: Mapping[str, Any],
+  tensors: dict[str, Any],
+) -> dict[str, Any]:
+  """Adds what is trained whole to the tensors.
+
+  Returns:
+    What the configuration says of it.
+  """
+  values = {
+    name: (module, value)
+    for path, leaf in extra.items()
+    for name, (module, value) in zip(
+      places.tensor_names(path), places.tensors(path, leaf)
+    )
+  }
+  weights = {m for name, (m, _) in values.items() if name.endswith(".weight")}
+  saved: dict[str, None] = {}
+  tied, bias = False, "none"
+  for name, (module, value) in values.items():
+    if module in weights:
+      saved[module] = None
+    elif module in adapted:
+      # PEFT has wrapped it.
+      name = f"{module}{_peft_folder.BASE}bias"
+      bias = "lora_only" if bias == "none" else bias
+    else:
+      bias = "all"
+    tensors[name] = value
+  for other, table in places.ties().items():
+    if table in saved:
+      saved[other], tied = None, True
+      tensors[f"{other}.weight"] = tensors[f"{table}.weight"]
+  return {"modules_to_save": saved, "tied": tied, "bias": bias}
+
+
+def _names(
+  stored: _peft_folder.Stored, path: str, a_shape: tuple[int, ...]
+) -> list[str]:
   modules = stored.places.modules(path, a_shape[:-2])
   return [_peft_names.name_of(module) for module in modules]
 

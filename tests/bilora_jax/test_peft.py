@@ -114,9 +114,12 @@ def _assert_same_bits(got, wanted):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_what_is_loaded_is_what_was_saved(tmp_path, variables, rslora):
-  spec = LoraSpec(**{**vars(SPEC), "rslora": rslora})
+@pytest.mark.parametrize(
+  "fields",
+  [{}, {"rslora": True}, {"dora": True}],
+)
+def test_what_is_loaded_is_what_was_saved(tmp_path, variables, fields):
+  spec = LoraSpec(**{**vars(SPEC), **fields})
   adapted = adapt(_Model(), spec, X)
   adapters = _adapters(adapted, variables)
   peft.save(tmp_path, adapted, adapters, NAMES)
@@ -255,12 +258,63 @@ def test_a_folder_without_factors_is_refused(folder):
     peft.load_spec(folder, NAMES)
 
 
-def test_magnitudes_have_no_place_in_a_folder(folder, adapters):
+def test_a_folder_without_magnitudes_is_no_dora(folder):
   own = adapt(_Model(), LoraSpec(**{**vars(SPEC), "dora": True}), X)
-  with pytest.raises(ValueError, match="got a spec with dora=True"):
-    peft.save(folder, own, adapters, NAMES)
-  with pytest.raises(ValueError, match="got a spec with dora=True"):
+  with pytest.raises(ValueError, match="use_dora=False and the spec dora=True"):
     peft.load(folder, own, NAMES)
+
+
+def test_magnitudes_are_as_in_pytorch(tmp_path, variables):
+  own = adapt(_Model(), LoraSpec(**{**vars(SPEC), "dora": True}), X)
+  adapters = _adapters(own, variables)
+  peft.save(tmp_path, own, adapters, NAMES)
+  tensors, extra = _tensors(tmp_path), adapters["extra"]
+  end = ".lora_magnitude_vector"
+  np.testing.assert_array_equal(
+    tensors[f"base_model.model.net.layers.1.up{end}"],
+    extra["layers"]["up"]["kernel_magnitude"][1],
+  )
+  np.testing.assert_array_equal(
+    tensors[f"base_model.model.net.patch.projection{end}"],
+    extra["patch"]["kernel_magnitude"].reshape(1, 4, 1, 1),
+  )
+
+
+def test_biases_without_their_weights_are_pefts_bias(tmp_path, variables):
+  # Of an adapted module, that PEFT has wrapped, and of a norm.
+  own = {**vars(SPEC), "exclude": "head"}
+  spec = LoraSpec(**{**own, "extra": "(query|norm)/bias"})
+  adapted = adapt(_Model(), spec, X)
+  adapters = _adapters(adapted, variables)
+  names = NAMES | {"query/bias": "net.attention.q"}
+  with pytest.raises(ValueError, match="query/bias, of shape"):
+    peft.save(tmp_path, adapted, adapters, names)
+  spec = LoraSpec(**{**own, "extra": "(out|norm)/bias"})
+  adapted = adapt(_Model(), spec, X)
+  adapters = _adapters(adapted, variables)
+  names = NAMES | {"out/bias": "net.attention.out"}
+  peft.save(tmp_path, adapted, adapters, names)
+  tensors = _tensors(tmp_path)
+  assert "base_model.model.net.attention.out.base_layer.bias" in tensors
+  assert "base_model.model.net.norm.bias" in tensors
+  config = _config(tmp_path)
+  assert (config["bias"], config["modules_to_save"]) == ("all", None)
+  _assert_same_bits(peft.load(tmp_path, adapted, names), primary(adapters))
+
+
+def test_what_is_left_out_is_said(folder, adapted, adapters):
+  _change_tensors(
+    folder,
+    lambda t: t.update(
+      {f"base_model.model.net.pooler.lora_{x}.weight": np.ones(2) for x in "AB"}
+    ),
+  )
+  with pytest.raises(ValueError, match=r"net\.pooler\.lora_A.* has no place"):
+    peft.load(folder, adapted, NAMES)
+  with pytest.warns(UserWarning, match=r"also has net\.pooler, which this"):
+    loaded = peft.load(folder, adapted, NAMES, left_out=["pooler"])
+  _assert_same_bits(loaded, primary(adapters))
+  assert peft.load_spec(folder, NAMES, left_out=["pooler"]).rank == SPEC.rank
 
 
 def test_scanned_layers_are_adapted_alike(folder):
@@ -281,14 +335,22 @@ def test_scanned_layers_are_adapted_alike(folder):
 @pytest.mark.parametrize(
   ("values", "parts"),
   [
-    ({"use_dora": True}, ["use_dora", "True"]),
-    ({"bias": "all"}, ["bias", "'none'", "'all'"]),
+    ({"use_dora": True}, ["net.attention.q.lora_magnitude_vector is missing"]),
+    ({"use_dora": 3}, ["use_dora is true or false", "3"]),
+    ({"bias": "some"}, ["bias", "'none'", "'some'"]),
     ({"peft_type": "IA3"}, ["peft_type", "'LORA'", "'IA3'"]),
     ({"init_lora_weights": "pissa"}, ["init_lora_weights", "'pissa'"]),
-    ({"lora_bias": True}, ["lora_bias"]),
+    ({"lora_bias": True}, ["net.attention.q.lora_B.bias is missing"]),
     ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
-    ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
-    ({"something_new": 3}, ["something_new", "3"]),
+    ({"trainable_token_indices": [1]}, ["trainable_tokens_delta is missing"]),
+    ({"trainable_token_indices": [-1]}, ["trainable_token_indices", "[-1]"]),
+    ({"layers_to_transform": "1"}, ["layers_to_transform", "'1'"]),
+    ({"exclude_modules": 3}, ["exclude_modules", "list"]),
+    (
+      {"something_new": 3, "peft_version": "1.2"},
+      ["something_new=3 is unknown here", "PEFT 1.2", "known is 0.21"],
+    ),
+    ({"something_new": 3}, ["does not say its version"]),
     ({"r": 0}, ["r is an integer", "got 0"]),
     ({"r": [4]}, ["r is an integer", "[4]"]),
     ({"lora_alpha": -1}, ["lora_alpha", "-1"]),
@@ -303,7 +365,6 @@ def test_scanned_layers_are_adapted_alike(folder):
     ({"modules_to_save": "head"}, ["modules_to_save", "'head'"]),
     ({"r": 4}, ["net.attention.q", "(2, 4)", "rank 4"]),
     ({"rank_pattern": {}}, ["net.patch.projection", "rank 2"]),
-    ({"target_modules": ["q", "c_attn"]}, ["'c_attn'"]),
     ({"modules_to_save": ["net.norm"]}, ["classifier.weight", "not among"]),
     ({"lora_alpha": 0.6}, ["net.attention.out", "scale 0.3", "scale 0.15"]),
     ({"use_rslora": True}, ["net.attention.out", "scale 0.212"]),

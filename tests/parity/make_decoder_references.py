@@ -3,13 +3,14 @@
 Run it in an environment of its own, on Python 3.11, from anywhere:
 
   pip install torch==2.13.0
-  pip install transformers==5.23.0 safetensors numpy
+  pip install transformers==5.24.0 safetensors numpy
   python tests/parity/make_decoder_references.py
 
 Each case is a folder with the config.json and model.safetensors that
 transformers saves of a model of random weights, and reference.npz: rows of
-tokens and their logits, in float32 with eager attention, one row at a time, so
-that no padding takes part. The files are committed; CI needs no PyTorch.
+tokens, their logits and the likeliest answer, in float32 with eager attention,
+one row at a time, so that no padding takes part. The files are committed; CI
+needs no PyTorch.
 """
 
 import pathlib
@@ -20,6 +21,7 @@ import transformers
 
 OUT = pathlib.Path(__file__).parents[1] / "train" / "models" / "data"
 LENGTHS = (9, 24, 17)
+ANSWER = 12
 
 _SIZES = {
   "vocab_size": 67,
@@ -65,6 +67,47 @@ def _cases() -> dict[str, transformers.PretrainedConfig]:
     "qwen2": transformers.Qwen2Config(
       **_SIZES, num_attention_heads=4, num_key_value_heads=2
     ),
+    # Norms of queries and keys; a window in the second layer alone.
+    "qwen3": transformers.Qwen3Config(
+      **_SIZES,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      head_dim=10,
+      tie_word_embeddings=True,
+      use_sliding_window=True,
+      sliding_window=5,
+      max_window_layers=1,
+    ),
+    # A window in all layers; some pairs keep their frequency, some are scaled,
+    # and one is between.
+    "mistral": transformers.MistralConfig(
+      **_SIZES,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      sliding_window=6,
+      rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 50.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 2.0,
+        "beta_slow": 0.5,
+      },
+    ),
+    # A layer without positions, and biases everywhere.
+    "smollm3": transformers.SmolLM3Config(
+      **_SIZES,
+      num_attention_heads=4,
+      num_key_value_heads=1,
+      no_rope_layer_interval=2,
+      attention_bias=True,
+      mlp_bias=True,
+      rope_parameters={
+        "rope_type": "linear",
+        "rope_theta": 30.0,
+        "factor": 3.0,
+      },
+    ),
   }
 
 
@@ -81,6 +124,15 @@ def _model(config: transformers.PretrainedConfig) -> torch.nn.Module:
   return model
 
 
+def _answer(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+  """The likeliest tokens after a row, one at a time, int32 (T,)."""
+  with torch.no_grad():
+    row = model.generate(
+      torch.tensor(tokens)[None], max_new_tokens=ANSWER, do_sample=False
+    )
+  return row[0, len(tokens) :].numpy().astype(np.int32)
+
+
 def main() -> None:
   rng = np.random.default_rng(0)
   for name, config in _cases().items():
@@ -95,6 +147,7 @@ def main() -> None:
         logits = model(torch.tensor(tokens)[None]).logits[0]
       arrays[f"tokens_{i}"] = tokens.astype(np.int32)
       arrays[f"logits_{i}"] = logits.numpy()
+      arrays[f"answer_{i}"] = _answer(model, tokens)
     np.savez_compressed(folder / "reference.npz", **arrays)
     size = sum(path.stat().st_size for path in folder.iterdir())
     spread = np.std(np.concatenate([arrays[f"logits_{i}"] for i in range(3)]))

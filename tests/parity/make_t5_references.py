@@ -52,15 +52,19 @@ CASES: dict[str, dict[str, Any]] = {
     "tie_word_embeddings": False,
     "num_decoder_layers": 3,
   },
+  # Its config.json is silent about what every mT5 has.
+  "mt5": {"model_type": "mt5"},
 }
 
 
 def model(seed: int, **changes: Any) -> torch.nn.Module:
   """A T5 whose random weights are such that a mistake in any would show."""
   torch.manual_seed(seed)
-  config = transformers.T5Config(**(_SIZES | changes))
-  made = transformers.T5ForConditionalGeneration(config).eval()
-  if not changes.get("tie_word_embeddings", True):
+  changes = {"model_type": "t5", **changes}
+  kind = changes.pop("model_type")
+  config = transformers.AutoConfig.for_model(kind, **(_SIZES | changes))
+  made = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+  if kind == "mt5" or not changes.get("tie_word_embeddings", True):
     # transformers 5 ties every new T5; published v1.1's heads are their own.
     made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.clone())
   with torch.no_grad():

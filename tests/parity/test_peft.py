@@ -24,6 +24,7 @@ from train import __main__ as program
 from train.methods import adapter
 from train.models import load, registry
 from train.models.vit import model as vit
+from train.models.vit import onnx_file
 from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
 
@@ -95,7 +96,9 @@ _ENCODERS = {
 }
 _CONFIGS = {
   **_ENCODERS,
+  "bert sequence": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
+  "llama sequence": lambda: transformers.LlamaConfig(**_DECODER, num_labels=2),
   "qwen2": lambda: transformers.Qwen2Config(
     **_DECODER, tie_word_embeddings=True
   ),
@@ -104,22 +107,27 @@ _CONFIGS = {
     **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
   ),
   "vit": lambda: transformers.Dinov2Config(
-    **vit_weights.hf_config(_VIT), num_labels=2, initializer_range=0.25
+    **onnx_file.hf_config(_VIT), num_labels=2, initializer_range=0.25
   ),
 }
 _KINDS = {
   **dict.fromkeys(_ENCODERS, transformers.AutoModelForTokenClassification),
   "modernbert": transformers.AutoModelForSequenceClassification,
+  "bert sequence": transformers.AutoModelForSequenceClassification,
   "llama": transformers.AutoModelForCausalLM,
+  "llama sequence": transformers.AutoModelForSequenceClassification,
   "qwen2": transformers.AutoModelForCausalLM,
   "t5": transformers.AutoModelForSeq2SeqLM,
   "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
+_HEADS = {"bert sequence": "classifier", "llama sequence": "score"}
 _CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
   **{name: {} for name in _ENCODERS},
+  "bert sequence": {"head": "sequence"},
   "llama": _CHATS,
+  "llama sequence": {"head": "sequence", "scan_layers": True},
   "qwen2": {**_CHATS, "scan_layers": True},
   "t5": {"scan_layers": True},
   "t5 v1.1": {},
@@ -173,6 +181,7 @@ def case(request, tmp_path_factory):
   found = _Case(name=name, folder=folder)
   kinds = {"vit": _vit, "t5": _t5, "t5 v1.1": _t5}
   kinds |= dict.fromkeys(_ENCODERS, _encoder)
+  kinds |= dict.fromkeys(_HEADS, _sequence)
   kinds.get(name, _decoder)(found, model)
   return found
 
@@ -184,6 +193,17 @@ def _encoder(case, model):
   case.model = pretrained.classifier(2)
   case.variables = pretrained.variables(case.model, 0)
   case.variables["params"]["head"] = _head(model, 16)
+
+
+def _sequence(case, model):
+  _decoder_inputs(case)
+  case.inputs += (jnp.ones_like(case.inputs[0]),)
+  pretrained = load.open_pretrained(str(case.folder), head="sequence")
+  scans = _RUNS[case.name].get("scan_layers", False)
+  case.model = pretrained.classifier(2, **({"scan": True} if scans else {}))
+  case.variables = pretrained.variables(case.model, 0)
+  head = _HEADS[case.name]
+  case.variables["params"]["head"] = _dense(getattr(model, head))
 
 
 def _decoder(case, _):
@@ -231,6 +251,13 @@ def _vit(case, model):
   case.variables = {"params": {"encoder": encoder, "head": head}}
 
 
+def _dense(module):
+  own = {"kernel": jnp.asarray(module.weight.detach().numpy().T)}
+  if module.bias is not None:
+    own["bias"] = jnp.asarray(module.bias.detach().numpy())
+  return own
+
+
 def _head(model, width):
   weight, bias = model.classifier.weight, model.classifier.bias
   return {
@@ -268,7 +295,7 @@ def _random_adapters(case):
 
 
 def _spec(case, **fields):
-  is_decoder = case.name not in ("vit", *_ENCODERS)
+  is_decoder = case.name not in ("vit", *_ENCODERS, *_HEADS)
   return bilora_jax.LoraSpec(
     rank=3,
     alpha=5.0,
@@ -285,12 +312,12 @@ def _spec(case, **fields):
   )
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_peft_computes_with_our_folder_what_we_do(
-  case, tmp_path, rslora, auxiliary
+  case, tmp_path, how, auxiliary
 ):
-  case.adapt(_spec(case, rslora=rslora))
+  case.adapt(_spec(case, **({how: True} if how else {})))
   adapters = _random_adapters(case)
   kind = registry.of(case.model).kind_of(case.model)
   peft.save(
@@ -319,7 +346,9 @@ _TARGETS = {
   "deberta": ["in_proj", "pos_q_proj", "dense"],
   "deberta v3": ["query_proj", "key_proj", "dense"],
   "modernbert": ["Wqkv", "Wo", "dense"],
+  "bert sequence": ["query", "value", "dense"],
   "llama": ["q_proj", "v_proj", "down_proj"],
+  "llama sequence": ["q_proj", "v_proj", "down_proj"],
   "qwen2": ["q_proj", "v_proj", "down_proj"],
   "t5": ["q", "v", "wo"],
   "t5 v1.1": ["q", "v", "wo"],
@@ -327,8 +356,8 @@ _TARGETS = {
 }
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
+@pytest.mark.parametrize("how", ["", "rslora", "dora"])
+def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
   base = _KINDS[case.name].from_pretrained(case.folder)
   kind = registry.of(case.model).kind_of(case.model)
   model = torch_peft.get_peft_model(
@@ -337,7 +366,8 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
       task_type=kind.task_type,
       r=3,
       lora_alpha=5,
-      use_rslora=rslora,
+      use_rslora=how == "rslora",
+      use_dora=how == "dora",
       target_modules=_TARGETS[case.name],
       rank_pattern={_TARGETS[case.name][0]: 2},
       alpha_pattern={_TARGETS[case.name][-1]: 4},
@@ -348,7 +378,7 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, rslora):
   if case.name == "vit":
     _blind(model.classifier.modules_to_save.default)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   adapters = peft.load(tmp_path, case.adapted, kind.names)
   np.testing.assert_allclose(
@@ -361,13 +391,14 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   lora = torch_peft.LoraConfig(r=2, target_modules=_TARGETS[case.name][:2])
   model = torch_peft.get_peft_model(base, lora)
   model.save_pretrained(tmp_path)
-  spec = adapter.spec(str(tmp_path), case.model)
+  spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
   kind = registry.of(case.model).kind_of(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
   # Scanned layers are one; a T5 has three attentions in a layer of each, and a
   # ModernBERT two modules of one name.
-  wanted = {"qwen2": 2, "t5": 6, "t5 v1.1": 8, "modernbert": 6}
+  wanted = {"qwen2": 2, "llama sequence": 2, "t5": 6, "t5 v1.1": 8}
+  wanted["modernbert"] = 6
   assert len(case.adapted.targets) == wanted.get(case.name, 4)
   assert set(found) == {"primary"}
 
@@ -414,5 +445,5 @@ def _write_vit(case, adapters, out):
     out / "model.safetensors",
     metadata={"format": "pt"},
   )
-  config = vit_weights.hf_config(_VIT) | {"num_labels": 2}
+  config = onnx_file.hf_config(_VIT) | {"num_labels": 2}
   (out / "config.json").write_text(json.dumps(config))

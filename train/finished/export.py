@@ -18,10 +18,10 @@ from .. import checked, files, locks
 from .. import options as options_lib
 from ..errors import UsageError
 from ..models.io import weights
-from . import card, hub
+from . import card, hub, llama_cpp
 from .finished import Finished, open_run
 
-# Beside the weights, what transformers makes a tokenizer of.
+# Beside the weights, what transformers makes a tokenizer or a processor of.
 _TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -35,6 +35,7 @@ _TOKENIZER = (
   "spm.model",
   "chat_template.jinja",
   "generation_config.json",
+  "preprocessor_config.json",
 )
 _SHARD = 2 * 10**9  # bytes
 _WRITTEN = ("adapter_config.json", "config.json")
@@ -58,6 +59,9 @@ class Options:
   """The folder to write."""
   merged: bool = False
   """Write the whole model, the adapters added to its weights."""
+  gguf: bool = False
+  """Also write adapter.gguf, the adapters for llama.cpp (Llama, Mistral, Qwen 2
+  and 3, without DoRA or heads of their own)."""
   base_model: str = ""
   """What readers are told that the model was made of, as a name on the hub;
   empty: what is known of the run's --model."""
@@ -97,6 +101,8 @@ def _export(options: Options, out: pathlib.Path) -> int:
   run = open_run(options.run, accept_changes=options.accept_changes)
   _check_other(out, run)
   whole = options.merged or run.adapted is None
+  if options.gguf:
+    llama_cpp.check(run, whole)
   base, note = options.base_model, ""
   if not base:
     base, note = weights.origin(run.config.model.name)
@@ -124,6 +130,9 @@ def _export(options: Options, out: pathlib.Path) -> int:
         auxiliary="auxiliary" in run.adapters,
       )
       what = f"{out} is a LoRA of PEFT, for a {_kind(run)}."
+      if options.gguf:
+        llama_cpp.write(part / "adapter.gguf", run)
+        what += f" {out / 'adapter.gguf'} is one of llama.cpp."
     _write_tokenizer(part, run)
     text = card.write(run, base, note, options.push_to_hub or out.name, whole)
     (part / "README.md").write_text(text)

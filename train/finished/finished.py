@@ -196,7 +196,10 @@ def open_run(
   begun = {} if base else fingerprint.read(folder)
   try:
     pretrained = load.open_pretrained(
-      options.name, options.hub_revision, str(begun.get("commit") or "")
+      options.name,
+      options.hub_revision,
+      str(begun.get("commit") or ""),
+      options.head,
     )
   except ValueError as error:
     raise UsageError(f"the model of {folder}: {error}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import sys
 from typing import Any, Literal, NamedTuple
 
 from flax import linen as nn
@@ -114,6 +115,8 @@ def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
   """Yields what is said to each prompt."""
   opened = _opened(options)
   pretrained, template = opened.pretrained, opened.template
+  for note in pretrained.notes:
+    print(f"note: {note}", file=sys.stderr)
   tokenizer = pretrained.tokenizer
   texts = [_text(options, template, prompt) for prompt in prompts]
   special = options.plain or template is None

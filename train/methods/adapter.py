@@ -1,10 +1,12 @@
 """The PEFT folder that a run starts from: `--adapter`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
 import pathlib
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -12,44 +14,112 @@ import bilora_jax
 from bilora_jax import peft
 
 from ..models import registry
+from ..models.family import Kind
 from ..models.io import weights
 
+_HEAD = "head/"
+_SEQUENCE = "SEQ_CLS"
 
-def spec(folder: str, model: nn.Module) -> bilora_jax.LoraSpec:
-  """The spec of a folder's adapters: ranks, alphas, targets and rsLoRA.
 
-  Raises:
-    ValueError: if the folder is no LoRA of this model that can be read, or has
-      a head that means something else here.
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A PEFT folder, for a model.
+
+  Attributes:
+    path: of the folder.
+    kind: what the model is in transformers; without its head, if the run
+      trains a new one.
+    left_out: ends of names of modules that are not read.
+    base: the base's tensors, by their names in its files; None where they are
+      not at hand.
   """
-  kind = registry.of(model).kind_of(model)
-  found = peft.load_spec(folder, kind.names, prefix=kind.prefix)
-  task = weights.read_json(pathlib.Path(folder) / "adapter_config.json").get(
-    "task_type"
-  )
-  if found.extra is not None and task != kind.task_type:
-    raise ValueError(
-      f"the head in {folder} is for the task_type {task!r}, and that of this "
-      f"model is a {kind.architecture}'s, task_type {kind.task_type!r}. To "
-      "train a new head, leave modules_to_save out of the folder."
+
+  path: str
+  kind: Kind
+  left_out: tuple[str, ...]
+  base: Mapping[str, Any] | None
+
+  def spec(self) -> bilora_jax.LoraSpec:
+    """The spec of the adapters: ranks, alphas, targets, rsLoRA and DoRA.
+
+    Raises:
+      ValueError: if the folder is no LoRA of this model that can be read, or
+        has a head that means something else here.
+    """
+    found = peft.load_spec(
+      self.path,
+      self.kind.names,
+      prefix=self.kind.prefix,
+      left_out=self.left_out,
     )
-  return found
+    task = weights.read_json(
+      pathlib.Path(self.path) / "adapter_config.json"
+    ).get("task_type")
+    heads = [path for path in self.kind.names if path.startswith(_HEAD)]
+    if any(map(found.is_extra, heads)) and task != self.kind.task_type:
+      raise ValueError(
+        f"the head in {self.path} is for the task_type {task!r}, and that of "
+        f"this model is a {self.kind.architecture}'s, task_type "
+        f"{self.kind.task_type!r}. "
+        + "--head sequence is the model of SEQ_CLS, and " * (task == _SEQUENCE)
+        + "--new-head leaves it out, and trains a new head."
+      )
+    return found
+
+  def started(
+    self, adapted: bilora_jax.Adapted
+  ) -> Callable[[jax.Array, Any], dict[str, Any]]:
+    """`adapted.init`, with what is in the folder in place of what is new.
+
+    Raises:
+      ValueError: if the folder's adapters do not fit; each fault is named.
+    """
+    loaded = peft.load(
+      self.path,
+      adapted,
+      self.kind.names,
+      prefix=self.kind.prefix,
+      base=self.base,
+      left_out=self.left_out,
+    )
+    flat = traverse_util.flatten_dict(jax.tree.map(jnp.asarray, loaded))
+
+    def init(key, variables):
+      new = traverse_util.flatten_dict(adapted.init(key, variables))
+      return traverse_util.unflatten_dict(new | flat)
+
+    return init
 
 
-def started(
-  folder: str,
-  adapted: bilora_jax.Adapted,
+def of(
+  path: str,
   model: nn.Module,
-) -> Callable[[jax.Array, Any], dict[str, Any]]:
-  """`adapted.init`, with what is in the folder in place of new factors.
+  base: Mapping[str, Any] | None = None,
+  new_head: bool = False,
+) -> Folder:
+  """The folder of `--adapter`.
+
+  Args:
+    path: of the folder.
+    model: to adapt.
+    base: its tensors, by their names in its files, if they are at hand.
+    new_head: whether the head that the folder brings is left out.
 
   Raises:
-    ValueError: if the folder's adapters do not fit; each fault is named.
+    ValueError: if a new head is asked for and the model has none.
   """
-  kind = registry.of(model).kind_of(model)
-  loaded = peft.load(folder, adapted, kind.names, prefix=kind.prefix)
-
-  def init(key, variables):
-    return adapted.init(key, variables) | jax.tree.map(jnp.asarray, loaded)
-
-  return init
+  family = registry.of(model)
+  kind = family.kind_of(model)
+  left_out = kind.idle
+  if new_head:
+    if not family.has_new_head:
+      raise ValueError(
+        f"--new-head is for models that answer by a head of their own; a "
+        f"{family.name} answers by the head that it came with."
+      )
+    heads = [path for path in kind.names if path.startswith(_HEAD)]
+    names = {k: x for k, x in kind.names.items() if k not in heads}
+    kind = dataclasses.replace(kind, names=names)
+    # As PEFT knows heads: `SEQ_CLS_HEAD_NAMES` of peft/utils/constants.py.
+    left_out += ("classifier", "score")
+  return Folder(path, kind, left_out, base)

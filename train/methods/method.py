@@ -1,6 +1,6 @@
 """A method built for a model: what is trained, by which gradient and update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ def build(
   steps: int,
   objective: Objective,
   quantised: str | None = None,
+  base: Mapping[str, Any] | None = None,
 ) -> Method:
   """The chosen method for a model.
 
@@ -96,6 +97,7 @@ def build(
     steps: optimizer steps of the whole run.
     objective: what is learned from a batch.
     quantised: what the adapted weights are quantised to, if they are.
+    base: the tensors in the model's files, with which `--adapter` is compared.
 
   Raises:
     ValueError: if the targets match no module of the model, or the method is
@@ -114,7 +116,7 @@ def build(
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
     method = _of_adapters(
-      chosen, adapter_options, family, model, inputs, quantised
+      chosen, adapter_options, family, model, inputs, quantised, base
     )
   weights = None
   if spec.perturbs_weights:
@@ -161,21 +163,32 @@ def _of_adapters(
   model: nn.Module,
   inputs: tuple[Any, ...],
   quantised: str | None,
+  base: Mapping[str, Any] | None,
 ) -> Method:
   spec, options = chosen.spec, chosen.options
   with_auxiliary = spec.has_auxiliary or spec.sketches
+  folder = None
+  if adapter_options.path:
+    folder = adapter.of(
+      adapter_options.path, model, base, adapter_options.new_head
+    )
+  lora = folder.spec() if folder else _new(adapter_options, family, model)
+  extra = [lora.extra, "head/.*" if family.has_new_head else None]
   lora = dataclasses.replace(
-    _targets(adapter_options, family, model),
+    lora,
     auxiliary_rank=options.auxiliary_rank if with_auxiliary else 0,
-    extra="head/.*" if family.has_new_head else None,
-    dora=adapter_options.dora,
+    extra="|".join(filter(None, extra)) or None,
     dropout=adapter_options.dropout,
     base_dtype=quantised,
   )
+  if lora.dora and (spec.perturbs_weights or spec.keeps_auxiliary(options)):
+    raise ValueError(
+      f"--adapter {adapter_options.path} is a DoRA, whose magnitudes scale the "
+      "whole weights; it goes on by methods that perturb factors alone and "
+      f"keep one adapter, and --method {spec.name} does not."
+    )
   adapted = bilora_jax.adapt(model, lora, *inputs)
-  init = adapted.init
-  if adapter_options.path:
-    init = adapter.started(adapter_options.path, adapted, model)
+  init = folder.started(adapted) if folder else adapted.init
   return Method(
     spec.begin(options, init),
     adapted.apply,
@@ -185,15 +198,14 @@ def _of_adapters(
   )
 
 
-def _targets(
+def _new(
   options: AdapterOptions, family: Family, model: nn.Module
 ) -> bilora_jax.LoraSpec:
-  """Which modules have adapters, of what rank and scale."""
-  if options.path:
-    return adapter.spec(options.path, model)
+  """Which modules get new adapters, of what rank and scale."""
   return bilora_jax.LoraSpec(
     rank=options.rank,
     alpha=options.alpha,
     targets=options.targets,
     exclude=family.own_head(model),
+    dora=options.dora,
   )

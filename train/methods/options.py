@@ -21,7 +21,10 @@ class AdapterOptions:
   """Dropout rate at the input of the adapters."""
   path: str = option("", flag="adapter")
   """A folder of Hugging Face PEFT's with a LoRA to start from; its ranks,
-  alphas, targets and rsLoRA are its own."""
+  alphas, targets, rsLoRA and DoRA are its own, and what it has trained whole
+  goes on with it."""
+  new_head: bool = option(False)
+  """Leave out the head that --adapter brings, and train a new one."""
   start: Literal[
     "uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"
   ] = option("uniform")

@@ -10,6 +10,7 @@ traced; under a gradient it would keep the residuals of all of them.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -41,6 +42,8 @@ class Seen:
   Attributes:
     kernel: one of `CHOICES` that is not 'auto'.
     causal: whether a query sees none of the keys after it.
+    window: how many keys a query sees at most, its own and those before it;
+      None: there is no such limit, or the mask has it.
     mask: bool (B, L, S), (B, 1, S) or (1, L, S), which is all there is to say.
     lengths: tokens of each segment of a row, from its first token on, int32
       (B, M). A query sees its own segment. What follows the last is padding.
@@ -49,6 +52,9 @@ class Seen:
 
   kernel: str = dataclasses.field(metadata={"static": True})
   causal: bool = dataclasses.field(default=False, metadata={"static": True})
+  window: int | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
   mask: jax.Array | None = None
   lengths: jax.Array | None = None
   segment_ids: jax.Array | None = None
@@ -111,7 +117,12 @@ def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
   return None
 
 
-def causal(kernel: str, length: int, lengths: jax.Array | None = None) -> Seen:
+def causal(
+  kernel: str,
+  length: int,
+  lengths: jax.Array | None = None,
+  window: int | None = None,
+) -> Seen:
   """What causal attention sees: the tokens up to itself, of its segment.
 
   A row that is one segment, with padding after it, needs no mask but the causal
@@ -122,15 +133,22 @@ def causal(kernel: str, length: int, lengths: jax.Array | None = None) -> Seen:
     length: L.
     lengths: tokens of each segment of a row, int (B, M); 0 if a row has fewer.
       None: a row is one segment.
+    window: tokens that one sees at most, itself among them (sliding window
+      attention, Beltagy et al., arXiv 2004.05150); None: all.
   """
   if lengths is not None and lengths.shape[1] == 1:
     lengths = None
-  if kernel == "cudnn" and (lengths is None or _is_hopper()):
-    return Seen(kernel, causal=True, lengths=lengths)
+  if window is not None and window >= length:
+    window = None
+  whole = lengths is None or (window is None and _is_hopper())
+  if kernel == "cudnn" and whole:
+    return Seen(kernel, causal=True, window=window, lengths=lengths)
   segment_ids = None if lengths is None else ids(lengths, length)
   if kernel == "splash":
-    return Seen(kernel, causal=True, segment_ids=segment_ids)
+    return Seen(kernel, causal=True, window=window, segment_ids=segment_ids)
   mask_1xLxL = jnp.tri(length, dtype=bool)[None]
+  if window is not None:
+    mask_1xLxL &= ~jnp.tri(length, k=-window, dtype=bool)
   if segment_ids is None:
     return Seen(kernel, mask=mask_1xLxL)
   same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -253,6 +271,7 @@ def _cudnn(q, k, v, seen):
     v,
     mask=None if mask is None else mask[:, None],
     is_causal=seen.causal,
+    local_window_size=None if seen.window is None else (seen.window - 1, 0),
     key_value_seq_lengths=(
       None if lengths is None else lengths[:, 0].astype(jnp.int32)
     ),
@@ -303,7 +322,11 @@ def _splash(q, k, v, seen):
   )
   whole = length + padding
   block = next(x for x in _BLOCKS if whole % x == 0)
-  one = splash.CausalMask if seen.causal else splash.FullMask
+  one: Any = splash.CausalMask if seen.causal else splash.FullMask
+  if seen.window is not None:
+    one = functools.partial(
+      splash.LocalMask, window_size=(seen.window - 1, 0), offset=0
+    )
   kernel: Any = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([one((whole, whole))] * heads),
     block_sizes=splash.BlockSizes(

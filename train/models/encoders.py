@@ -53,7 +53,13 @@ def token_classifier(
     )
   heads = dict.fromkeys(("head/kernel", "head/bias"), "classifier")
   return Kind(
-    architecture, {**names, **heads}, prefix, "TOKEN_CLS", first=how == "cls"
+    architecture,
+    {**names, **heads},
+    prefix,
+    "TOKEN_CLS",
+    first=how == "cls",
+    # The last hidden states need no pooler.
+    idle=("pooler.dense",),
   )
 
 

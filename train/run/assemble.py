@@ -1,5 +1,6 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
+from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
@@ -109,7 +110,10 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   )
   _check_eval_batch(config, layout)
   pretrained = models.open_pretrained(
-    config.model.name, config.model.hub_revision, fingerprints.commit(folder)
+    config.model.name,
+    config.model.hub_revision,
+    fingerprints.commit(folder),
+    config.model.head,
   )
   data = load_data(config, pretrained, layout)
   fingerprint = fingerprints.of(config, pretrained, data)
@@ -128,7 +132,9 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       f"{optimisation.epochs:,} of {data.steps_per_epoch:,} steps each are "
       "more."
     )
-  method = method_of(config, model, inputs, steps, data.objective)
+  method = method_of(
+    config, model, inputs, steps, data.objective, pretrained.tensors
+  )
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
@@ -192,6 +198,7 @@ def method_of(
   inputs: tuple[Any, ...],
   steps: int,
   objective: Objective,
+  base: Mapping[str, Any] | None = None,
 ) -> methods.Method:
   """The method of a configuration, for a model; see `methods.method.build`."""
   return methods.build(
@@ -203,6 +210,7 @@ def method_of(
     steps,
     objective,
     config.model.quantised,
+    base,
   )
 
 

@@ -255,6 +255,11 @@ def _check_adapter(config: Config) -> None:
     ) from error
   if adapter.path:
     _check_folder(adapter)
+  elif adapter.new_head:
+    raise UsageError(
+      "--new-head leaves out the head that --adapter brings; got it without "
+      "--adapter, where the head is new."
+    )
   if adapter.start != "uniform" and adapter.path:
     raise UsageError(
       "--start is of new adapters, and --adapter brings old ones; got --start "
@@ -277,11 +282,11 @@ def _check_adapter(config: Config) -> None:
 
 
 def _check_folder(adapter: AdapterOptions) -> None:
-  for name in ("rank", "alpha", "targets"):
+  for name in ("rank", "alpha", "targets", "dora"):
     value = getattr(adapter, name)
     if value != getattr(AdapterOptions(), name):
       raise UsageError(
-        "--adapter has ranks, alphas and targets of its own, so that "
+        "--adapter has ranks, alphas, targets and DoRA of its own, so that "
         f"{options.spelt(name)} is left out; got {value}."
       )
   try:

@@ -298,7 +298,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       Opened(prepared.folder, at, prepared.steps, config_lib.flat(config)),
       config.output.loggers,
     )
-    for note in prepared.data.notes:
+    for note in (*prepared.opened.notes, *prepared.data.notes):
       journal.say(note)
     journal.say(_opening(prepared, state.trained))
     if resumed is not None:

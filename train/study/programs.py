@@ -239,4 +239,5 @@ def _build(prepared: Prepared, config: Config) -> methods.Method:
     inputs,
     prepared.steps,
     prepared.data.objective,
+    prepared.opened.tensors,
   )

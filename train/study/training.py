@@ -148,7 +148,7 @@ def steps(config: Config) -> int:
   """
   try:
     pretrained = models.open_pretrained(
-      config.model.name, config.model.hub_revision
+      config.model.name, config.model.hub_revision, head=config.model.head
     )
     data = assemble.load_data(config, pretrained)
   except (ValueError, RuntimeError) as error:

@@ -27,6 +27,7 @@ from train.models.decoder import model as decoder
 from train.models.decoder import weights as decoder_weights
 from train.models.io import tensors, weights
 from train.models.vit import model as vit
+from train.models.vit import onnx_file
 from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
 
@@ -86,7 +87,7 @@ def case(request):
   found = _CASES[request.param]()
   folder = found.folder / "adapter"
   spec = dataclasses.replace(
-    adapter.spec(str(folder), found.model), auxiliary_rank=0
+    adapter.of(str(folder), found.model).spec(), auxiliary_rank=0
   )
   with np.load(found.folder / "reference.npz", allow_pickle=False) as file:
     rows = [(file[f"tokens_{i}"], file[f"logits_{i}"]) for i in range(3)]
@@ -173,7 +174,7 @@ def test_a_vit_is_the_tensors_that_were_read():
     for name, value in found.items()
     if name.startswith("dinov2.")
   }
-  assert vit_weights.config(own) == config
+  assert onnx_file.config(own) == config
   jax.tree.map(
     np.testing.assert_array_equal,
     vit_weights.vit_params(config, own),
@@ -194,9 +195,22 @@ def test_a_head_that_means_something_else_is_refused(tmp_path):
   config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS"}
   path.write_text(json.dumps(config))
   with pytest.raises(
-    ValueError, match=r"'SEQ_CLS'.*BertForTokenClassification"
+    ValueError, match=r"'SEQ_CLS'.*BertForTokenClassification.*--new-head"
   ):
-    adapter.spec(str(folder), found.model)
+    adapter.of(str(folder), found.model).spec()
+  # As the sentence says.
+  without = adapter.of(str(folder), found.model, new_head=True)
+  spec = without.spec()
+  assert spec.extra is None
+  example = found.inputs(jnp.ones((1, 2), int))
+  spec = dataclasses.replace(spec, extra="head/.*")
+  adapted = bilora_jax.adapt(found.model, spec, *example)
+  with pytest.warns(UserWarning, match="also has classifier, which this model"):
+    init = without.started(adapted)
+  start = init(jax.random.key(0), {"params": found.params})
+  jax.tree.map(
+    np.testing.assert_array_equal, start["extra"]["head"], found.params["head"]
+  )
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +334,8 @@ def test_an_adapter_of_another_model_is_refused_before_any_step(prepared):
   [
     ({"method": "head"}, ["--adapter", "--method head"]),
     ({"rank": 4}, ["--adapter", "--rank", "4"]),
+    ({"dora": True}, ["--adapter", "--dora", "True"]),
+    ({"adapter": "", "new_head": True}, ["--new-head", "without --adapter"]),
     ({"targets": ".*query"}, ["--adapter", "--targets"]),
     ({"adapter": "absent"}, ["--adapter", "adapter_config.json", "absent"]),
   ],

@@ -14,7 +14,16 @@ from train.models.decoder import model as decoder
 from train.models.io import tensors
 
 DATA = pathlib.Path(__file__).with_name("data")
-NAMES = ("llama_tied", "llama3_scaled", "qwen2")
+NAMES = (
+  "llama_tied",
+  "llama3_scaled",
+  "mistral",
+  "qwen2",
+  "qwen3",
+  "smollm3",
+)
+# Of the others the layers differ.
+SCANNED = tuple(name for name in NAMES if name != "qwen3")
 
 TINY = decoder_config.DecoderConfig(
   vocab_size=13,
@@ -30,11 +39,19 @@ TINY = decoder_config.DecoderConfig(
 
 
 class Case(NamedTuple):
-  """A checkpoint folder, and rows of tokens (L,) with their logits (L, V)."""
+  """A checkpoint folder, and what PyTorch computes.
+
+  Attributes:
+    config: the sizes.
+    tensors: weights by name.
+    rows: tokens (L,) and their logits (L, V).
+    answers: of each row, the likeliest tokens after it (T,).
+  """
 
   config: decoder_config.DecoderConfig
   tensors: Any
   rows: list[tuple[np.ndarray, np.ndarray]]
+  answers: list[np.ndarray]
 
 
 @functools.cache
@@ -43,10 +60,12 @@ def load(name: str) -> Case:
   text = (folder / "config.json").read_text()
   with np.load(folder / "reference.npz", allow_pickle=False) as file:
     rows = [(file[f"tokens_{i}"], file[f"logits_{i}"]) for i in range(3)]
+    answers = [file[f"answer_{i}"] for i in range(3)]
   return Case(
     decoder_config.DecoderConfig.from_hf(json.loads(text)),
     tensors.open_safetensors(folder),
     rows,
+    answers,
   )
 
 

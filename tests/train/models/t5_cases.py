@@ -13,7 +13,7 @@ from train.models.io import tensors
 from train.models.t5 import config as t5_config
 from train.models.t5 import model as t5
 
-NAMES = ("t5_v1_0", "t5_v1_1")
+NAMES = ("t5_v1_0", "t5_v1_1", "mt5")
 
 TINY = t5_config.T5Config(
   vocab_size=13,

@@ -26,7 +26,7 @@ _STEP_LENGTH = 136  # nothing else of a step is
 REAL = np.arange(LENGTH) < LENGTHS.sum(1, keepdims=True)
 
 
-def _reference(q, k, v, lengths, causal=True):
+def _reference(q, k, v, lengths, causal=True, window=LENGTH):
   """A segment, a head and a query at a time, in float64."""
   y = np.zeros(q.shape)
   for row, head in np.ndindex(len(q), q.shape[2]):
@@ -35,7 +35,8 @@ def _reference(q, k, v, lengths, causal=True):
     for count in lengths[row]:
       start, stop = stop, stop + count
       for i in range(start, stop):
-        to = slice(start, i + 1 if causal else stop)
+        first = max(start, i + 1 - window) if causal else start
+        to = slice(first, i + 1 if causal else stop)
         scores = k[row, to, group] @ q[row, i, head] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         y[row, i, head] = weights @ v[row, to, group] / weights.sum()
@@ -62,12 +63,12 @@ def _passes(seen, q, k, v, weights, real):
   return found[0][1], found[1]
 
 
-def _check_parity(seen, lengths, causal):
+def _check_parity(seen, lengths, causal, window=LENGTH):
   q, k, v, weights = _arrays(4)
   real = np.arange(LENGTH) < lengths.sum(1, keepdims=True)
   single = [x.astype(np.float32) for x in (q, k, v, weights)]
   y, gradients = jax.jit(_passes)(seen, *single, real)
-  want = _reference(q, k, v, lengths, causal)
+  want = _reference(q, k, v, lengths, causal, window)
   np.testing.assert_allclose(y[real], want[real], rtol=0, atol=1e-5)
   assert np.isfinite(y).all()
   # Along a line through the inputs, as the sum's central difference has it.
@@ -76,7 +77,7 @@ def _check_parity(seen, lengths, causal):
 
   def total(distance):
     moved = [x + distance * u for x, u in zip((q, k, v), lines)]
-    return (_reference(*moved, lengths, causal) * weights).sum()
+    return (_reference(*moved, lengths, causal, window) * weights).sum()
 
   slope = (total(1e-5) - total(-1e-5)) / 2e-5
   found = sum(np.sum(g * u) for g, u in zip(gradients, lines, strict=True))
@@ -98,6 +99,27 @@ def interpreted(monkeypatch):
 def test_packed_rows_see_their_segment_s_past(kernel, interpreted):
   seen = attention.causal(kernel, LENGTH, LENGTHS)
   _check_parity(seen, LENGTHS, causal=True)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "xla", "splash"])
+def test_a_window_ends_before_the_segment_does(kernel, interpreted):
+  seen = attention.causal(kernel, LENGTH, LENGTHS, window=4)
+  _check_parity(seen, LENGTHS, causal=True, window=4)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "cudnn", "splash"])
+def test_a_window_as_long_as_the_row_changes_nothing(kernel):
+  plain = attention.causal(kernel, LENGTH)
+  wide = attention.causal(kernel, LENGTH, window=LENGTH)
+  narrow = attention.causal(kernel, LENGTH, window=LENGTH - 1)
+  assert wide.window is None
+  if kernel == "matmul":
+    np.testing.assert_array_equal(wide.mask, plain.mask)
+    hidden = np.asarray(plain.mask) & ~np.asarray(narrow.mask)
+    assert np.argwhere(hidden[0]).tolist() == [[LENGTH - 1, 0]]
+  else:
+    assert wide == plain
+    assert narrow.window == LENGTH - 1
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "xla", "splash"])

@@ -37,10 +37,13 @@ def logits(variables):
   return _apply(decoder.Decoder(TINY), variables, TOKENS, None, LENGTHS)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", decoder_cases.NAMES)
+@pytest.mark.parametrize(
+  ("name", "scan"),
+  [(name, False) for name in decoder_cases.NAMES]
+  + [(name, True) for name in decoder_cases.SCANNED],
+)
 def test_packed_and_padded_rows_agree_with_pytorch_one_by_one(name, scan):
-  config, tensors, rows = decoder_cases.load(name)
+  config, tensors, rows, _ = decoder_cases.load(name)
   length = sum(len(tokens) for tokens, _ in rows)
   tokens = np.zeros((2, length), np.int32)
   lengths = np.zeros((2, len(rows) + 1), np.int32)
@@ -196,7 +199,9 @@ def test_scanned_layers_draw_their_own_dropout():
 
 
 def test_logical_axes_fit_every_parameter():
-  config = dataclasses.replace(TINY, tied=False, qkv_bias=True)
+  config = dataclasses.replace(
+    TINY, tied=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True
+  )
   names = {"embed", "heads", "kv_heads", "mlp", "vocab"}
   for scan in (False, True):
     model = decoder.Decoder(config, scan=scan)
@@ -262,4 +267,11 @@ def test_wrong_shapes_are_named(args, message):
 def test_unknown_choices_are_named(kwargs, message):
   model = decoder.Decoder(TINY, **kwargs)
   with pytest.raises(ValueError, match=message):
+    jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+
+
+def test_layers_with_different_windows_are_not_scanned():
+  config = dataclasses.replace(TINY, windows=(None, 3))
+  model = decoder.Decoder(config, scan=True)
+  with pytest.raises(ValueError, match="llama differ in their sliding windows"):
     jax.eval_shape(model.init, jax.random.key(0), TOKENS)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from train.models.decoder import model as decoder
-from train.models.decoder.config import PRESETS, DecoderConfig, RopeScaling
+from train.models.decoder.config import PRESETS, DecoderConfig
+from train.models.decoder.rope import Linear, Llama3, Yarn
 
 LLAMA = {
   "model_type": "llama",
@@ -41,7 +42,7 @@ EXPECTED = DecoderConfig(
   rms_norm_eps=1e-6,
   rope_theta=300.0,
 )
-SCALED = RopeScaling(8.0, 1.0, 4.0, 64)
+SCALED = Llama3(8.0, 1.0, 4.0, 64)
 
 
 def _read(**changes):
@@ -55,6 +56,8 @@ def test_hugging_faces_keys_are_read():
   assert _read(tie_word_embeddings=True).tied
   assert not _read().qkv_bias
   assert _read(model_type="qwen2", use_sliding_window=False).qkv_bias
+  biased = _read(attention_bias=True, mlp_bias=True)
+  assert biased.qkv_bias and biased.out_bias and biased.mlp_bias
 
 
 def test_rotary_parameters_of_both_generations_are_the_same():
@@ -69,6 +72,87 @@ def test_rotary_parameters_of_both_generations_are_the_same():
   assert _read(rope_scaling={**LLAMA3, "type": "llama3"}) == old
   del new["rope_parameters"]
   assert DecoderConfig.from_hf(new).rope_theta == 10000.0
+
+
+def test_what_a_type_is_silent_about_is_as_transformers_has_it():
+  theta = LLAMA["rope_theta"]
+  silent = {key: LLAMA[key] for key in LLAMA if key != "rope_theta"}
+  read = DecoderConfig.from_hf
+  smollm3 = read({**silent, "model_type": "smollm3", "num_hidden_layers": 8})
+  assert smollm3.tied and smollm3.rope_theta == 2e6
+  assert smollm3.rotary == (True, True, True, False) * 2
+  assert not smollm3.windows
+  own = _read(model_type="smollm3", no_rope_layers=[0, 1], rope_theta=theta)
+  assert own.rotary == (False, True) and own.rope_theta == theta
+  assert read({**silent, "model_type": "qwen3"}).head_dim == 128
+  assert read({**silent, "model_type": "mistral"}).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+  ("changes", "windows"),
+  [
+    ({"model_type": "mistral", "sliding_window": 3}, (3, 3)),
+    ({"model_type": "mistral", "sliding_window": None}, ()),
+    # Qwen's folders have one that is not used.
+    ({"model_type": "qwen3", "sliding_window": 3}, ()),
+    (
+      {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
+      },
+      (None, 3),
+    ),
+    (
+      {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3},
+      (),
+    ),
+    (
+      {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+      },
+      (3, None),
+    ),
+    (
+      {
+        "model_type": "smollm3",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "no_rope_layer_interval": 2,
+      },
+      (None, 3),
+    ),
+  ],
+)
+def test_windows_are_of_the_layers_that_transformers_gives_them(
+  changes, windows
+):
+  assert _read(**changes).windows == windows
+
+
+def test_every_kind_of_rotary_scaling_is_read():
+  assert _read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == (
+    Linear(2)
+  )
+  # It changes nothing up to max_position_embeddings, and more is refused.
+  assert _read(rope_scaling={"type": "dynamic", "factor": 2}) == EXPECTED
+  yarn = {"rope_type": "yarn", "original_max_position_embeddings": 7}
+  amplitude = 0.1 * math.log(4) + 1
+  assert _read(rope_scaling={**yarn, "factor": 4}).rope_scaling == (
+    Yarn(4, 7, amplitude)
+  )
+  given = {**yarn, "factor": 4, "attention_factor": 0.5, "truncate": False}
+  assert _read(rope_scaling=given).rope_scaling == Yarn(
+    4, 7, 0.5, truncate=False
+  )
+  # DeepSeek's amplitude, and a factor that follows from the positions.
+  deepseek = {**yarn, "mscale": 2, "mscale_all_dim": 1, "beta_fast": 16}
+  found = _read(rope_scaling=deepseek, max_position_embeddings=28).rope_scaling
+  assert found == Yarn(4, 7, (0.2 * math.log(4) + 1) / amplitude, beta_fast=16)
 
 
 @pytest.mark.parametrize(
@@ -91,18 +175,70 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "mistral"}, "one of llama, qwen2, got 'mistral'"),
-    ({"model_type": None}, "one of llama, qwen2, got None"),
+    ({"model_type": "gpt2"}, "one of llama, mistral, .*, got 'gpt2'"),
+    ({"model_type": None}, "one of llama, .*, got None"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'.* got 'gelu'"),
-    ({"attention_bias": True}, "attention_bias must be False.* got True"),
-    ({"mlp_bias": True}, "mlp_bias must be False.* got True"),
-    ({"use_sliding_window": True}, "use_sliding_window must be False"),
+    ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+    ({"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
+    ({"layer_types": "full"}, "layer_types must be a list or null, got 'full'"),
+    (
+      {"layer_types": ["full_attention", "chunked_attention"]},
+      "list of full_attention and sliding_attention.* got 'chunked_attention'",
+    ),
     (
       {"layer_types": ["full_attention", "sliding_attention"]},
-      "layer_types must be a list, of 'full_attention' .*'sliding_attention'",
+      "layer_types has 'sliding_attention', and .* llama has no sliding window",
     ),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be.* got 'yarn'"),
-    ({"rope_scaling": {"type": "linear"}}, "rope_type must be.* got 'linear'"),
+    (
+      {
+        "model_type": "mistral",
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention"],
+      },
+      "layer_types has 'full_attention', and every layer of a mistral",
+    ),
+    (
+      {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention"],
+      },
+      "windows must have a value for each of the 2 layers, got 1",
+    ),
+    (
+      {"model_type": "mistral", "sliding_window": 0},
+      "sliding_window must be a positive integer, got 0",
+    ),
+    (
+      {"model_type": "smollm3", "no_rope_layers": [1, 2]},
+      r"no_rope_layers must be a list of 0 and 1, got \[1, 2\]",
+    ),
+    (
+      {"model_type": "smollm3", "no_rope_layers": [1]},
+      "no_rope_layers must have a value for each of the 2 layers, got 1",
+    ),
+    (
+      {"model_type": "smollm3", "no_rope_layer_interval": 0},
+      "no_rope_layer_interval must be a positive integer, got 0",
+    ),
+    (
+      {"rope_scaling": {"rope_type": "longrope"}},
+      "one of default, linear, dynamic, llama3, yarn, .* got 'longrope'",
+    ),
+    ({"rope_scaling": {"type": "linear"}}, "type 'linear' lack factor"),
+    (
+      {"rope_scaling": {"type": "dynamic", "factor": -1}},
+      "factor of the rotary scaling must be a positive number, got -1",
+    ),
+    (
+      {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
+      "factor, mscale and .* must be numbers, got '4'",
+    ),
+    (
+      {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_slow": 64}},
+      "beta_slow of the rotary scaling must be below beta_fast, got 64 and 32",
+    ),
     ({"rope_scaling": [8.0]}, r"must be an object or null, got \[8.0\]"),
     (
       {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -120,6 +256,7 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
       {"rope_parameters": {"partial_rotary_factor": 0.5}},
       "partial_rotary_factor must be 1.0",
     ),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
     ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
     ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),

@@ -16,6 +16,7 @@ import pytest
 from safetensors import numpy as st_numpy
 
 from train.models.decoder import model as decoder
+from train.models.decoder import rope
 from train.models.decoder import weights as decoder_weights
 from train.models.io import stored, tensors, weights
 
@@ -52,7 +53,7 @@ def counted():
 
 
 def _params(**kwargs):
-  config, found, _ = decoder_cases.load(NAME)
+  config, found, *_ = decoder_cases.load(NAME)
   return decoder_weights.params(config, found, **kwargs)
 
 
@@ -166,9 +167,9 @@ def test_arrays_of_the_host_are_placed_alike():
 # What does not fit.
 
 
-def _changed(**changes):
-  """Shapes of the tensors, some of them changed or, with None, taken out."""
-  found = dict(decoder_cases.load(NAME).tensors)
+def _changed(case, **changes):
+  """The tensors, some of them changed or, with None, taken out."""
+  found = dict(case.tensors)
   for name, value in changes.items():
     name = name.replace("__", ".")
     if value is None:
@@ -179,15 +180,16 @@ def _changed(**changes):
 
 
 def test_all_faults_are_named_together_and_nothing_is_placed():
-  config = decoder_cases.load(NAME).config
+  case = decoder_cases.load(NAME)
   found = _changed(
+    case,
     model__norm__weight=None,
     lm_head__weight=np.zeros((67, 31)),
     model__layers__2__mlp__up_proj__weight=np.zeros((40, 32)),
     score__weight=np.zeros(3),
   )
   with pytest.raises(weights.WeightsError) as error:
-    decoder_weights.params(config, found, place=lambda *_: pytest.fail())
+    decoder_weights.params(case.config, found, place=lambda *_: pytest.fail())
   for part in (
     "model.norm.weight is missing",
     "lm_head.weight has shape (67, 31), expected (67, 32)",
@@ -197,16 +199,71 @@ def test_all_faults_are_named_together_and_nothing_is_placed():
     assert part in str(error.value)
 
 
-def test_a_tied_head_and_old_buffers_may_be_there():
-  config = dataclasses.replace(decoder_cases.load(NAME).config, tied=True)
-  buffer = "model__layers__0__self_attn__rotary_emb__inv_freq"
-  got = decoder_weights.params(config, _changed(**{buffer: np.zeros(4)}))
+_BUFFERS = (
+  "model__layers__0__self_attn__rotary_emb__inv_freq",
+  "model__rotary_emb__inv_freq",
+)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_tied_head_and_old_buffers_may_be_there(dtype):
+  case = decoder_cases.load("llama3_scaled")
+  config = dataclasses.replace(case.config, tied=True)
+  table = np.asarray(case.tensors["model.embed_tokens.weight"][:, :])
+  plain = rope.frequencies(config.rope_theta, config.head_dim)
+  scaled = config.rope_scaling.frequencies(config.rope_theta, config.head_dim)
+  assert not np.allclose(plain, scaled, rtol=0.1)
+  buffers = dict(zip(_BUFFERS, [plain.astype(dtype), scaled.astype(dtype)]))
+  without = _changed(case, lm_head__weight=None)
+  got = decoder_weights.params(
+    config, _changed(case, lm_head__weight=table, **buffers)
+  )
   assert set(got) == {"embed_tokens", "norm", "layers_0", "layers_1"}
-  without = decoder_weights.params(config, _changed(lm_head__weight=None))
-  jax.tree.map(np.testing.assert_array_equal, got, without)
-  untied = decoder_cases.load(NAME).config
+  want = decoder_weights.params(config, without)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
   with pytest.raises(weights.WeightsError, match="lm_head"):
-    decoder_weights.params(untied, _changed(lm_head__weight=None))
+    decoder_weights.params(case.config, without)
+
+
+@pytest.mark.parametrize("name", _BUFFERS)
+@pytest.mark.parametrize("factor", [0.0, 1.1])
+def test_buffers_of_other_frequencies_are_refused(name, factor):
+  case = decoder_cases.load(NAME)
+  config = case.config
+  buffer = factor * rope.frequencies(config.rope_theta, config.head_dim)
+  with pytest.raises(weights.WeightsError, match="holds other rotary freq"):
+    decoder_weights.check(config, _changed(case, **{name: buffer}))
+
+
+def test_a_head_that_is_not_the_embedding_is_untied_and_said():
+  case = decoder_cases.load(NAME)
+  tied = dataclasses.replace(case.config, tied=True)
+  untied, notes = decoder_weights.with_own_head(tied, case.tensors)
+  assert untied == case.config
+  assert "lm_head.weight is not the embedding" in notes[0]
+  with pytest.raises(weights.WeightsError, match="is not the embedding"):
+    decoder_weights.check(tied, case.tensors)
+  # One value of the last row is enough; another dtype of the same is not.
+  table = np.array(case.tensors["model.embed_tokens.weight"][:, :])
+  table = table.astype(jnp.bfloat16)
+  same = {"model.embed_tokens.weight": table, "lm_head.weight": table.copy()}
+  single = {**same, "lm_head.weight": table.astype(np.float32)}
+  for found in (same, single):
+    assert decoder_weights.with_own_head(tied, found) == (tied, ())
+  same["lm_head.weight"][-1, -1] += 1
+  assert decoder_weights.with_own_head(tied, same)[0] == untied
+
+
+def test_names_of_a_model_without_its_head_are_read():
+  case = decoder_cases.load(NAME)
+  config = dataclasses.replace(case.config, tied=True)
+  whole = _changed(case, lm_head__weight=None)
+  bare = {name.removeprefix("model."): x for name, x in whole.items()}
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    decoder_weights.params(config, bare),
+    decoder_weights.params(config, whole),
+  )
 
 
 # Files.

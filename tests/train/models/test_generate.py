@@ -24,7 +24,7 @@ MASK = np.array([[1] * 6, [0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1] * 3])
 
 @functools.cache
 def _model(scan=False):
-  config, tensors, _ = decoder_cases.load("llama3_scaled")
+  config, tensors, *_ = decoder_cases.load("llama3_scaled")
   model = decoder.Decoder(config, scan=scan)
   params = decoder_weights.params(config, tensors, scan=scan)
   return model, functools.partial(model.apply, {"params": params})
@@ -59,6 +59,22 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(scan):
   _assert_greedy(apply, new)
   # Not one token over and over, which a broken cache could give as well.
   assert min(len(set(row)) for row in np.asarray(new).tolist()) > 2
+
+
+@pytest.mark.parametrize("name", decoder_cases.NAMES)
+def test_padded_prompts_have_the_answers_that_pytorch_gives(name):
+  config, tensors, rows, answers = decoder_cases.load(name)
+  model = decoder.Decoder(config)
+  params = decoder_weights.params(config, tensors)
+  apply = functools.partial(model.apply, {"params": params})
+  length = max(len(tokens) for tokens, _ in rows)
+  tokens, mask = np.zeros((2, len(rows), length), np.int32)
+  for i, (row, _) in enumerate(rows):
+    # Padding comes before the last row and after the others.
+    place = slice(-len(row), None) if i == 2 else slice(len(row))
+    tokens[i, place], mask[i, place] = row, 1
+  new = generate.generate(model, apply, tokens, mask, len(answers[0]))
+  np.testing.assert_array_equal(new, answers)
 
 
 def test_ragged_prompts_give_what_each_gives_alone():
@@ -104,13 +120,13 @@ def _constant(probabilities):
   """Every token is drawn from one distribution."""
   logits = jnp.log(jnp.asarray(probabilities))
 
-  def apply(tokens, positions, mask, cache, start, last, method):
+  def apply(tokens, positions, mask, cache, start, last, places, method):
     return jnp.broadcast_to(logits, (len(tokens), logits.size)), cache
 
   return apply
 
 
-def _counting(tokens, positions, mask, cache, start, last, method):
+def _counting(tokens, positions, mask, cache, start, last, places, method):
   """Every token is one more than that before it."""
   before = jnp.take_along_axis(tokens, last[:, None], 1)[:, 0]
   return jax.nn.one_hot(before + 1, TINY.vocab_size), cache
@@ -193,8 +209,12 @@ def test_a_row_that_has_ended_stays_ended():
   tokens = np.array([[0, 2], [4, 0], [7, 5]])
   mask = np.array([[1, 1], [1, 0], [1, 1]])
   model = decoder.Decoder(TINY)
-  new = generate.generate(model, _counting, tokens, mask, 5, eos_id=5)
+  new = generate.generate(model, _counting, tokens, mask, 5, stop_ids=(5,))
   want = [[3, 4, 5, 5, 5], [5, 5, 5, 5, 5], [6, 7, 8, 9, 10]]
+  np.testing.assert_array_equal(new, want)
+  # Each row ends with its own token, also where the others have all ended.
+  new = generate.generate(model, _counting, tokens, mask, 5, stop_ids=(4, 5, 7))
+  want = [[3, 4, 4, 4, 4], [5, 5, 5, 5, 5], [6, 7, 7, 7, 7]]
   np.testing.assert_array_equal(new, want)
   new = generate.generate(model, _counting, tokens, mask, 2)
   np.testing.assert_array_equal(new, [[3, 4], [5, 6], [6, 7]])

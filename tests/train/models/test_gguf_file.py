@@ -17,6 +17,7 @@ import pytest
 
 from train.errors import UsageError
 from train.models.decoder import config as decoder_config
+from train.models.decoder import rope
 from train.models.io import gguf_file, weights
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 10
@@ -178,6 +179,7 @@ def test_the_configuration_is_that_of_the_decoder(path, architecture, tied):
     rope_theta=50000.0,
     tied=tied,
     qkv_bias=architecture == "qwen2",
+    model_type=architecture,
   )
 
 
@@ -232,7 +234,7 @@ def test_llama3s_rotary_factors_are_recognised(path, factor):
     _write(path, tensors={"rope_freqs.weight": factors})
   )
   config = decoder_config.DecoderConfig.from_hf(model.config)
-  assert config.rope_scaling == decoder_config.RopeScaling(factor, 1, 4, 8192)
+  assert config.rope_scaling == rope.Llama3(factor, 1, 4, 8192)
   assert not any("rope" in name for name in model.tensors)
 
 

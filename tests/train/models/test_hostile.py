@@ -269,6 +269,50 @@ def test_an_end_of_text_that_is_no_token_is_refused(copied):
   assert "eos_token '<nothing>'" in _refusal(folder)
 
 
+@pytest.mark.parametrize(
+  ("files", "stops"),
+  [
+    ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}}, ["<|im_end|>"]),
+    (
+      {"special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}}},
+      ["<|im_end|>"],
+    ),
+    ({"config.json": {"eos_token_id": 0}}, ["<s>"]),
+    (
+      # As Llama 3's: the end of a text, and those of a turn and of a message.
+      {
+        "generation_config.json": {"eos_token_id": [1, 2]},
+        "config.json": {"eos_token_id": 1},
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+      },
+      ["<|im_end|>", "<|im_start|>"],
+    ),
+  ],
+)
+def test_every_file_that_names_an_end_is_read(copied, files, stops):
+  folder = copied("tiny_decoder")
+  _edit(folder / "tokenizer_config.json", eos_token=None)
+  for name, values in files.items():
+    if not (folder / name).exists():
+      (folder / name).write_text("{}")
+    _edit(folder / name, **values)
+  found = load.open_pretrained(str(folder))
+  tokens = [found.tokenizer.id_to_token(x) for x in found.stop_ids]
+  assert tokens == stops
+  assert found.eos_id == found.stop_ids[0]
+  assert found.template.eos == stops[0]
+  assert not found.notes
+
+
+def test_a_model_without_an_end_of_text_is_said(copied):
+  folder = copied("tiny_decoder")
+  _edit(folder / "tokenizer_config.json", eos_token=None)
+  found = load.open_pretrained(str(folder))
+  assert found.eos_id is None and found.stop_ids == ()
+  (note,) = found.notes
+  assert "no token that ends a text (eos_token of tokenizer_config" in note
+
+
 def test_a_pattern_without_an_end_is_a_sentence(copied, capfd):
   folder = copied("tiny_model")
   path = folder / "tokenizer.json"

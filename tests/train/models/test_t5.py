@@ -53,7 +53,7 @@ def test_buckets_are_those_of_pytorch():
 
 
 @pytest.mark.parametrize(
-  ("name", "scan"), [("t5_v1_0", False), ("t5_v1_1", True)]
+  ("name", "scan"), [("t5_v1_0", False), ("t5_v1_1", True), ("mt5", False)]
 )
 def test_padded_rows_agree_with_pytorch_one_by_one(name, scan):
   model, variables, rows = _loaded(name, scan)
@@ -77,7 +77,7 @@ def _greedy(model, variables, rows, count=12):
 
 
 @pytest.mark.parametrize(
-  ("name", "scan"), [("t5_v1_0", False), ("t5_v1_1", True)]
+  ("name", "scan"), [("t5_v1_0", False), ("t5_v1_1", True), ("mt5", False)]
 )
 def test_greedy_answers_are_those_of_pytorch_and_stay_ended(name, scan):
   model, variables, rows = _loaded(name, scan)

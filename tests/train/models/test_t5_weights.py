@@ -51,16 +51,22 @@ def test_a_head_of_its_own_is_not_scaled(keys):
   config = t5_config.T5Config.from_hf({**V1_1, **keys})
   assert not config.scaled
   head = {"lm_head.weight": np.zeros((1, 1))}
-  assert not t5_weights.with_own_head(config, head).tied
+  found, notes = t5_weights.with_own_head(config, head)
+  assert not found.tied and not notes
   # The first release's is the embedding, even where it is saved twice.
   first = t5_config.T5Config.from_hf(BASE)
-  assert t5_weights.with_own_head(first, head) == first
+  same = {**head, "shared.weight": np.zeros((1, 1))}
+  assert t5_weights.with_own_head(first, same) == (first, ())
+  other = {**head, "shared.weight": np.ones((1, 1))}
+  found, (note,) = t5_weights.with_own_head(first, other)
+  assert not found.tied and found.scaled
+  assert "lm_head.weight is not the embedding" in note
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "bert"}, "model_type must be 't5', got 'bert'"),
+    ({"model_type": "bert"}, "model_type must be one of t5, mt5, got 'bert'"),
     ({"d_kv": 0}, "d_kv must be a positive integer, got 0"),
     ({"num_heads": True}, "num_heads must be a positive integer, got True"),
     ({"layer_norm_epsilon": 0.0}, "must be a positive number, got 0.0"),
@@ -143,6 +149,11 @@ def test_one_table_may_go_by_several_names_and_old_leftovers_are_let_be():
   ("name", "changes", "message"),
   [
     ("t5_v1_0", {"shared.weight": None}, "shared.weight is missing"),
+    (
+      "t5_v1_0",
+      {"decoder.embed_tokens.weight": np.zeros((2, 2))},
+      "decoder.embed_tokens.weight is not shared.weight",
+    ),
     ("t5_v1_1", {"lm_head.weight": None}, "lm_head.weight is missing"),
     (
       "t5_v1_0",
@@ -176,3 +187,16 @@ def test_config_files_of_the_references_say_what_they_are():
     text = (t5_cases.DATA / name / "config.json").read_text()
     config = t5_config.T5Config.from_hf(json.loads(text))
     assert config.tied is config.scaled is release
+
+
+def test_an_mt5_is_never_scaled_whatever_its_file_says_of_its_head():
+  # As published, as transformers 5 writes it, and silent.
+  for said in (
+    {"tie_word_embeddings": False},
+    {"tie_word_embeddings": True},
+    {},
+  ):
+    config = t5_config.T5Config.from_hf({**BASE, "model_type": "mt5", **said})
+    assert not config.scaled
+    head = {"lm_head.weight": np.zeros((1, 1))}
+    assert not t5_weights.with_own_head(config, head)[0].tied

@@ -375,6 +375,14 @@ def test_of_many_mismatches_the_first_are_listed_and_the_rest_counted():
   ("config", "names", "method"),
   [
     ({"quant_method": "bitsandbytes"}, (), "bitsandbytes"),
+    (
+      {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+      (),
+      "bitsandbytes to fp4",
+    ),
+    ({"quant_method": "fp8", "activation_scheme": "static"}, (), "fp8"),
+    ({"quant_method": "fp8", "weight_block_size": None}, (), "fp8 without bl"),
+    (None, ("weight_scale_inv",), "fp8 in blocks"),
     ({"quant_method": "gptq", "bits": 4}, (), "gptq"),
     ({"load_in_8bit": True}, (), "bitsandbytes"),
     (None, ("absmax", "quant_map", "quant_state.nf4"), "bitsandbytes"),

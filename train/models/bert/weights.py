@@ -170,7 +170,7 @@ def tensors(
 
 
 def modules(config: BertConfig) -> dict[str, str | tuple[str, ...]]:
-  """The path of each of the encoder's kernels, and its module."""
+  """The path of each of the encoder's parameters, and its module."""
   return stored.modules(_plan(config))
 
 

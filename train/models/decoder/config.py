@@ -1,10 +1,11 @@
-"""Sizes of Llama-family decoders: from a config.json, or by name."""
+"""Sizes of decoders of Llama's kind: from a config.json, or by name."""
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from ... import checked, options
+from . import rope
 
 # Field of DecoderConfig -> key of Hugging Face's config.json.
 _HF_KEYS = {
@@ -26,53 +27,59 @@ _INTEGERS = {
   "intermediate_size": "intermediate_size",
   "max_positions": "max_position_embeddings",
 }
-# Keys of config.json that change the equations, and the only values of them
-# that are implemented; absent is implemented too.
-_ONLY = {
-  "hidden_act": ("silu",),
-  "attention_bias": (False, None),  # Llama's would bias the output as well
-  "mlp_bias": (False, None),
-  "use_sliding_window": (False, None),
-  "rope_interleaved": (False, None),
-}
-_THETA = 10000.0  # of Su et al. (2021), where config.json is silent
-
-MODEL_TYPES = ("llama", "qwen2")
-"""What `DecoderConfig.from_hf` reads."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's stretching of the slow rotary frequencies.
+class _Type(NamedTuple):
+  """What differs between the decoders of one `model_type` and another's.
 
-  Wavelengths above `original_max_position_embeddings / low_freq_factor` are
-  multiplied by `factor`, those below `.../ high_freq_factor` are left alone,
-  and the frequencies of those between are interpolated (Llama Team,
-  arXiv 2407.21783; transformers, modeling_rope_utils.py).
-
-  Raises:
-    ValueError: a value is not a positive number, or the two frequency factors
-      are not in order.
+  Attributes:
+    architecture: transformers' class.
+    qkv_bias: whether queries, keys and values always have a bias; None: where
+      `attention_bias` says so, and the output then has one too.
+    qk_norm: whether each head's queries and keys are normed.
+    reads_mlp_bias: whether `mlp_bias` is read.
+    windows: where sliding windows come from: nowhere; `sliding_window`, in all
+      layers; or `use_sliding_window` and `layer_types`.
+    default: values of keys that config.json may lack.
   """
 
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position_embeddings: int
+  architecture: str
+  qkv_bias: bool | None = None
+  qk_norm: bool = False
+  reads_mlp_bias: bool = False
+  windows: Literal["none", "all", "types"] = "none"
+  default: Mapping[str, Any] = {}
 
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not _is_positive(value):
-        raise ValueError(
-          f"{field.name} of the rotary scaling must be a positive number, got "
-          f"{options.shown(value)}."
-        )
-    if self.low_freq_factor >= self.high_freq_factor:
-      raise ValueError(
-        "low_freq_factor of the rotary scaling must be below high_freq_factor, "
-        f"got {self.low_freq_factor} and {self.high_freq_factor}."
-      )
+
+_TYPES = {
+  "llama": _Type("LlamaForCausalLM", reads_mlp_bias=True),
+  "mistral": _Type("MistralForCausalLM", qkv_bias=False, windows="all"),
+  "qwen2": _Type("Qwen2ForCausalLM", qkv_bias=True, windows="types"),
+  "qwen3": _Type(
+    "Qwen3ForCausalLM",
+    qk_norm=True,
+    windows="types",
+    default={"head_dim": 128},
+  ),
+  # Its shared head and its base are not written where they are the defaults.
+  "smollm3": _Type(
+    "SmolLM3ForCausalLM",
+    reads_mlp_bias=True,
+    windows="types",
+    default={"tie_word_embeddings": True, "rope_theta": 2000000.0},
+  ),
+}
+# Keys that change the equations, and the only values that are implemented.
+_ONLY = {
+  "hidden_act": ("silu",),
+  "rope_interleaved": (False, None),
+}
+# Qwen 2 and 3: the first layers see all tokens.
+_MAX_WINDOW_LAYERS = 28
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+MODEL_TYPES = tuple(_TYPES)
+"""What `DecoderConfig.from_hf` reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +97,22 @@ class DecoderConfig:
     max_positions: the longest sequence the model was made for.
     rms_norm_eps: added to the mean square.
     rope_theta: base of the rotary wavelengths.
-    rope_scaling: None, or Llama 3's.
+    rope_scaling: None, or how a longer context scales them.
     tied: whether the head is the transposed embedding.
     qkv_bias: whether queries, keys and values have a bias, as Qwen 2's.
+    out_bias: whether the output of attention has a bias.
+    mlp_bias: whether the feed-forward has biases.
+    qk_norm: whether each head's queries and keys are normed, as Qwen 3's.
+    windows: of each layer, how many tokens one sees, itself among them, as
+      Mistral's; None: all. Empty: all in every layer.
+    rotary: of each layer, whether it turns queries and keys, as SmolLM3's.
+      Empty: all layers do.
+    model_type: that of config.json.
 
   Raises:
     ValueError: a size is not a positive integer, the key-value heads do not
-      divide the heads, or the width of a head is odd.
+      divide the heads, the width of a head is odd, or `windows` or `rotary`
+      is not of all layers.
   """
 
   vocab_size: int
@@ -108,10 +124,16 @@ class DecoderConfig:
   intermediate_size: int
   max_positions: int
   rms_norm_eps: float = 1e-5
-  rope_theta: float = _THETA
-  rope_scaling: RopeScaling | None = None
+  rope_theta: float = rope.THETA
+  rope_scaling: rope.Scaling | None = None
   tied: bool = False
   qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  windows: tuple[int | None, ...] = ()
+  rotary: tuple[bool, ...] = ()
+  model_type: str = "llama"
 
   def __post_init__(self):
     for field, key in _INTEGERS.items():
@@ -134,19 +156,34 @@ class DecoderConfig:
         f"{self.head_dim}."
       )
 
+    for name in ("windows", "rotary"):
+      values = getattr(self, name)
+      if values and len(values) != self.num_layers:
+        raise ValueError(
+          f"{name} must have a value for each of the {self.num_layers} layers, "
+          f"got {len(values)}."
+        )
+    for window in self.windows:
+      if window is not None:
+        _check_size("sliding_window", window)
+
+  @property
+  def architecture(self) -> str:
+    """The class in transformers."""
+    return _TYPES[self.model_type].architecture
+
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
     """The configuration that a Hugging Face config.json describes.
 
     Args:
-      config: the decoded JSON object of a Llama or a Qwen 2, with its rotary
-        parameters as transformers 4 writes them (rope_theta and rope_scaling)
-        or as 5 does (rope_parameters).
+      config: the decoded JSON object of one of `MODEL_TYPES`, as transformers 4
+        or 5 writes it. A key that transformers does not read for this type is
+        not looked at.
 
     Raises:
       ValueError: a key is missing or has a value that this decoder does not
-        implement (another model_type, rotary type or activation, a bias in
-        Llama, a sliding window).
+        implement (another model_type, rotary type or activation).
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -154,6 +191,7 @@ class DecoderConfig:
         f"model_type must be one of {', '.join(MODEL_TYPES)}, got "
         f"{options.shown(kind)}."
       )
+    type_ = _TYPES[kind]
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
       raise ValueError(f"The {kind} configuration lacks {', '.join(missing)}.")
@@ -163,21 +201,20 @@ class DecoderConfig:
           f"{key} must be {allowed[0]!r}, the only one that this decoder "
           f"implements, got {options.shown(config[key])}."
         )
-    layers = config.get("layer_types")
-    if not options.fits(layers, list | None) or any(
-      layer != "full_attention" for layer in layers or ()
-    ):
-      raise ValueError(
-        "layer_types must be a list, of 'full_attention' alone, the only one "
-        f"that this decoder implements, got {options.shown(layers)}."
-      )
-    theta, scaling = _rope(config)
+    config = {**type_.default, **config}
+    theta, scaling = rope.read(config, config.get("rope_theta", rope.THETA))
     sizes = {field: config[key] for field, key in _HF_KEYS.items()}
+    _check_size("num_hidden_layers", sizes["num_layers"])
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim")
     if head_dim is None:
       head_dim = _head_dim(config["hidden_size"], heads)
     kv_heads = config.get("num_key_value_heads")
+    if type_.qkv_bias is None:
+      qkv_bias = out_bias = checked.truth(config, "attention_bias", False)
+    else:
+      qkv_bias, out_bias = type_.qkv_bias, False
+    rotary = _rotary(config) if kind == "smollm3" else ()
     return cls(
       **sizes,
       num_kv_heads=heads if kv_heads is None else kv_heads,
@@ -185,8 +222,84 @@ class DecoderConfig:
       rope_theta=theta,
       rope_scaling=scaling,
       tied=checked.truth(config, "tie_word_embeddings", False),
-      qkv_bias=kind == "qwen2",
+      qkv_bias=qkv_bias,
+      out_bias=out_bias,
+      mlp_bias=type_.reads_mlp_bias
+      and checked.truth(config, "mlp_bias", False),
+      qk_norm=type_.qk_norm,
+      windows=_windows(config, type_.windows, rotary),
+      rotary=rotary,
+      model_type=kind,
     )
+
+
+def _windows(
+  config: Mapping[str, Any], source: str, rotary: tuple[bool, ...]
+) -> tuple[int | None, ...]:
+  """The window of each layer; empty if no layer has one."""
+  count = config["num_hidden_layers"]
+  layers = config.get("layer_types")
+  if not options.fits(layers, list | None):
+    raise ValueError(
+      f"layer_types must be a list or null, got {options.shown(layers)}."
+    )
+  unknown = [x for x in layers or () if x not in _LAYER_TYPES]
+  if unknown:
+    raise ValueError(
+      f"layer_types must be a list of {' and '.join(_LAYER_TYPES)}, which this "
+      f"decoder implements, got {options.shown(unknown[0])}."
+    )
+  window = config.get("sliding_window")
+  used = source == "all" or (
+    source == "types" and checked.truth(config, "use_sliding_window", False)
+  )
+  if window is None or not used:
+    if layers and _LAYER_TYPES[1] in layers:
+      raise ValueError(
+        "layer_types has 'sliding_attention', and the configuration of this "
+        f"{config['model_type']} has no sliding window that is used."
+      )
+    return ()
+  _check_size("sliding_window", window)
+  if source == "all":
+    # transformers' Mistral does not look at layer_types.
+    if layers and _LAYER_TYPES[0] in layers:
+      raise ValueError(
+        "layer_types has 'full_attention', and every layer of a mistral has "
+        f"the sliding window of {window} tokens; a model with both is of "
+        "another model_type."
+      )
+    return (window,) * count
+  if layers is None:
+    first = config.get("max_window_layers", _MAX_WINDOW_LAYERS)
+    if not options.fits(first, int):
+      raise ValueError(
+        f"max_window_layers must be an integer, got {options.shown(first)}."
+      )
+    slides = [not rotary[i] if rotary else i >= first for i in range(count)]
+  else:
+    slides = [x == _LAYER_TYPES[1] for x in layers]
+  return tuple(window if x else None for x in slides) if any(slides) else ()
+
+
+def _rotary(config: Mapping[str, Any]) -> tuple[bool, ...]:
+  """Of each layer of a SmolLM3, whether it turns queries and keys."""
+  count = config["num_hidden_layers"]
+  flags = config.get("no_rope_layers")  # named for its zeros: 1 is a turn
+  if flags is None:
+    interval = config.get("no_rope_layer_interval", 4)
+    _check_size("no_rope_layer_interval", interval)
+    return tuple((i + 1) % interval != 0 for i in range(count))
+  if not options.fits(flags, list) or any(x not in (0, 1) for x in flags):
+    raise ValueError(
+      f"no_rope_layers must be a list of 0 and 1, got {options.shown(flags)}."
+    )
+  if len(flags) < count:
+    raise ValueError(
+      f"no_rope_layers must have a value for each of the {count} layers, got "
+      f"{len(flags)}."
+    )
+  return tuple(bool(x) for x in flags[:count])
 
 
 def _head_dim(hidden_size: Any, num_heads: Any) -> int:
@@ -201,40 +314,6 @@ def _head_dim(hidden_size: Any, num_heads: Any) -> int:
       f"not given, got {hidden_size} and {num_heads}."
     )
   return hidden_size // num_heads
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-  """The rotary base and scaling, from either generation of config.json."""
-  for key in ("rope_parameters", "rope_scaling"):
-    if not options.fits(config.get(key), dict | None):
-      raise ValueError(
-        f"The rotary parameters, {key}, must be an object or null, got "
-        f"{options.shown(config[key])}."
-      )
-  rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-  partial = rope.get("partial_rotary_factor", 1.0)
-  if partial != 1.0:
-    raise ValueError(
-      "partial_rotary_factor must be 1.0, the only one that this decoder "
-      f"implements, got {options.shown(partial)}."
-    )
-  theta = rope.get("rope_theta", config.get("rope_theta", _THETA))
-  # Older files say `type`.
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
-    return theta, None
-  if kind != "llama3":
-    raise ValueError(
-      "rope_type must be 'default' or 'llama3', the only ones that this "
-      f"decoder implements, got {options.shown(kind)}."
-    )
-  names = [field.name for field in dataclasses.fields(RopeScaling)]
-  missing = [name for name in names if name not in rope]
-  if missing:
-    raise ValueError(
-      f"The rotary parameters of type 'llama3' lack {', '.join(missing)}."
-    )
-  return theta, RopeScaling(**{name: rope[name] for name in names})
 
 
 def _check_size(key: str, value: Any) -> None:
@@ -269,7 +348,7 @@ PRESETS: dict[str, DecoderConfig] = {
     intermediate_size=14336,
     max_positions=131072,
     rope_theta=500000.0,
-    rope_scaling=RopeScaling(
+    rope_scaling=rope.Llama3(
       factor=8.0,
       low_freq_factor=1.0,
       high_freq_factor=4.0,
@@ -289,6 +368,7 @@ PRESETS: dict[str, DecoderConfig] = {
     rope_theta=1000000.0,
     tied=True,
     qkv_bias=True,
+    model_type="qwen2",
   ),
   "qwen2.5-7b": DecoderConfig(
     vocab_size=152064,
@@ -302,6 +382,7 @@ PRESETS: dict[str, DecoderConfig] = {
     rms_norm_eps=1e-6,
     rope_theta=1000000.0,
     qkv_bias=True,
+    model_type="qwen2",
   ),
   "qwen2.5-14b": DecoderConfig(
     vocab_size=152064,
@@ -315,6 +396,7 @@ PRESETS: dict[str, DecoderConfig] = {
     rms_norm_eps=1e-5,
     rope_theta=1000000.0,
     qkv_bias=True,
+    model_type="qwen2",
   ),
   "smollm2-135m": DecoderConfig(
     vocab_size=49152,

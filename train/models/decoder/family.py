@@ -7,28 +7,55 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilora_jax import peft
+
 from ..family import Family, Kind, Pretrained
+from ..io import special_tokens
 from ..io import template as templates
 from ..io import weights as weights_files
 from . import config as configs
 from . import generate, label_words, weights
 from . import model as decoder
 
+_NO_END = (
+  "The model's files name no token that ends a text (eos_token of "
+  "tokenizer_config.json or special_tokens_map.json, eos_token_id of "
+  "generation_config.json or config.json): answers go on to their full length."
+)
+
 
 def _complete(found: Pretrained) -> Pretrained:
+  config, notes = weights.with_own_head(found.config, found.tensors)
   template = templates.load_template(found.path)
-  eos_id = None
+  stop_ids = special_tokens.end_ids(found.path)
   if template.eos:
     eos_id = found.tokenizer.token_to_id(template.eos)
     if eos_id is None:
       raise weights_files.WeightsError(
-        f"{found.path} has the eos_token {template.eos!r:.100} in "
-        "tokenizer_config.json, and no such token in tokenizer.json."
+        f"{found.path} has the eos_token {template.eos!r:.100}, and no such "
+        "token in its tokenizer."
       )
+    stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
+  elif stop_ids:
+    eos = found.tokenizer.id_to_token(stop_ids[0]) or ""
+    template = dataclasses.replace(template, eos=eos)
+  else:
+    notes = (*notes, _NO_END)
+  eos_id = stop_ids[0] if stop_ids else None
   # What stands at padding is never seen nor learned.
   return dataclasses.replace(
-    found, pad_id=eos_id or 0, eos_id=eos_id, template=template
+    found,
+    config=config,
+    pad_id=eos_id or 0,
+    eos_id=eos_id,
+    stop_ids=stop_ids,
+    template=template,
+    notes=notes,
   )
+
+
+def _exported(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  return {"tie_word_embeddings": "lm_head.weight" not in tensors}
 
 
 def _label_tokens(
@@ -53,9 +80,13 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 
 def _kind(model: decoder.Decoder) -> Kind:
+  names: dict[str, Any] = dict(weights.modules(model.config, model.scan))
+  if model.config.tied:
+    table = "embed_tokens/embedding"
+    names[table] = peft.Tied(names[table], ("lm_head",))
   return Kind(
-    "Qwen2ForCausalLM" if model.config.qkv_bias else "LlamaForCausalLM",
-    dict(weights.modules(model.config, model.scan)),
+    model.config.architecture,
+    names,
     "model.",
     "CAUSAL_LM",
   )
@@ -91,4 +122,5 @@ FAMILY = Family(
   sizes=configs.PRESETS,
   kind=_kind,
   tensors=_tensors,
+  exported=_exported,
 )

@@ -12,6 +12,8 @@ import numpy as np
 
 from . import model as decoder
 
+_NONE = -1  # is no token
+
 
 def generate(
   model: decoder.Decoder,
@@ -24,7 +26,7 @@ def generate(
   top_k: int = 0,
   top_p: float = 1.0,
   key: jax.Array | None = None,
-  eos_id: int | None = None,
+  stop_ids: tuple[int, ...] = (),
 ) -> jax.Array:
   """Continues each prompt of a batch.
 
@@ -45,7 +47,7 @@ def generate(
     top_p: draw from the likeliest tokens whose probabilities reach p (Holtzman
       et al., arXiv 1904.09751), within the top k.
     key: JAX random key to draw with.
-    eos_id: the token that ends a row; what follows it is `eos_id` too.
+    stop_ids: the tokens that end a row, which repeats the one it ended with.
 
   Returns:
     The new tokens, int32 (B, T).
@@ -65,7 +67,7 @@ def generate(
   if key is None:
     key = jax.random.key(0)  # nothing is drawn with it
   return _generate(
-    call, tokens, mask, key, model, max_new_tokens, sampling, eos_id
+    call, tokens, mask, key, model, max_new_tokens, sampling, stop_ids
   )
 
 
@@ -84,12 +86,13 @@ def _generate(
   model: decoder.Decoder,
   count: int,
   sampling: _Sampling,
-  eos_id: int | None,
+  stop_ids: tuple[int, ...],
 ) -> jax.Array:
   batch, length = tokens.shape
   # The last token is returned without being run.
   slots = jnp.arange(length + count - 1)
   real_BxS = jnp.pad(mask, ((0, 0), (0, count - 1)), constant_values=True)
+  places_BxS = jnp.maximum(jnp.cumsum(real_BxS, 1) - 1, 0)
 
   def run(tokens, positions, columns, cache, last):
     # What is real and not later; padding sees itself, so that its softmax is
@@ -102,6 +105,7 @@ def _generate(
       cache,
       columns[0],
       last,
+      places_BxS,
       method="decode",
     )
 
@@ -110,19 +114,21 @@ def _generate(
 
   logits_BxV, cache = run(
     tokens,
-    jnp.maximum(jnp.cumsum(mask, 1) - 1, 0),
+    places_BxS[:, :length],
     slots[:length],
     decoder.empty_cache(model, batch, slots.size),
     length - 1 - jnp.argmax(mask[:, ::-1], 1),
   )
   lengths_B = mask.sum(1)
   new_B = pick(logits_BxV, 0)
-  end = -1 if eos_id is None else eos_id  # there is no token -1
-  out_BxT = jnp.full((batch, count), end).at[:, 0].set(new_B)
+  out_BxT = jnp.full((batch, count), _NONE).at[:, 0].set(new_B)
+
+  def ended(new_B):
+    return jnp.isin(new_B, jnp.asarray(stop_ids, jnp.int32))
 
   def more(carry):
     number, new_B, _, _ = carry
-    return (number < count) & (new_B != end).any()
+    return (number < count) & ~ended(new_B).all()
 
   def step(carry):
     number, new_B, out_BxT, cache = carry
@@ -134,12 +140,13 @@ def _generate(
       jnp.zeros(batch, jnp.int32),
     )
     # A row that has ended repeats its end.
-    new_B = jnp.where(new_B == end, end, pick(logits_BxV, number))
+    new_B = jnp.where(ended(new_B), new_B, pick(logits_BxV, number))
     out_BxT = out_BxT.at[:, number].set(new_B)
     return number + 1, new_B, out_BxT, cache
 
   start = (jnp.int32(1), new_B, out_BxT, cache)
-  return jax.lax.while_loop(more, step, start)[2]
+  _, last_B, out_BxT, _ = jax.lax.while_loop(more, step, start)
+  return jnp.where(out_BxT == _NONE, last_B[:, None], out_BxT)
 
 
 def _pick(

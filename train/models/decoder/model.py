@@ -1,9 +1,10 @@
-"""Decoders of Llama's kind in Flax Linen: Llama 2 and 3, Qwen 2, SmolLM2.
+"""Decoders of Llama's kind in Flax Linen: Llama, Mistral, Qwen 2 and 3, SmolLM.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
 G = H/J, K head width, S cache slots or keys, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -11,11 +12,11 @@ from flax.linen import spmd
 import jax
 from jax import typing
 import jax.numpy as jnp
-import numpy as np
 
 from .. import attention as attention_lib
 from .. import chunks, float32, remat
-from .config import DecoderConfig, RopeScaling
+from . import rope as ropes
+from .config import DecoderConfig
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
 # width are split over one mesh axis, so that an array names one of the two.
@@ -50,7 +51,7 @@ class Decoder(nn.Module):
     param_dtype: dtype of the parameters that `init` makes.
     remat: what a layer's backward pass computes again; see `remat.layer`.
     scan: one `layers` with a leading layer axis, compiled once, in place of
-      `layers_0`, `layers_1` and so on.
+      `layers_0`, `layers_1` and so on. All layers have one window then.
     attention: the kernel of it; see `attention.chosen`.
     logits_bytes: of float32 logits, that a device holds at a time where they
       are read; see `chunks.read`.
@@ -66,6 +67,11 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
+    if self.scan and len({*c.windows}) > 1:
+      raise ValueError(
+        "--scan-layers compiles one layer for all, and the layers of this "
+        f"{c.model_type} differ in their sliding windows; leave it out."
+      )
     dtypes = {
       "dtype": self.dtype or jnp.float32,
       "param_dtype": self.param_dtype,
@@ -88,6 +94,7 @@ class Decoder(nn.Module):
           nn.broadcast,
           0,
           nn.broadcast,
+          0,
         ),
         length=c.num_layers,
       )
@@ -148,8 +155,12 @@ class Decoder(nn.Module):
     if positions is None:
       positions = attention_lib.positions(lengths, tokens.shape)
     length = tokens.shape[1]
-    seen = attention_lib.causal(self._kernel(length), length, lengths)
-    x_NxD, _ = self._run(tokens, positions, seen)
+    kernel = self._kernel(length)
+
+    def see(window):
+      return attention_lib.causal(kernel, length, lengths, window)
+
+    x_NxD, _ = self._run(tokens, positions, see)
     return x_NxD.reshape(*tokens.shape, -1)
 
   def head(self, x: jax.Array) -> jax.Array:
@@ -171,6 +182,7 @@ class Decoder(nn.Module):
     cache: Cache,
     start: jax.Array,
     last: jax.Array,
+    places: jax.Array,
   ) -> tuple[jax.Array, Cache]:
     """Runs some columns of a batch after those that are in the cache.
 
@@ -182,12 +194,21 @@ class Decoder(nn.Module):
       cache: from `empty_cache`, or returned by the last call.
       start: the slot of the first column, int scalar; the others follow.
       last: of each row, the column whose logits are asked for, int (B,).
+      places: positions of the cache's slots, int (B, S); of those that `mask`
+        hides from a token, anything.
 
     Returns:
       The logits, float32 (B, V), and the cache with these columns in it.
     """
-    seen = attention_lib.masked(self._kernel(tokens.shape[1]), mask)
-    x_NxD, cache = self._run(tokens, positions, seen, cache, start)
+    kernel = self._kernel(tokens.shape[1])
+
+    def see(window):
+      if window is None:
+        return attention_lib.masked(kernel, mask)
+      near_BxLxS = places[:, None] > positions[..., None] - window
+      return attention_lib.masked(kernel, mask & near_BxLxS)
+
+    x_NxD, cache = self._run(tokens, positions, see, cache, start)
     x_BxLxD = x_NxD.reshape(*tokens.shape, -1)
     x_BxD = jnp.take_along_axis(x_BxLxD, last[:, None, None], 1)[:, 0]
     return self.head(x_BxD), cache
@@ -201,7 +222,7 @@ class Decoder(nn.Module):
     self,
     tokens: jax.Array,
     positions: jax.Array,
-    seen: attention_lib.Seen,
+    see: Callable[[int | None], attention_lib.Seen],
     cache: Cache = None,
     start: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
@@ -209,13 +230,21 @@ class Decoder(nn.Module):
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     x_NxD = self.embed_tokens(tokens.reshape(-1))
     rope = _rope(c, positions)
+    windows = c.windows or (None,) * c.num_layers
+    seen = {window: see(window) for window in {*windows}}
     if self.scan:
-      x_NxD, cache = self.layers(x_NxD, rope, seen, cache, start)
+      rotary = jnp.asarray(c.rotary) if c.rotary else None
+      x_NxD, cache = self.layers(
+        x_NxD, rope, seen[windows[0]], cache, start, rotary
+      )
     else:
       caches = cache or (None,) * c.num_layers
+      rotary = c.rotary or (None,) * c.num_layers
       new = []
-      for layer, old in zip(self.layers, caches):
-        x_NxD, one = layer(x_NxD, rope, seen, old, start)
+      for layer, old, window, turns in zip(
+        self.layers, caches, windows, rotary
+      ):
+        x_NxD, one = layer(x_NxD, rope, seen[window], old, start, turns)
         new.append(one)
       cache = tuple(new)
     return self.norm(x_NxD).astype(x_NxD.dtype), cache
@@ -258,7 +287,7 @@ def logical_axes(variables: Any) -> Any:
     keys = [entry.key for entry in path]
     names = _AXES.get(keys[-2], (None,))
     if keys[-1] == "bias":
-      names = names[-1:]
+      names = (None if names[-1] == "embed" else names[-1],)
     scanned = (None,) * (_SCANNED in keys)
     return jax.sharding.PartitionSpec(*scanned, *names)
 
@@ -280,10 +309,15 @@ class _Layer(nn.Module):
     seen: attention_lib.Seen,
     cache: tuple[jax.Array, jax.Array] | None,
     start: jax.Array | None,
+    turns: jax.Array | bool | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     # On a mesh: weights are brought to the rows, not rows to the weights.
     x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
     c, dtypes = self.config, (self.dtype, self.param_dtype)
+    if turns is not None:
+      # A turn by no angle leaves queries and keys as they are.
+      cos, sin = rope
+      rope = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
     def normed(name):
       norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
@@ -315,8 +349,16 @@ class _Attention(nn.Module):
       y = _dense(self, count * c.head_dim, name, c.qkv_bias)(x_NxD)
       return y.reshape(batch, length, count, c.head_dim)
 
-    q_BxLxHxK = _rotated(heads(c.num_heads, "q_proj"), rope)
-    k_BxSxJxK = _rotated(heads(c.num_kv_heads, "k_proj"), rope)
+    def normed(x, name):
+      if not c.qk_norm:
+        return x
+      norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
+      return norm(x).astype(x.dtype)
+
+    q_BxLxHxK = normed(heads(c.num_heads, "q_proj"), "q_norm")
+    k_BxSxJxK = normed(heads(c.num_kv_heads, "k_proj"), "k_norm")
+    q_BxLxHxK = _rotated(q_BxLxHxK, rope)
+    k_BxSxJxK = _rotated(k_BxSxJxK, rope)
     v_BxSxJxK = heads(c.num_kv_heads, "v_proj")
     if cache is not None:
       put = jax.lax.dynamic_update_slice_in_dim
@@ -325,7 +367,7 @@ class _Attention(nn.Module):
       cache = k_BxSxJxK, v_BxSxJxK
     y_BxLxHxK = attention_lib.attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen)
     y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
-    return _dense(self, c.hidden_size, "o_proj")(y_NxHK), cache
+    return _dense(self, c.hidden_size, "o_proj", c.out_bias)(y_NxHK), cache
 
 
 class _FeedForward(nn.Module):
@@ -337,10 +379,10 @@ class _FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x_NxD: jax.Array) -> jax.Array:
-    width = self.config.intermediate_size
-    gate_NxF = _dense(self, width, "gate_proj")(x_NxD)
-    up_NxF = _dense(self, width, "up_proj")(x_NxD)
-    return _dense(self, self.config.hidden_size, "down_proj")(
+    c = self.config
+    gate_NxF = _dense(self, c.intermediate_size, "gate_proj", c.mlp_bias)(x_NxD)
+    up_NxF = _dense(self, c.intermediate_size, "up_proj", c.mlp_bias)(x_NxD)
+    return _dense(self, c.hidden_size, "down_proj", c.mlp_bias)(
       jax.nn.silu(gate_NxF) * up_NxF
     )
 
@@ -365,24 +407,16 @@ def _rope(
   config: DecoderConfig, positions_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the angles at each position, float32 (B, L, K/2)."""
-  exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-  frequencies = np.float64(config.rope_theta) ** -exponents
-  if config.rope_scaling is not None:
-    frequencies = _scaled(frequencies, config.rope_scaling)
+  scaling = config.rope_scaling
+  scheme = ropes if scaling is None else scaling
+  frequencies = scheme.frequencies(config.rope_theta, config.head_dim)
   angles = positions_BxL[..., None].astype(jnp.float32) * jnp.asarray(
     frequencies, jnp.float32
   )
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-  # Periods in the original context; the share that keeps its frequency grows
-  # from 0 to 1 between the two factors.
-  periods = scaling.original_max_position_embeddings * frequencies
-  periods /= 2 * np.pi
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
-  return frequencies * (kept + (1 - kept) / scaling.factor)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  if scaling is None or scaling.amplitude == 1:
+    return cos, sin
+  return cos * scaling.amplitude, sin * scaling.amplitude
 
 
 def _rotated(

@@ -1,6 +1,11 @@
-"""Hugging Face's Llama and Qwen 2 tensors as the parameters of `Decoder`."""
+"""Hugging Face's tensors of Llama and its like as the parameters of `Decoder`.
+
+The names may lack the prefix 'model.', as those of a model that was saved
+without its head do.
+"""
 
 from collections.abc import Mapping
+import dataclasses
 import re
 from typing import Any
 
@@ -8,12 +13,42 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import stored
+from ..io import stored, weights
 from ..io import tensors as tensors_
+from . import rope
 from .config import DecoderConfig
 
-# A buffer, not a weight; old checkpoints saved it.
-_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_PREFIX = "model."
+_TABLE = f"{_PREFIX}embed_tokens.weight"
+_HEAD = "lm_head.weight"
+# Buffers, not weights; old checkpoints saved them, some in half precision.
+_BUFFER = re.compile(
+  r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq"
+)
+_HALF = 1e-2
+
+
+def with_own_head(
+  config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
+) -> tuple[DecoderConfig, tuple[str, ...]]:
+  """The configuration of a checkpoint, untied if its head is its own.
+
+  transformers 5 writes such files after merging or resizing, and does not tie
+  what it reads from them.
+
+  Returns:
+    the configuration, and a sentence for the user where it was changed.
+  """
+  found = _by_full_name(tensors)
+  if not config.tied or not {_HEAD, _TABLE} <= found.keys():
+    return config, ()
+  if stored.equal(found[_HEAD], found[_TABLE]):
+    return config, ()
+  note = (
+    f"{_HEAD} is not the embedding, though config.json says "
+    "tie_word_embeddings: the head is used as it is in the file, untied."
+  )
+  return dataclasses.replace(config, tied=False), (note,)
 
 
 def params(
@@ -45,7 +80,7 @@ def params(
       nothing was read.
   """
   check(config, tensors)
-  return stored.read(_plan(config, scan), tensors, dtype, place)
+  return stored.read(_plan(config, scan), _by_full_name(tensors), dtype, place)
 
 
 def check(
@@ -57,13 +92,50 @@ def check(
     WeightsError: as `params`.
   """
 
+  found = _by_full_name(tensors)
+
   def ignored(name: str) -> bool:
     # Some checkpoints hold the head that is tied as well.
-    duplicate = config.tied and name == "lm_head.weight"
+    duplicate = config.tied and name == _HEAD
     return duplicate or _BUFFER.fullmatch(name) is not None
 
   stored.check_layers(config.num_layers, tensors, "decoder")
-  stored.check(_plan(config, False), tensors, ignored, "decoder")
+  stored.check(_plan(config, False), found, ignored, "decoder")
+  for name in found:
+    if _BUFFER.fullmatch(name):
+      _check_buffer(config, name, found[name])
+  if with_own_head(config, tensors)[0] != config:
+    raise weights.WeightsError(
+      f"{_HEAD} is not the embedding, and the configuration is tied."
+    )
+
+
+def _check_buffer(
+  config: DecoderConfig, name: str, tensor: tensors_.Tensor
+) -> None:
+  """Refuses rotary frequencies that are not those of the configuration.
+
+  Raises:
+    WeightsError: that says so.
+  """
+  plain = rope.frequencies(config.rope_theta, config.head_dim)
+  scaling = config.rope_scaling
+  # Older versions saved them unscaled, whatever the scaling.
+  allowed = (
+    [plain]
+    if scaling is None
+    else [plain, scaling.frequencies(config.rope_theta, config.head_dim)]
+  )
+  if tuple(tensor.shape) == plain.shape:
+    values = tensor[(slice(None),)].astype(np.float64)
+    if any(np.allclose(values, x, rtol=_HALF, atol=0) for x in allowed):
+      return
+  raise weights.WeightsError(
+    f"{name} holds other rotary frequencies than rope_theta "
+    f"{config.rope_theta} and the rotary scaling of the configuration give; "
+    "transformers uses the configuration's. Correct config.json, or take the "
+    "tensor out of the file."
+  )
 
 
 def tensors(
@@ -76,7 +148,7 @@ def tensors(
 def modules(
   config: DecoderConfig, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
+  """The path of each parameter, and its module; of stacked layers, all."""
   return stored.modules(_plan(config, scan))
 
 
@@ -101,8 +173,13 @@ def _plan(
   parts: list[tuple[stored.Path, str, tuple[int, ...]]] = []
   for path, shape in denses.items():
     parts.append(((*path, "kernel"), "weight", shape))
-    if config.qkv_bias and path[-1] in ("q_proj", "k_proj", "v_proj"):
+    if _has_bias(config, path[-1]):
       parts.append(((*path, "bias"), "bias", shape[:1]))
+  if config.qk_norm:
+    parts += [
+      (("self_attn", name, "scale"), "weight", (config.head_dim,))
+      for name in ("q_norm", "k_norm")
+    ]
   parts += [
     ((name, "scale"), "weight", (width,))
     for name in ("input_layernorm", "post_attention_layernorm")
@@ -131,3 +208,20 @@ def _plan(
       source = stored.Source((names[i],), shape, transposed, False)
       plan[f"layers_{i}", *path] = source
   return plan
+
+
+def _by_full_name(
+  tensors: Mapping[str, tensors_.Tensor],
+) -> Mapping[str, tensors_.Tensor]:
+  if any(name.startswith(_PREFIX) for name in tensors):
+    return tensors
+  return {
+    name if name == _HEAD else _PREFIX + name: tensor
+    for name, tensor in tensors.items()
+  }
+
+
+def _has_bias(config: DecoderConfig, module: str) -> bool:
+  if module in ("q_proj", "k_proj", "v_proj"):
+    return config.qkv_bias
+  return config.out_bias if module == "o_proj" else config.mlp_bias

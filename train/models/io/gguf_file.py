@@ -377,7 +377,7 @@ def _tensors(
     if heads and rows != expected:
       faults.append(f"{source} has {rows} rows, expected {expected}")
       continue
-    tensors[name] = Tensor(tensor, _order(rows, heads) if heads else None)
+    tensors[name] = Tensor(tensor, order(rows, heads) if heads else None)
   if faults:
     raise weights.WeightsError(
       f"the tensors do not fit a model of the architecture "
@@ -401,6 +401,18 @@ def _hf_name(name: str) -> str | None:
   return place and f"{place}.{kind}"
 
 
+def name_of(module: str) -> str | None:
+  """GGUF's name of one of Hugging Face's modules; None if it has none."""
+  for ours, theirs in _MODULES.items():
+    if module == theirs:
+      return ours
+  match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+  for ours, theirs in _LAYER_MODULES.items():
+    if match and match[2] == theirs:
+      return f"blk.{match[1]}.{ours}"
+  return None
+
+
 def _rotated_heads(config: collections.abc.Mapping[str, Any], name: str) -> int:
   """The heads of a tensor whose rows are in llama.cpp's order, or 0."""
   if config["model_type"] == "llama" and ".q_proj." in name:
@@ -410,7 +422,7 @@ def _rotated_heads(config: collections.abc.Mapping[str, Any], name: str) -> int:
   return 0
 
 
-def _order(rows: int, heads: int) -> np.ndarray:
+def order(rows: int, heads: int) -> np.ndarray:
   """The stored row of each row of a llama's q or k, int (rows,).
 
   Within a head of width K llama.cpp keeps the pair (i, i + K/2) that the

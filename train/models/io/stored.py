@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any, Protocol
 
 from flax import traverse_util
@@ -217,6 +218,25 @@ def check(
     )
 
 
+def equal(one: tensors_.Tensor, other: tensors_.Tensor) -> bool:
+  """Whether two tensors have one shape and the same values.
+
+  They are read some rows at a time. Of two dtypes, the values are compared as
+  float32.
+  """
+  if tuple(one.shape) != tuple(other.shape):
+    return False
+  count, *rest = one.shape
+  step = max(1, _AT_ONCE // max(1, math.prod(rest)))
+  for start in range(0, count, step):
+    rows = slice(start, min(start + step, count))
+    index = (rows, *(slice(None) for _ in rest))
+    first, second = (x[index].astype(np.float32) for x in (one, other))
+    if not np.array_equal(first, second):
+      return False
+  return True
+
+
 def check_layers(
   count: int, tensors: Mapping[str, tensors_.Tensor], model: str
 ) -> None:
@@ -287,10 +307,14 @@ def tensors(
 
 
 def modules(plan: Mapping[Path, Source]) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
+  """The path of each parameter, and its module; of stacked layers, all.
+
+  Those are left out that are no weight or bias of a module.
+  """
   found = {}
   for path, source in plan.items():
-    if path[-1] == "kernel":
-      names = tuple(name.removesuffix(".weight") for name in source.names)
+    end = ".bias" if path[-1] == "bias" else ".weight"
+    if all(name.endswith(end) for name in source.names):
+      names = tuple(name.removesuffix(end) for name in source.names)
       found["/".join(path)] = names if source.stacked else names[0]
   return found

@@ -9,7 +9,7 @@ import jinja2
 
 from ... import checked, options
 from ...errors import UsageError
-from . import renderer, rendering
+from . import renderer, rendering, special_tokens
 
 PLAIN = (
   "{{ bos_token }}"
@@ -140,7 +140,8 @@ def load_template(folder: str | pathlib.Path) -> Template:
 
   Args:
     folder: with `tokenizer_config.json`, or none; the template is its
-      `chat_template`, or the file `chat_template.jinja`.
+      `chat_template`, or the file `chat_template.jinja`. The texts of the
+      special tokens are as `special_tokens.text` has them.
 
   Raises:
     ValueError: if a file is not as it must be.
@@ -161,7 +162,7 @@ def load_template(folder: str | pathlib.Path) -> Template:
   own_file = path.with_name("chat_template.jinja")
   if checked.is_file(own_file):
     source = checked.read_text(own_file)
-  bos, eos = (_token_text(config, f"{end}_token", path) for end in _ENDS)
+  bos, eos = (special_tokens.text(path.parent, f"{x}_token") for x in _ENDS)
   return Template(PLAIN if source is None else source, bos, eos)
 
 
@@ -177,11 +178,3 @@ def _named(item: Any, where: str) -> tuple[str, str]:
     checked.field(where, item, key, str) for key in ("name", "template")
   )
   return name, template
-
-
-def _token_text(config: dict[str, Any], name: str, path: pathlib.Path) -> str:
-  """A token, which is a text or an object with its content; "" if none is."""
-  token = checked.field(str(path), config, name, str | dict | None, None)
-  if isinstance(token, dict):
-    return checked.field(f"{path}, {name},", token, "content", str)
-  return token or ""

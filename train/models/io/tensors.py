@@ -2,14 +2,22 @@
 
 from collections.abc import Mapping
 import dataclasses
+import json
 import pathlib
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from ... import checked
 from . import weights
+
+# Dtypes of one byte that NumPy has from elsewhere, by the format's names.
+_BYTES = {
+  "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+  "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+}
 
 
 class Tensor(Protocol):
@@ -108,13 +116,38 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     raise weights.WeightsError(f"{path} is empty (0 bytes); copy it again.")
   try:
     file = safetensors.safe_open(path, framework="np")
-    return {name: _Stored(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    bytes_ = {
+      name: dtype
+      for name, part in parts.items()
+      if (dtype := _BYTES.get(part.get_dtype()))
+    }
+    return {
+      **{name: _Stored(part) for name, part in parts.items()},
+      **(_mapped(path, bytes_) if bytes_ else {}),
+    }
   except (safetensors.SafetensorError, OSError) as error:
     raise weights.WeightsError(
       f"{path} is not a whole safetensors file ({weights.first_line(error)}); "
       f"it may have been cut short at its {path.stat().st_size} bytes, or be "
       "another kind of file."
     ) from error
+
+
+def _mapped(
+  path: pathlib.Path, dtypes: Mapping[str, np.dtype]
+) -> dict[str, Tensor]:
+  """Tensors of dtypes that the library does not give to NumPy."""
+  # The format: eight bytes of a length, JSON of so many bytes, the values.
+  data = np.memmap(path, np.uint8, "r")
+  start = 8 + int(data[:8].view("<u8")[0])
+  header = json.loads(data[8:start].tobytes())
+  found = {}
+  for name, dtype in dtypes.items():
+    first, last = header[name]["data_offsets"]
+    values = data[start + first : start + last].view(dtype)
+    found[name] = values.reshape(header[name]["shape"])
+  return found
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:

@@ -27,8 +27,14 @@ _INTEGERS = {
 
 _FARTHEST = 2**16
 
-MODEL_TYPE = "t5"
-"""What `T5Config.from_hf` reads."""
+# What a config.json leaves out is as in the first release of its kind.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "t5": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+  "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
+MODEL_TYPES = tuple(_DEFAULTS)
+"""What `T5Config.from_hf` reads: Flan-T5 is a T5 v1.1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class T5Config:
     rms_norm_eps: added to the mean square.
     pad_id: the token that pads, and that the decoder starts from.
     eos_id: the token that ends a text.
+    model_type: that of config.json.
 
   Raises:
     ValueError: a size is not a positive integer, the buckets do not fit the
@@ -72,6 +79,7 @@ class T5Config:
   rms_norm_eps: float = 1e-6
   pad_id: int = 0
   eos_id: int = 1
+  model_type: str = "t5"
 
   def __post_init__(self):
     for field, key in _INTEGERS.items():
@@ -123,18 +131,22 @@ class T5Config:
     """The configuration that a Hugging Face config.json describes.
 
     Args:
-      config: the decoded JSON object of a T5; what it leaves out is as in the
-        first release.
+      config: the decoded JSON object of a T5 or an mT5 (Xue et al., NAACL
+        2021), which is a T5 v1.1.
 
     Raises:
       ValueError: a key is missing or has a value that this model does not
         implement.
     """
     kind = config.get("model_type")
-    if kind != MODEL_TYPE:
+    if kind not in MODEL_TYPES:
       raise ValueError(
-        f"model_type must be {MODEL_TYPE!r}, got {options.shown(kind)}."
+        f"model_type must be one of {', '.join(MODEL_TYPES)}, got "
+        f"{options.shown(kind)}."
       )
+    # A null is as good as nothing.
+    given = {key: x for key, x in config.items() if x is not None}
+    config = {**_DEFAULTS[kind], **given}
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
       raise ValueError(f"The T5 configuration lacks {', '.join(missing)}.")
@@ -144,8 +156,7 @@ class T5Config:
         f"{options.shown(config['is_encoder_decoder'])}."
       )
     start, pad = (
-      _given(config, key, 0)
-      for key in ("decoder_start_token_id", "pad_token_id")
+      config.get(key, 0) for key in ("decoder_start_token_id", "pad_token_id")
     )
     if start != pad:
       raise ValueError(
@@ -155,21 +166,17 @@ class T5Config:
     tied = checked.truth(config, "tie_word_embeddings", True)
     return cls(
       **{field: config[key] for field, key in _HF_KEYS.items()},
-      num_decoder_layers=_given(
-        config, "num_decoder_layers", config["num_layers"]
-      ),
-      feed_forward=_given(config, "feed_forward_proj", "relu"),
+      num_decoder_layers=config.get("num_decoder_layers", config["num_layers"]),
+      feed_forward=config["feed_forward_proj"],
       tied=tied,
-      # transformers 5 writes this key, and that every head is tied.
-      scaled=checked.truth(config, "scale_decoder_outputs", tied),
-      num_buckets=_given(config, "relative_attention_num_buckets", 32),
-      max_distance=_given(config, "relative_attention_max_distance", 128),
-      rms_norm_eps=_given(config, "layer_norm_epsilon", 1e-6),
+      # transformers 5 writes this key, and that every head is tied; it scales
+      # nothing in an mT5.
+      scaled=kind == "t5"
+      and checked.truth(config, "scale_decoder_outputs", tied),
+      num_buckets=config.get("relative_attention_num_buckets", 32),
+      max_distance=config.get("relative_attention_max_distance", 128),
+      rms_norm_eps=config.get("layer_norm_epsilon", 1e-6),
       pad_id=pad,
-      eos_id=_given(config, "eos_token_id", 1),
+      eos_id=config.get("eos_token_id", 1),
+      model_type=kind,
     )
-
-
-def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
-  value = config.get(key)
-  return default if value is None else value

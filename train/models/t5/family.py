@@ -10,15 +10,18 @@ import numpy as np
 from ..family import Family, Kind, Pretrained
 from . import generate, label_words, weights
 from . import model as t5
-from .config import MODEL_TYPE, T5Config
+from .config import MODEL_TYPES, T5Config
 
 
 def _complete(found: Pretrained) -> Pretrained:
+  config, notes = weights.with_own_head(found.config, found.tensors)
   return dataclasses.replace(
     found,
-    config=weights.with_own_head(found.config, found.tensors),
-    pad_id=found.config.pad_id,
-    eos_id=found.config.eos_id,
+    config=config,
+    pad_id=config.pad_id,
+    eos_id=config.eos_id,
+    stop_ids=(config.eos_id,),
+    notes=notes,
   )
 
 
@@ -47,7 +50,8 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 def _kind(model: t5.T5) -> Kind:
   names = dict(weights.modules(model.config, model.scan))
-  return Kind("T5ForConditionalGeneration", names, "", "SEQ_2_SEQ_LM")
+  name = model.config.model_type.upper()
+  return Kind(f"{name}ForConditionalGeneration", names, "", "SEQ_2_SEQ_LM")
 
 
 def _tensors(model: t5.T5, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -65,7 +69,7 @@ FAMILY = Family(
   answers="words",
   config=T5Config,
   modules=(t5.T5,),
-  model_types=(MODEL_TYPE,),
+  model_types=MODEL_TYPES,
   complete=_complete,
   classifier=_classifier,
   label_tokens=_label_tokens,

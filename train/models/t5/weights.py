@@ -8,7 +8,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import stored
+from ..io import stored, weights
 from ..io import tensors as tensors_
 from .config import T5Config
 
@@ -27,15 +27,29 @@ _UNUSED = (
 
 def with_own_head(
   config: T5Config, tensors: Mapping[str, tensors_.Tensor]
-) -> T5Config:
+) -> tuple[T5Config, tuple[str, ...]]:
   """The configuration of a checkpoint, untied if its head is its own.
 
-  transformers 5 writes into every config.json that the head is tied; whether it
-  is scaled tells v1.1 from the first release, whose head may be saved twice.
+  transformers 5 writes into every config.json that the head is tied, and into
+  that of v1.1 that what the head is given is not scaled.
+
+  Returns:
+    the configuration, and a sentence for the user where a head that should be
+    the embedding is not.
   """
-  if config.tied and not config.scaled and _HEAD in tensors:
-    return dataclasses.replace(config, tied=False)
-  return config
+  if not config.tied or _HEAD not in tensors:
+    return config, ()
+  untied = dataclasses.replace(config, tied=False)
+  if not config.scaled:
+    return untied, ()
+  table = tensors.get(_table(tensors))
+  if table is None or stored.equal(tensors[_HEAD], table):
+    return config, ()
+  note = (
+    f"{_HEAD} is not the embedding, though config.json says "
+    "tie_word_embeddings: the head is used as it is in the file, untied."
+  )
+  return untied, (note,)
 
 
 def params(
@@ -84,6 +98,15 @@ def check(config: T5Config, tensors: Mapping[str, tensors_.Tensor]) -> None:
     lambda name: name in duplicates,
     "T5",
   )
+  table = _table(tensors)
+  for name in (*_TABLES, *([_HEAD] if config.tied else [])):
+    if name == table or name not in tensors:
+      continue
+    if not stored.equal(tensors[name], tensors[table]):
+      raise weights.WeightsError(
+        f"{name} is not {table}, and the configuration of this T5 has one "
+        "array for both."
+      )
 
 
 def _table(tensors: Mapping[str, tensors_.Tensor]) -> str:
@@ -100,8 +123,12 @@ def tensors(
 def modules(
   config: T5Config, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel, and its module; of stacked layers, all modules."""
-  return stored.modules(_plan(config, scan, _TABLES[0]))
+  """The path of each parameter, and its module; of stacked layers, all.
+
+  The embeddings are left out: PEFT's names of them are several.
+  """
+  found = stored.modules(_plan(config, scan, _TABLES[0]))
+  return {k: name for k, name in found.items() if not k.endswith("/embedding")}
 
 
 def _plan(

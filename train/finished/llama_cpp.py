@@ -1,0 +1,83 @@
+"""A run's adapters for llama.cpp: `export --gguf`."""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+import bilora_jax
+
+from ..errors import UsageError
+from ..models.io import gguf_adapter
+from .finished import Finished
+
+
+def check(run: Finished, whole: bool) -> None:
+  """Refuses a run of which no such file can be written.
+
+  Args:
+    run: what is exported.
+    whole: whether it is, as a whole model.
+
+  Raises:
+    UsageError: that says why.
+  """
+  if whole or run.adapted is None:
+    raise UsageError(
+      "--gguf is of adapters, and what is exported here is a whole model; "
+      "llama.cpp's convert_hf_to_gguf.py makes its file."
+    )
+  try:
+    gguf_adapter.check(_model_type(run))
+  except ValueError as error:
+    raise UsageError(f"--gguf: {error}") from error
+  if run.adapters.get("extra"):
+    paths = traverse_util.flatten_dict(run.adapters["extra"], sep="/")
+    raise UsageError(
+      "--gguf is of low-rank adapters alone, and the run has also trained "
+      f"{', '.join(sorted(paths)[:8])}; export it --merged."
+    )
+
+
+def write(path: pathlib.Path, run: Finished) -> None:
+  """Writes the adapters that `export` writes for PEFT.
+
+  Raises:
+    OSError: if the file cannot be written.
+  """
+  assert run.adapted is not None
+  config: Any = run.model.config
+  heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+  names = run.pretrained.kind(run.model).names
+  pairs = modules(run.adapters, names)
+  alpha = run.adapted.spec.alpha
+  gguf_adapter.write(path, _model_type(run), heads, pairs, alpha)
+
+
+def modules(
+  adapters: Mapping[str, Any], names: Mapping[str, Any]
+) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+  """`lora_A`, `lora_B` and the scale of each module, both adapters' joined."""
+  flat = [_flatten(adapters.get(x, {})) for x in ("primary", "auxiliary")]
+  found = {}
+  for path, pair in flat[0].items():
+    if path in flat[1]:
+      pair = pair.join(flat[1][path])
+    several = not isinstance(names[path], str)
+    a, b = (np.asarray(x, np.float32) for x in (pair.a, pair.b))
+    for i, module in enumerate(names[path] if several else (names[path],)):
+      own = (a[i], b[i]) if several else (a, b)
+      found[module] = own[0].T, own[1].T, pair.scale
+  return found
+
+
+def _model_type(run: Finished) -> str:
+  return getattr(run.model.config, "model_type", run.pretrained.family.name)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(
+    tree, sep="/", is_leaf=lambda _, x: isinstance(x, bilora_jax.Factors)
+  )
