@@ -69,14 +69,17 @@ def test_tensors_are_those_that_were_read(case):
     np.testing.assert_array_equal(found[name], value)
 
 
-def test_names_for_peft_are_of_all_kernels_and_of_modules_that_are_there(case):
+def test_names_for_peft_are_of_all_modules_and_of_those_that_are_there(case):
   kind = case.pretrained.kind(case.model)
   assert [kind.architecture] == case.pretrained.hf_config["architectures"]
   flat = traverse_util.flatten_dict(case.variables["params"])
-  kernels = {"/".join(path) for path in flat if path[-1] == "kernel"}
-  assert kernels == {*kind.names} - {"head/bias"}
-  own = {f"{module}.weight" for module in kind.names.values()}
-  assert own < {*case.pretrained.tensors}
+  # The first DeBERTa's two are of no module's weight or bias.
+  apart = ("q_bias", "v_bias")
+  paths = {"/".join(path) for path in flat if path[-1] not in apart}
+  assert paths == {*kind.names}
+  for path, module in kind.names.items():
+    end = "bias" if path.endswith("/bias") else "weight"
+    assert f"{module}.{end}" in case.pretrained.tensors
 
 
 def test_every_axis_of_the_variables_has_a_name_or_none(case):
