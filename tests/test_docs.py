@@ -1,5 +1,6 @@
 """The guides' code runs as it stands, and their links lead somewhere."""
 
+import json
 import pathlib
 import re
 
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+
+from train.models import overview, registry
 
 _DOCS = pathlib.Path(__file__).parents[1] / "docs"
 _PAGES = sorted(_DOCS.rglob("*.md"))
@@ -48,3 +51,20 @@ def test_every_page_is_in_a_table_of_contents():
   )
   names = {str(x.relative_to(_DOCS).with_suffix("")) for x in _PAGES}
   assert names - {"index"} <= listed
+
+
+def test_the_table_of_models_is_that_of_the_registry():
+  assert overview.table() in (_DOCS / "models.md").read_text()
+
+
+def test_every_kind_of_model_is_compared_with_pytorch():
+  data = pathlib.Path(__file__).parent / "train" / "models" / "data"
+  compared = {
+    json.loads(path.read_text())["model_type"]
+    for path in data.glob("*/config.json")
+    if path.with_name("reference.npz").exists()
+  }
+  # The image tower alone, and within a model of texts too, are one family.
+  compared |= {x.removesuffix("_vision_model") for x in compared}
+  kinds = {kind for x in registry.families() for kind in x.model_types}
+  assert {x.removesuffix("_vision_model") for x in kinds} <= compared

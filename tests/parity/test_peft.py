@@ -24,6 +24,7 @@ from train import __main__ as program
 from train.methods import adapter
 from train.models import load, registry
 from train.models.vit import model as vit
+from train.models.vit import onnx_file
 from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
 
@@ -71,7 +72,7 @@ _CONFIGS = {
     **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
   ),
   "vit": lambda: transformers.Dinov2Config(
-    **vit_weights.hf_config(_VIT), num_labels=2, initializer_range=0.25
+    **onnx_file.hf_config(_VIT), num_labels=2, initializer_range=0.25
   ),
 }
 _KINDS = {
@@ -400,5 +401,5 @@ def _write_vit(case, adapters, out):
     out / "model.safetensors",
     metadata={"format": "pt"},
   )
-  config = vit_weights.hf_config(_VIT) | {"num_labels": 2}
+  config = onnx_file.hf_config(_VIT) | {"num_labels": 2}
   (out / "config.json").write_text(json.dumps(config))

@@ -462,7 +462,8 @@ def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
       )
     return task
   patch, grid = pretrained.config.patch_size, pretrained.config.grid
-  side = size or patch * min(grid, _IMAGE_SIDE // patch)
+  named = pretrained.config.side or patch * min(grid, _IMAGE_SIDE // patch)
+  side = size or named
   if side % patch:
     raise UsageError(
       f"--image-size is a multiple of the {patch} pixels of a patch of"
@@ -497,7 +498,12 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
       examples=functools.partial(images.decoded, task, side=task.side),
       ordered=images.train_batches,
       whole=images.eval_batches,
-      objective=objectives.images(task.side, objective),
+      objective=objectives.images(
+        task.side,
+        objective,
+        pretrained.config.mean,
+        pretrained.config.deviation,
+      ),
     )
   text_tokenizer = pretrained.tokenizer
   encode: pipeline.Encode

@@ -12,8 +12,6 @@ from ..models import chunks
 
 Batch = Mapping[str, Any]
 
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
 """Of ImageNet's red, green and blue, as all its models use them."""
 
 
@@ -138,7 +136,12 @@ def regression(centre: float, spread: float) -> Objective:
   return CLASSIFICATION._replace(items=items, answers=answers)
 
 
-def images(side: int, objective: Objective = CLASSIFICATION) -> Objective:
+def images(
+  side: int,
+  objective: Objective,
+  mean: Sequence[float],
+  deviation: Sequence[float],
+) -> Objective:
   """One label an image, (B,), of images as `images.Images` has them.
 
   A model is given them as `prepared` makes them.
@@ -146,22 +149,28 @@ def images(side: int, objective: Objective = CLASSIFICATION) -> Objective:
   Args:
     side: pixels along the side that the model is given.
     objective: what is learned of them.
+    mean: of the three channels, as `prepared` takes it.
+    deviation: of them, likewise.
   """
   return objective._replace(
-    inputs=lambda batch: (prepared(batch["images"], side),),
+    inputs=lambda batch: (prepared(batch["images"], side, mean, deviation),),
     tokens=lambda batch: jnp.int32(len(batch["labels"])),
   )
 
 
-def prepared(images: Any, side: int) -> jax.Array:
+def prepared(
+  images: Any, side: int, mean: Sequence[float], deviation: Sequence[float]
+) -> jax.Array:
   """Images as a model of photographs wants them.
 
   Resized with the bicubic filter that Pillow has too, grey ones to equal
-  channels, each normalised by ImageNet's mean and standard deviation.
+  channels, each normalised by a mean and a standard deviation.
 
   Args:
     images: uint8 (B, height, width), 255 for white; or (B, height, width, 3).
     side: S, pixels along the side.
+    mean: of the three channels, in [0, 1].
+    deviation: of them, likewise.
 
   Returns:
     float32 (B, S, S, 3).
@@ -173,7 +182,7 @@ def prepared(images: Any, side: int) -> jax.Array:
   pixels = jnp.clip(pixels, 0, 1)
   if pixels.ndim == 3:
     pixels = pixels[..., None]
-  return (pixels - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
+  return (pixels - jnp.asarray(mean)) / jnp.asarray(deviation)
 
 
 def words(tokens: Sequence[Sequence[int]]) -> Objective:

@@ -69,8 +69,9 @@ class DataOptions:
   max_length: int = option(256, least=3, below=2**21)
   """Tokens in an example; longer ones are cut."""
   image_size: int = option(0, least=0, below=2**13)
-  """Pixels along the side of the square that images are resized to; 0: 224, or
-  what the model's positions were learned at if that is less."""
+  """Pixels along the side of the square that images are resized to; 0: what the
+  model's preprocessor_config.json says, or what its positions were learned at;
+  of an ONNX file at most 224."""
   pack: bool = True
   """Put several conversations in a row of max_length tokens (instructions)."""
   on_long: OnLong = "cut"

@@ -6,7 +6,7 @@ from typing import Any
 import huggingface_hub
 
 from .. import options
-from ..data import label_words, objectives
+from ..data import label_words
 from ..run import report
 from .finished import Finished
 
@@ -192,15 +192,22 @@ def _text(run: Finished) -> str:
     f"batch = tokenizer({texts}, return_tensors='pt', truncation=True,\n"
     f"                  max_length={run.config.data.max_length})\n"
     "with torch.no_grad():\n"
-    "  logits = model(**batch).logits[0]\n"
-    + _MEAN * (run.config.model.head == "own")
-    + _told(run)
+    "  logits = model(**batch).logits[0]\n" + _pooled(run) + _told(run)
   )
 
 
-_MEAN = (
-  "# The mean over the tokens is what was trained.\nlogits = logits.mean(0)\n"
-)
+def _pooled(run: Finished) -> str:
+  """From the logits of all tokens to those of the text."""
+  kind = run.pretrained.kind(run.model)
+  if kind.task_type != "TOKEN_CLS":
+    return ""
+  if kind.first:
+    return (
+      "# Those of the first token are what was trained.\nlogits = logits[0]\n"
+    )
+  return (
+    "# The mean over the tokens is what was trained.\nlogits = logits.mean(0)\n"
+  )
 
 
 def _examples(run: Finished) -> tuple[str, ...]:
@@ -208,12 +215,12 @@ def _examples(run: Finished) -> tuple[str, ...]:
 
 
 def _image(run: Finished) -> str:
-  side = run.task.side
+  side, config = run.task.side, run.pretrained.config
   return (
     "image = Image.new('RGB', (64, 64))  # or Image.open(...).convert('RGB')\n"
     f"image = image.resize(({side}, {side}), Image.Resampling.BICUBIC)\n"
     "pixels = np.asarray(image, np.float32) / 255\n"
-    f"pixels = (pixels - {objectives.MEAN}) / {objectives.DEVIATION}\n"
+    f"pixels = (pixels - {config.mean}) / {config.deviation}\n"
     "pixels = torch.tensor(pixels.transpose(2, 0, 1)[None]).float()\n"
     "with torch.no_grad():\n"
     "  logits = model(pixels).logits[0]\n" + _told(run)

@@ -21,7 +21,7 @@ from ..models.io import weights
 from . import card, hub, llama_cpp
 from .finished import Finished, open_run
 
-# Beside the weights, what transformers makes a tokenizer of.
+# Beside the weights, what transformers makes a tokenizer or a processor of.
 _TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -31,8 +31,11 @@ _TOKENIZER = (
   "vocab.json",
   "merges.txt",
   "spiece.model",
+  "sentencepiece.bpe.model",
+  "spm.model",
   "chat_template.jinja",
   "generation_config.json",
+  "preprocessor_config.json",
 )
 _SHARD = 2 * 10**9  # bytes
 _WRITTEN = ("adapter_config.json", "config.json")

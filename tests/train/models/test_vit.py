@@ -250,5 +250,7 @@ def test_wrong_shapes_are_named(shape, message):
 def test_what_cannot_be_is_named():
   with pytest.raises(ValueError, match="multiple of num_heads, got 8 and 3"):
     dataclasses.replace(TINY, num_heads=3)
-  with pytest.raises(ValueError, match="grid must be positive, got 0"):
+  with pytest.raises(
+    ValueError, match="grid must be a positive integer, got 0"
+  ):
     dataclasses.replace(TINY, grid=0)

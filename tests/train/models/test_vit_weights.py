@@ -8,6 +8,7 @@ import vit_cases
 from train.models import load
 from train.models.io import weights
 from train.models.vit import model as vit
+from train.models.vit import onnx_file
 from train.models.vit import weights as vit_weights
 
 
@@ -18,7 +19,7 @@ def path(tmp_path_factory):
 
 
 def test_tensors_without_names_are_known_by_the_nodes_that_use_them(path):
-  got, want = vit_weights.read(path), vit_cases.tensors()
+  got, want = onnx_file.read(path), vit_cases.tensors()
   assert got.keys() == want.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
@@ -26,12 +27,12 @@ def test_tensors_without_names_are_known_by_the_nodes_that_use_them(path):
 
 def test_a_model_of_its_own_has_no_prefix(tmp_path):
   want = vit_cases.tensors()
-  got = vit_weights.read(vit_cases.write(tmp_path / "x.onnx", want))
+  got = onnx_file.read(vit_cases.write(tmp_path / "x.onnx", want))
   assert got.keys() == want.keys()
 
 
 def test_the_sizes_are_told_by_the_tensors(path):
-  assert vit_weights.config(vit_weights.read(path)) == vit_cases.CONFIG
+  assert onnx_file.config(onnx_file.read(path)) == vit_cases.CONFIG
 
 
 def test_a_patch_and_a_position_are_where_the_model_looks_for_them():
@@ -107,7 +108,7 @@ def test_sizes_that_cannot_be_told_are_named():
   del stored["encoder.layer.0.mlp.fc1.bias"]
   stored["embeddings.position_embeddings"] = np.zeros((26, 128))
   with pytest.raises(weights.WeightsError) as caught:
-    vit_weights.config(stored)
+    onnx_file.config(stored)
   assert str(caught.value) == (
     "The sizes of a DINOv2 cannot be told: embeddings.position_embeddings has "
     "shape (26, 128); encoder.layer.0.mlp.fc1.bias is missing."
@@ -115,7 +116,7 @@ def test_sizes_that_cannot_be_told_are_named():
   odd = vit_cases.tensors()
   odd["embeddings.patch_embeddings.projection.weight"] = np.zeros((96, 3, 2, 2))
   with pytest.raises(weights.WeightsError, match=r"heads are 64 wide.*of 96"):
-    vit_weights.config(odd)
+    onnx_file.config(odd)
 
 
 def test_files_that_hold_no_dinov2_are_refused(tmp_path, path):
@@ -123,8 +124,8 @@ def test_files_that_hold_no_dinov2_are_refused(tmp_path, path):
   with pytest.raises(
     weights.WeightsError, match=r"must hold one DINOv2.*has 0"
   ):
-    vit_weights.read(other)
+    onnx_file.read(other)
   short = tmp_path / "short.onnx"
   short.write_bytes(path.read_bytes()[:1000])
   with pytest.raises(weights.WeightsError, match=r"short\.onnx is not a whole"):
-    vit_weights.read(short)
+    onnx_file.read(short)

@@ -13,10 +13,12 @@ from train.data import images, objectives
 from train.data import load as data_lib
 from train.data import registry as tasks
 from train.methods.method import Method
+from train.models.vit.config import IMAGENET
 from train.study import landscapes, measure
 from train.study.spec import Landscape, Sharpness
 
 ROWS, BATCH, SIDE = 16, 8, 8
+_OBJECTIVE = objectives.images(SIDE, objectives.CLASSIFICATION, *IMAGENET)
 PATH = "head/kernel"
 
 
@@ -31,7 +33,7 @@ def batches():
       functools.partial(images.decoded, task),
       images.train_batches,
       images.eval_batches,
-      objectives.images(SIDE),
+      _OBJECTIVE,
     ),
   )
   # 20 rows fill two batches.
@@ -58,7 +60,7 @@ def _made(make, options):
     evaluated=lambda trained: trained,
   )
   model = types.SimpleNamespace(apply=_apply)
-  return make(method, model, [PATH], objectives.images(SIDE), options)
+  return make(method, model, [PATH], _OBJECTIVE, options)
 
 
 def _of(made, kernel, batches, key=0):

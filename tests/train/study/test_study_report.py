@@ -6,7 +6,15 @@ import json
 import pytest
 
 from train.run import config as config_lib
-from train.study import forest, plan, plots, record, report, results
+from train.study import (
+  forest,
+  memorisation,
+  plan,
+  plots,
+  record,
+  report,
+  results,
+)
 from train.study.main import main
 
 METHODS = [
@@ -68,6 +76,7 @@ def unplotted(monkeypatch):
   monkeypatch.setattr(plots, "figures", lambda *_: {})
   monkeypatch.setattr(forest, "differences", lambda *_: None)
   monkeypatch.setattr(forest, "against_sharpness", lambda *_: None)
+  monkeypatch.setattr(memorisation, "figure", lambda *_: None)
 
 
 def _write(own, rows):

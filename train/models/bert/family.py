@@ -1,26 +1,26 @@
-"""BERT, as the program knows it.
+"""BERT and its like, as the program knows them.
 
 transformers has no model with our head, but one computes the same: as the
 `classifier` of a `BertForTokenClassification`, the mean of whose logits over
-the real tokens is ours.
+the real tokens is ours; or, if a model pools by its first token, whose logits
+at the first token are ours.
 """
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
-import jax
 from jax import typing
 import numpy as np
 
-from ..family import Family, Kind, Pretrained
-from ..io import tokenizer
+from .. import encoders
+from ..family import Family, Kind
 from . import model as bert
 from . import weights
+from .config import MODEL_TYPES, BertConfig
 
 
 def _classifier(
-  config: bert.BertConfig,
+  config: BertConfig,
   labels: int,
   *,
   dtype: typing.DTypeLike | None = None,
@@ -36,40 +36,30 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 
 def _kind(model: bert.BertClassifier) -> Kind:
-  names = dict(weights.modules(model.config))
-  names |= dict.fromkeys(("head/kernel", "head/bias"), "classifier")
-  # The mean of the last hidden states needs no pooler.
-  idle = ("pooler.dense",)
-  return Kind("BertForTokenClassification", names, "bert.", "TOKEN_CLS", idle)
+  config = model.config
+  architecture, prefix = weights.names(config)
+  names = dict(weights.modules(config))
+  return encoders.token_classifier(architecture, names, prefix, config.pooling)
 
 
 def _tensors(
   model: bert.BertClassifier, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  return {
-    **weights.tensors(model.config, params),
-    "classifier.weight": np.asarray(params["head"]["kernel"]).T,
-    "classifier.bias": np.asarray(params["head"]["bias"]),
-  }
-
-
-def _complete(found: Pretrained) -> Pretrained:
-  return dataclasses.replace(found, pad_id=tokenizer.pad_id(found.tokenizer))
+  return weights.tensors(model.config, params) | encoders.head(params)
 
 
 FAMILY = Family(
   name="BERT",
   reads="texts",
   answers="head",
-  config=bert.BertConfig,
+  config=BertConfig,
   modules=(bert.BertClassifier,),
-  model_types=("bert",),
-  complete=_complete,
+  model_types=MODEL_TYPES,
+  complete=encoders.complete,
   classifier=_classifier,
   params=_params,
   check=weights.check,
-  # Tokens, and their mask.
-  example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2,
+  example_inputs=encoders.example_inputs,
   logical_axes=bert.logical_axes,
   kind=_kind,
   tensors=_tensors,

@@ -1,36 +1,102 @@
-"""Hugging Face's BERT tensors as the parameters of `BertClassifier`."""
+"""Hugging Face's tensors of BERT's kind as parameters of `BertClassifier`."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import stored, weights
+from .. import encoders
+from ..io import stored
 from ..io import tensors as tensors_
-from .model import BertConfig
+from .config import BertConfig
 
-# Our module within a layer -> Hugging Face's.
-_DENSES = {
-  "query": "attention.self.query",
-  "key": "attention.self.key",
-  "value": "attention.self.value",
-  "attention_out": "attention.output.dense",
-  "intermediate": "intermediate.dense",
-  "output": "output.dense",
-}
-_NORMS = {
-  "attention_norm": "attention.output.LayerNorm",
-  "output_norm": "output.LayerNorm",
-}
-_PREFIX = "bert."
-_PARTS = (f"{_PREFIX}embeddings.", f"{_PREFIX}encoder.")
-# Buffers, not weights; old checkpoints saved them.
-_BUFFERS = (
-  f"{_PREFIX}embeddings.position_ids",
-  f"{_PREFIX}embeddings.token_type_ids",
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+  """What tensors are called in transformers.
+
+  Attributes:
+    model: for sentences.
+    architecture: the class that classifies tokens.
+    prefix: of the encoder in it.
+    layers: what the names of layers begin with.
+    denses: our module within a layer -> theirs.
+    norms: as `denses`.
+  """
+
+  model: str
+  architecture: str
+  prefix: str
+  layers: str
+  denses: Mapping[str, str]
+  norms: Mapping[str, str]
+
+
+_BERT = _Names(
+  model="BERT",
+  architecture="BertForTokenClassification",
+  prefix="bert.",
+  layers="encoder.layer.",
+  denses={
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+  },
+  norms={
+    "attention_norm": "attention.output.LayerNorm",
+    "output_norm": "output.LayerNorm",
+  },
 )
+
+
+def _like_bert(model: str, prefix: str, name: str) -> _Names:
+  return dataclasses.replace(
+    _BERT,
+    model=model,
+    architecture=f"{name}ForTokenClassification",
+    prefix=prefix,
+  )
+
+
+_NAMES = {
+  "bert": _BERT,
+  "roberta": _like_bert("RoBERTa", "roberta.", "Roberta"),
+  "xlm-roberta": _like_bert("XLM-R", "roberta.", "XLMRoberta"),
+  "electra": _like_bert("ELECTRA", "electra.", "Electra"),
+  "distilbert": _Names(
+    model="DistilBERT",
+    architecture="DistilBertForTokenClassification",
+    prefix="distilbert.",
+    layers="transformer.layer.",
+    denses={
+      "query": "attention.q_lin",
+      "key": "attention.k_lin",
+      "value": "attention.v_lin",
+      "attention_out": "attention.out_lin",
+      "intermediate": "ffn.lin1",
+      "output": "ffn.lin2",
+    },
+    norms={
+      "attention_norm": "sa_layer_norm",
+      "output_norm": "output_layer_norm",
+    },
+  ),
+}
+_EMBEDDINGS, _PROJECTION = "embeddings.", "embeddings_project."
+# Buffers, not weights; old checkpoints saved them.
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def names(config: BertConfig) -> tuple[str, str]:
+  """The class that classifies tokens, and the prefix of the encoder in it."""
+  found = _NAMES[config.model_type]
+  return found.architecture, found.prefix
 
 
 def params(
@@ -42,9 +108,10 @@ def params(
 ) -> dict[str, Any]:
   """Parameters of the encoder from a Hugging Face checkpoint, one at a time.
 
-  Names may lack the prefix 'bert.', and layer norms have the older names gamma
-  and beta. The pooler and any head (names outside embeddings and encoder) are
-  left out: this project's classifier pools by itself and trains its own head.
+  Names may lack the prefix, which is 'bert.' of a BERT, and layer norms have
+  the older names gamma and beta. The pooler and any head (names outside the
+  embeddings and layers) are left out: this project's classifier pools by itself
+  and trains its own head.
 
   Args:
     config: the sizes.
@@ -62,7 +129,8 @@ def params(
       and nothing was read.
   """
   check(config, tensors)
-  return stored.read(_plan(config), _by_full_name(tensors), dtype, place)
+  found = _by_full_name(config, tensors)
+  return stored.read(_plan(config), found, dtype, place)
 
 
 def check(config: BertConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
@@ -71,19 +139,24 @@ def check(config: BertConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
   Raises:
     WeightsError: as `params`.
   """
-  found = _by_full_name(tensors)
+  theirs = _NAMES[config.model_type]
+  found = _by_full_name(config, tensors)
+  stack = theirs.layers.partition(".")[0]
+  parts = (_EMBEDDINGS, _PROJECTION, f"{stack}.")
+  parts = tuple(f"{theirs.prefix}{part}" for part in parts)
+  buffers = [f"{theirs.prefix}{name}" for name in _BUFFERS]
 
   def ignored(name: str) -> bool:
-    return not name.startswith(_PARTS) or name in _BUFFERS
+    return not name.startswith(parts) or name in buffers
 
-  stored.check_layers(config.num_layers, tensors, "BERT")
-  stored.check(_plan(config), found, ignored, "BERT")
+  stored.check_layers(config.num_layers, tensors, theirs.model)
+  stored.check(_plan(config), found, ignored, theirs.model)
 
 
 def tensors(
   config: BertConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the encoder's tensors, by names that begin with 'bert.'.
+  """Undoes `params`: the encoder's tensors, by names with their prefix.
 
   Args:
     config: the sizes.
@@ -103,56 +176,48 @@ def modules(config: BertConfig) -> dict[str, str | tuple[str, ...]]:
 
 def _plan(config: BertConfig) -> dict[stored.Path, stored.Source]:
   """Path in the parameter tree -> where its values are."""
+  theirs = _NAMES[config.model_type]
   width, inner = config.hidden_size, config.intermediate_size
+  narrow = config.embedding_width
   plan: dict[stored.Path, stored.Source] = {}
 
   def add(path: tuple[str, ...], name: str, *shape: int) -> None:
     plan["encoder", *path] = stored.Source(
-      (f"{_PREFIX}{name}",), shape, path[-1] == "kernel", False
+      (f"{theirs.prefix}{name}",), shape, path[-1] == "kernel", False
     )
 
-  def norm(path: tuple[str, ...], module: str) -> None:
-    add((*path, "scale"), f"{module}.weight", width)
-    add((*path, "bias"), f"{module}.bias", width)
+  def norm(path: tuple[str, ...], module: str, size: int = width) -> None:
+    add((*path, "scale"), f"{module}.weight", size)
+    add((*path, "bias"), f"{module}.bias", size)
 
   for table, rows in (
     ("word", config.vocab_size),
     ("position", config.max_positions),
     ("token_type", config.type_vocab_size),
   ):
-    name = f"embeddings.{table}_embeddings.weight"
-    add(("embeddings", table, "embedding"), name, rows, width)
-  norm(("embeddings", "norm"), "embeddings.LayerNorm")
+    if rows is not None:
+      name = f"{_EMBEDDINGS}{table}_embeddings.weight"
+      add(("embeddings", table, "embedding"), name, rows, narrow)
+  norm(("embeddings", "norm"), f"{_EMBEDDINGS}LayerNorm", narrow)
+  if config.embedding_size is not None:
+    path = "embeddings", "projection"
+    add((*path, "kernel"), f"{_PROJECTION}weight", width, narrow)
+    add((*path, "bias"), f"{_PROJECTION}bias", width)
   for i in range(config.num_layers):
-    source, layer = f"encoder.layer.{i}", f"layer_{i}"
-    for ours, theirs in _DENSES.items():
+    source, layer = f"{theirs.layers}{i}", f"layer_{i}"
+    for ours, module in theirs.denses.items():
       out = inner if ours == "intermediate" else width
       into = inner if ours == "output" else width
-      add((layer, ours, "kernel"), f"{source}.{theirs}.weight", out, into)
-      add((layer, ours, "bias"), f"{source}.{theirs}.bias", out)
-    for ours, theirs in _NORMS.items():
-      norm((layer, ours), f"{source}.{theirs}")
+      add((layer, ours, "kernel"), f"{source}.{module}.weight", out, into)
+      add((layer, ours, "bias"), f"{source}.{module}.bias", out)
+    for ours, module in theirs.norms.items():
+      norm((layer, ours), f"{source}.{module}")
   return plan
 
 
 def _by_full_name(
-  tensors: Mapping[str, tensors_.Tensor],
+  config: BertConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, tensors_.Tensor]:
-  found: dict[str, str] = {}
-  for name in tensors:
-    other = found.setdefault(_full_name(name), name)
-    if other != name:
-      raise weights.WeightsError(
-        f"The tensors do not fit the BERT's configuration: {other} and {name} "
-        "are two names of one."
-      )
-  return {full: tensors[name] for full, name in found.items()}
-
-
-def _full_name(name: str) -> str:
-  if name.startswith(("embeddings.", "encoder.")):
-    name = _PREFIX + name
-  for old, new in (("gamma", "weight"), ("beta", "bias")):
-    if name.endswith(f".LayerNorm.{old}"):
-      name = name.removesuffix(old) + new
-  return name
+  theirs = _NAMES[config.model_type]
+  parts = (_EMBEDDINGS, _PROJECTION, theirs.layers)
+  return encoders.by_full_name(tensors, theirs.prefix, parts, theirs.model)

@@ -1,4 +1,4 @@
-"""A spiece.model as a tokenizer, for a folder without tokenizer.json."""
+"""SentencePiece's models as tokenizers, for folders without tokenizer.json."""
 
 import importlib
 import pathlib
@@ -18,6 +18,8 @@ from ... import checked
 from . import weights
 
 FILE = "spiece.model"
+XLM_R = "sentencepiece.bpe.model"
+DEBERTA = "spm.model"
 
 # T5's, behind the pieces: what stands for spans that are left out.
 _SENTINELS = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
@@ -39,19 +41,107 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
       than Unigram.
   """
   path = pathlib.Path(folder) / FILE
+  proto = _unigrams(path)
+  with weights.told_of(f"{path} is no SentencePiece model for a T5"):
+    return _t5(proto, path)
+
+
+def load_xlm_r(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of an XLM-R's folder with a sentencepiece.bpe.model.
+
+  The first tokens are fairseq's, `<s>`, `<pad>`, `</s>` and `<unk>`, in place
+  of the file's first three, and the last is `<mask>` (transformers,
+  convert_slow_tokenizer.py).
+
+  Raises:
+    WeightsError: as `load_tokenizer`.
+  """
+  path = pathlib.Path(folder) / XLM_R
+  proto = _unigrams(path)
+  special = ["<s>", "<pad>", "</s>", "<unk>"]
+  pieces = [(piece, 0.0) for piece in special]
+  pieces += [(piece.piece, piece.score) for piece in proto.pieces[3:]]
+  pieces.append(("<mask>", 0.0))
+  with weights.told_of(f"{path} is no SentencePiece model for an XLM-R"):
+    tokenizer = _assembled(proto, pieces, special.index("<unk>"))
+    tokenizer.add_special_tokens([*special, "<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single="<s> $A </s>",
+      pair="<s> $A </s> </s> $B </s>",
+      special_tokens=[("<s>", 0), ("</s>", special.index("</s>"))],
+    )
+    return tokenizer
+
+
+def load_deberta(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a DeBERTa v2's or v3's folder with an spm.model.
+
+  `[MASK]` follows the file's pieces, unless it has it.
+
+  Raises:
+    WeightsError: as `load_tokenizer`, or if the folder's tokenizer_config.json
+      asks for what is not implemented.
+  """
+  path = pathlib.Path(folder) / DEBERTA
+  config = _config(path)
+  if checked.truth(config, "split_by_punct", False):
+    raise weights.WeightsError(
+      f"{path.parent}: split_by_punct must be false where {DEBERTA} is read; "
+      "put a tokenizer.json beside it."
+    )
+  proto = _unigrams(path)
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  names = {piece for piece, _ in pieces}
+  missing = {"[CLS]", "[SEP]"} - names
+  if missing:
+    raise weights.WeightsError(
+      f"{path} has no token {' nor '.join(sorted(missing))}, which a DeBERTa "
+      "needs."
+    )
+  if "[MASK]" not in names:
+    pieces.append(("[MASK]", 0.0))
+  with weights.told_of(f"{path} is no SentencePiece model for a DeBERTa"):
+    tokenizer = _assembled(proto, pieces, proto.trainer_spec.unk_id)
+    if checked.truth(config, "do_lower_case", False):
+      tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), tokenizer.normalizer]
+      )
+    unknown = proto.trainer_spec.unk_piece
+    tokenizer.add_special_tokens([*_control(proto), unknown, "[MASK]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single="[CLS] $A [SEP]",
+      pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+      special_tokens=[
+        (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")
+      ],
+    )
+    return tokenizer
+
+
+def _config(path: pathlib.Path) -> dict[str, Any]:
+  """The tokenizer_config.json beside a file, if there is one."""
+  beside = path.with_name("tokenizer_config.json")
+  return weights.read_json(beside) if checked.is_file(beside) else {}
+
+
+def _unigrams(path: pathlib.Path) -> Any:
+  """The structure of a file that holds a Unigram model."""
   proto = _read(path)
   if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
     raise weights.WeightsError(
-      f"{path} is a SentencePiece model of another kind than Unigram, T5's; "
-      "put a tokenizer.json beside it."
+      f"{path} is a SentencePiece model of another kind than Unigram, which "
+      "these models have; put a tokenizer.json beside it."
     )
-  with weights.told_of(f"{path} is no SentencePiece model for a T5"):
-    return _tokenizer(proto, path)
+  return proto
 
 
-def _tokenizer(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
+def _control(proto: Any) -> list[str]:
+  return [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
+
+
+def _t5(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
   pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-  control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
+  control = _control(proto)
   eos = proto.trainer_spec.eos_piece
   if eos not in control:
     raise weights.WeightsError(
@@ -61,10 +151,24 @@ def _tokenizer(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
   if not {piece for piece, _ in pieces}.intersection(_SENTINELS):
     pieces += [(sentinel, 0.0) for sentinel in _SENTINELS]
     special += _SENTINELS
+  tokenizer = _assembled(proto, pieces, proto.trainer_spec.unk_id)
+  tokenizer.add_special_tokens(special)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f"$A {eos}",
+    pair=f"$A {eos} $B {eos}",
+    special_tokens=[(eos, tokenizer.token_to_id(eos))],
+  )
+  return tokenizer
+
+
+def _assembled(
+  proto: Any, pieces: list[tuple[str, float]], unk_id: int
+) -> tokenizers.Tokenizer:
+  """A file's tokenizer, of these pieces, without special tokens."""
   tokenizer = tokenizers.Tokenizer(
     models.Unigram(
       pieces,
-      unk_id=proto.trainer_spec.unk_id,
+      unk_id=unk_id,
       byte_fallback=proto.trainer_spec.byte_fallback,
     )
   )
@@ -74,12 +178,6 @@ def _tokenizer(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
     _SPACE, prepend_scheme=scheme, split=False
   )
   tokenizer.decoder = decoders.Metaspace(_SPACE, prepend_scheme=scheme)
-  tokenizer.add_special_tokens(special)
-  tokenizer.post_processor = processors.TemplateProcessing(
-    single=f"$A {eos}",
-    pair=f"$A {eos} $B {eos}",
-    special_tokens=[(eos, tokenizer.token_to_id(eos))],
-  )
   return tokenizer
 
 

@@ -34,7 +34,10 @@ _ORIGINS = {
 FILES = (".gguf", ".onnx")
 """Ends of files that the program's own families open."""
 # Top-level names only, so that a repository's ONNX copies stay behind.
-_HUB_PATTERNS = ("*.json", "*.txt", "spiece.model", "model*.safetensors")
+_HUB_PATTERNS = (
+  *("*.json", "*.txt", "model*.safetensors"),
+  *("spiece.model", "sentencepiece.bpe.model", "spm.model"),
+)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHOICES = (

@@ -1,8 +1,8 @@
-"""DINOv2's vision transformers, as the program knows them.
+"""Vision transformers, as the program knows them.
 
-transformers has no model with our head, but one computes the same: as the
-`classifier` of a `Dinov2ForImageClassification`, whose other inputs, the mean
-of the patches, have weights of zero.
+What a head is given here is what transformers' image classifiers give theirs,
+but for DINOv2's, which is given the mean of the patches as well: the weights of
+that are zero.
 """
 
 from collections.abc import Mapping
@@ -16,27 +16,39 @@ import numpy as np
 
 from bilora_jax import peft
 
-from ..family import Family, Kind
+from ..family import Family, Kind, Pretrained
 from ..io import stored
 from ..io import tensors as tensors_
 from ..io import weights as files
+from . import config as configs
 from . import model as vit
-from . import weights
-
-_PREFIX = "dinov2."
+from . import onnx_file, processor, weights
 
 
 def _read_file(path: pathlib.Path) -> tuple[Any, Any, Any]:
-  tensors = weights.read(path)
+  tensors = onnx_file.read(path)
   try:
-    config = weights.config(tensors)
+    config = onnx_file.config(tensors)
   except ValueError as error:
     raise files.WeightsError(f"{path}: {error}") from error
-  return config, tensors, weights.hf_config(config)
+  return config, tensors, onnx_file.hf_config(config)
+
+
+def _complete(found: Pretrained) -> Pretrained:
+  nested, hf_config = found.config.tower.nested, found.hf_config
+  if nested and nested not in hf_config:
+    # A folder of the image tower alone; a classifier's has it within another.
+    kind = found.config.model_type.removesuffix("_vision_model")
+    hf_config = {"model_type": kind, nested: hf_config}
+  return dataclasses.replace(
+    found,
+    config=processor.with_images(found.config, found.path),
+    hf_config=hf_config,
+  )
 
 
 def _classifier(
-  config: vit.VitConfig,
+  config: configs.VitConfig,
   labels: int,
   *,
   dtype: typing.DTypeLike | None = None,
@@ -54,24 +66,32 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 
 def _example_inputs(
-  config: vit.VitConfig,
+  config: configs.VitConfig,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
   side = config.patch_size * config.grid
-  shape = (1, side, side, vit.CHANNELS)
+  shape = (1, side, side, configs.CHANNELS)
   return (jax.ShapeDtypeStruct(shape, "float32"),)
 
 
 def _kind(model: vit.VitClassifier) -> Kind:
+  tower = model.config.tower
   names: dict[str, Any] = {
-    f"encoder/{path}": f"{_PREFIX}{name}"
+    f"encoder/{path}": f"{tower.prefix}{name}"
     if isinstance(name, str)
-    else dataclasses.replace(name, module=f"{_PREFIX}{name.module}")
+    else dataclasses.replace(name, module=f"{tower.prefix}{name.module}")
     for path, name in weights.modules(model.config).items()
   }
-  width = model.config.hidden_size
-  names["head/kernel"] = peft.Wider("classifier", width, width)
+  width, unused = model.config.hidden_size, _unused_inputs(model.config)
+  names["head/kernel"] = (
+    peft.Wider("classifier", width, unused) if unused else "classifier"
+  )
   names["head/bias"] = "classifier"
-  return Kind("Dinov2ForImageClassification", names, _PREFIX, None)
+  return Kind(tower.architecture, names, tower.prefix, None)
+
+
+def _unused_inputs(config: configs.VitConfig) -> int:
+  """Of transformers' head, how many inputs ours has not."""
+  return config.hidden_size if config.tower.names == "dinov2" else 0
 
 
 def _tensors(
@@ -79,10 +99,11 @@ def _tensors(
 ) -> dict[str, np.ndarray]:
   encoder = weights.vit_tensors(model.config, params["encoder"])
   weight = np.asarray(params["head"]["kernel"]).T
+  prefix = model.config.tower.prefix
   return {
-    **{_PREFIX + name: value for name, value in encoder.items()},
+    **{prefix + name: value for name, value in encoder.items()},
     "classifier.weight": np.pad(
-      weight, ((0, 0), (0, model.config.hidden_size))
+      weight, ((0, 0), (0, _unused_inputs(model.config)))
     ),
     "classifier.bias": np.asarray(params["head"]["bias"]),
   }
@@ -92,10 +113,12 @@ FAMILY = Family(
   name="ViT",
   reads="images",
   answers="head",
-  config=vit.VitConfig,
+  config=configs.VitConfig,
   modules=(vit.VitClassifier,),
+  model_types=tuple(configs.TOWERS),
   suffix=".onnx",
   read_file=_read_file,
+  complete=_complete,
   classifier=_classifier,
   params=_params,
   check=weights.check,

@@ -1,12 +1,10 @@
-"""DINOv2's vision transformer and a classifier on it, in Flax Linen.
+"""Vision transformers and a classifier on them, in Flax Linen.
 
 Shapes: B images of S x S pixels in C channels; P pixels along a patch's side;
 L tokens of an image, N = B·L of all; D width, H heads, K = D/H.
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -17,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import attention, remat
-
-CHANNELS = 3
+from .config import CHANNELS, VitConfig
 
 # Module -> names of its kernel's axes.
 _AXES = {
@@ -33,54 +30,26 @@ _AXES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class VitConfig:
-  """Sizes of a vision transformer (Dosovitskiy et al., ICLR 2021, table 1).
-
-  Attributes:
-    patch_size: P, pixels along the side of a patch.
-    grid: patches along the side of the image whose positions were learned.
-
-  Raises:
-    ValueError: a size is not positive, or the heads do not divide the width.
-  """
-
-  patch_size: int
-  grid: int
-  hidden_size: int
-  num_layers: int
-  num_heads: int
-  intermediate_size: int
-  layer_norm_eps: float = 1e-6
-
-  def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value!r}.")
-    if self.hidden_size % self.num_heads:
-      raise ValueError(
-        f"hidden_size must be a multiple of num_heads, got {self.hidden_size} "
-        f"and {self.num_heads}."
-      )
-
-  @property
-  def head_size(self) -> int:
-    """K, the width of a head."""
-    return self.hidden_size // self.num_heads
+_ACTIVATIONS = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 class Vit(nn.Module):
-  r"""DINOv2's encoder: a pre-norm transformer over patches of an image.
+  r"""A pre-norm transformer over patches of an image.
 
-  With :math:`z_0` the class token and the patches, each with its position,
+  With :math:`z_0` the first tokens and the patches, each with its position,
   layer :math:`i` is
 
   .. math::
     z' = z_{i-1} + \lambda_i \odot \mathrm{MSA}(\mathrm{LN}(z_{i-1})), \quad
     z_i = z' + \lambda'_i \odot \mathrm{MLP}(\mathrm{LN}(z'))
 
-  and what is returned is :math:`\mathrm{LN}` of the last. Without registers,
-  dropout and masked patches.
+  and what is returned is :math:`\mathrm{LN}` of the last. The kinds differ in
+  what `config.Tower` says: :math:`\lambda` is DINOv2's. Without dropout and
+  masked patches.
 
   Attributes:
     config: the sizes.
@@ -92,7 +61,9 @@ class Vit(nn.Module):
   References:
     Dosovitskiy et al., ICLR 2021, equations 1 to 4, arXiv:2010.11929.
     LayerScale: Touvron et al., ICCV 2021, equation 4, arXiv:2103.17239.
-    DINOv2: Oquab et al., TMLR 2024, arXiv:2304.07193.
+    DINOv2: Oquab et al., TMLR 2024, arXiv:2304.07193. DeiT: Touvron et al.,
+    ICML 2021, arXiv:2012.12877. CLIP: Radford et al., ICML 2021,
+    arXiv:2103.00020. SigLIP: Zhai et al., ICCV 2023, arXiv:2303.15343.
   """
 
   config: VitConfig
@@ -101,14 +72,15 @@ class Vit(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Normed hidden states of the last layer: the class token, the patches.
+    """Hidden states of the last layer: the first tokens, the patches.
 
     Args:
-      images: normalised as in `objectives.images`, float (B, S, S', C), whose
-        sides are multiples of P and need not be those of the stored grid.
+      images: normalised as the config says, float (B, S, S', C), whose sides
+        are multiples of P and need not be those of the stored grid.
 
     Returns:
-      (B, 1 + S/P · S'/P, D) in the compute dtype, patches row by row.
+      (B, F + R + S/P · S'/P, D) in the compute dtype, of F first tokens and R
+      registers; patches row by row.
 
     Raises:
       ValueError: the shape is wrong.
@@ -119,19 +91,23 @@ class Vit(nn.Module):
     batch, length, _ = x_BxLxD.shape
     # Activations stay 2-D between layers, as in `bert`.
     x_NxD = x_BxLxD.reshape(-1, c.hidden_size)
+    if c.tower.norm_before:
+      x_NxD = _norm(c, "norm_before")(x_NxD).astype(x_NxD.dtype)
     layer = remat.layer(_Layer, self.remat)
     for i in range(c.num_layers):
       # On a mesh: weights are brought to the rows, not rows to the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(c, length, self.dtype, name=f"layer_{i}")(x_NxD)
-    x_NxD = _norm(c, "norm")(x_NxD).astype(x_NxD.dtype)
+    if c.tower.norm_after:
+      x_NxD = _norm(c, "norm")(x_NxD).astype(x_NxD.dtype)
     return x_NxD.reshape(batch, length, -1)
 
 
 class VitClassifier(nn.Module):
-  """A vision transformer with a linear head on the class token.
+  """A vision transformer with a linear head.
 
-  As DINOv2's linear evaluation of its small model has it.
+  The head is given the class token, as in DINOv2's linear evaluation of its
+  small model, or the mean of the patches: `config.Tower` says which.
 
   Attributes:
     config: the sizes.
@@ -155,7 +131,11 @@ class VitClassifier(nn.Module):
 
   def features(self, images: jax.Array) -> jax.Array:
     """What the head is given, float32 (B, D)."""
-    return self.encoder(images)[:, 0].astype(jnp.float32)
+    x_BxLxD = self.encoder(images).astype(jnp.float32)
+    c = self.config
+    if c.tower.pooling == "first":
+      return x_BxLxD[:, 0]
+    return x_BxLxD[:, len(c.tower.first) + c.registers :].mean(1)
 
 
 def bicubic(size: int, stored: int) -> np.ndarray:
@@ -217,7 +197,7 @@ def logical_axes(variables: Any) -> Any:
 
 
 class _Embeddings(nn.Module):
-  """The class token and the patches, with their positions, (B, L, D)."""
+  """The first tokens and the patches, with their positions, (B, L, D)."""
 
   config: VitConfig
   dtype: typing.DTypeLike | None
@@ -227,31 +207,54 @@ class _Embeddings(nn.Module):
     c = self.config
     dtype = self.dtype or jnp.float32
     init = nn.initializers.normal(0.02)
-    cls_D = self.param("cls", init, (c.hidden_size,), jnp.float32)
-    place_D = self.param("cls_position", init, (c.hidden_size,), jnp.float32)
-    grid_GxGxD = self.param(
-      "position", init, (c.grid, c.grid, c.hidden_size), jnp.float32
-    )
+
+    def drawn(name: str, *shape: int) -> jax.Array:
+      return self.param(name, init, (*shape, c.hidden_size), jnp.float32)
+
+    first = [drawn(x) + drawn(f"{x}_position") for x in c.tower.first]
+    grid_GxGxD = drawn("position", c.grid, c.grid)
     p = c.patch_size
     batch, height, width = len(images), *(n // p for n in images.shape[1:3])
     if (height, width) != (c.grid, c.grid):
-      grid_GxGxD = jnp.einsum(
-        "hp,wq,pqd->hwd",
-        bicubic(height, c.grid),
-        bicubic(width, c.grid),
-        grid_GxGxD,
-        precision=jax.lax.Precision.HIGHEST,
-      )
+      grid_GxGxD = _resized(c, grid_GxGxD, height, width)
     # A convolution whose stride is its width is a product with each patch.
     x = images.reshape(batch, height, p, width, p, CHANNELS)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * height * width, -1)
     x_NxD = nn.Dense(
-      c.hidden_size, dtype=dtype, kernel_init=init, name="patch"
+      c.hidden_size,
+      use_bias=c.tower.patch_bias,
+      dtype=dtype,
+      kernel_init=init,
+      name="patch",
     )(x)
     x_BxLxD = x_NxD.reshape(batch, height * width, -1).astype(jnp.float32)
     x_BxLxD += grid_GxGxD.reshape(height * width, -1)
-    first_Bx1xD = jnp.broadcast_to(cls_D + place_D, (batch, 1, c.hidden_size))
-    return jnp.concatenate([first_Bx1xD, x_BxLxD], 1).astype(dtype)
+    if c.registers:
+      first += list(drawn("registers", c.registers))
+    if first:
+      first_FxD = jnp.stack(first)
+      first_BxFxD = jnp.broadcast_to(first_FxD, (batch, *first_FxD.shape))
+      x_BxLxD = jnp.concatenate([first_BxFxD, x_BxLxD], 1)
+    return x_BxLxD.astype(dtype)
+
+
+def _resized(
+  config: VitConfig, grid_GxGxD: jax.Array, height: int, width: int
+) -> jax.Array:
+  """Positions of a grid of other sides, as each kind of model has them."""
+  if config.registers:
+    # With antialiasing PyTorch's filter is Pillow's, and JAX's.
+    shape = (height, width, config.hidden_size)
+    return jax.image.resize(
+      grid_GxGxD, shape, "cubic", precision=jax.lax.Precision.HIGHEST
+    )
+  return jnp.einsum(
+    "hp,wq,pqd->hwd",
+    bicubic(height, config.grid),
+    bicubic(width, config.grid),
+    grid_GxGxD,
+    precision=jax.lax.Precision.HIGHEST,
+  )
 
 
 class _Layer(nn.Module):
@@ -272,7 +275,7 @@ class _Layer(nn.Module):
     normed_NxD = _norm(c, "attention_norm")(x_NxD)
 
     def heads(name: str) -> jax.Array:
-      y_NxD = dense(c.hidden_size, name=name)(normed_NxD)
+      y_NxD = dense(c.hidden_size, use_bias=c.qkv_bias, name=name)(normed_NxD)
       return y_NxD.reshape(-1, self.length, c.num_heads, c.head_size)
 
     kernel = attention.chosen("auto", dtype, c.head_size, self.length)
@@ -285,16 +288,17 @@ class _Layer(nn.Module):
 
     normed_NxD = _norm(c, "output_norm")(x_NxD)
     y_NxF = dense(c.intermediate_size, name="intermediate")(normed_NxD)
-    y_NxF = jax.nn.gelu(y_NxF, approximate=False)
+    y_NxF = _ACTIVATIONS[c.activation](y_NxF)
     y_NxD = dense(c.hidden_size, name="output")(y_NxF)
     return self._residual("output_scale", x_NxD, y_NxD)
 
   def _residual(self, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    scale = self.param(
-      name, nn.initializers.ones, (self.config.hidden_size,), jnp.float32
-    )
-    total = x.astype(jnp.float32) + scale * y.astype(jnp.float32)
-    return total.astype(x.dtype)
+    y = y.astype(jnp.float32)
+    if self.config.tower.scales:
+      y *= self.param(
+        name, nn.initializers.ones, (self.config.hidden_size,), jnp.float32
+      )
+    return (x.astype(jnp.float32) + y).astype(x.dtype)
 
 
 def _norm(config: VitConfig, name: str) -> nn.LayerNorm:

@@ -1,202 +1,143 @@
-"""A DINOv2 out of an ONNX file as the parameters of `vit.Vit`."""
+"""Hugging Face's tensors of vision transformers as the parameters of `vit.Vit`.
+
+The names may lack the prefix of the tower, as those of a model without a head
+do. Text towers, poolers and heads are left out: this project's classifier has a
+head of its own.
+"""
 
 from collections.abc import Mapping
-import math
-import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import traverse_util
-from google.protobuf import message
-import jax.numpy as jnp
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
 from bilora_jax import peft
 
-from ..io import weights
-from . import model as vit
+from ..io import stored
+from ..io import tensors as tensors_
+from .config import CHANNELS, VitConfig
 
-# Hugging Face's module within a layer -> ours.
-_DENSES = {
+
+class _Names(NamedTuple):
+  """How a kind of checkpoint names its tensors.
+
+  Attributes:
+    first: of the tokens before the patches, by our names.
+    registers: of the tokens behind the first one.
+    positions: of all that have one.
+    patch: the module of the product with a patch.
+    layer: of a layer, by its number.
+    denses: within a layer, and our module.
+    norms: likewise.
+    scales: likewise, of the scales of branches.
+    before: the norm before the layers.
+    after: the norm after them.
+    unused: within the tower, of what is left out.
+    renamed: parts of tensors' names that transformers 5 names otherwise in its
+      modules, which adapters are named by.
+  """
+
+  first: dict[str, str]
+  positions: str
+  patch: str
+  layer: str
+  denses: dict[str, str]
+  norms: dict[str, str]
+  after: str
+  unused: re.Pattern[str]
+  registers: str = ""
+  before: str = ""
+  scales: Mapping[str, str] = {}
+  renamed: Mapping[str, str] = {}
+
+
+_FIRST = {
+  "cls": "embeddings.cls_token",
+  "distillation": "embeddings.distillation_token",
+}
+_ATTENTION = {
   "attention.attention.query": "query",
   "attention.attention.key": "key",
   "attention.attention.value": "value",
   "attention.output.dense": "attention_out",
-  "mlp.fc1": "intermediate",
-  "mlp.fc2": "output",
 }
-# The same in a checkpoint -> in the modules of transformers since 5.
 _RENAMED = {
-  "attention.attention.query": "attention.q_proj",
-  "attention.attention.key": "attention.k_proj",
-  "attention.attention.value": "attention.v_proj",
-  "attention.output.dense": "attention.o_proj",
+  ".attention.attention.query": ".attention.q_proj",
+  ".attention.attention.key": ".attention.k_proj",
+  ".attention.attention.value": ".attention.v_proj",
+  ".attention.output.dense": ".attention.o_proj",
 }
-_NORMS = {"norm1": "attention_norm", "norm2": "output_norm"}
-_SCALES = {
-  "layer_scale1.lambda1": "attention_scale",
-  "layer_scale2.lambda1": "output_scale",
+_BY_KIND = {
+  "vit": _Names(
+    first=_FIRST,
+    positions="embeddings.position_embeddings",
+    patch="embeddings.patch_embeddings.projection",
+    layer="encoder.layer.{}",
+    denses={
+      **_ATTENTION,
+      "intermediate.dense": "intermediate",
+      "output.dense": "output",
+    },
+    norms={
+      "layernorm_before": "attention_norm",
+      "layernorm_after": "output_norm",
+    },
+    after="layernorm",
+    unused=re.compile(r"pooler\..*|embeddings\.mask_token"),
+    renamed={
+      "encoder.layer.": "layers.",
+      **_RENAMED,
+      ".intermediate.dense": ".mlp.fc1",
+      ".output.dense": ".mlp.fc2",
+    },
+  ),
+  "dinov2": _Names(
+    first=_FIRST,
+    registers="embeddings.register_tokens",
+    positions="embeddings.position_embeddings",
+    patch="embeddings.patch_embeddings.projection",
+    layer="encoder.layer.{}",
+    denses={**_ATTENTION, "mlp.fc1": "intermediate", "mlp.fc2": "output"},
+    norms={"norm1": "attention_norm", "norm2": "output_norm"},
+    scales={
+      "layer_scale1.lambda1": "attention_scale",
+      "layer_scale2.lambda1": "output_scale",
+    },
+    after="layernorm",
+    # What stands for a patch that is hidden in pre-training.
+    unused=re.compile(r"embeddings\.mask_token"),
+    renamed=_RENAMED,
+  ),
+  "clip": _Names(
+    first={"cls": "embeddings.class_embedding"},
+    positions="embeddings.position_embedding.weight",
+    patch="embeddings.patch_embedding",
+    layer="encoder.layers.{}",
+    denses={
+      "self_attn.q_proj": "query",
+      "self_attn.k_proj": "key",
+      "self_attn.v_proj": "value",
+      "self_attn.out_proj": "attention_out",
+      "mlp.fc1": "intermediate",
+      "mlp.fc2": "output",
+    },
+    norms={"layer_norm1": "attention_norm", "layer_norm2": "output_norm"},
+    before="pre_layrnorm",
+    after="post_layernorm",
+    unused=re.compile(r"head\..*|post_layernorm\..*|embeddings\.position_ids"),
+  ),
 }
-_PARTS = ("embeddings", "encoder", "layernorm")
-_CLS = "embeddings.cls_token"
-_POSITIONS = "embeddings.position_embeddings"
-_PATCH = "embeddings.patch_embeddings.projection"
-_INNER = "encoder.layer.0.mlp.fc1.bias"
-# What stands for a patch that is hidden in pre-training.
-_UNUSED = "embeddings.mask_token"
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-# In every size of DINOv2; no tensor says it.
-_HEAD_SIZE = 64
-
-
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of the DINOv2 in an ONNX file, by Hugging Face's names.
-
-  PyTorch's exporter folds the transposes of linear weights and slices of the
-  positions, and so loses their names: they are known by the node that uses
-  them. Tensors of other modules, as a decoder's on top, are left out.
-
-  Args:
-    path: of a file that was exported from a module with a
-      `transformers.Dinov2Model` in it, which may have any name there.
-
-  Returns:
-    Arrays by the names that they have in a `Dinov2Model`; a linear weight is
-    (out, in), the positions (1, 1 + grid², D).
-
-  Raises:
-    WeightsError: the file is no ONNX file, or there is no DINOv2 in it.
-  """
-  try:
-    graph = onnx.load(path).graph
-  except (
-    message.DecodeError,
-    onnx.checker.ValidationError,  # of data in files beside it
-    OSError,
-  ) as error:
-    raise weights.WeightsError(
-      f"{path} is not a whole ONNX file ({weights.first_line(error)})."
-    ) from error
-  # Of a tensor that is not as it says, ONNX and NumPy raise many types.
-  with weights.told_of(f"{path} has a tensor that cannot be read"):
-    return _found(graph, path)
-
-
-def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
-  stored = {tensor.name: tensor for tensor in graph.initializer}
-  prefixes = [x.removesuffix(_CLS) for x in stored if x.endswith(_CLS)]
-  if len(prefixes) != 1:
-    raise weights.WeightsError(
-      f"{path} must hold one DINOv2, with a tensor whose name ends in {_CLS}; "
-      f"it has {len(prefixes)}."
-    )
-  prefix = prefixes[0]
-  parts = tuple(f"{prefix}{part}." for part in _PARTS)
-  found = {
-    name.removeprefix(prefix): _array(path, tensor)
-    for name, tensor in stored.items()
-    if name.startswith(parts)
-  }
-  positions = []
-  for node in graph.node:
-    module = node.name.rpartition("/")[0].strip("/").replace("/", ".") + "."
-    if not module.startswith(parts):
-      continue
-    module = module.removeprefix(prefix)
-    nameless = [
-      _array(path, stored[name])
-      for name in node.input
-      if name in stored and not name.startswith(parts)
-    ]
-    if node.op_type == "MatMul":
-      found |= {f"{module}weight": array.T for array in nameless}
-    elif module == "embeddings.":
-      positions += nameless
-  if _POSITIONS not in found and {x.ndim for x in positions} == {3}:
-    positions.sort(key=lambda x: x.shape[1])  # that of the class token first
-    if len({x.shape[2] for x in positions}) == 1:
-      found[_POSITIONS] = np.concatenate(positions, 1)
-  return found
-
-
-def _array(path: pathlib.Path, tensor: onnx.TensorProto) -> np.ndarray:
-  try:
-    return numpy_helper.to_array(tensor)
-  except (ValueError, TypeError, KeyError) as error:
-    raise weights.WeightsError(
-      f"{path} has a tensor, {tensor.name}, that cannot be read: {error}."
-    ) from error
-
-
-def config(tensors: Mapping[str, Any]) -> vit.VitConfig:
-  """The sizes that a DINOv2's tensors have.
-
-  Args:
-    tensors: by Hugging Face's names; shapes are enough.
-
-  Raises:
-    WeightsError: those that tell them are missing, or tell what cannot be.
-  """
-  told = {f"{_PATCH}.weight": 4, _POSITIONS: 3, _INNER: 1}
-  faults = [
-    f"{name} is missing"
-    if name not in tensors
-    else f"{name} has shape {tensors[name].shape}"
-    for name, ndim in told.items()
-    if name not in tensors or len(tensors[name].shape) != ndim
-  ]
-  if faults:
-    raise weights.WeightsError(
-      f"The sizes of a DINOv2 cannot be told: {'; '.join(faults)}."
-    )
-  width, _, patch, _ = tensors[f"{_PATCH}.weight"].shape
-  if width % _HEAD_SIZE:
-    raise weights.WeightsError(
-      f"DINOv2's heads are {_HEAD_SIZE} wide, and {_PATCH}.weight gives the "
-      f"model a width of {width}, which is no multiple of it."
-    )
-  layers = {match[1] for match in map(_LAYER.match, tensors) if match}
-  return vit.VitConfig(
-    patch_size=patch,
-    grid=math.isqrt(tensors[_POSITIONS].shape[1] - 1),
-    hidden_size=width,
-    num_layers=len(layers),
-    num_heads=width // _HEAD_SIZE,
-    intermediate_size=len(tensors[_INNER]),
-  )
-
-
-def hf_config(config: vit.VitConfig) -> dict[str, Any]:
-  """The config.json of a `Dinov2Model` of these sizes."""
-  ratio = config.intermediate_size / config.hidden_size
-  return {
-    "model_type": "dinov2",
-    "hidden_size": config.hidden_size,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    # transformers takes no float for it.
-    "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
-    "hidden_act": "gelu",
-    "layer_norm_eps": config.layer_norm_eps,
-    "image_size": config.patch_size * config.grid,
-    "patch_size": config.patch_size,
-    "num_channels": vit.CHANNELS,
-    "qkv_bias": True,
-    "use_swiglu_ffn": False,
-    "use_mask_token": False,
-  }
 
 
 def vit_params(
-  config: vit.VitConfig, tensors: Mapping[str, np.ndarray]
+  config: VitConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Parameters of `vit.Vit` from a DINOv2's tensors.
+  """Parameters of `vit.Vit` from the tensors of a checkpoint.
 
   Args:
     config: the sizes.
-    tensors: arrays by Hugging Face's names, as `read` gives them.
+    tensors: arrays by Hugging Face's names.
 
   Returns:
     A tree of float32 arrays on the host; a Dense kernel is (in, out).
@@ -206,57 +147,50 @@ def vit_params(
       says, no floats, or unknown to it; the first are named together.
   """
   check(config, tensors)
+  names, found = _names(config), _own(config, tensors)
+  first = config.tower.first
   flat: dict[tuple[str, ...], np.ndarray] = {}
-  for name, (path, _) in _plan(config).items():
-    value = np.asarray(tensors[name], np.float32)
-    if name == _POSITIONS:
-      flat["embeddings", "cls_position"] = value[0, 0]
-      value = value[0, 1:].reshape(config.grid, config.grid, -1)
-    elif name == _CLS:
-      value = value.reshape(-1)
-    elif name == f"{_PATCH}.weight":
+  for path, source in _plan(config).items():
+    (name,) = source.names
+    value = np.asarray(found[name], np.float32)
+    if name == names.positions:
+      value = value.reshape(-1, config.hidden_size)
+      for token, row in zip(first, value):
+        flat["embeddings", f"{token}_position"] = row
+      value = value[len(first) :].reshape(config.grid, config.grid, -1)
+    elif name == f"{names.patch}.weight":
       # (D, C, P, P): pixels of a patch come row by row, channels last.
       value = value.transpose(2, 3, 1, 0).reshape(-1, config.hidden_size)
-    elif path[-1] == "kernel":
+    elif name == names.registers:
+      value = value[0]
+    elif path[-1] in first:
+      value = value.reshape(-1)
+    elif source.transposed:
       value = value.T
     flat[path] = value
   return traverse_util.unflatten_dict(flat)
 
 
-def check(config: vit.VitConfig, tensors: Mapping[str, Any]) -> None:
+def check(config: VitConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
   """Refuses tensors that `vit_params` cannot read.
 
   Raises:
     WeightsError: as `vit_params`.
   """
-  plan = _plan(config)
-  faults = [f"{name} is missing" for name in plan if name not in tensors]
-  faults += [
-    f"{name} has shape {tensors[name].shape}, expected {shape}"
-    for name, (_, shape) in plan.items()
-    if name in tensors and tensors[name].shape != shape
-  ]
-  faults += [
-    f"{name} is of {tensors[name].dtype}, and weights are floats"
-    for name in plan
-    if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
-  ]
-  faults += [
-    f"{name} has no place in it"
-    for name in tensors
-    if name not in plan and name != _UNUSED
-  ]
-  if faults:
-    raise weights.WeightsError(
-      "The tensors do not fit the ViT's configuration: "
-      f"{weights.listed(faults)}."
-    )
+  unused = _names(config).unused
+  stored.check_layers(config.num_layers, tensors, "ViT")
+  stored.check(
+    _plan(config),
+    _own(config, tensors),
+    lambda name: unused.fullmatch(name) is not None,
+    "ViT",
+  )
 
 
 def vit_tensors(
-  config: vit.VitConfig, params: Mapping[str, Any]
+  config: VitConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `vit_params`: tensors by the names that they have in a Dinov2Model.
+  """Undoes `vit_params`: tensors by their names in the tower.
 
   Args:
     config: the sizes.
@@ -265,77 +199,110 @@ def vit_tensors(
   Returns:
     Arrays on the host, in the dtype of the parameters.
   """
+  names = _names(config)
   flat = {
     path: np.asarray(value)
     for path, value in traverse_util.flatten_dict(dict(params)).items()
   }
   found = {}
-  for name, (path, shape) in _plan(config).items():
+  for path, source in _plan(config).items():
+    (name,) = source.names
     value = flat[path]
-    if name == _POSITIONS:
-      first = flat["embeddings", "cls_position"].reshape(1, -1)
-      rest = value.reshape(-1, config.hidden_size)
-      value = np.concatenate([first, rest])[None]
-    elif name == f"{_PATCH}.weight":
+    if name == names.positions:
+      first = [
+        flat["embeddings", f"{token}_position"][None]
+        for token in config.tower.first
+      ]
+      value = np.concatenate([*first, value.reshape(-1, config.hidden_size)])
+    elif name == f"{names.patch}.weight":
       side = config.patch_size
-      value = value.reshape(side, side, vit.CHANNELS, -1).transpose(3, 2, 0, 1)
-    elif path[-1] == "kernel":
+      value = value.reshape(side, side, CHANNELS, -1).transpose(3, 2, 0, 1)
+    elif source.transposed:
       value = value.T
-    found[name] = value.reshape(shape)
+    found[name] = value.reshape(source.tensor_shape)
   return found
 
 
-def modules(config: vit.VitConfig) -> dict[str, str | peft.Convolution]:
-  """The path of each kernel, and its module in a Dinov2Model.
+def modules(config: VitConfig) -> dict[str, str | peft.Convolution]:
+  """The path of each kernel, and its module in the tower.
 
   Those of transformers 5, which has other names for some modules than their
   weights have in its checkpoints.
   """
-  side = config.patch_size
+  side, names = config.patch_size, _names(config)
   found: dict[str, str | peft.Convolution] = {}
-  for name, (path, _) in _plan(config).items():
+  for path, source in _plan(config).items():
     if path[-1] == "kernel":
-      module = name.removesuffix(".weight")
-      for old, new in _RENAMED.items():
-        if module.endswith(f".{old}"):
-          module = module.removesuffix(old) + new
-      is_patch = module == _PATCH
+      module = source.names[0].removesuffix(".weight")
+      is_patch = module == names.patch
+      for old, new in names.renamed.items():
+        module = module.replace(old, new)
       found["/".join(path)] = (
         peft.Convolution(module, side, side) if is_patch else module
       )
   return found
 
 
-def _plan(
-  config: vit.VitConfig,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Tensor name -> path in the parameter tree, and the tensor's shape."""
-  width, inner = config.hidden_size, config.intermediate_size
-  side = config.patch_size
-  plan: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    _CLS: (("embeddings", "cls"), (1, 1, width)),
-    _POSITIONS: (("embeddings", "position"), (1, 1 + config.grid**2, width)),
-    f"{_PATCH}.weight": (
-      ("embeddings", "patch", "kernel"),
-      (width, vit.CHANNELS, side, side),
-    ),
-    f"{_PATCH}.bias": (("embeddings", "patch", "bias"), (width,)),
+def _names(config: VitConfig) -> _Names:
+  return _BY_KIND[config.tower.names]
+
+
+def _own(config: VitConfig, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The tower's tensors, by their names in it."""
+  prefix = config.tower.prefix
+  if not any(name.startswith(prefix) for name in tensors):
+    return tensors
+  return {
+    name.removeprefix(prefix): tensor
+    for name, tensor in tensors.items()
+    if name.startswith(prefix)
   }
 
-  def norm(source: str, *path: str) -> None:
-    plan[f"{source}.weight"] = ((*path, "scale"), (width,))
-    plan[f"{source}.bias"] = ((*path, "bias"), (width,))
 
-  norm("layernorm", "norm")
+def _plan(config: VitConfig) -> dict[stored.Path, stored.Source]:
+  """Path in the parameter tree -> the tensor's name and shape.
+
+  Positions, patches and tokens have other shapes than their parameters.
+  """
+  names, tower = _names(config), config.tower
+  width, inner = config.hidden_size, config.intermediate_size
+  side, count = config.patch_size, len(tower.first) + config.grid**2
+  plan: dict[stored.Path, stored.Source] = {}
+
+  def add(path: stored.Path, name: str, *shape: int) -> None:
+    plan[path] = stored.Source((name,), shape, path[-1] == "kernel", False)
+
+  def norm(module: str, *path: str) -> None:
+    add((*path, "scale"), f"{module}.weight", width)
+    add((*path, "bias"), f"{module}.bias", width)
+
+  # CLIP's are vectors, the others' have a row in a batch of one.
+  ones = (1, 1) if tower.names != "clip" else ()
+  for token in tower.first:
+    add(("embeddings", token), names.first[token], *ones, width)
+  if config.registers:
+    shape = (1, config.registers, width)
+    add(("embeddings", "registers"), names.registers, *shape)
+  add(("embeddings", "position"), names.positions, *ones[:1], count, width)
+  patch = ("embeddings", "patch")
+  shape = (width, CHANNELS, side, side)
+  add((*patch, "kernel"), f"{names.patch}.weight", *shape)
+  if tower.patch_bias:
+    add((*patch, "bias"), f"{names.patch}.bias", width)
+  if tower.norm_before:
+    norm(names.before, "norm_before")
+  if tower.norm_after:
+    norm(names.after, "norm")
   for i in range(config.num_layers):
-    source, layer = f"encoder.layer.{i}", f"layer_{i}"
-    for theirs, ours in _DENSES.items():
+    source, layer = names.layer.format(i), f"layer_{i}"
+    for theirs, ours in names.denses.items():
       out = inner if ours == "intermediate" else width
       into = inner if ours == "output" else width
-      plan[f"{source}.{theirs}.weight"] = ((layer, ours, "kernel"), (out, into))
-      plan[f"{source}.{theirs}.bias"] = ((layer, ours, "bias"), (out,))
-    for theirs, ours in _NORMS.items():
+      add((layer, ours, "kernel"), f"{source}.{theirs}.weight", out, into)
+      if config.qkv_bias or ours not in ("query", "key", "value"):
+        add((layer, ours, "bias"), f"{source}.{theirs}.bias", out)
+    for theirs, ours in names.norms.items():
       norm(f"{source}.{theirs}", layer, ours)
-    for theirs, ours in _SCALES.items():
-      plan[f"{source}.{theirs}"] = ((layer, ours), (width,))
+    for theirs, ours in names.scales.items():
+      add((layer, ours), f"{source}.{theirs}", width)
   return plan

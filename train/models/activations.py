@@ -1,0 +1,32 @@
+"""Activations of feed-forwards, by transformers' names."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+
+from .. import options
+
+BY_NAME: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+  "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+}
+
+
+def check(key: str, name: Any) -> None:
+  """Refuses an activation that is not one of these.
+
+  Args:
+    key: of the config.json.
+    name: its value.
+
+  Raises:
+    ValueError: that names both.
+  """
+  if name not in tuple(BY_NAME):
+    raise ValueError(
+      f"{key} must be one of {', '.join(BY_NAME)}, got {options.shown(name)}."
+    )

@@ -1,0 +1,253 @@
+"""DeBERTa's encoder and classifier in Flax Linen.
+
+Shapes: B batch, L length, N = B·L tokens, D width, H heads, K = D/H, and
+P = 2L - 1 distances of two tokens.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import spmd
+import jax
+from jax import typing
+import jax.numpy as jnp
+import numpy as np
+
+from .. import encoder_layers, pooling, remat
+from .config import DebertaConfig
+
+# Finite, as a query with every key masked has a finite softmax then.
+_MASKED = -1e9
+_AXES = {
+  **encoder_layers.AXES,
+  "qkv": ("embed", "heads"),
+  "position_key": ("embed", "heads"),
+  "position_query": ("embed", "heads"),
+}
+
+
+class Deberta(nn.Module):
+  """DeBERTa's encoder, without dropout and without the pooler.
+
+  Attributes:
+    config: the sizes.
+    dtype: dtype of the matmuls; None is float32. The softmax, the layer norms
+      and the residual sums are float32 whatever it is, and so are parameters.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
+  """
+
+  config: DebertaConfig
+  dtype: typing.DTypeLike | None = None
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """Hidden states of the last layer.
+
+    Args:
+      tokens: token ids, int (B, L).
+      mask: 1 or True at a real token, 0 or False at padding, (B, L).
+      token_types: segment ids, int (B, L); None is all zeros. They are not
+        looked at where the model has no segments.
+
+    Returns:
+      (B, L, D) in the compute dtype. What stands at padding is finite and
+      means nothing.
+
+    Raises:
+      ValueError: a shape is wrong, or L exceeds the learned positions.
+    """
+    c, length = self.config, tokens.shape[-1]
+    encoder_layers.check_shapes(tokens, mask, token_types, c.longest, "DeBERTa")
+    dtype = self.dtype or jnp.float32
+    if token_types is None:
+      token_types = jnp.zeros_like(tokens)
+    x_NxD = _Embeddings(c, dtype, name="embeddings")(tokens, token_types)
+    distances_PxD = _embed(c, 2 * c.span, "distance")(_rows(c, length))
+    if c.norms_positions:
+      norm = encoder_layers.norm(c.layer_norm_eps, "distance_norm")
+      distances_PxD = norm(distances_PxD)
+    distances_PxD = distances_PxD.astype(dtype)
+    layer = remat.layer(_Layer, self.remat)
+    # Activations stay 2-D between layers: see train/models/bert/model.py.
+    for i in range(c.num_layers):
+      # On a mesh: weights are brought to the rows, not rows to the weights.
+      x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
+      x_NxD = layer(c, dtype, name=f"layer_{i}")(
+        x_NxD, distances_PxD, mask.astype(bool)
+      )
+    return x_NxD.reshape(*tokens.shape, -1)
+
+
+class DebertaClassifier(nn.Module):
+  """DeBERTa with a linear head on the pooled states of the real tokens.
+
+  Attributes:
+    config: the sizes.
+    num_classes: outputs of the head; 1 for regression.
+    dtype: compute dtype of the encoder; None is float32. The pooling and the
+      head are float32.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
+  """
+
+  config: DebertaConfig
+  num_classes: int
+  dtype: typing.DTypeLike | None = None
+  remat: str = "none"
+
+  def setup(self):
+    self.encoder = Deberta(self.config, self.dtype, self.remat)
+    self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits, float32 (B, num_classes); the arguments are `Deberta`'s."""
+    return self.head(self.features(tokens, mask, token_types))
+
+  def features(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """The pooled hidden states without the head, float32 (B, D)."""
+    x_BxLxD = self.encoder(tokens, mask, token_types)
+    return pooling.pooled(x_BxLxD, mask, self.config.pooling)
+
+
+def logical_axes(variables: Any) -> Any:
+  """Names of the axes of a classifier's variables; see `encoder_layers`."""
+  return encoder_layers.logical_axes(variables, _AXES)
+
+
+def _embed(config: DebertaConfig, rows: int, name: str) -> nn.Embed:
+  init = nn.initializers.normal(0.02)
+  return nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
+
+
+class _Embeddings(nn.Module):
+  """Normed sum of the word, position and segment embeddings, (N, D)."""
+
+  config: DebertaConfig
+  dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
+    c = self.config
+    x = _embed(c, c.vocab_size, "word")(tokens)
+    if c.has_positions:
+      places = jnp.arange(tokens.shape[1])
+      x += _embed(c, c.max_positions, "position")(places)
+    if c.type_vocab_size is not None:
+      x += _embed(c, c.type_vocab_size, "token_type")(token_types)
+    norm = encoder_layers.norm(c.layer_norm_eps, "norm")
+    return norm(x.reshape(-1, c.hidden_size)).astype(self.dtype)
+
+
+class _Layer(nn.Module):
+  """Disentangled self-attention and a feed-forward, post-norm.
+
+  A score sums q_i·k_j, q_i·r_ij and k_j·s_ij, of which r and s are projections
+  of the embedding of the distance i - j (He et al., ICLR 2021, equation 4).
+  """
+
+  config: DebertaConfig
+  dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(
+    self, x_NxD: jax.Array, distances_PxD: jax.Array, mask_BxL: jax.Array
+  ) -> jax.Array:
+    c, shape, row = self.config, mask_BxL.shape, (1, len(distances_PxD))
+    if c.model_type == "deberta":
+      q_BxHxLxK, k_BxHxLxK, v_BxHxLxK = self._joined_heads(x_NxD, shape)
+      key = self._dense("position_key", use_bias=False)
+      query = self._dense("position_query")
+    else:
+      query, key = self._dense("query"), self._dense("key")
+      q_BxHxLxK = self._split(query(x_NxD), shape)
+      k_BxHxLxK = self._split(key(x_NxD), shape)
+      v_BxHxLxK = self._split(self._dense("value")(x_NxD), shape)
+      if not c.shares_projections:
+        key = self._dense("position_key")
+        query = self._dense("position_query")
+    scores_BxHxLxL = _products(q_BxHxLxK, k_BxHxLxK)
+    if "c2p" in c.attends:
+      r_HxPxK = self._split(key(distances_PxD), row)[0]
+      scores_BxHxLxL += _by_distance(_products(q_BxHxLxK, r_HxPxK))
+    if "p2c" in c.attends:
+      # Turned round, as it is queries here that go along a row.
+      s_HxPxK = self._split(query(distances_PxD[::-1]), row)[0]
+      by_key = _by_distance(_products(k_BxHxLxK, s_HxPxK))
+      scores_BxHxLxL += by_key.swapaxes(2, 3)
+    scores_BxHxLxL *= (c.head_size * (1 + len(c.attends))) ** -0.5
+    scores_BxHxLxL += jnp.where(mask_BxL, 0.0, _MASKED)[:, None, None]
+    probs_BxHxLxL = jax.nn.softmax(scores_BxHxLxL).astype(self.dtype)
+    y_BxHxLxK = jnp.matmul(probs_BxHxLxL, v_BxHxLxK)
+    y_NxD = y_BxHxLxK.swapaxes(1, 2).reshape(-1, c.hidden_size)
+    return encoder_layers.after_attention(c, x_NxD, y_NxD)
+
+  def _joined_heads(
+    self, x_NxD: jax.Array, shape: tuple[int, ...]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first DeBERTa's queries, keys and values, (B, H, L, K)."""
+    c = self.config
+    # One product, in which each head has its query, key and value together.
+    qkv = encoder_layers.dense(3 * c.hidden_size, self.dtype, "qkv", False)
+    q, k, v = jnp.split(self._split(qkv(x_NxD), shape), 3, axis=-1)
+
+    def biased(name, y):
+      bias_D = self.param(name, nn.initializers.zeros, (c.hidden_size,))
+      return y + bias_D.reshape(c.num_heads, 1, -1).astype(y.dtype)
+
+    return biased("q_bias", q), k, biased("v_bias", v)
+
+  def _dense(self, name: str, use_bias: bool = True) -> nn.Dense:
+    width = self.config.hidden_size
+    return encoder_layers.dense(width, self.dtype, name, use_bias)
+
+  def _split(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """(N, H·M) to (B, H, L, M)."""
+    return y.reshape(*shape, self.config.num_heads, -1).swapaxes(1, 2)
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Of each row of one with each row of the other, in float32."""
+  return jnp.matmul(x, y.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+
+
+def _by_distance(x_BxHxLxP: jax.Array) -> jax.Array:
+  """Has in row i and column j what is in row i and column j - i + L - 1."""
+  *front, length, count = x_BxHxLxP.shape
+  # A row longer by one puts the next row's first one to the right.
+  x = jnp.pad(x_BxHxLxP, [(0, 0)] * (len(front) + 1) + [(0, 1)])
+  x = x.reshape(*front, -1)[..., length - 1 :][..., : length * count]
+  return x.reshape(*front, length, count)[..., :length]
+
+
+def _rows(config: DebertaConfig, length: int) -> np.ndarray:
+  """Of the distances from L - 1 to 1 - L, rows of their embedding, int (P,)."""
+  distance = np.arange(length - 1, -length, -1)
+  if config.buckets is not None:
+    distance = _bucket(distance, config.buckets, config.furthest)
+  return np.clip(distance + config.span, 0, 2 * config.span - 1)
+
+
+def _bucket(distance: np.ndarray, buckets: int, furthest: int) -> np.ndarray:
+  """DeBERTa v2's (transformers, make_log_bucket_position), in its float32."""
+  middle = buckets // 2
+  far = np.maximum(np.abs(distance), middle).astype(np.float32)
+  whole = np.log(np.float32((furthest - 1) / middle))
+  share = np.log(far / np.float32(middle)) / whole
+  bucket = np.ceil(share * np.float32(middle - 1)) + middle
+  near = np.abs(distance) <= middle
+  return np.where(near, distance, bucket * np.sign(distance)).astype(int)

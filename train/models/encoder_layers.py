@@ -1,0 +1,164 @@
+"""Parts of encoders of texts: their inputs, the post-norm layer, and axes.
+
+Shapes: B batch, L length, N = B·L tokens, D width.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any, Protocol
+
+from flax import linen as nn
+import jax
+from jax import typing
+import jax.numpy as jnp
+
+from . import activations
+
+
+class Sizes(Protocol):
+  """Of a config, what a post-norm layer needs."""
+
+  @property
+  def hidden_size(self) -> int: ...
+  @property
+  def intermediate_size(self) -> int: ...
+  @property
+  def hidden_act(self) -> str: ...
+  @property
+  def layer_norm_eps(self) -> float: ...
+
+
+def check_shapes(
+  tokens: jax.Array,
+  mask: jax.Array,
+  token_types: jax.Array | None,
+  longest: int | None,
+  model: str,
+) -> None:
+  """Refuses what an encoder cannot be given.
+
+  Args:
+    tokens: int (B, L).
+    mask: (B, L).
+    token_types: int (B, L), or None.
+    longest: the most that L may be; None: any.
+    model: its name for the sentence.
+
+  Raises:
+    ValueError: a shape is wrong, or L exceeds the learned positions.
+  """
+  if tokens.ndim != 2:
+    raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
+  if mask.shape != tokens.shape:
+    raise ValueError(
+      f"mask must have the shape of tokens, {tokens.shape}, got {mask.shape}."
+    )
+  if token_types is not None and token_types.shape != tokens.shape:
+    raise ValueError(
+      f"token_types must have the shape of tokens, {tokens.shape}, got "
+      f"{token_types.shape}."
+    )
+  if longest is not None and tokens.shape[1] > longest:
+    raise ValueError(
+      f"tokens must be at most {longest} long, the positions this {model} has "
+      f"learned, got {tokens.shape[1]}."
+    )
+
+
+def dense(
+  features: int,
+  dtype: typing.DTypeLike,
+  name: str | None = None,
+  use_bias: bool = True,
+) -> nn.Dense:
+  """A linear layer, as encoders begin."""
+  init = nn.initializers.normal(0.02)
+  return nn.Dense(
+    features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name
+  )
+
+
+def norm(
+  epsilon: float, name: str | None = None, use_bias: bool = True
+) -> nn.LayerNorm:
+  """A layer norm, float32 whatever it is given."""
+  # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+  return nn.LayerNorm(
+    epsilon=epsilon,
+    dtype=jnp.float32,
+    use_bias=use_bias,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+def after_attention(
+  config: Sizes, x_NxD: jax.Array, y_NxD: jax.Array
+) -> jax.Array:
+  """What follows attention in a post-norm layer, within its module.
+
+  The attention's output and a feed-forward, each with a residual and a norm
+  (Vaswani et al., NeurIPS 2017).
+
+  Args:
+    config: the sizes.
+    x_NxD: what the layer was given.
+    y_NxD: what its heads saw, in the compute dtype.
+
+  Returns:
+    (N, D), in the dtype of `x_NxD`.
+  """
+  linear = functools.partial(dense, dtype=y_NxD.dtype)
+  y_NxD = linear(config.hidden_size, name="attention_out")(y_NxD)
+  x_NxD = _residual(config, "attention_norm", x_NxD, y_NxD)
+  y_NxF = linear(config.intermediate_size, name="intermediate")(x_NxD)
+  y_NxF = activations.BY_NAME[config.hidden_act](y_NxF)
+  y_NxD = linear(config.hidden_size, name="output")(y_NxF)
+  return _residual(config, "output_norm", x_NxD, y_NxD)
+
+
+def _residual(
+  config: Sizes, name: str, x: jax.Array, y: jax.Array
+) -> jax.Array:
+  total = x.astype(jnp.float32) + y.astype(jnp.float32)
+  return norm(config.layer_norm_eps, name)(total).astype(x.dtype)
+
+
+AXES: Mapping[str, tuple[str | None, ...]] = {
+  "query": ("embed", "heads"),
+  "key": ("embed", "heads"),
+  "value": ("embed", "heads"),
+  "attention_out": ("heads", "embed"),
+  "intermediate": ("embed", "mlp"),
+  "output": ("mlp", "embed"),
+  "head": ("embed", None),
+  "word": ("vocab", None),
+  "position": ("vocab", None),
+  "token_type": ("vocab", None),
+}
+"""Module of a post-norm encoder -> the axes of its kernel or embedding."""
+
+
+def logical_axes(
+  variables: Any, axes: Mapping[str, tuple[str | None, ...]] = AXES
+) -> Any:
+  """Names of the axes of a classifier's variables: embed, heads, mlp or none.
+
+  Vectors of width D have none: it costs more to gather than to keep them.
+
+  Args:
+    variables: of the model; shapes are enough.
+    axes: of modules, as `AXES`.
+
+  Returns:
+    A tree like `variables` of `jax.sharding.PartitionSpec`.
+  """
+
+  def of(path, x):
+    module, leaf = path[-2].key, path[-1].key
+    names = axes.get(module, (None,) * x.ndim)
+    if leaf == "bias":
+      names = tuple(name if name != "embed" else None for name in names[-1:])
+    return jax.sharding.PartitionSpec(*names)
+
+  return jax.tree_util.tree_map_with_path(of, variables)

@@ -1,0 +1,148 @@
+"""The tokenizer of a model folder: tokenizer.json, or its vocabulary alone."""
+
+from collections.abc import Callable
+import pathlib
+from typing import Any
+
+import tokenizers
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+)
+
+from ... import checked
+from ...errors import UsageError
+from . import spiece, tokenizer, weights
+
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_WORD_PIECE = "vocab.txt"
+_BYTES = ("vocab.json", "merges.txt")
+# Beginning, end, padding, unknown, mask.
+_BERTS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
+_ROBERTAS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
+
+
+def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a model folder, without truncation and padding.
+
+  Without a tokenizer.json it is made of the files that older folders have: a
+  vocab.txt is BERT's WordPiece, a vocab.json with a merges.txt is RoBERTa's or
+  DeBERTa's BPE of bytes, and SentencePiece's models are told apart by their
+  names.
+
+  Raises:
+    WeightsError: there are no such files, or they cannot be read.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    if not checked.is_file(folder / tokenizer.FILE):
+      for names, read in _READERS.items():
+        if all(checked.is_file(folder / name) for name in names):
+          found = read(folder)
+          _add_tokens(found, folder)
+          return found
+    return tokenizer.load_tokenizer(folder)
+  except UsageError as error:
+    raise weights.WeightsError(str(error)) from error
+
+
+def _word_piece(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """BERT's, as transformers makes it (models/bert/tokenization_bert.py)."""
+  path, config = folder / _WORD_PIECE, _config(folder)
+  words = checked.read_text(path).split("\n")
+  ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word}
+  cls, sep, _, unknown, _ = _require(ids, (_BERTS,), path)
+  with weights.told_of(f"{path} is no vocabulary that `tokenizers` can read"):
+    found = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unknown))
+    found.normalizer = normalizers.BertNormalizer(
+      lowercase=checked.truth(config, "do_lower_case", True),
+      handle_chinese_chars=checked.truth(
+        config, "tokenize_chinese_chars", True
+      ),
+      # None: as lowercase is.
+      strip_accents=checked.field(
+        str(folder / _CONFIG), config, "strip_accents", bool | None, None
+      ),
+    )
+    found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    found.decoder = decoders.WordPiece()
+    found.add_special_tokens([x for x in _BERTS if x in ids])
+    found.post_processor = processors.BertProcessing(
+      (sep, ids[sep]), (cls, ids[cls])
+    )
+    return found
+
+
+def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """RoBERTa's or DeBERTa's, that of GPT-2 with other ends."""
+  path, merges = (folder / name for name in _BYTES)
+  ids = weights.read_json(path)
+  special = _require(ids, (_BERTS, _ROBERTAS), path)
+  cls, sep = special[:2]
+  with_space = checked.truth(_config(folder), "add_prefix_space", False)
+  with weights.told_of(f"{path} and {merges} are no BPE to `tokenizers`"):
+    bpe = models.BPE.from_file(str(path), str(merges))
+    found = tokenizers.Tokenizer(bpe)
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(with_space)
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens([x for x in special if x in ids])
+    found.post_processor = processors.TemplateProcessing(
+      single=f"{cls} $A {sep}",
+      pair=f"{cls} $A {sep} {sep} $B {sep}",
+      special_tokens=[(token, ids[token]) for token in (cls, sep)],
+    )
+    return found
+
+
+_READERS: dict[
+  tuple[str, ...], Callable[[pathlib.Path], tokenizers.Tokenizer]
+] = {
+  (spiece.FILE,): spiece.load_tokenizer,
+  (spiece.XLM_R,): spiece.load_xlm_r,
+  (spiece.DEBERTA,): spiece.load_deberta,
+  (_WORD_PIECE,): _word_piece,
+  _BYTES: _bytes,
+}
+"""What makes a tokenizer of which files, the first that are all there."""
+
+
+def _require(
+  ids: dict[str, Any],
+  kinds: tuple[tuple[str, ...], ...],
+  path: pathlib.Path,
+) -> tuple[str, ...]:
+  """The first of these kinds of special tokens whose ends are there."""
+  for kind in kinds:
+    if all(token in ids for token in kind[:4]):
+      return kind
+  wanted = " nor ".join(", ".join(kind[:4]) for kind in kinds)
+  raise weights.WeightsError(
+    f"{path} has not the tokens {wanted}, by which a text begins and ends; put "
+    f"a {tokenizer.FILE} beside it."
+  )
+
+
+def _add_tokens(found: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
+  """Adds those of added_tokens.json, in the order of their ids."""
+  path = folder / _ADDED
+  if not checked.is_file(path):
+    return
+  added = weights.read_json(path)
+  for token in added:
+    checked.field(str(path), added, token, int)
+  for token, number in sorted(added.items(), key=lambda item: item[1]):
+    found.add_tokens([token])
+    if found.token_to_id(token) != number:
+      raise weights.WeightsError(
+        f"{path} gives {token!r:.100} the id {number}, and after the folder's "
+        f"vocabulary it is {found.token_to_id(token)}; put a {tokenizer.FILE} "
+        "beside it."
+      )
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / _CONFIG
+  return weights.read_json(path) if checked.is_file(path) else {}

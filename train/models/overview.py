@@ -1,0 +1,54 @@
+"""The table of docs/models.md, out of the registry.
+
+python -m train.models.overview
+"""
+
+from .family import Family
+from .registry import families
+
+_HEADS = (
+  "`model_type`",
+  "reads",
+  "a classifier answers by",
+  "generates",
+  "one layer compiled for all",
+  "PEFT folders, and whole models for transformers",
+  "`--head sequence`",
+)
+_ANSWERS = {
+  "head": "a new head",
+  "token": "the first token of a label's word",
+  "words": "all tokens of a label's word",
+}
+
+
+def table() -> str:
+  """A row for each kind of model that is opened, in Markdown."""
+  sequence = {x for family in families() for x in family.sequence_types}
+  rows = [_HEADS, ("---",) * len(_HEADS)]
+  for family in families():
+    rows += [
+      (f"`{kind}`", *_cells(family), _yes(kind in sequence))
+      for kind in family.model_types
+    ]
+    if family.suffix:
+      rows.append((f"a file {family.suffix}", *_cells(family), "no"))
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(family: Family) -> tuple[str, ...]:
+  return (
+    family.reads,
+    _ANSWERS[family.answers],
+    _yes(family.generate is not None),
+    _yes(family.scans),
+    _yes(family.kind is not None and family.tensors is not None),
+  )
+
+
+def _yes(value: bool) -> str:
+  return "yes" if value else "no"
+
+
+if __name__ == "__main__":
+  print(table())
