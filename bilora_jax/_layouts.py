@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, cast
 
+from flax import traverse_util
 import jax
 import optax
 
@@ -99,6 +100,32 @@ class Layout:
     """The host's tree with the auxiliary dropped: its LoRA of rank r1."""
     adapters = self.split(tree, primary_rank)
     return self.join(_partition.primary(adapters), like=tree)
+
+  def as_primary(self, tree: Any) -> dict[str, Any]:
+    """A plain LoRA of the host's as adapters of `adapt`, with no auxiliary.
+
+    Args:
+      tree: as `split` takes it, or as Orbax restores it without a target.
+
+    Returns:
+      Adapters, nested by the paths of the weights, with all other leaves in
+      `extra`; `peft.save` takes them, and runs go on from them.
+
+    Raises:
+      ValueError: if no pair is found, a pair lacks a factor, or the two
+        disagree on the rank.
+    """
+    pairs, extra = self._pairs(tree)
+    primary = {
+      name: Factors(*_as_matrices(name, a, b), self.scale)
+      for name, (a, b) in pairs.items()
+    }
+    parts = {"primary": primary, "extra": extra}
+    return {
+      part: traverse_util.unflatten_dict(leaves, sep="/")
+      for part, leaves in parts.items()
+      if leaves
+    }
 
   def _pairs(self, tree: Any):
     pairs: dict[str, list[Any]] = {}

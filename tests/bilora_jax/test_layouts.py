@@ -5,10 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import qwix
 
-from bilora_jax import Layout, bilora, joined, nnx_lora_layout, qwix_layout
+from bilora_jax import (
+  Layout,
+  LoraSpec,
+  adapt,
+  bilora,
+  joined,
+  nnx_lora_layout,
+  peft,
+  qwix_layout,
+)
 
 R1, RANK = 2, 5
 GEMMA = Layout("lora/a", "lora/b", 1.0)
@@ -259,3 +269,42 @@ def test_a_pair_that_disagrees_is_refused_with_its_shapes(a, b):
   tree = {"x": {"lora": {"a": _normal(*a), "b": _normal(*b)}}}
   message = _error(GEMMA.split, tree, R1)
   assert message.endswith(f"got {a} and {b} at 'x/'.")
+
+
+class _Heads(nnx.Module):
+  """An einsum with heads, and a layer in a list, as Tunix's models have."""
+
+  def __init__(self, rngs):
+    self.query = nnx.Einsum("BD,DNH->BNH", (4, 2, 3), rngs=rngs)
+    self.layers = nnx.List([nnx.Linear(6, 5, rngs=rngs)])
+
+  def __call__(self, x):
+    return self.layers[0](self.query(x).reshape(len(x), -1))
+
+
+def test_a_lora_that_orbax_kept_is_a_primary(tmp_path):
+  model, x = _Heads(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (3, 4))
+  provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=3.0)
+  host = qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype),
+    nnx.state(host, nnx.LoRAParam),
+  )
+  nnx.update(host, state)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "kept", state)
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(tmp_path / "kept")
+  spec = LoraSpec(rank=2, alpha=3.0, auxiliary_rank=0)
+  adapted = adapt(model, spec, x)
+  wanted = host(x)
+  for kept in (restored, state):
+    adapters = qwix_layout(3.0 / 2).as_primary(kept)
+    assert set(adapters) == {"primary"}
+    got = adapted.apply(nnx.state(model), adapters, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+  names = {"query/kernel": "q_proj", "layers/0/kernel": "o_proj"}
+  peft.save(tmp_path / "peft", adapted, adapters, names)
+  loaded = peft.load(tmp_path / "peft", adapted, names)
+  jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
