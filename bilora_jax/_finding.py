@@ -229,8 +229,8 @@ class _Uses:
     if name in _SAME:
       return [first]
     if name == "scan":
-      carry = params["num_carry"]
-      return self._loop(params["jaxpr"], weights, params["num_consts"], carry)
+      fixed, carry = _scan_sizes(equation)
+      return self._loop(params["jaxpr"], weights, fixed, carry)
     if name == "while":
       self.follow(
         params["cond_jaxpr"],
@@ -280,6 +280,23 @@ class _Uses:
     return made[:carry] + [
       x and dataclasses.replace(x, scanned=x.scanned - 1) for x in made[carry:]
     ]
+
+
+def _scan_sizes(equation: Any) -> tuple[int, int]:
+  """How many inputs of a scan are fixed, and how many are carried.
+
+  What is sliced has an axis more outside of the scan than inside. (JAX 0.12
+  has these numbers in another form than JAX before.)
+  """
+  program = equation.params["jaxpr"]
+  program = getattr(program, "jaxpr", program)
+
+  def whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside)
+    return sum(x.aval.ndim == y.aval.ndim for x, y in pairs)
+
+  carry = whole(equation.outvars, program.outvars)
+  return whole(equation.invars, program.invars) - carry, carry
 
 
 def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
