@@ -14,7 +14,7 @@ from flax.linen import dtypes as linen_dtypes
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _products, _quantised
+from bilora_jax import _explicit, _products, _quantised
 from bilora_jax._factors import Factors
 from bilora_jax._site import Site
 
@@ -188,6 +188,7 @@ class StandInProducts(_products.Products):
       batch_sizes = [sizes[i] for i in batch]
       first = tuple(range(len(batch)))
       summed = tuple(range(len(batch), len(batch) + len(contracted)))
+      rows = set(range(lhs.ndim)) - {*batch_in, *contracted_in}
       hidden = jax.lax.dot_general(
         weight.dropped(lhs),
         pair.a.reshape(
@@ -195,6 +196,7 @@ class StandInProducts(_products.Products):
         ),
         ((contracted_in, summed), (batch_in, first)),
         precision=precision,
+        out_sharding=_explicit.out_sharding(lhs, *batch_in, *rows, None),
       )
       delta = jax.lax.dot_general(
         hidden,
@@ -234,6 +236,7 @@ class StandInProducts(_products.Products):
       dimension_numbers,
       precision=kwargs.get("precision"),
       preferred_element_type=kwargs.get("preferred_element_type"),
+      out_sharding=_before(order, kwargs.get("out_sharding")),
     )
     return result.transpose(order)
 
@@ -287,6 +290,17 @@ class StandInProducts(_products.Products):
       x.astype(y.dtype) if isinstance(x, StandIn) else y
       for x, y in zip(values, promoted)
     ]
+
+
+def _before(order: Sequence[int], out_sharding: Any) -> Any:
+  """How an einsum's product is split before its axes are put in order."""
+  if out_sharding is None:
+    return None
+  spec = getattr(out_sharding, "spec", out_sharding)
+  names = [*spec, *(None,) * (len(order) - len(spec))]
+  return jax.sharding.PartitionSpec(
+    *(names[order.index(axis)] for axis in range(len(order)))
+  )
 
 
 def _of_stand_ins(function: Any) -> Any:
