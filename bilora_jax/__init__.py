@@ -6,8 +6,8 @@ from bilora_jax import initializers as initializers
 from bilora_jax import peft as peft
 from bilora_jax import sharpness as sharpness
 from bilora_jax import variants as variants
-from bilora_jax._adapt import Adapted as Adapted
 from bilora_jax._adapt import adapt as adapt
+from bilora_jax._adapted import Adapted as Adapted
 from bilora_jax._ball import hold_ball as hold_ball
 from bilora_jax._ball import keep_in_ball as keep_in_ball
 from bilora_jax._ball import keep_in_frobenius_ball as keep_in_frobenius_ball

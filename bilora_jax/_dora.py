@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilora_jax import _explicit
 from bilora_jax._factors import Factors
 
 SUFFIX = "_magnitude"
@@ -40,6 +41,9 @@ def column_norms(kernel: jax.Array, pair: Factors | None = None) -> jax.Array:
       right,
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.float32,
+      out_sharding=_explicit.out_sharding(
+        right, *range(right.ndim - 2), None, right.ndim - 1
+      ),
     )
 
   # In the kernel's dtype, of which no float32 copy is wanted.

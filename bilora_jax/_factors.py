@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _nodes
+from bilora_jax import _explicit, _nodes
 
 
 @_nodes.register
@@ -205,6 +205,7 @@ def _gram(x: jax.Array, equation: str) -> jax.Array:
     x,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
+    out_sharding=_explicit.out_sharding(x, *range(x.ndim - 2), None, None),
   )
 
 

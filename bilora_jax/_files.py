@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._spec import LoraSpec
 

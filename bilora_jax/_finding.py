@@ -5,7 +5,7 @@
 Nothing is computed and nothing is allocated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import inspect
 import json
@@ -26,6 +26,7 @@ from bilora_jax._site import Path, Site
 # multiply, by the transpose, and an adapter there would miss the look-ups.
 _NOT_ADAPTED = ("embedding",)
 _MARK = "bilora_jax product "
+_SLICES = ("slice", "dynamic_slice")
 _SAME = ("convert_element_type", "copy", "sharding_constraint", "name")
 # Of `flax.linen.Module`, where a model is entered.
 _ENTRIES = ("apply", "init_with_output")
@@ -135,8 +136,8 @@ def find_sites(
     found = {_site(path, tuple(shapes[path].shape), x) for x in products}
     if any(x.altered for x in products):
       unfit[path] = (
-        "it is transposed, reshaped or scaled before it is multiplied by, or "
-        "scanned along another axis than the first"
+        "it is reshaped, cut or scaled before it is multiplied by, or scanned "
+        "along another axis than the first"
       )
     elif None in found:
       unfit[path] = (
@@ -160,21 +161,47 @@ class _Weight:
   """A parameter, or what was made of it.
 
   Attributes:
-    altered: whether by more than casts, and slices of its leading axes.
+    scanned: how many of its leading axes are gone: a scan sliced them, or an
+      index did, as `w[0]`.
+    order: which of the axes that are left each axis is; None for all in order.
+    cut: whether the first axis is about to go, and has one entry left.
+    altered: whether by more than casts, transposes and the above.
   """
 
   path: Path
   scanned: int = 0
+  order: tuple[int, ...] | None = None
+  cut: bool = False
   altered: bool = False
+
+  def sliced(self) -> "_Weight":
+    """Of this, one entry of the first axis."""
+    if self.order or self.cut:
+      return dataclasses.replace(self, altered=True)
+    return dataclasses.replace(self, scanned=self.scanned + 1)
+
+  def transposed(self, order: Sequence[int]) -> "_Weight":
+    axes = tuple(self.order[i] if self.order else i for i in order)
+    if axes == tuple(range(len(axes))):
+      return dataclasses.replace(self, order=None)
+    return dataclasses.replace(self, order=axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """A product with a weight, as the layer sees it: inside of scans."""
+  """A product with a weight, inside of scans.
+
+  Attributes:
+    shape: of the weight, before it is transposed.
+    batch: axes of that shape.
+    contracted: axes of that shape.
+    remaining: axes of that shape.
+  """
 
   shape: tuple[int, ...]
   batch: tuple[int, ...]
   contracted: tuple[int, ...]
+  remaining: tuple[int, ...]
   convolution: bool
   dtype: str
   scanned: int
@@ -228,9 +255,18 @@ class _Uses:
       return []
     if name in _SAME:
       return [first]
+    if first is not None and not first.cut:
+      if name == "transpose":
+        return [first.transposed(params["permutation"])]
+      if name in _SLICES and _is_one_entry(equation):
+        return [dataclasses.replace(first, cut=True)]
+    elif (
+      first is not None and name == "squeeze" and params["dimensions"] == (0,)
+    ):
+      return [dataclasses.replace(first, cut=False).sliced()]
     if name == "scan":
-      carry = params["num_carry"]
-      return self._loop(params["jaxpr"], weights, params["num_consts"], carry)
+      fixed, carry = _scan_sizes(equation)
+      return self._loop(params["jaxpr"], weights, fixed, carry)
     if name == "while":
       self.follow(
         params["cond_jaxpr"],
@@ -269,17 +305,41 @@ class _Uses:
   ) -> list[_Weight | None]:
     """As `_equation`, of inputs that are fixed, carried, and sliced."""
     carried = weights[fixed : fixed + carry]
-    slices = [
-      x and dataclasses.replace(x, scanned=x.scanned + 1)
-      for x in weights[fixed + carry :]
-    ]
+    slices = [x and x.sliced() for x in weights[fixed + carry :]]
     made = self.follow(program, weights[: fixed + carry] + slices)
     for before, after in zip(carried, made):
       if before is not None and before != after:
         self.others.setdefault(before.path, set()).add("the carry of a loop")
     return made[:carry] + [
-      x and dataclasses.replace(x, scanned=x.scanned - 1) for x in made[carry:]
+      x
+      and dataclasses.replace(
+        x, scanned=x.scanned - 1, altered=x.altered or x.order is not None
+      )
+      for x in made[carry:]
     ]
+
+
+def _is_one_entry(equation: Any) -> bool:
+  """Whether a slice takes one entry of the first axis, and all of the rest."""
+  whole, part = (x[0].aval.shape for x in (equation.invars, equation.outvars))
+  return part == (1, *whole[1:])
+
+
+def _scan_sizes(equation: Any) -> tuple[int, int]:
+  """How many inputs of a scan are fixed, and how many are carried.
+
+  What is sliced has an axis more outside of the scan than inside. (JAX 0.12
+  has these numbers in another form than JAX before.)
+  """
+  program = equation.params["jaxpr"]
+  program = getattr(program, "jaxpr", program)
+
+  def whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside)
+    return sum(x.aval.ndim == y.aval.ndim for x, y in pairs)
+
+  carry = whole(equation.outvars, program.outvars)
+  return whole(equation.invars, program.invars) - carry, carry
 
 
 def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
@@ -299,14 +359,26 @@ def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
 
 def _parsed(mark: str, weight: _Weight) -> _Product:
   note = json.loads(mark.removeprefix(_MARK))
+  axes = range(len(note["shape"]))
+  # Axes of a map are first in the order; they are not the layer's.
+  mapped = len(weight.order) - len(axes) if weight.order else 0
+  order = tuple(i - mapped for i in (weight.order or axes)[mapped:])
+  used = {*note["batch"], *note["contracted"]}
+
+  def before(transposed_axes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(order[axis] for axis in transposed_axes)
+
   return _Product(
-    shape=tuple(note["shape"]),
-    batch=tuple(note["batch"]),
-    contracted=tuple(note["contracted"]),
+    shape=tuple(note["shape"][order.index(axis)] for axis in axes)
+    if min(order, default=0) >= 0
+    else (),
+    batch=before(note["batch"]),
+    contracted=before(note["contracted"]),
+    remaining=before(axis for axis in axes if axis not in used),
     convolution=note["convolution"],
     dtype=note["dtype"],
     scanned=weight.scanned,
-    altered=weight.altered,
+    altered=weight.altered or weight.cut or min(order, default=0) < 0,
   )
 
 
@@ -317,10 +389,8 @@ def _site(path: Path, shape: tuple[int, ...], product: _Product) -> Site | None:
     return None
   if scanned > product.scanned and len(set(shape[scanned - 1 :])) == 1:
     return None  # any of these axes may be the one that is mapped over
-  used = {*product.batch, *product.contracted}
-  remaining = (i for i in range(len(product.shape)) if i not in used)
 
-  def outside(axes):
+  def outside(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(scanned + axis for axis in axes)
 
   return Site(
@@ -329,7 +399,7 @@ def _site(path: Path, shape: tuple[int, ...], product: _Product) -> Site | None:
     scanned=scanned,
     batch=outside(product.batch),
     contracted=outside(product.contracted),
-    remaining=outside(remaining),
+    remaining=outside(product.remaining),
     convolution=product.convolution,
     dtype=jnp.dtype(product.dtype),
   )

@@ -14,7 +14,7 @@ from flax.linen import dtypes as linen_dtypes
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _products, _quantised
+from bilora_jax import _explicit, _products, _quantised
 from bilora_jax._factors import Factors
 from bilora_jax._site import Site
 
@@ -22,7 +22,7 @@ from bilora_jax._site import Site
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["array", "pair", "gain", "key"],
-  meta_fields=["site", "dtype", "dropout"],
+  meta_fields=["site", "dtype", "dropout", "order"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class StandIn:
@@ -41,6 +41,8 @@ class StandIn:
     site: the weight.
     dtype: that of the array it stands for.
     dropout: the rate, where there is a key.
+    order: which axis of the array each of its axes is, where a model has
+      transposed it; None for all in order.
   """
 
   array: Any
@@ -50,10 +52,12 @@ class StandIn:
   site: Site
   dtype: Any
   dropout: float
+  order: tuple[int, ...] | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.array.shape
+    sizes = self.array.shape
+    return tuple(sizes[i] for i in self.order) if self.order else sizes
 
   @property
   def ndim(self) -> int:
@@ -65,16 +69,46 @@ class StandIn:
       array = array.astype(dtype)
     return dataclasses.replace(self, array=array, dtype=jnp.dtype(dtype))
 
+  @property
+  def T(self) -> "StandIn":
+    return self.transpose()
+
+  def transpose(self, *axes: Any) -> "StandIn":
+    return self.permuted(lambda x: x.transpose(*axes))
+
+  def permuted(self, function: Any) -> "StandIn":
+    """With its axes in the order that a function puts those of arrays in."""
+    if self._leading_axes:
+      return self.__jax_array__()
+    order = self.order or range(self.ndim)
+    # Sizes by which the axes are known again.
+    named = jax.ShapeDtypeStruct(tuple(1 + i for i in order), self.dtype)
+    sizes = jax.eval_shape(function, named).shape
+    return dataclasses.replace(self, order=tuple(size - 1 for size in sizes))
+
   def __getitem__(self, index: Any) -> "StandIn":
-    # So parameters of NNX are read.
-    return self if index is ... else self.__jax_array__()
+    if index is ...:  # so parameters of NNX are read
+      return self
+    if jnp.ndim(index) or not self._leading_axes or self.order:
+      return self.__jax_array__()
+    if isinstance(index, int) and not -len(self) <= index < len(self):
+      raise IndexError(index)  # which ends a `for`
+    return jax.tree.map(lambda x: x[index], self)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  @property
+  def _leading_axes(self) -> int:
+    """How many axes are left to be scanned, mapped or indexed."""
+    return self.site.scanned - (len(self.site.shape) - self.ndim)
 
   def __jax_array__(self) -> Any:
     raise ValueError(
       f"the adapted weight {'/'.join(self.site.path)}, here of shape "
-      f"{self.shape}, can be cast and multiplied by, by dot_general, dot, "
-      "einsum or a convolution, and nothing else. Leave its module out with "
-      "LoraSpec(exclude=...)."
+      f"{self.shape}, can be cast, transposed and multiplied by, by "
+      "dot_general, dot, einsum or a convolution, and nothing else. Leave its "
+      "module out with LoraSpec(exclude=...)."
     )
 
   def dropped(self, x: jax.Array) -> jax.Array:
@@ -86,13 +120,26 @@ class StandIn:
 
   def check_use(self, batch: Sequence[int], contracted: Sequence[int]) -> None:
     """Refuses a product of other axes than the pair is made for."""
-    if not self.site.is_used(batch, contracted):
+    order = self.order or range(self.ndim)
+    if not self.site.is_used(
+      [order[i] for i in batch], [order[i] for i in contracted]
+    ):
       raise ValueError(
         f"the adapted weight {'/'.join(self.site.path)} is multiplied by along "
         f"its axes {tuple(contracted)} here, and was not where adapt traced "
         "the model. Give adapt inputs and methods that use it so, or leave "
         "its module out with LoraSpec(exclude=...)."
       )
+
+
+_TRANSPOSES = (
+  (jax.lax, "transpose"),
+  (jnp, "matrix_transpose"),
+  (jnp, "moveaxis"),
+  (jnp, "permute_dims"),
+  (jnp, "swapaxes"),
+  (jnp, "transpose"),
+)
 
 
 class StandInProducts(_products.Products):
@@ -105,9 +152,14 @@ class StandInProducts(_products.Products):
     return super().get_intercept_map() | {
       "jax.lax.with_sharding_constraint": self.with_sharding_constraint,
       "jax.numpy.asarray": self.asarray,
+      "jax.numpy.astype": self.asarray,
       "flax.linen.Module.param": self.nn_param,
       "flax.linen.dtypes.promote_dtype": self.promote_dtype,
       "flax.nnx.nn.dtypes.promote_dtype": self.promote_dtype,
+      **{
+        f"{module.__name__}.{name}": _of_stand_ins(getattr(module, name))
+        for module, name in _TRANSPOSES
+      },
     }
 
   def dot_general(
@@ -136,6 +188,7 @@ class StandInProducts(_products.Products):
       batch_sizes = [sizes[i] for i in batch]
       first = tuple(range(len(batch)))
       summed = tuple(range(len(batch), len(batch) + len(contracted)))
+      rows = set(range(lhs.ndim)) - {*batch_in, *contracted_in}
       hidden = jax.lax.dot_general(
         weight.dropped(lhs),
         pair.a.reshape(
@@ -143,6 +196,7 @@ class StandInProducts(_products.Products):
         ),
         ((contracted_in, summed), (batch_in, first)),
         precision=precision,
+        out_sharding=_explicit.out_sharding(lhs, *batch_in, *rows, None),
       )
       delta = jax.lax.dot_general(
         hidden,
@@ -182,6 +236,7 @@ class StandInProducts(_products.Products):
       dimension_numbers,
       precision=kwargs.get("precision"),
       preferred_element_type=kwargs.get("preferred_element_type"),
+      out_sharding=_before(order, kwargs.get("out_sharding")),
     )
     return result.transpose(order)
 
@@ -212,7 +267,8 @@ class StandInProducts(_products.Products):
 
     if not isinstance(x, StandIn):
       return constrained(x)
-    if _quantised.is_quantised(x.array):  # whose scales may be too few for it
+    # Of quantised kernels the scales may be too few for it.
+    if _quantised.is_quantised(x.array) or x.order:
       return x
     return dataclasses.replace(x, array=constrained(x.array))
 
@@ -236,14 +292,41 @@ class StandInProducts(_products.Products):
     ]
 
 
+def _before(order: Sequence[int], out_sharding: Any) -> Any:
+  """How an einsum's product is split before its axes are put in order."""
+  if out_sharding is None:
+    return None
+  spec = getattr(out_sharding, "spec", out_sharding)
+  names = [*spec, *(None,) * (len(order) - len(spec))]
+  return jax.sharding.PartitionSpec(
+    *(names[order.index(axis)] for axis in range(len(order)))
+  )
+
+
+def _of_stand_ins(function: Any) -> Any:
+  """A function that transposes arrays, which transposes stand-ins too."""
+
+  def transpose(x, *args, **kwargs):
+    x = _products.value(x)
+    if not isinstance(x, StandIn):
+      return function(x, *args, **kwargs)
+    return x.permuted(lambda array: function(array, *args, **kwargs))
+
+  return transpose
+
+
 def _multiplied(multiply: Any, weight: StandIn) -> jax.Array:
+  def transposed(array):
+    return array.transpose(weight.order) if weight.order else array
+
   if not _quantised.is_quantised(weight.array):
-    return multiply(weight.array)
+    return multiply(transposed(weight.array))
 
   # The backward pass needs the kernel too: it reads the codes again.
   @jax.checkpoint
   def product(array):
-    return multiply(_quantised.dequantise(array).astype(weight.dtype))
+    kernel = _quantised.dequantise(array).astype(weight.dtype)
+    return multiply(transposed(kernel))
 
   return product(weight.array)
 

@@ -7,7 +7,7 @@ from flax import traverse_util
 import jax
 
 from bilora_jax import _patterns
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 from bilora_jax._factors import is_factors
 from bilora_jax.adapters import _kind
 
@@ -58,7 +58,7 @@ def init(
     _patterns.check(pattern)
   chosen = {
     path: next((p for p in kinds if _patterns.fullmatch(p, target)), None)
-    for path, target in zip(adapted._adapters, adapted.targets)
+    for path, target in zip(adapted._plan.weights, adapted.targets)
   }
   idle = sorted(set(kinds) - set(chosen.values()))
   if idle:
@@ -66,7 +66,7 @@ def init(
       f"no kernel has the kinds of {idle}; there are "
       f"{sorted(adapted.targets)}, and the first pattern that matches counts."
     )
-  params = adapted._check(variables)
+  params = adapted._parameters(variables)
   adapters = adapted.init(key, variables)
   for part, part_key in zip(("primary", "auxiliary"), jax.random.split(key)):
     nodes = traverse_util.flatten_dict(
@@ -75,7 +75,7 @@ def init(
     keys = jax.random.split(part_key, len(chosen))
     for node_key, (path, pattern) in zip(keys, chosen.items()):
       if pattern is not None:
-        kernel = adapted._matrices(path, params[path])
+        kernel = adapted._plan.weights[path].matrices(params[path])
         nodes[path] = kinds[pattern](node_key, kernel)
     adapters[part] = traverse_util.unflatten_dict(nodes)
   return adapters

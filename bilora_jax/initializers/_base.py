@@ -7,7 +7,7 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 from bilora_jax._factors import Factors, is_factors
 from bilora_jax._site import Path
 
@@ -21,8 +21,8 @@ def kernels(adapted: Adapted, variables: Any) -> dict[Path, jax.Array]:
   Raises:
     ValueError: if the variables are not the model's, or not floats.
   """
-  params = adapted._check(variables, as_floats=True)
-  return {path: params[path] for path in adapted._adapters}
+  params = adapted._parameters(variables, as_floats=True)
+  return {path: params[path] for path in adapted._plan.weights}
 
 
 def check_ranks(name: str, adapted: Adapted, times: int) -> None:
@@ -38,7 +38,7 @@ def check_ranks(name: str, adapted: Adapted, times: int) -> None:
   """
   wrong = [
     f"{'/'.join(path)}: rank {x.rank}, sides {size_in} and {size_out}"
-    for path, x in adapted._adapters.items()
+    for path, x in adapted._plan.weights.items()
     for _, size_in, size_out in [x.site.outer_shape]
     if times * x.rank > min(size_in, size_out)
   ]
@@ -79,7 +79,7 @@ def start_from(
     adapters["primary"], is_leaf=lambda _, x: is_factors(x)
   )
   pairs, bases = {}, {}
-  for path, x in adapted._adapters.items():
+  for path, x in adapted._plan.weights.items():
     one = jax.jit(_over_batches(start, primary[path]), static_argnums=1)
     a, b = one(x.site.matrices(matrices[path]).astype(jnp.float32), x.rank)
     # Half of it on either side, so that none of the factors is the larger.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilora_jax import _linalg
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 from bilora_jax.initializers import _base
 
 

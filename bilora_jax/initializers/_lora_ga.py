@@ -9,7 +9,7 @@ from flax.core import meta
 import jax
 
 from bilora_jax import _linalg
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 from bilora_jax._site import Path
 from bilora_jax.initializers import _base
 

@@ -72,6 +72,19 @@ class Attention(nn.Module):
     )(x)
 
 
+class Custom(nn.Module):
+  """A weight multiplied by in some way, beside a layer as any other."""
+
+  multiply: Callable[[Any, Any], Any]
+  shape: tuple[int, ...] = (5, 5)
+  name_of_weight: str = "w"
+
+  @nn.compact
+  def __call__(self, x):
+    w = self.param(self.name_of_weight, nn.initializers.normal(), self.shape)
+    return nn.Dense(3, name="dense")(self.multiply(x, w))
+
+
 class Weight(NamedTuple):
   """A kernel as the equations of its layer have it.
 
@@ -91,6 +104,17 @@ class Case(NamedTuple):
   model: nn.Module
   x: Any
   weights: dict[str, Weight]
+
+
+def _convolved_by_the_transpose(x, w):
+  """Convolves with a kernel that is stored as `(out, in, width)`."""
+  return jax.lax.conv_general_dilated(
+    x,
+    jnp.transpose(w, (2, 1, 0)),
+    (1,),
+    "SAME",
+    dimension_numbers=("NWC", "WIO", "NWC"),
+  )
 
 
 PROJECTION = Weight((), (5,), (2, 3), "ir,rhd->ihd")
@@ -141,6 +165,64 @@ CASES = {
       "attention/key/kernel": PROJECTION,
       "attention/value/kernel": PROJECTION,
       "attention/out/kernel": Weight((), (2, 3), (7,), "hdr,ro->hdo"),
+    },
+  ),
+  "transposed": Case(
+    Custom(lambda x, w: jnp.dot(x, jnp.asarray(w.T, x.dtype)), (7, 5)),
+    _normal(2, 5),
+    {
+      "w": Weight((), (5,), (7,), "ir,ro->oi"),
+      "dense/kernel": Weight((), (7,), (3,), "ir,ro->io"),
+    },
+  ),
+  "square_transposed": Case(
+    Custom(lambda x, w: jnp.dot(x, jnp.swapaxes(w, 0, 1))),
+    _normal(2, 5),
+    {
+      "w": Weight((), (5,), (5,), "ir,ro->oi"),
+      "dense/kernel": Weight((), (5,), (3,), "ir,ro->io"),
+    },
+  ),
+  "transposed_twice": Case(
+    Custom(
+      lambda x, w: jnp.einsum(
+        "bi,ihk->bhk", x, jnp.moveaxis(w, -1, 0).transpose(0, 2, 1)
+      ),
+      (4, 3, 5),
+    ),
+    _normal(2, 5),
+    {
+      "w": Weight((), (5,), (3, 4), "ir,rhk->khi"),
+      "dense/kernel": Weight((), (4,), (3,), "ir,ro->io"),
+    },
+  ),
+  "transposed_convolution": Case(
+    Custom(_convolved_by_the_transpose, (6, 4, 3)),
+    _normal(2, 5, 4),
+    {
+      "w": Weight((), (3, 4), (6,), "wir,ro->oiw"),
+      "dense/kernel": Weight((), (6,), (3,), "ir,ro->io"),
+    },
+  ),
+  "indexed": Case(
+    Custom(lambda x, w: sum(jnp.dot(x, w[i].T) for i in (0, 2, -2)), (3, 4, 5)),
+    _normal(2, 5),
+    {
+      "w": Weight((3,), (5,), (4,), "lir,lro->loi"),
+      "dense/kernel": Weight((), (4,), (3,), "ir,ro->io"),
+    },
+  ),
+  "indexed_in_a_loop": Case(
+    Custom(
+      lambda x, w: jax.lax.fori_loop(
+        0, 3, lambda i, x: jnp.tanh(jnp.dot(x, jnp.astype(w[i], x.dtype))), x
+      ),
+      (3, 5, 5),
+    ),
+    _normal(2, 5),
+    {
+      "w": Weight((3,), (5,), (5,), "lir,lro->lio"),
+      "dense/kernel": Weight((), (5,), (3,), "ir,ro->io"),
     },
   ),
   "scan": Case(
@@ -763,37 +845,18 @@ def _error(model, x, spec=SPEC, **kwargs):
   return str(caught.value)
 
 
-class Custom(nn.Module):
-  """A weight multiplied by in some way, beside a layer as any other."""
-
-  multiply: Callable[[Any, Any], Any]
-  shape: tuple[int, ...] = (5, 5)
-  name_of_weight: str = "w"
-
-  @nn.compact
-  def __call__(self, x):
-    w = self.param(self.name_of_weight, nn.initializers.normal(), self.shape)
-    return nn.Dense(3, name="dense")(self.multiply(x, w))
-
-
 # Named, not the default targets: these leave out what cannot be adapted.
 ALL = LoraSpec(targets="|.+")
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (5, 5)])
-def test_a_transposed_weight_is_refused_by_name(shape):
-  model = Custom(lambda x, w: jnp.dot(x, jnp.transpose(w)), shape)
+def test_a_weight_that_is_scaled_before_use_is_refused_by_name():
+  model = Custom(lambda x, w: jnp.dot(x, 2 * w))
   message = _error(model, jnp.ones((2, 5)), ALL)
   assert message.startswith("the weight w cannot be adapted: ")
   assert "LoraSpec(exclude=...)" in message
 
 
-def test_a_weight_that_is_scaled_before_use_is_refused_by_name():
-  model = Custom(lambda x, w: jnp.dot(x, 2 * w))
-  assert "the weight w cannot be" in _error(model, jnp.ones((2, 5)), ALL)
-
-
-def test_a_transposed_convolution_kernel_is_refused_by_name():
+def test_a_reversed_convolution_kernel_is_refused_by_name():
   model = nn.ConvTranspose(6, (3,), transpose_kernel=True)
   assert "the weight kernel cannot" in _error(model, jnp.ones((1, 5, 4)), ALL)
 
@@ -812,14 +875,14 @@ def test_a_weight_that_is_left_out_need_not_be_adaptable():
 
 
 def test_the_default_targets_skip_what_cannot_be_adapted_with_a_warning():
-  model = Custom(lambda x, w: jnp.dot(x, jnp.transpose(w)))
+  model = Custom(lambda x, w: jnp.dot(x, 2 * w))
   x = jnp.ones((2, 5))
-  with pytest.warns(UserWarning, match="adapt leaves out w: it is transp") as w:
+  with pytest.warns(UserWarning, match="adapt leaves out w: it is resh") as w:
     adapted = adapt(model, SPEC, x)
   assert len(w) == 1
   assert set(adapted.targets) == {"dense/kernel"}
   assert set(adapted.skipped) == {"w"}
-  assert "transposed" in adapted.skipped["w"]
+  assert "scaled" in adapted.skipped["w"]
   assert not adapt(model, LoraSpec(targets="dense"), x).skipped
 
 

@@ -21,7 +21,7 @@ from bilora_jax import (
   primary,
   save_adapters,
 )
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 
 NAMES = ["adapters.json", "adapters.safetensors"]
 # The order of the patterns counts, and is not that of the alphabet.

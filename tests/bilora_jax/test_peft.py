@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from bilora_jax import LoraSpec, adapt, peft, primary
-from bilora_jax._adapt import Adapted
+from bilora_jax._adapted import Adapted
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
