@@ -100,7 +100,7 @@ class Plan:
       wrong += [
         f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
-        for path in {**wanted, **found}
+        for path in ({**wanted, **found} if whole or part != "extra" else found)
         if found.get(path) != wanted.get(path)
       ]
     if whole and "extra" not in adapters and self.shapes("extra"):

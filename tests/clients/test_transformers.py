@@ -1,17 +1,16 @@
 """Hugging Face's Flax models: `model.module` is Linen's."""
 
+import checks
 import jax.numpy as jnp
 import pytest
 import transformers
 
-import checks
-
-SIZES = dict(
-  hidden_size=16,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  intermediate_size=24,
-)
+SIZES = {
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 24,
+}
 IDS = checks.tokens(4, 8, below=32)
 LABELS = jnp.arange(4) % 3
 
