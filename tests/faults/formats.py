@@ -241,7 +241,14 @@ def _read_model(folder: pathlib.Path) -> Any:
     with tokenizer.refusing():
       texts = tokenizer.encode(found.tokenizer, ["a good film abc"], 16)
   sizes = [x.nbytes for x in jax.tree.leaves(params)]
-  return found.config, found.pad_id, found.eos_id, found.template, texts, sizes
+  return (
+    found.config,
+    found.pad_id,
+    found.stop_ids,
+    found.template,
+    texts,
+    sizes,
+  )
 
 
 def _on_the_host(path, shape, dtype, read, /):
@@ -301,7 +308,8 @@ def _gguf(folder: pathlib.Path) -> None:
 def _onnx(folder: pathlib.Path) -> None:
   config = vit.VitConfig(2, 1, 64, 1, 1, 3)
   shapes = {
-    name: shape for name, (_, shape) in vit_weights._plan(config).items()
+    source.names[0]: source.tensor_shape
+    for source in vit_weights._plan(config).values()
   }
   nodes, arrays = [], {}
   for name, shape in shapes.items():

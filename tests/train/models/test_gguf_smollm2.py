@@ -88,7 +88,7 @@ def test_it_answers_in_english(model, tokenizer, loaded):
     tokens,
     np.ones_like(tokens),
     12,
-    eos_id=model.eos_id,
+    stop_ids=(model.eos_id,),
   )
   answer = tokenizer.decode(np.asarray(found[0]).tolist())
   assert answer == "The capital of France is Paris."
