@@ -103,6 +103,7 @@ _READERS: dict[
   (spiece.FILE,): spiece.load_tokenizer,
   (spiece.XLM_R,): spiece.load_xlm_r,
   (spiece.DEBERTA,): spiece.load_deberta,
+  (spiece.LLAMA,): spiece.load_llama,
   (_WORD_PIECE,): _word_piece,
   _BYTES: _bytes,
 }
