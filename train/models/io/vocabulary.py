@@ -109,6 +109,9 @@ _READERS: dict[
 }
 """What makes a tokenizer of which files, the first that are all there."""
 
+FILES = (*(name for names in _READERS for name in names), _ADDED)
+"""All that stand in for a tokenizer.json."""
+
 
 def _require(
   ids: dict[str, Any],
