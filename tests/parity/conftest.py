@@ -11,10 +11,10 @@ collect_ignore_glob = ["make_*.py"]
 if not _is_there("torch"):
   collect_ignore_glob += [
     "test_adapter_folders.py",
-    "test_encoders.py",
     "test_loading.py",
     "test_peft.py",
     "test_t5.py",
+    "test_vocabularies.py",
   ]
 if not _is_there("tunix"):
   collect_ignore_glob += ["test_tunix.py"]

@@ -33,6 +33,7 @@ _TOKENIZER = (
   "spiece.model",
   "sentencepiece.bpe.model",
   "spm.model",
+  "tokenizer.model",
   "chat_template.jinja",
   "generation_config.json",
   "preprocessor_config.json",

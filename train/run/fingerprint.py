@@ -20,13 +20,14 @@ from ..data import load as data_lib
 from ..errors import UsageError
 from ..models.family import Pretrained
 from ..models.io import template as templates
-from ..models.io import tensors, weights
+from ..models.io import tensors, vocabulary, weights
 from . import checkpoints
 from . import config as config_lib
 from .config import Config
 
 FILE = "fingerprint.json"
-_TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_OWN_TOKENIZER = "tokenizer.json"
+_TOKENIZER = (_OWN_TOKENIZER, "spiece.model", "tokenizer_config.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Files of so many bytes in all are read whole, which takes less than 0.1 s. Of
 # more, the headers, the beginning of every tensor and places all over each are.
@@ -199,13 +200,16 @@ def _base(
   path = pretrained.path
   stored = [path]
   if path.is_dir():
-    names = [path / name for name in ("config.json", *_TOKENIZER)]
-    stored = [*names, *tensors.files(path)]
+    names = ["config.json", *_TOKENIZER]
+    if not (path / _OWN_TOKENIZER).is_file():
+      names += [name for name in vocabulary.FILES if name not in names]
+    stored = [*(path / name for name in names), *tensors.files(path)]
   told = template and "\n".join(dataclasses.astuple(template))
   return {
     "commit": weights.commit(path),
     "model": _files(stored),
     "template": _digest(told.encode()) if told else None,
+    "pooling": getattr(pretrained.config, "pooling", None),
   }
 
 
@@ -319,6 +323,12 @@ def _base_changes(
       f"{commits[1]})"
     )
   found += _of_files(then.get("model", {}), now["model"], f"--model {name}")
+  pooled = then.get("pooling", now["pooling"])  # older versions' have none
+  if pooled != now["pooling"]:
+    found.append(
+      f"the pooling of --model {name} (it was {pooled}, and is "
+      f"{now['pooling']})"
+    )
   if then.get("template") != now["template"]:
     given = config.data.chat_template
     where = f"--chat-template {given}" if given else f"--model {name}"
@@ -341,7 +351,7 @@ def _changes(
   # Rows that are encoded by another tokenizer or template are other ones.
   encoder = then.get("template") != now["template"] or any(
     then["model"].get(name) != now["model"].get(name)
-    for name in (*_TOKENIZER, *_single(then, now))
+    for name in (*_TOKENIZER, *vocabulary.FILES, *_single(then, now))
   )
   for split, rows in now["rows"].items():
     old = then.get("rows", {}).get(split, {})

@@ -1,6 +1,7 @@
 """Runs of the program on small encoders, and what they export."""
 
 import json
+import shutil
 
 import encoder_cases
 import numpy as np
@@ -15,11 +16,12 @@ from train.models import load
 @pytest.fixture(scope="module", params=encoder_cases.RUN)
 def ended(request, run, tmp_path_factory):
   """The name of a case, and the folder of a run of two steps on it."""
-  folder = tmp_path_factory.mktemp("encoders") / request.param
-  model = str(encoder_cases.DATA / request.param)
+  place = tmp_path_factory.mktemp("encoders")
+  folder, model = place / "run", place / request.param
+  shutil.copytree(encoder_cases.DATA / request.param, model)
   few = ("--train-rows", "16", "--eval-rows", "8", "--epochs", "1")
   more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "2")
-  assert run(folder, "--model", model, *few, *more, "--no-baseline") == 0
+  assert run(folder, "--model", str(model), *few, *more, "--no-baseline") == 0
   return request.param, folder
 
 
@@ -86,3 +88,21 @@ def test_an_exported_model_says_what_it_is(ended, exported):
   assert found["architectures"] == wanted["architectures"]
   card = (out / "model" / "README.md").read_text()
   assert ("logits.mean(0)" in card) == ("Token" in wanted["architectures"][0])
+
+
+def test_a_run_stays_with_its_vocabulary_and_pooling(ended, capsys):
+  name, folder = ended
+  if name != "electra":
+    return  # one is enough, and another has no vocab.txt or its own pooling
+  model = folder.with_name(name)
+  path = model / "vocab.txt"
+  path.write_text(path.read_text() + "more\n")
+  modules = [{"type": "models.Pooling", "path": "1_Pooling"}]
+  (model / "modules.json").write_text(json.dumps(modules))
+  (model / "1_Pooling").mkdir()
+  config = json.dumps({"pooling_mode": "cls"})
+  (model / "1_Pooling" / "config.json").write_text(config)
+  assert program.main(["evaluate", "--run", str(folder)]) == 2
+  said = capsys.readouterr().err
+  assert f"vocab.txt of --model {model}" in said
+  assert f"the pooling of --model {model} (it was mean, and is cls)" in said

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from train.models.io import spiece, tokenizer, weights
+from train.models.io import spiece, tokenizer, vocabulary, weights
 
 REFERENCE = pathlib.Path(__file__).with_name("minilm_reference.npz")
 needs_minilm = pytest.mark.skipif(
@@ -122,8 +122,11 @@ def test_vocabulary_without_padding_is_named():
     tokenizer.pad_id(bare)
 
 
-def test_a_spiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
-  (tmp_path / spiece.FILE).write_bytes(b"")
+@pytest.mark.parametrize(
+  "name", [spiece.FILE, spiece.XLM_R, spiece.DEBERTA, spiece.LLAMA]
+)
+def test_a_spiece_model_alone_says_what_reads_it(tmp_path, monkeypatch, name):
+  (tmp_path / name).write_bytes(b"")
   # As if it were not installed, whether or not it is.
   monkeypatch.setitem(sys.modules, "sentencepiece", None)
   monkeypatch.setitem(
@@ -133,4 +136,4 @@ def test_a_spiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
     weights.WeightsError,
     match=r"pip install sentencepiece protobuf .*or put a tokenizer\.json",
   ):
-    spiece.load_tokenizer(tmp_path)
+    vocabulary.load_tokenizer(tmp_path)

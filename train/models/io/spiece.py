@@ -20,12 +20,14 @@ from . import weights
 FILE = "spiece.model"
 XLM_R = "sentencepiece.bpe.model"
 DEBERTA = "spm.model"
+LLAMA = "tokenizer.model"
 
 # T5's, behind the pieces: what stands for spans that are left out.
 _SENTINELS = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
 _SPACE = "▁"
-# Of the file's pieces: those that no text is made of.
-_CONTROL = 3
+# Of the file's pieces: those that may be merged, those that no text is made of,
+# and those that are never cut.
+_NORMAL, _CONTROL, _WHOLE = 1, 3, 4
 
 
 def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
@@ -116,6 +118,103 @@ def load_deberta(folder: pathlib.Path) -> tokenizers.Tokenizer:
       ],
     )
     return tokenizer
+
+
+def load_llama(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a Llama's or a Mistral's folder with a tokenizer.model.
+
+  It gives the tokens that SentencePiece's BPE gives, and the one that begins a
+  text. tokenizer_config.json may turn it off by `add_bos_token`, ask for an end
+  by `add_eos_token`, and have a space begin what follows a special token by
+  `legacy`, as in transformers.
+
+  Raises:
+    WeightsError: as `load_tokenizer`; here the model has to be a BPE.
+  """
+  path = pathlib.Path(folder) / LLAMA
+  config, proto = _config(path), _read(path)
+  trainer = proto.trainer_spec
+  if trainer.model_type != trainer.BPE:
+    raise weights.WeightsError(
+      f"{path} is a SentencePiece model of another kind than BPE, which Llama "
+      "and Mistral have; put a tokenizer.json beside it."
+    )
+  ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+  before = (
+    [trainer.bos_piece] if checked.truth(config, "add_bos_token", True) else []
+  )
+  after = (
+    [trainer.eos_piece] if checked.truth(config, "add_eos_token", False) else []
+  )
+  missing = {*before, *after} - {*ids}
+  if missing:
+    raise weights.WeightsError(
+      f"{path} has no token {' nor '.join(sorted(missing))}, which begins or "
+      "ends its texts."
+    )
+  with weights.told_of(f"{path} is no SentencePiece model for a Llama"):
+    tokenizer = tokenizers.Tokenizer(
+      models.BPE(
+        ids,
+        _merges(proto),
+        unk_token=trainer.unk_piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+      )
+    )
+    normalizer, scheme = _normalizer(proto.normalizer_spec), "never"
+    if proto.normalizer_spec.add_dummy_prefix:
+      legacy = checked.truth(config, "legacy", False)
+      scheme = "always" if legacy else "first"
+      if legacy:
+        # The pre-tokenizer takes a space of the text's own for its own.
+        own = normalizers.Replace(tokenizers.Regex(r"\A "), "  ")
+        normalizer = normalizers.Sequence([normalizer, own])
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+      _SPACE, prepend_scheme=scheme, split=False
+    )
+    tokenizer.decoder = decoders.Sequence(
+      [
+        decoders.Replace(_SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        *([decoders.Strip(" ", 1, 0)] if scheme != "never" else []),
+      ]
+    )
+    tokenizer.add_special_tokens([*_control(proto), trainer.unk_piece])
+    tokenizer.add_tokens(
+      [
+        tokenizers.AddedToken(piece.piece, normalized=False)
+        for piece in proto.pieces
+        if piece.type == _WHOLE
+      ]
+    )
+    if before or after:
+      single = [*before, "$A", *after]
+      second = [f"{part}:1" for part in (*before, "$B", *after)]
+      tokenizer.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=single + second,
+        special_tokens=[(token, ids[token]) for token in {*before, *after}],
+      )
+    return tokenizer
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+  """All pairs that make a piece, those of the best pieces first."""
+  found = {
+    piece.piece: (-piece.score, i)
+    for i, piece in enumerate(proto.pieces)
+    if piece.type == _NORMAL
+  }
+  ranked = [
+    (rank, piece[:i], piece[i:])
+    for piece, rank in found.items()
+    for i in range(1, len(piece))
+    if piece[:i] in found and piece[i:] in found
+  ]
+  return [(left, right) for _, left, right in sorted(ranked)]
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:

@@ -103,10 +103,14 @@ _READERS: dict[
   (spiece.FILE,): spiece.load_tokenizer,
   (spiece.XLM_R,): spiece.load_xlm_r,
   (spiece.DEBERTA,): spiece.load_deberta,
+  (spiece.LLAMA,): spiece.load_llama,
   (_WORD_PIECE,): _word_piece,
   _BYTES: _bytes,
 }
 """What makes a tokenizer of which files, the first that are all there."""
+
+FILES = (*(name for names in _READERS for name in names), _ADDED)
+"""All that stand in for a tokenizer.json."""
 
 
 def _require(

@@ -37,6 +37,7 @@ FILES = (".gguf", ".onnx")
 _HUB_PATTERNS = (
   *("*.json", "*.txt", "model*.safetensors"),
   *("spiece.model", "sentencepiece.bpe.model", "spm.model"),
+  "tokenizer.model",
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -89,6 +89,32 @@ def test_a_deberta_s_model_gives_its_pieces_between_the_ends(corpus, tmp_path):
   _agree(tmp_path, ["The film was warm.", *_PAIRS])
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llama_s_model_gives_its_pieces(corpus, tmp_path, legacy):
+  pieces = _sentence_piece(
+    corpus,
+    tmp_path / spiece.LLAMA,
+    model_type="bpe",
+    byte_fallback=True,
+    split_digits=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+  )
+  _config(tmp_path, "llama", legacy=legacy, add_bos_token=True)
+  ours = vocabulary.load_tokenizer(tmp_path)
+  rows = [x.sentence for x in movie_reviews.read()[800:1000]]
+  for text in (*rows, *_TEXTS):
+    # The new way takes a space that begins a text for its own.
+    if legacy or not text.startswith(" "):
+      assert ours.encode(text).ids == [1, *pieces.encode(text)], text
+    assert ours.decode(pieces.encode(text)) == text
+  if not legacy:
+    _agree(tmp_path, (*_TEXTS, "<s>[INST] a [/INST] b</s><s>c"))
+  _config(tmp_path, "llama", add_bos_token=False, add_eos_token=True)
+  found = vocabulary.load_tokenizer(tmp_path).encode("a b")
+  assert found.ids == [*pieces.encode("a b"), 2]
+
+
 @pytest.mark.parametrize("lower", [True, False, None])
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra"])
 def test_a_vocab_txt_gives_transformers_tokens(
