@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import programs
 import pytest
 import safetensors.numpy
 
@@ -16,9 +17,13 @@ from train.run import report
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the program without the plot, which takes a third of a tiny run."""
+  """Runs the program without the plot, which takes a third of a tiny run.
+
+  Runs of one configuration have one trace.
+  """
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(report, "_plot", lambda *arguments: None)
+    programs.share(patch)
     return program.main(arguments)
 
 

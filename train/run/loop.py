@@ -406,10 +406,7 @@ def _finish(
   if config.evaluation.baseline and labelled and not config.model.quantised:
     journal.say("fitting a logistic regression on the frozen features")
     features = layout.within(
-      jax.jit(
-        functools.partial(prepared.model.apply, method="features"),
-        out_shardings=layout.replicated,
-      )
+      step.make_features(prepared.model, layout.replicated)
     )
     pretrained = prepared.pretrained()
     baseline = data.baseline(

@@ -210,3 +210,17 @@ def make_eval_step(
     return objective.items(found, batch)
 
   return jax.jit(eval_step, out_shardings=sharding)
+
+
+def make_features(model: Any, sharding: Any = None) -> Callable[..., jax.Array]:
+  """Returns `(variables, *inputs)` to the frozen features, [rows, width].
+
+  Args:
+    model: a classifier, that has `features`.
+    sharding: of the features, on a mesh.
+  """
+
+  def features(variables, *inputs):
+    return model.apply(variables, *inputs, method="features")
+
+  return jax.jit(features, out_shardings=sharding)

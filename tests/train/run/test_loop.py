@@ -17,6 +17,7 @@ from outcomes import (
   files,
   rows,
 )
+import programs
 import pytest
 
 from train import files as files_lib
@@ -98,7 +99,7 @@ def test_a_finished_run_prints_its_results_and_trains_nothing(
 
 def _poison(monkeypatch, bad):
   """Makes the base NaN in some steps; returns what each left of the trained."""
-  make, left = step.make_train_step, {}
+  make, left = programs.once(step.make_train_step), {}
 
   def make_poisoned(*arguments):
     real = make(*arguments)
