@@ -185,7 +185,6 @@ def test_training_starts_at_the_pretrained_model(prepared, batch, method):
     {"method": "lora", "dtype": "bfloat16"},
     {"dora": True},
     {"method": "nystroem_sam", "auxiliary_rank": 6, "core_rank": 2},
-    {"method": "nystroem_bilora"},
   ],
   ids=str,
 )
