@@ -397,6 +397,7 @@ def finished_by(
     folder = tmp_path_factory.mktemp("by") / method
     few = ("--train-rows", "8", "--eval-rows", "8", "--epochs", "20")
     more = ("--group-by-length", "0", "--log-every", "1", "--eval-every", "20")
+    more += ("--checkpoint-every", "20")
     assert run(folder, "--method", method, *few, *more, "--no-baseline") == 0
     return folder
 
