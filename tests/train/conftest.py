@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import outcomes
 import pytest
@@ -346,15 +347,14 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 @pytest.fixture(scope="session")
-def spawn(options: list[str], tmp_path_factory) -> Spawn:
+def spawn(options: list[str]) -> Spawn:
   """Starts the program in a process; `spawn(folder, *options, driver="")`.
 
   A driver is Python that is run before the program.
   """
-  cache = tmp_path_factory.mktemp("compiled")
   environment = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # As here: what is compiled is kept by the devices that there are.
+    "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
     "PYTHONUNBUFFERED": "1",
   }
 

@@ -46,9 +46,15 @@ class Ended(NamedTuple):
 
 
 class Lives:
-  """Starts lives; a context."""
+  """Starts lives; a context.
 
-  def __init__(self, environment: Mapping[str, str]):
+  Args:
+    environment: of all of them.
+    driver: Python that runs before the program in each, and before its own.
+  """
+
+  def __init__(self, environment: Mapping[str, str], driver: str = ""):
+    self._driver = driver
     self._process = subprocess.Popen(
       [sys.executable, str(pathlib.Path(__file__))],
       stdin=subprocess.PIPE,
@@ -90,7 +96,7 @@ class Lives:
       arguments=arguments,
       fault=fault,
       at=at,
-      driver=driver,
+      driver=f"{self._driver}\n{driver}",
     )
 
   def end(self, process: int) -> Ended:

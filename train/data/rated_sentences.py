@@ -1,12 +1,11 @@
 """Rated sentences of three domains: reads, merges and divides them."""
 
+import bisect
 from collections.abc import Iterable, Sequence
 import functools
 import math
 import pathlib
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from . import hashing, shipped
 
@@ -105,7 +104,7 @@ def stored() -> dict[str, list[dict[str, Any]]]:
 
 
 def _class(rating: float) -> int:
-  return int(np.digitize(rating, EDGES))
+  return bisect.bisect_right(EDGES, rating)
 
 
 def _parse(values: Sequence[str], where: str) -> Sentence:
