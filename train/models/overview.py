@@ -4,7 +4,7 @@ python -m train.models.overview
 """
 
 from .family import Family
-from .registry import families
+from .registry import OWN
 
 _HEADS = (
   "`model_type`",
@@ -24,9 +24,9 @@ _ANSWERS = {
 
 def table() -> str:
   """A row for each kind of model that is opened, in Markdown."""
-  sequence = {x for family in families() for x in family.sequence_types}
+  sequence = {x for family in OWN for x in family.sequence_types}
   rows = [_HEADS, ("---",) * len(_HEADS)]
-  for family in families():
+  for family in OWN:
     rows += [
       (f"`{kind}`", *_cells(family), _yes(kind in sequence))
       for kind in family.model_types

@@ -16,19 +16,19 @@ from .modernbert import family as modernbert
 from .t5 import family as t5
 from .vit import family as vit
 
-_families = {
-  family.name: family
-  for family in (
-    bert.FAMILY,
-    sequence_bert.FAMILY,
-    deberta.FAMILY,
-    modernbert.FAMILY,
-    decoder.FAMILY,
-    sequence_decoder.FAMILY,
-    t5.FAMILY,
-    vit.FAMILY,
-  )
-}
+OWN = (
+  bert.FAMILY,
+  sequence_bert.FAMILY,
+  deberta.FAMILY,
+  modernbert.FAMILY,
+  decoder.FAMILY,
+  sequence_decoder.FAMILY,
+  t5.FAMILY,
+  vit.FAMILY,
+)
+"""The program's own families."""
+
+_families = {family.name: family for family in OWN}
 
 
 def register(family: Family) -> None:
