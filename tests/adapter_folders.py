@@ -71,7 +71,7 @@ def base(name: str, scan: bool, head: str = "own") -> Any:
 
 def inputs(model: Any, row: Any) -> tuple[Any, ...]:
   """What the model is given of rows of tokens; a classifier also the mask."""
-  if registry.of(model).has_new_head:
+  if registry.family_of(model).has_new_head:
     return row, jnp.ones_like(row)
   return (row,)
 
@@ -82,7 +82,7 @@ def load(
   """As a run does that starts from the folder, on a base of DATA."""
   model, variables, stored = base(name, scan, head)
   found = Loaded(model=model, variables=variables)
-  found.kind = registry.of(model).kind_of(model)
+  found.kind = registry.family_of(model).kind_of(model)
   given = adapter.of(str(folder), model, stored)
   spec = dataclasses.replace(given.spec(), auxiliary_rank=0)
   found.adapted = bilora_jax.adapt(

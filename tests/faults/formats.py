@@ -371,7 +371,7 @@ def _read_adapters(folder: pathlib.Path) -> Any:
 
 def _peft(folder: pathlib.Path) -> None:
   model, _, adapted = _model()
-  kind = registry.of(model).kind_of(model)
+  kind = registry.family_of(model).kind_of(model)
   peft.save(
     folder,
     adapted,
@@ -384,7 +384,7 @@ def _peft(folder: pathlib.Path) -> None:
 
 def _read_peft(folder: pathlib.Path) -> Any:
   model, _, adapted = _model()
-  kind = registry.of(model).kind_of(model)
+  kind = registry.family_of(model).kind_of(model)
   found = peft.load_spec(folder, kind.names, prefix=kind.prefix)
   loaded = peft.load(folder, adapted, kind.names, prefix=kind.prefix)
   return found, jax.tree.map(np.shape, loaded)

@@ -319,7 +319,7 @@ def test_peft_computes_with_our_folder_what_we_do(
 ):
   case.adapt(_spec(case, **({how: True} if how else {})))
   adapters = _random_adapters(case)
-  kind = registry.of(case.model).kind_of(case.model)
+  kind = registry.family_of(case.model).kind_of(case.model)
   peft.save(
     tmp_path,
     case.adapted,
@@ -359,7 +359,7 @@ _TARGETS = {
 @pytest.mark.parametrize("how", ["", "rslora", "dora"])
 def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
   base = _KINDS[case.name].from_pretrained(case.folder)
-  kind = registry.of(case.model).kind_of(case.model)
+  kind = registry.family_of(case.model).kind_of(case.model)
   model = torch_peft.get_peft_model(
     base,
     torch_peft.LoraConfig(
@@ -393,7 +393,7 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   model.save_pretrained(tmp_path)
   spec = adapter.of(str(tmp_path), case.model).spec()
   case.adapt(dataclasses.replace(spec, auxiliary_rank=0))
-  kind = registry.of(case.model).kind_of(case.model)
+  kind = registry.family_of(case.model).kind_of(case.model)
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
   # Scanned layers are one; a T5 has three attentions in a layer of each, and a
   # ModernBERT two modules of one name.
@@ -439,7 +439,7 @@ def _write_vit(case, adapters, out):
   """The program reads a ViT from ONNX files, with heads of 64."""
   out.mkdir()
   merged = case.adapted.merge(case.variables, adapters)
-  found = registry.of(case.model).tensors(case.model, merged["params"])
+  found = registry.family_of(case.model).tensors(case.model, merged["params"])
   safetensors.numpy.save_file(
     {name: np.ascontiguousarray(value) for name, value in found.items()},
     out / "model.safetensors",

@@ -108,7 +108,7 @@ def of(
   Raises:
     ValueError: if a new head is asked for and the model has none.
   """
-  family = registry.of(model)
+  family = registry.family_of(model)
   kind = family.kind_of(model)
   left_out = kind.idle
   if new_head:

@@ -104,7 +104,7 @@ def build(
       not for such a model.
   """
   spec, options = chosen.spec, chosen.options
-  family = registry.of(model)
+  family = registry.family_of(model)
   if spec.trains == "parameters":
     method = _of_parameters(model, lambda params: params)
   elif spec.trains == "head":

@@ -15,7 +15,7 @@ from .io import tokenizer, weights
 
 def complete(found: Pretrained) -> Pretrained:
   """Adds how the folder pools, and the token that pads."""
-  how = pooling.of(found.path, found.hf_config)
+  how = pooling.read(found.path, found.hf_config)
   return dataclasses.replace(
     found,
     config=dataclasses.replace(found.config, pooling=how),

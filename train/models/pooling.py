@@ -51,7 +51,7 @@ def pooled(x_BxLxD: jax.Array, mask_BxL: jax.Array, choice: str) -> jax.Array:
   return (x_BxLxD * mask_BxLx1).sum(1) / count_Bx1
 
 
-def of(folder: pathlib.Path, hf_config: Mapping[str, Any]) -> str:
+def read(folder: pathlib.Path, hf_config: Mapping[str, Any]) -> str:
   """How a model folder pools.
 
   The folder's modules.json says so, if sentence-transformers wrote it. A

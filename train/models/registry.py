@@ -55,7 +55,7 @@ def families() -> tuple[Family, ...]:
   return tuple(_families.values())
 
 
-def of(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> Family:
   """The family whose model this is.
 
   Raises:

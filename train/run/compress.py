@@ -124,7 +124,7 @@ def _tiles(
   model: nn.Module, inputs: tuple[Any, ...], size: int | None
 ) -> dict[str, tuple[int, ...]]:
   """How kernels are cut into what shares a scale, by their paths."""
-  family = registry.of(model)
+  family = registry.family_of(model)
   adapted = bilora_jax.adapt(
     model,
     bilora_jax.LoraSpec(

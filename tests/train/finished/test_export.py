@@ -72,7 +72,7 @@ def _bert() -> _Case:
 
 
 def _tensors(model, params):
-  return registry.of(model).tensors(model, params)
+  return registry.family_of(model).tensors(model, params)
 
 
 _CASES = {
@@ -94,7 +94,7 @@ def case(request):
   found.rows = rows
   example = found.inputs(jnp.ones((1, 2), int))
   found.adapted = bilora_jax.adapt(found.model, spec, *example)
-  kind = registry.of(found.model).kind_of(found.model)
+  kind = registry.family_of(found.model).kind_of(found.model)
   found.adapters = peft.load(folder, found.adapted, kind.names)
   found.kind = kind
   return found
@@ -184,7 +184,7 @@ def test_a_vit_is_the_tensors_that_were_read():
   np.testing.assert_array_equal(head[:, :128], params["head"]["kernel"].T)
   assert not head[:, 128:].any()
   targets = {f"encoder/{path}" for path in vit_weights.modules(config)}
-  assert targets < set(registry.of(model).kind_of(model).names)
+  assert targets < set(registry.family_of(model).kind_of(model).names)
 
 
 def test_a_head_that_means_something_else_is_refused(tmp_path):

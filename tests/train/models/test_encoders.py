@@ -282,7 +282,7 @@ def test_a_pooling_folder_elsewhere_is_refused(tmp_path, name):
   modules = [{"type": "sentence_transformers.models.Pooling", "path": name}]
   (tmp_path / "modules.json").write_text(json.dumps(modules))
   with pytest.raises(weights.WeightsError, match="must name folders beside"):
-    pooling.of(tmp_path, {})
+    pooling.read(tmp_path, {})
 
 
 _REFUSED = [

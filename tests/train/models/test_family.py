@@ -98,7 +98,7 @@ def test_two_families_do_not_open_the_same():
 
 def test_a_model_of_no_family_is_named():
   with pytest.raises(ValueError, match="A Encoder is of no registered family"):
-    registry.of(toy_family.Encoder(toy_family.BagConfig(3, 2)))
+    registry.family_of(toy_family.Encoder(toy_family.BagConfig(3, 2)))
 
 
 def test_weights_are_quantised_one_by_one_as_they_are_read(
