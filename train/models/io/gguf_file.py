@@ -205,6 +205,8 @@ class _Reader(gguf.GGUFReader):
     size = np.dtype(dtype).itemsize * int(count)
     if int(offset) + size > len(self.data):
       raise ValueError(f"it has no {size} bytes at {offset}")
+    # A part of a memmap is made by Python, three times for each word.
+    self.data: Any = np.asarray(self.data)
     return super()._get(offset, dtype, count, override_order)
 
 
