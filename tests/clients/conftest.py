@@ -1,4 +1,4 @@
-"""Other people's models are not for `make test`, but for `make test-clients`."""
+"""Models of other people are for `make test-clients`, not for `make test`."""
 
 import importlib.util
 
