@@ -94,18 +94,40 @@ _ENCODERS = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"), 0),
   ),
 }
-_CONFIGS = {
-  **_ENCODERS,
-  "bert sequence": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
+_DECODERS = {
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
-  "llama sequence": lambda: transformers.LlamaConfig(**_DECODER, num_labels=2),
+  "mistral": lambda: transformers.MistralConfig(**_DECODER, sliding_window=4),
   "qwen2": lambda: transformers.Qwen2Config(
     **_DECODER, tie_word_embeddings=True
   ),
+  "qwen3": lambda: transformers.Qwen3Config(**_DECODER, head_dim=6),
+  "smollm3": lambda: transformers.SmolLM3Config(
+    **_DECODER, no_rope_layer_interval=2, attention_bias=True
+  ),
+}
+_PICTURES = _SIZES | {"image_size": 16, "patch_size": 4}
+_TEXTS = {k: v for k, v in _SIZES.items() if k != "initializer_range"}
+_TOWERS = {
+  "hf vit": lambda: transformers.ViTConfig(**_PICTURES, num_labels=10),
+  "deit": lambda: transformers.DeiTConfig(**_PICTURES, num_labels=10),
+  "clip": lambda: transformers.CLIPConfig(
+    text_config=_TEXTS, vision_config=_PICTURES, num_labels=10
+  ),
+  "siglip": lambda: transformers.SiglipConfig(
+    text_config=_TEXTS, vision_config=_PICTURES, num_labels=10
+  ),
+}
+_CONFIGS = {
+  **_ENCODERS,
+  **_DECODERS,
+  **_TOWERS,
+  "bert sequence": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
+  "llama sequence": lambda: transformers.LlamaConfig(**_DECODER, num_labels=2),
   "t5": lambda: transformers.T5Config(**_T5, feed_forward_proj="relu"),
   "t5 v1.1": lambda: transformers.T5Config(
     **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
   ),
+  "mt5": lambda: transformers.MT5Config(**_T5),
   "vit": lambda: transformers.Dinov2Config(
     **onnx_file.hf_config(_VIT), num_labels=2, initializer_range=0.25
   ),
@@ -114,11 +136,14 @@ _KINDS = {
   **dict.fromkeys(_ENCODERS, transformers.AutoModelForTokenClassification),
   "modernbert": transformers.AutoModelForSequenceClassification,
   "bert sequence": transformers.AutoModelForSequenceClassification,
-  "llama": transformers.AutoModelForCausalLM,
+  **dict.fromkeys(_DECODERS, transformers.AutoModelForCausalLM),
+  **dict.fromkeys(_TOWERS, transformers.AutoModelForImageClassification),
+  # Which of its two classifiers the auto class cannot tell.
+  "deit": transformers.DeiTForImageClassification,
   "llama sequence": transformers.AutoModelForSequenceClassification,
-  "qwen2": transformers.AutoModelForCausalLM,
   "t5": transformers.AutoModelForSeq2SeqLM,
   "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
+  "mt5": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
 _HEADS = {"bert sequence": "classifier", "llama sequence": "score"}
@@ -126,11 +151,14 @@ _CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
   **{name: {} for name in _ENCODERS},
   "bert sequence": {"head": "sequence"},
-  "llama": _CHATS,
+  **dict.fromkeys(_DECODERS, _CHATS),
+  **{key: {"task": "digits"} for key in _TOWERS},
   "llama sequence": {"head": "sequence", "scan_layers": True},
   "qwen2": {**_CHATS, "scan_layers": True},
+  "mistral": {**_CHATS, "scan_layers": True},
   "t5": {"scan_layers": True},
   "t5 v1.1": {},
+  "mt5": {},
 }
 
 
@@ -175,11 +203,13 @@ def case(request, tmp_path_factory):
   name = request.param
   folder = tmp_path_factory.mktemp(name)
   torch.manual_seed(0)
-  model = _KINDS[name].from_config(_CONFIGS[name](), dtype=torch.float32)
+  make = getattr(_KINDS[name], "from_config", _KINDS[name])
+  model = make(_CONFIGS[name]()).float()
   _moved(model, "bias", "norm", "Norm", "lambda", "cls_token")
   model.save_pretrained(folder)
   found = _Case(name=name, folder=folder)
-  kinds = {"vit": _vit, "t5": _t5, "t5 v1.1": _t5}
+  kinds = {"vit": _vit, "t5": _t5, "t5 v1.1": _t5, "mt5": _t5}
+  kinds |= dict.fromkeys(_TOWERS, _tower)
   kinds |= dict.fromkeys(_ENCODERS, _encoder)
   kinds |= dict.fromkeys(_HEADS, _sequence)
   kinds.get(name, _decoder)(found, model)
@@ -251,6 +281,17 @@ def _vit(case, model):
   case.variables = {"params": {"encoder": encoder, "head": head}}
 
 
+def _tower(case, model):
+  draws = np.random.default_rng(0).normal(size=(1, 3, 16, 16))
+  pixels = draws.astype(np.float32)
+  case.batch = {"pixel_values": pixels}
+  case.inputs = (jnp.asarray(pixels.transpose(0, 2, 3, 1)),)
+  pretrained = load.open_pretrained(str(case.folder))
+  case.model = pretrained.classifier(10)
+  case.variables = pretrained.variables(case.model, 0)
+  case.variables["params"]["head"] = _dense(model.classifier)
+
+
 def _dense(module):
   own = {"kernel": jnp.asarray(module.weight.detach().numpy().T)}
   if module.bias is not None:
@@ -295,7 +336,7 @@ def _random_adapters(case):
 
 
 def _spec(case, **fields):
-  is_decoder = case.name not in ("vit", *_ENCODERS, *_HEADS)
+  is_decoder = case.name not in ("vit", *_ENCODERS, *_HEADS, *_TOWERS)
   return bilora_jax.LoraSpec(
     rank=3,
     alpha=5.0,
@@ -347,11 +388,14 @@ _TARGETS = {
   "deberta v3": ["query_proj", "key_proj", "dense"],
   "modernbert": ["Wqkv", "Wo", "dense"],
   "bert sequence": ["query", "value", "dense"],
-  "llama": ["q_proj", "v_proj", "down_proj"],
+  **{name: ["q_proj", "v_proj", "down_proj"] for name in _DECODERS},
+  **{name: ["q_proj", "v_proj", "fc1"] for name in _TOWERS},
+  # Its pooling head has an fc1 and an out_proj too, which are not read.
+  "siglip": ["q_proj", "v_proj", "k_proj"],
   "llama sequence": ["q_proj", "v_proj", "down_proj"],
-  "qwen2": ["q_proj", "v_proj", "down_proj"],
   "t5": ["q", "v", "wo"],
   "t5 v1.1": ["q", "v", "wo"],
+  "mt5": ["q", "v", "wo"],
   "vit": ["q_proj", "o_proj", "fc1", "projection"],
 }
 
@@ -387,6 +431,8 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
 
 
 def test_adapters_of_a_bare_model_are_read(case, tmp_path):
+  if case.name in ("clip", "siglip"):
+    pytest.skip("a bare model has a text tower too, which its adapters are on")
   base = transformers.AutoModel.from_pretrained(case.folder)
   lora = torch_peft.LoraConfig(r=2, target_modules=_TARGETS[case.name][:2])
   model = torch_peft.get_peft_model(base, lora)
@@ -397,7 +443,14 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   found = peft.load(tmp_path, case.adapted, kind.names, prefix=kind.prefix)
   # Scanned layers are one; a T5 has three attentions in a layer of each, and a
   # ModernBERT two modules of one name.
-  wanted = {"qwen2": 2, "llama sequence": 2, "t5": 6, "t5 v1.1": 8}
+  wanted = {
+    "qwen2": 2,
+    "mistral": 2,
+    "llama sequence": 2,
+    "t5": 6,
+    "t5 v1.1": 8,
+    "mt5": 8,
+  }
   wanted["modernbert"] = 6
   assert len(case.adapted.targets) == wanted.get(case.name, 4)
   assert set(found) == {"primary"}
@@ -419,7 +472,7 @@ def test_a_merged_model_loads_in_transformers(case, tmp_path):
   np.testing.assert_allclose(
     case.torch_logits(model), case.logits(adapters), rtol=0, atol=TOLERANCE
   )
-  if case.name != "vit":
+  if case.name not in ("vit", *_TOWERS):
     own = transformers.AutoTokenizer.from_pretrained(out)
     assert own("a b", add_special_tokens=False)["input_ids"] == [2, 3]
 

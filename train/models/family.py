@@ -57,6 +57,11 @@ def _no_head(model: Any) -> None:
   del model
 
 
+def _none_carried(config: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+  del config, tensors
+  return {}
+
+
 def _nothing(tensors: Mapping[str, Any]) -> dict[str, Any]:
   del tensors
   return {}
@@ -112,6 +117,8 @@ class Family:
     sizes: of published models, by name.
     kind: of a model, what it is in transformers; None if it is not there.
     tensors: `(model, params)` to the tensors that it has there.
+    carried: of a config and the tensors that were read, those that our model
+      has not and transformers' has, by their names there: arrays, unchanged.
     exported: of these tensors, what config.json has to say of them.
   """
 
@@ -141,6 +148,7 @@ class Family:
   sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   kind: Callable[[Any], Kind] | None = None
   tensors: Callable[..., dict[str, Any]] | None = None
+  carried: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = _none_carried
   exported: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
 
   @property
@@ -308,7 +316,8 @@ class Pretrained:
   ) -> dict[str, Any]:
     """The tensors of the model in transformers, a linear weight (out, in)."""
     assert self.family.tensors is not None
-    return self.family.tensors(model, params)
+    carried = self.family.carried(self.config, self.tensors)
+    return self.family.tensors(model, params) | carried
 
   def exported_config(
     self,

@@ -89,6 +89,11 @@ def test_an_export_is_the_folder_again_with_its_head(name):
     if not key.startswith("classifier."):
       stored = own[key.removeprefix(prefix) if bare else key]
       np.testing.assert_array_equal(value, stored, err_msg=key)
+  # What our model has not, and transformers' has, is carried along.
+  tower = {key for key in own if bare or key.startswith(prefix)}
+  missing = {key.removeprefix(prefix) for key in tower}
+  missing -= {key.removeprefix(prefix) for key in tensors}
+  assert not missing - {"classifier.weight", "classifier.bias"}
   width = found.config.hidden_size
   head = _reference(name)["kernel"]
   np.testing.assert_array_equal(

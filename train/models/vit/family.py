@@ -86,7 +86,11 @@ def _kind(model: vit.VitClassifier) -> Kind:
     peft.Wider("classifier", width, unused) if unused else "classifier"
   )
   names["head/bias"] = "classifier"
-  return Kind(tower.architecture, names, tower.prefix, None)
+  return Kind(tower.architecture, names, tower.prefix, None, idle=_IDLE)
+
+
+# Of SigLIP's pooling head, which a classifier does not read.
+_IDLE = ("head.mlp.fc1", "head.mlp.fc2", "head.attention.out_proj")
 
 
 def _unused_inputs(config: configs.VitConfig) -> int:
@@ -126,4 +130,5 @@ FAMILY = Family(
   logical_axes=vit.logical_axes,
   kind=_kind,
   tensors=_tensors,
+  carried=weights.carried,
 )

@@ -33,7 +33,8 @@ class _Names(NamedTuple):
     scales: likewise, of the scales of branches.
     before: the norm before the layers.
     after: the norm after them.
-    unused: within the tower, of what is left out.
+    unused: within the tower, of what our model has not.
+    left_out: of these, what transformers' classifiers have not either.
     renamed: parts of tensors' names that transformers 5 names otherwise in its
       modules, which adapters are named by.
   """
@@ -46,6 +47,7 @@ class _Names(NamedTuple):
   norms: dict[str, str]
   after: str
   unused: re.Pattern[str]
+  left_out: re.Pattern[str]
   registers: str = ""
   before: str = ""
   scales: Mapping[str, str] = {}
@@ -85,6 +87,7 @@ _BY_KIND = {
     },
     after="layernorm",
     unused=re.compile(r"pooler\..*|embeddings\.mask_token"),
+    left_out=re.compile(r".*"),
     renamed={
       "encoder.layer.": "layers.",
       **_RENAMED,
@@ -107,6 +110,7 @@ _BY_KIND = {
     after="layernorm",
     # What stands for a patch that is hidden in pre-training.
     unused=re.compile(r"embeddings\.mask_token"),
+    left_out=re.compile(r""),
     renamed=_RENAMED,
   ),
   "clip": _Names(
@@ -126,6 +130,7 @@ _BY_KIND = {
     before="pre_layrnorm",
     after="post_layernorm",
     unused=re.compile(r"head\..*|post_layernorm\..*|embeddings\.position_ids"),
+    left_out=re.compile(r"embeddings\.position_ids"),
   ),
 }
 
@@ -221,6 +226,29 @@ def vit_tensors(
       value = value.T
     found[name] = value.reshape(source.tensor_shape)
   return found
+
+
+def carried(
+  config: VitConfig, tensors: Mapping[str, tensors_.Tensor]
+) -> dict[str, np.ndarray]:
+  """The tower's tensors that `vit_params` leaves out and an export needs.
+
+  Args:
+    config: the sizes.
+    tensors: by Hugging Face's names.
+
+  Returns:
+    Arrays by their names in a classifier, as a SigLIP's pooling head.
+  """
+  names, plan = _names(config), _plan(config)
+  planned = {source.names[0] for source in plan.values()}
+  return {
+    config.tower.prefix + name: tensor[(slice(None),) * len(tensor.shape)]
+    for name, tensor in _own(config, tensors).items()
+    if name not in planned
+    and names.unused.fullmatch(name)
+    and not names.left_out.fullmatch(name)
+  }
 
 
 def modules(config: VitConfig) -> dict[str, str | peft.Convolution]:
