@@ -1,34 +1,50 @@
-"""Evaluation on a split: predictions, the task's metrics, an interval."""
+"""Evaluation on a split: predictions, the task's metrics, an interval.
+
+SciPy's statistics and scikit-learn are imported where they are used: they take
+as long as all else that a run needs at its start.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
-from sklearn import linear_model, metrics, preprocessing
-from sklearn import pipeline as sklearn_pipeline
 
 from .batching import Batch
 from .objectives import Items
 
 
-def _correlation(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], float]:
-  """A correlation; 0 where one side is constant, which has none."""
+def _accuracy(true: Any, predicted: Any) -> float:
+  return float(np.mean(np.equal(true, predicted)))
+
+
+def _of_sklearn(name: str) -> Callable[[Any, Any], float]:
+  def found(true: Any, predicted: Any) -> float:
+    from sklearn import metrics
+
+    return float(getattr(metrics, name)(true, predicted))
+
+  return found
+
+
+def _correlation(name: str) -> Callable[[Any, Any], float]:
+  """A correlation of SciPy's; 0 where one side is constant, which has none."""
 
   def found(true: Any, predicted: Any) -> float:
+    from scipy import stats
+
     if len(true) < 2 or np.ptp(true) == 0 or np.ptp(predicted) == 0:
       return 0.0
-    return float(of(true, predicted).statistic)
+    return float(getattr(stats, name)(true, predicted).statistic)
 
   return found
 
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
-  "accuracy": metrics.accuracy_score,
-  "matthews_correlation": metrics.matthews_corrcoef,
-  "rmse": metrics.root_mean_squared_error,
-  "pearson": _correlation(stats.pearsonr),
-  "spearman": _correlation(stats.spearmanr),
+  "accuracy": _accuracy,
+  "matthews_correlation": _of_sklearn("matthews_corrcoef"),
+  "rmse": _of_sklearn("root_mean_squared_error"),
+  "pearson": _correlation("pearsonr"),
+  "spearman": _correlation("spearmanr"),
 }
 LOWER_IS_BETTER = ("rmse", "perplexity")
 VALUES = "values"
@@ -58,6 +74,8 @@ class Evaluation(NamedTuple):
     """Wilson's 95% interval of the accuracy; None where it does not hold."""
     if self.unit != "rows":
       return None
+    from scipy import stats
+
     found = stats.binomtest(self.correct, self.rows).proportion_ci(
       0.95, method="wilson"
     )
@@ -127,6 +145,8 @@ def baseline(
     names: of the metrics, the one to choose by first.
   """
 
+  from sklearn import linear_model, metrics, pipeline, preprocessing
+
   def of(rows):
     found = {}
     for batch in rows.batches:
@@ -137,7 +157,7 @@ def baseline(
   values = train.labels.dtype.kind == "f"
   x_train, x_validation, x_test = map(of, (train, validation, test))
   models = [
-    sklearn_pipeline.make_pipeline(
+    pipeline.make_pipeline(
       preprocessing.StandardScaler(),
       linear_model.Ridge(alpha=1 / c)
       if values

@@ -11,7 +11,6 @@ import random
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from . import images, pipeline, regimes
 from .options import DataOptions
@@ -113,6 +112,8 @@ def blur(pixels: np.ndarray, width: float) -> np.ndarray:
     pixels: as of `noise`.
     width: the Gaussian's deviation, over the images' height.
   """
+  from scipy import ndimage  # imported here, since few runs need it
+
   sigma = width * pixels.shape[1]
   sigmas = (0, sigma, sigma, 0)[: pixels.ndim]
   return _pixels(ndimage.gaussian_filter(pixels.astype(np.float32), sigmas))
@@ -135,6 +136,8 @@ def rotation(pixels: np.ndarray, degrees: float) -> np.ndarray:
     pixels: as of `noise`.
     degrees: how far, every other image to the other side.
   """
+  from scipy import ndimage
+
   turned = np.empty(pixels.shape, np.float32)
   for i, angle in enumerate((degrees, -degrees)):
     turned[i::2] = ndimage.rotate(

@@ -5,9 +5,6 @@ import pathlib
 import shlex
 from typing import Any
 
-import matplotlib
-from matplotlib import figure
-
 from .. import checked, files, options
 from ..data import calibration
 from ..errors import UsageError
@@ -230,6 +227,10 @@ def _plot(rows, found: dict[str, Any], path: pathlib.Path) -> None:
   ]
   if any("c_over_rho" in row for row in rows):
     panels.append(("c / rho, before the clip", {"auxiliary": "c_over_rho"}))
+  # Imported at the end of a run, and not before its first step.
+  import matplotlib
+  from matplotlib import figure
+
   with matplotlib.rc_context(
     {"axes.spines.top": False, "axes.spines.right": False}
   ):
