@@ -1,6 +1,21 @@
-"""Other people's models are not for `make test`, but for `make test-clients`."""
+"""What needs other people's models is for `make test-clients` alone."""
 
 import importlib.util
 
+from flax import linen as nn
+import pytest
+
 if importlib.util.find_spec("kauldron") is None:
   collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flax_as_it_was():
+  """Undoes what gemma 4.0.1 does to Flax when it is imported.
+
+  Its `nn.Module.param` takes the shape and the dtype of a parameter and nothing
+  else, and the Flax Llama of transformers gives one argument more or less.
+  """
+  param = nn.Module.param
+  yield
+  nn.Module.param = param
