@@ -34,7 +34,7 @@ class Client:
     args: what it is called with.
     kwargs: what it is called with, by name.
     loss: of what the model returns, a scalar.
-    targets: the spec's; `.*` is the spec's own.
+    exclude: the spec's.
     found: how many weights are adapted in modules of each name.
   """
 
@@ -44,7 +44,7 @@ class Client:
   found: Mapping[str, int]
   args: tuple[Any, ...] = ()
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  targets: str = ".*"
+  exclude: str | None = None
 
 
 def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
@@ -73,7 +73,7 @@ def check(client: Client, folder: pathlib.Path) -> None:
     client: the model.
     folder: an empty one, to save to.
   """
-  spec = LoraSpec(rank=2, alpha=4.0, auxiliary_rank=2, targets=client.targets)
+  spec = LoraSpec(rank=2, alpha=4.0, auxiliary_rank=2, exclude=client.exclude)
   adapted = bilora_jax.adapt(client.model, spec, *client.args, **client.kwargs)
   found = Counter(path.split("/")[-2] for path in adapted.targets)
   assert found == client.found, (found, adapted.skipped)

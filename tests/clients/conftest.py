@@ -13,8 +13,8 @@ if importlib.util.find_spec("kauldron") is None:
 def flax_as_it_was():
   """Undoes what gemma 4.0.1 does to Flax when it is imported.
 
-  Its `nn.Module.param` takes the shape and the dtype of a parameter and nothing
-  else, and the Flax Llama of transformers gives one argument more or less.
+  Its `nn.Module.param` gives a dtype to every initializer, if only None, and
+  those of the Flax Llama of transformers take none.
   """
   param = nn.Module.param
   yield

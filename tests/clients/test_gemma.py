@@ -5,7 +5,7 @@ from gemma import gm
 import jax
 import jax.numpy as jnp
 
-IDS = checks.tokens(4, 8, below=13)
+IDS = jnp.asarray(checks.tokens(4, 8, below=13))
 
 
 def test_gemma(tmp_path):

@@ -1,4 +1,4 @@
-"""What needs PyTorch or Tunix is not for `make test`."""
+"""What needs PyTorch is not for `make test`."""
 
 import importlib.util
 
@@ -10,5 +10,3 @@ def _is_there(name: str) -> bool:
 collect_ignore_glob = ["make_*.py"]
 if not _is_there("torch"):
   collect_ignore_glob += ["test_loading.py", "test_peft.py", "test_t5.py"]
-if not _is_there("tunix"):
-  collect_ignore_glob += ["test_tunix.py"]
