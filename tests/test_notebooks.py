@@ -28,7 +28,7 @@ def test_notebook_runs_and_its_asserts_hold(path, tmp_path, monkeypatch):
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert code and all(cell.execution_count for cell in code)
   if path.stem == "trainers":
-    # Its last part runs where Tunix is, as under `make test-tunix`.
+    # Its last part runs where Tunix is, as under `make test-clients`.
     there = importlib.util.find_spec("tunix") is not None
     assert ("trained by Tunix" in _printed(code[-1])) is there
 

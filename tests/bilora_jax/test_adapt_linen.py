@@ -856,6 +856,17 @@ def test_a_weight_that_is_scaled_before_use_is_refused_by_name():
   assert "LoraSpec(exclude=...)" in message
 
 
+def test_a_use_that_was_not_seen_is_refused_by_name():
+  def multiply(x, w):
+    assert jax.typeof(w).shape == (5, 5)  # not in the traced program
+    return jnp.dot(x, w)
+
+  model, x = Custom(multiply), jnp.ones((2, 5))
+  adapted, variables = adapt(model, SPEC, x), model.init(KEY, x)
+  with pytest.raises(ValueError, match=r"the adapted weight w, here of shape"):
+    adapted.apply(variables, adapted.init(KEY, variables), x)
+
+
 def test_a_reversed_convolution_kernel_is_refused_by_name():
   model = nn.ConvTranspose(6, (3,), transpose_kernel=True)
   assert "the weight kernel cannot" in _error(model, jnp.ones((1, 5, 4)), ALL)

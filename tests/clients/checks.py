@@ -34,7 +34,7 @@ class Client:
     args: what it is called with.
     kwargs: what it is called with, by name.
     loss: of what the model returns, a scalar.
-    targets: the spec's; `.*` is the spec's own.
+    exclude: the spec's.
     found: how many weights are adapted in modules of each name.
   """
 
@@ -44,7 +44,7 @@ class Client:
   found: Mapping[str, int]
   args: tuple[Any, ...] = ()
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  targets: str = ".*"
+  exclude: str | None = None
 
 
 def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
@@ -73,7 +73,7 @@ def check(client: Client, folder: pathlib.Path) -> None:
     client: the model.
     folder: an empty one, to save to.
   """
-  spec = LoraSpec(rank=2, alpha=4.0, auxiliary_rank=2, targets=client.targets)
+  spec = LoraSpec(rank=2, alpha=4.0, auxiliary_rank=2, exclude=client.exclude)
   adapted = bilora_jax.adapt(client.model, spec, *client.args, **client.kwargs)
   found = Counter(path.split("/")[-2] for path in adapted.targets)
   assert found == client.found, (found, adapted.skipped)
@@ -110,12 +110,12 @@ def _check_training(
   state = tx.init(adapters)
   losses, clip_factors = [], []
   for _ in range(STEPS):
-    before = jax.tree.leaves((adapters, state))
+    before = jax.tree.leaves(adapters)
     adapters, state, loss = step(adapters, state, client.variables)
     assert all(x.is_deleted() for x in before)
     losses.append(float(loss))
     clip_factors.append(float(optax.tree.get(state, "clip_factor")))
-    assert _dense_norm(adapters["auxiliary"]) <= RHO * (1 + 1e-5)
+    assert dense_norm(adapters["auxiliary"]) <= RHO * (1 + 1e-5)
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0]
   assert min(clip_factors) < 1  # it was the ball that held it
@@ -145,12 +145,12 @@ def _check_saving(
   """Our own files, and Orbax's, hold the same bits."""
   path = folder / "adapters.safetensors"
   bilora_jax.save_adapters(path, adapted, adapters)
-  _assert_same(bilora_jax.load_adapters(path, adapted), adapters)
+  assert_same(bilora_jax.load_adapters(path, adapted), adapters)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "orbax", (adapters, state))
     checkpointer.wait_until_finished()
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, (adapters, state))
-    _assert_same(
+    assert_same(
       checkpointer.restore(folder / "orbax", shapes), (adapters, state)
     )
 
@@ -159,7 +159,7 @@ def _adapted_outputs(
   adapted: bilora_jax.Adapted, client: Client, adapters: Any
 ) -> Any:
   return jax.jit(
-    lambda variables, adapters: client_arrays(
+    lambda variables, adapters: _arrays(
       adapted.apply(variables, adapters, *client.args, **client.kwargs)
     )
   )(client.variables, adapters)
@@ -178,18 +178,16 @@ def _base_outputs(client: Client) -> Any:
       return model(*args, **kwargs)
 
   return jax.jit(
-    lambda variables: client_arrays(
-      call(variables, *client.args, **client.kwargs)
-    )
+    lambda variables: _arrays(call(variables, *client.args, **client.kwargs))
   )(client.variables)
 
 
-def client_arrays(outputs: Any) -> list[jax.Array]:
+def _arrays(outputs: Any) -> list[jax.Array]:
   """The arrays in what a model returns, which may have a type of its own."""
   return jax.tree.leaves(outputs)
 
 
-def _dense_norm(auxiliary: Any) -> float:
+def dense_norm(auxiliary: Any) -> float:
   """The Frobenius norm of all products, formed in float64."""
   pairs = jax.tree.leaves(
     auxiliary, is_leaf=lambda x: isinstance(x, bilora_jax.Factors)
@@ -213,6 +211,6 @@ def _assert_close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(x, y, **CLOSE)
 
 
-def _assert_same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any) -> None:
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   jax.tree.map(np.testing.assert_array_equal, found, expected)

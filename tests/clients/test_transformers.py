@@ -12,6 +12,8 @@ SIZES = {
   "intermediate_size": 24,
 }
 IDS = checks.tokens(4, 8, below=32)
+MASK = jnp.ones_like(IDS)
+POSITIONS = jnp.broadcast_to(jnp.arange(8), IDS.shape)
 LABELS = jnp.arange(4) % 3
 
 
@@ -35,7 +37,13 @@ def _bert():
       None,
     ),
     loss=lambda outputs: checks.cross_entropy(outputs.logits, LABELS),
-    found={},
+    found={
+      "query": 2,
+      "key": 2,
+      "value": 2,
+      "dense": 7,
+      "classifier": 1,
+    },
   )
 
 
@@ -48,7 +56,14 @@ def _vit():
     transformers.FlaxViTForImageClassification(config),
     args=(images,),
     loss=lambda outputs: checks.cross_entropy(outputs.logits, LABELS),
-    found={},
+    found={
+      "query": 2,
+      "key": 2,
+      "value": 2,
+      "dense": 6,
+      "projection": 1,
+      "classifier": 1,
+    },
   )
 
 
@@ -58,9 +73,9 @@ def _gpt2():
   )
   return _client(
     transformers.FlaxGPT2LMHeadModel(config),
-    args=(IDS, jnp.ones_like(IDS), jnp.arange(8)[None] + 0 * IDS),
+    args=(IDS, MASK, POSITIONS),
     loss=lambda outputs: checks.next_token_loss(outputs.logits, IDS),
-    found={},
+    found={"c_attn": 2, "c_proj": 4, "c_fc": 2},
   )
 
 
@@ -70,9 +85,18 @@ def _llama():
   )
   return _client(
     transformers.FlaxLlamaForCausalLM(config),
-    args=(IDS, jnp.ones_like(IDS), jnp.arange(8)[None] + 0 * IDS),
+    args=(IDS, MASK, POSITIONS),
     loss=lambda outputs: checks.next_token_loss(outputs.logits, IDS),
-    found={},
+    found={
+      "q_proj": 2,
+      "k_proj": 2,
+      "v_proj": 2,
+      "o_proj": 2,
+      "gate_proj": 2,
+      "up_proj": 2,
+      "down_proj": 2,
+      "lm_head": 1,
+    },
   )
 
 

@@ -1,7 +1,4 @@
-"""Bi-LoRA in Tunix's `PeftTrainer`: our own loop's losses and factors.
-
-Run by `make test-tunix`, in an environment of its own.
-"""
+"""Bi-LoRA in Tunix's `PeftTrainer`: our own loop's losses and factors."""
 
 from flax import nnx
 import jax

@@ -1,4 +1,4 @@
-"""What needs PyTorch or Tunix is not for `make test`."""
+"""What needs PyTorch is not for `make test`."""
 
 import importlib.util
 
@@ -16,5 +16,3 @@ if not _is_there("torch"):
     "test_t5.py",
     "test_vocabularies.py",
   ]
-if not _is_there("tunix"):
-  collect_ignore_glob += ["test_tunix.py"]
