@@ -19,6 +19,7 @@ from train.data import registry as tasks
 from train.data.options import DataOptions, check
 from train.data.task import Source, Task
 from train.models import load as models
+from train.models.vit.config import IMAGENET
 
 WORDS = ("bad", "good")
 
@@ -348,6 +349,9 @@ def test_values_are_standardised_and_scored_in_their_units(
 class _Sizes:
   patch_size: int = 4
   grid: int = 3
+  side: int = 0
+  mean: tuple[float, ...] = IMAGENET[0]
+  deviation: tuple[float, ...] = IMAGENET[1]
 
 
 @dataclasses.dataclass
