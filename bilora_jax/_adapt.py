@@ -9,7 +9,14 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _finding, _hosts, _nnx_host, _quantised, _unmatched
+from bilora_jax import (
+  _finding,
+  _hosts,
+  _marking,
+  _nnx_host,
+  _quantised,
+  _unmatched,
+)
 from bilora_jax._adapted import Adapted
 from bilora_jax._plan import AdaptedWeight, Plan
 from bilora_jax._site import Path
@@ -80,7 +87,7 @@ def adapt(
     path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
     for path, leaf in host.shapes().items()
   }
-  program = host.program(_finding.Finder(), parameters)
+  program = host.program(_marking.Finder(), parameters)
   sites, unfit = _finding.find_sites(program, parameters)
   _unmatched.check(
     spec,

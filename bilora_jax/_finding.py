@@ -1,114 +1,27 @@
-"""Where a model multiplies by its weights.
+"""Where a traced model multiplies by its weights.
 
-`Finder` marks the products while the model is traced abstractly, and
-`find_sites` follows each weight through the traced program to its marks.
-Nothing is computed and nothing is allocated.
+`find_sites` follows each weight through the program to the marks that a
+`_marking.Finder` has left. Nothing is computed and nothing is allocated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
-import inspect
 import json
-import os
 from typing import Any
 
-from flax import linen as nn
-from flax import nnx
-import jax
-from jax import ad_checkpoint, core
 from jax.extend import core as programs
 import jax.numpy as jnp
 
-from bilora_jax import _products
+from bilora_jax import _marking
 from bilora_jax._site import Path, Site
 
 # An embedding's table is looked up, not multiplied by; a tied head does
 # multiply, by the transpose, and an adapter there would miss the look-ups.
 _NOT_ADAPTED = ("embedding",)
-_MARK = "bilora_jax product "
 _SLICES = ("slice", "dynamic_slice")
 _SAME = ("convert_element_type", "copy", "sharding_constraint", "name")
-# Of `flax.linen.Module`, where a model is entered.
-_ENTRIES = ("apply", "init_with_output")
-# Where the frames of jitted functions are JAX's own.
-_PJIT = os.path.join(os.path.dirname(jax.__file__), "_src", "pjit.py")
 # The parameters of JAX's equations that hold the program of a call.
 _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-class Finder(_products.Products):
-  """Marks the second operand of each product, with the product's axes.
-
-  Products in jitted functions have no mark: JAX keeps their traces.
-  """
-
-  def get_intercept_map(self):
-    return super().get_intercept_map() | {
-      "flax.linen.Module.param": self.nn_param,
-    }
-
-  def nn_param(self, module, name, *args, **kwargs):
-    # Flax traces each initializer for its shape, which takes as long as init.
-    stored = module.get_variable("params", name)
-    return module.param(name, *args, **kwargs) if stored is None else stored
-
-  def dot_general(self, lhs, rhs, dimension_numbers, *args, **kwargs):
-    lhs, rhs = map(_products.value, (lhs, rhs))
-    rhs = _marked(lhs, rhs, dimension_numbers)
-    return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
-
-  def dot(self, a, b, *args, **kwargs):
-    a, b = map(_products.value, (a, b))
-    if min(jnp.ndim(a), jnp.ndim(b)) > 0:
-      b = _marked(a, b, _products.dot_as_product(a, b))
-    return jnp.dot(a, b, *args, **kwargs)
-
-  def einsum(self, subscripts, *operands, **kwargs):
-    operands = tuple(map(_products.value, operands))
-    product = _products.einsum_as_product(subscripts, *operands)
-    if product is not None:
-      lhs, rhs = operands
-      operands = lhs, _marked(lhs, rhs, product[0])
-    return jnp.einsum(subscripts, *operands, **kwargs)
-
-  def conv_general_dilated(
-    self,
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    batch_group_count=1,
-    **kwargs,
-  ):
-    lhs, rhs = map(_products.value, (lhs, rhs))
-    numbers = jax.lax.conv_dimension_numbers(
-      lhs.shape, rhs.shape, dimension_numbers
-    )
-    last = rhs.ndim - 1
-    # Of a grouped convolution, the groups would have to divide the rank, and
-    # the adapter would not be a product of two factors.
-    if (
-      feature_group_count == batch_group_count == 1
-      and numbers.rhs_spec[0] == numbers.out_spec[1] == last
-    ):
-      axes = (((), tuple(range(last))), ((), ()))
-      rhs = _marked(lhs, rhs, axes, convolution=True)
-    return jax.lax.conv_general_dilated(
-      lhs,
-      rhs,
-      window_strides,
-      padding,
-      lhs_dilation,
-      rhs_dilation,
-      dimension_numbers,
-      feature_group_count,
-      batch_group_count,
-      **kwargs,
-    )
 
 
 def find_sites(
@@ -117,8 +30,8 @@ def find_sites(
   """All weights that adapters can be put on.
 
   Args:
-    program: the model's, traced under a `Finder`; its first inputs are the
-      parameters.
+    program: the model's, traced under a `_marking.Finder`; its first inputs
+      are the parameters.
     shapes: of the parameters, in the order of these inputs.
 
   Returns:
@@ -248,7 +161,7 @@ class _Uses:
   ) -> list[_Weight | None]:
     name, params = equation.primitive.name, equation.params
     first = weights[0]
-    if name == "name" and params["name"].startswith(_MARK):
+    if name == "name" and params["name"].startswith(_marking.MARK):
       assert first is not None  # its only input
       product = _parsed(params["name"], first)
       self.products.setdefault(first.path, set()).add(product)
@@ -342,23 +255,8 @@ def _scan_sizes(equation: Any) -> tuple[int, int]:
   return whole(equation.invars, program.invars) - carry, carry
 
 
-def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
-  """The second operand of a product, with a note in the traced program."""
-  if not isinstance(rhs, core.Tracer) or rhs.ndim < 2 or _in_jitted_function():
-    return rhs
-  (_, contracted), (_, batch) = axes
-  note = {
-    "shape": rhs.shape,
-    "batch": tuple(map(int, batch)),
-    "contracted": tuple(map(int, contracted)),
-    "convolution": convolution,
-    "dtype": jnp.result_type(lhs).name,
-  }
-  return ad_checkpoint.checkpoint_name(rhs, _MARK + json.dumps(note))
-
-
 def _parsed(mark: str, weight: _Weight) -> _Product:
-  note = json.loads(mark.removeprefix(_MARK))
+  note = json.loads(mark.removeprefix(_marking.MARK))
   axes = range(len(note["shape"]))
   # Axes of a map are first in the order; they are not the layer's.
   mapped = len(weight.order) - len(axes) if weight.order else 0
@@ -403,21 +301,3 @@ def _site(path: Path, shape: tuple[int, ...], product: _Product) -> Site | None:
     convolution=product.convolution,
     dtype=jnp.dtype(product.dtype),
   )
-
-
-def _in_jitted_function() -> bool:
-  """Whether JAX traces a jitted function that the model called.
-
-  A jitted method of an NNX module is none: its trace is the module's own.
-  """
-  frame = inspect.currentframe()
-  jitted = False
-  while frame is not None:
-    module = frame.f_locals.get("self")
-    if isinstance(module, nnx.Module) or (
-      isinstance(module, nn.Module) and frame.f_code.co_name in _ENTRIES
-    ):
-      return jitted
-    jitted |= frame.f_code.co_filename == _PJIT
-    frame = frame.f_back
-  return False

@@ -40,8 +40,9 @@ for _name, _value in {
   # Of the processes that tests start, and of notebooks.
   os.environ[_name.upper()] = str(_value)
 
-# Doctests are looked for in every file; this one needs PyTorch to be imported.
-collect_ignore_glob = ["*/make_minilm_reference.py"]
+# Doctests are looked for in every file. One needs PyTorch to be imported; those
+# of one name, as these, cannot all be.
+collect_ignore_glob = ["*/make_minilm_reference.py", "*conftest.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
