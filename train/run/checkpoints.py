@@ -3,10 +3,12 @@
 import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -475,8 +477,18 @@ def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:
     otherwise(unraisable)
 
 
+# What the system says of a disk that takes no more.
+_REASONS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
 def _first_line(error: BaseException, end: str = "\n") -> str:
-  line = (str(error).strip() or type(error).__name__).splitlines()[0]
-  line = line.partition(end)[0]
-  # TensorStore says where at the start and why at the end.
-  return line if len(line) <= 300 else f"{line[:100]} ... {line[-195:]}"
+  text = str(error).strip() or type(error).__name__
+  line = text.splitlines()[0].partition(end)[0]
+  if len(line) <= 300:
+    return line
+  # TensorStore says where at the start, and why at the end or before a long
+  # specification of an array.
+  short = f"{line[:100]} ... {line[-195:]}"
+  reasons = [os.strerror(number) for number in _REASONS]
+  missing = [x for x in reasons if x in text and x not in short]
+  return f"{short} ({missing[0]})" if missing else short

@@ -432,3 +432,15 @@ def test_of_several_arrays_that_fail_the_others_are_not_logged(
   asyncio.run(never_awaited())
   gc.collect()
   assert bool(caplog.records) == heard
+
+
+def test_why_a_write_failed_is_said_wherever_the_message_has_it():
+  spec = "[tensorstore_spec='" + "x" * 400 + "']"
+  for message in (
+    f"Error writing a [os_error='File too large'] {spec}",
+    f"Error writing a {spec} [os_error='File too large']",
+  ):
+    said = checkpoints_lib._first_line(ValueError(message))
+    assert said.startswith("Error writing a")
+    assert said.count("File too large") == 1
+    assert len(said) < 330
