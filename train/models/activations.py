@@ -12,6 +12,7 @@ BY_NAME: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
   "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
 }
 

@@ -12,7 +12,7 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
-from . import activations
+from . import activations, pooling
 
 
 class Sizes(Protocol):
@@ -122,6 +122,48 @@ def _residual(
 ) -> jax.Array:
   total = x.astype(jnp.float32) + y.astype(jnp.float32)
   return norm(config.layer_norm_eps, name)(total).astype(x.dtype)
+
+
+class Classifier(nn.Module):
+  """An encoder of texts with a linear head on what it makes of a text.
+
+  A subclass sets `encoder` and `head` up, and has `features`.
+
+  Attributes:
+    config: the sizes.
+    num_classes: outputs of the head; 1 for regression.
+    dtype: compute dtype of the encoder; None is float32. The pooling and the
+      head are float32.
+    remat: what a layer's backward pass computes again; see `remat.layer`.
+  """
+
+  config: Any
+  num_classes: int
+  dtype: typing.DTypeLike | None = None
+  remat: str = "none"
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits, float32 (B, num_classes); the arguments are the encoder's."""
+    return self.head(self.features(tokens, mask, token_types))
+
+  def features(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    token_types: jax.Array | None = None,
+  ) -> jax.Array:
+    """The pooled hidden states without the head, float32 (B, D).
+
+    Call as `model.apply(variables, tokens, mask, method="features")`. That of a
+    row of padding is zeros.
+    """
+    x_BxLxD = self.encoder(tokens, mask, token_types)
+    return pooling.pooled(x_BxLxD, mask, self.config.pooling)
 
 
 AXES: Mapping[str, tuple[str | None, ...]] = {

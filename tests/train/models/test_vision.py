@@ -126,7 +126,7 @@ def test_adapters_have_the_modules_of_transformers():
   ("changes", "message"),
   [
     ({"model_type": "swin"}, "model_type must be one of vit, deit, .* 'swin'"),
-    ({"hidden_act": "relu"}, "hidden_act must be gelu or .* vit, got 'relu'"),
+    ({"hidden_act": "selu"}, "hidden_act must be one of gelu, .* got 'selu'"),
     ({"num_channels": 1}, "num_channels must be 3, all .* got 1"),
     ({"hidden_size": 25}, "hidden_size must be a multiple of num_heads"),
     ({"patch_size": 0}, "patch_size must be a positive integer, got 0"),
@@ -159,7 +159,7 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it():
   assert (config.patch_size, config.grid, config.hidden_size) == (32, 7, 768)
   assert (config.activation, config.layer_norm_eps) == ("quick_gelu", 1e-5)
   config = configs.VitConfig.from_hf({"model_type": "siglip_vision_model"})
-  assert (config.patch_size, config.activation) == (16, "gelu_tanh")
+  assert (config.patch_size, config.activation) == (16, "gelu_pytorch_tanh")
   assert configs.VitConfig.from_hf({"model_type": "dinov2"}).grid == 16
 
 

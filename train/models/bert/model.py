@@ -13,7 +13,7 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
-from .. import attention, encoder_layers, pooling, remat
+from .. import attention, encoder_layers, remat
 from .config import BertConfig as BertConfig
 
 _AXES = {**encoder_layers.AXES, "projection": (None, "embed")}
@@ -80,50 +80,15 @@ class Bert(nn.Module):
     return x_NxD.reshape(*tokens.shape, -1)
 
 
-class BertClassifier(nn.Module):
+class BertClassifier(encoder_layers.Classifier):
   """BERT with a linear head on the pooled hidden states of the real tokens.
 
   By the mean, or as the config's `pooling` says.
-
-  Attributes:
-    config: the sizes.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. The pooling and the
-      head are float32.
-    remat: what a layer's backward pass computes again; see `remat.layer`.
   """
-
-  config: BertConfig
-  num_classes: int
-  dtype: typing.DTypeLike | None = None
-  remat: str = "none"
 
   def setup(self):
     self.encoder = Bert(self.config, self.dtype, self.remat)
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
-
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits, float32 (B, num_classes); the arguments are those of `Bert`."""
-    return self.head(self.features(tokens, mask, token_types))
-
-  def features(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """The pooled hidden states without the head, float32 (B, D).
-
-    Call as `model.apply(variables, tokens, mask, method="features")`. That of a
-    row of padding is zeros.
-    """
-    x_BxLxD = self.encoder(tokens, mask, token_types)
-    return pooling.pooled(x_BxLxD, mask, self.config.pooling)
 
 
 def logical_axes(variables: Any) -> Any:

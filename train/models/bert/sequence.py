@@ -12,6 +12,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
+from .. import encoder_layers
 from ..family import Family, Kind
 from ..io import stored
 from ..io import tensors as tensors_
@@ -21,24 +22,12 @@ from . import model as bert
 _POOLER = "bert.pooler.dense"
 
 
-class SequenceBert(nn.Module):
+class SequenceBert(encoder_layers.Classifier):
   """BERT, its pooler, and a linear head.
 
   The pooler is a linear layer and a tanh on the first token (Devlin et al.,
-  NAACL 2019, section 3).
-
-  Attributes:
-    config: the sizes.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder and the pooler; None is float32. The
-      head's is float32.
-    remat: what a layer's backward pass computes again; see `remat.layer`.
+  NAACL 2019, section 3); the layer is in the compute dtype.
   """
-
-  config: bert.BertConfig
-  num_classes: int
-  dtype: typing.DTypeLike | None = None
-  remat: str = "none"
 
   def setup(self):
     self.encoder = bert.Bert(self.config, self.dtype, self.remat)
@@ -46,15 +35,6 @@ class SequenceBert(nn.Module):
       self.config.hidden_size, dtype=self.dtype or jnp.float32
     )
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
-
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits, float32 (B, num_classes); the arguments are those of `Bert`."""
-    return self.head(self.features(tokens, mask, token_types))
 
   def features(
     self,

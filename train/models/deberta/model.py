@@ -13,7 +13,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from .. import encoder_layers, pooling, remat
+from .. import encoder_layers, remat
 from .config import DebertaConfig
 
 # Finite, as a query with every key masked has a finite softmax then.
@@ -84,44 +84,12 @@ class Deberta(nn.Module):
     return x_NxD.reshape(*tokens.shape, -1)
 
 
-class DebertaClassifier(nn.Module):
-  """DeBERTa with a linear head on the pooled states of the real tokens.
-
-  Attributes:
-    config: the sizes.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. The pooling and the
-      head are float32.
-    remat: what a layer's backward pass computes again; see `remat.layer`.
-  """
-
-  config: DebertaConfig
-  num_classes: int
-  dtype: typing.DTypeLike | None = None
-  remat: str = "none"
+class DebertaClassifier(encoder_layers.Classifier):
+  """DeBERTa with a linear head on the pooled states of the real tokens."""
 
   def setup(self):
     self.encoder = Deberta(self.config, self.dtype, self.remat)
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
-
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits, float32 (B, num_classes); the arguments are `Deberta`'s."""
-    return self.head(self.features(tokens, mask, token_types))
-
-  def features(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """The pooled hidden states without the head, float32 (B, D)."""
-    x_BxLxD = self.encoder(tokens, mask, token_types)
-    return pooling.pooled(x_BxLxD, mask, self.config.pooling)
 
 
 def logical_axes(variables: Any) -> Any:

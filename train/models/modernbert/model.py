@@ -17,7 +17,6 @@ from .. import (
   attention,
   encoder_layers,
   float32,
-  pooling,
   remat,
 )
 from .config import ModernBertConfig
@@ -91,39 +90,18 @@ class ModernBert(nn.Module):
     return x_NxD.reshape(*tokens.shape, -1)
 
 
-class ModernBertClassifier(nn.Module):
+class ModernBertClassifier(encoder_layers.Classifier):
   """ModernBERT with a linear head on the pooled states of the real tokens.
 
   Where the folder has the head of the pretraining, it stands between them, as
   in transformers' sequence classifier.
-
-  Attributes:
-    config: the sizes.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. What follows it is
-      float32.
-    remat: what a layer's backward pass computes again; see `remat.layer`.
   """
-
-  config: ModernBertConfig
-  num_classes: int
-  dtype: typing.DTypeLike | None = None
-  remat: str = "none"
 
   def setup(self):
     self.encoder = ModernBert(self.config, self.dtype, self.remat)
     if self.config.prediction:
       self.prediction = _Prediction(self.config)
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
-
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    token_types: jax.Array | None = None,
-  ) -> jax.Array:
-    """Logits, float32 (B, num_classes); the arguments are `ModernBert`'s."""
-    return self.head(self.features(tokens, mask, token_types))
 
   def features(
     self,
@@ -132,8 +110,7 @@ class ModernBertClassifier(nn.Module):
     token_types: jax.Array | None = None,
   ) -> jax.Array:
     """What the head is given, float32 (B, D)."""
-    x_BxLxD = self.encoder(tokens, mask, token_types)
-    x_BxD = pooling.pooled(x_BxLxD, mask, self.config.pooling)
+    x_BxD = super().features(tokens, mask, token_types)
     return self.prediction(x_BxD) if self.config.prediction else x_BxD
 
 

@@ -5,21 +5,13 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from ... import options
+from .. import activations
 
 CHANNELS = 3
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of red, green and blue, of 1."""
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-
-# transformers' names of activations, and ours.
-_ACTIVATIONS: dict[str, Activation] = {
-  "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "quick_gelu": "quick_gelu",
-}
 _SIZES = {
   "hidden_size": "hidden_size",
   "num_layers": "num_hidden_layers",
@@ -144,7 +136,7 @@ class VitConfig:
     num_heads: H, of each attention.
     intermediate_size: width within the feed-forward.
     layer_norm_eps: added to the variance.
-    activation: of the feed-forward: GELU, its tanh form, or x·σ(1.702 x).
+    activation: of the feed-forward; a name of `activations.BY_NAME`.
     qkv_bias: whether queries, keys and values have a bias.
     registers: tokens without a position behind the class token (Darcet et al.,
       ICLR 2024, arXiv 2309.16588).
@@ -165,7 +157,7 @@ class VitConfig:
   num_heads: int
   intermediate_size: int
   layer_norm_eps: float = 1e-6
-  activation: Activation = "gelu"
+  activation: str = "gelu"
   qkv_bias: bool = True
   registers: int = 0
   model_type: str = "dinov2"
@@ -225,17 +217,12 @@ class VitConfig:
         f"{tower.nested} must be an object, got {options.shown(found)}."
       )
     config = {**tower.default, **found}
-    for key, allowed in (
-      ("num_channels", CHANNELS),
-      ("use_swiglu_ffn", False),
-      ("hidden_act", tuple(_ACTIVATIONS)),
-    ):
-      value = config.get(key, allowed)
-      accepted = allowed if isinstance(allowed, tuple) else (allowed,)
-      if value is not allowed and value not in accepted:
+    activations.check("hidden_act", config["hidden_act"])
+    for key, only in (("num_channels", CHANNELS), ("use_swiglu_ffn", False)):
+      if config.get(key, only) != only:
         raise ValueError(
-          f"{key} must be {' or '.join(map(str, accepted))}, all that is "
-          f"implemented for a {kind}, got {options.shown(value)}."
+          f"{key} must be {only}, all that is implemented for a {kind}, got "
+          f"{options.shown(config[key])}."
         )
     sizes = {field: config[key] for field, key in _SIZES.items()}
     inner = config["intermediate_size"]
@@ -265,7 +252,7 @@ class VitConfig:
       grid=config["image_size"] // config["patch_size"],
       intermediate_size=inner,
       layer_norm_eps=config["layer_norm_eps"],
-      activation=_ACTIVATIONS[config["hidden_act"]],
+      activation=config["hidden_act"],
       qkv_bias=config["qkv_bias"] is not False,
       registers=registers,
       model_type=kind,

@@ -14,7 +14,7 @@ from jax import typing
 import jax.numpy as jnp
 import numpy as np
 
-from .. import attention, remat
+from .. import activations, attention, remat
 from .config import CHANNELS, VitConfig
 
 # Module -> names of its kernel's axes.
@@ -27,13 +27,6 @@ _AXES = {
   "intermediate": ("embed", "mlp"),
   "output": ("mlp", "embed"),
   "head": ("embed", None),
-}
-
-
-_ACTIVATIONS = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
@@ -288,7 +281,7 @@ class _Layer(nn.Module):
 
     normed_NxD = _norm(c, "output_norm")(x_NxD)
     y_NxF = dense(c.intermediate_size, name="intermediate")(normed_NxD)
-    y_NxF = _ACTIVATIONS[c.activation](y_NxF)
+    y_NxF = activations.BY_NAME[c.activation](y_NxF)
     y_NxD = dense(c.hidden_size, name="output")(y_NxF)
     return self._residual("output_scale", x_NxD, y_NxD)
 
