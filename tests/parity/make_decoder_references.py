@@ -108,6 +108,51 @@ def _cases() -> dict[str, transformers.PretrainedConfig]:
         "factor": 3.0,
       },
     ),
+    **_gemmas(),
+  }
+
+
+def _gemmas() -> dict[str, transformers.PretrainedConfig]:
+  own = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+  # Low enough that scores and logits of weights this large are bent.
+  softcaps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}
+  # A window in the first layer, and other rotary frequencies.
+  third = {
+    **own,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+      "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+      "full_attention": {
+        "rope_type": "linear",
+        "rope_theta": 90.0,
+        "factor": 3.0,
+      },
+    },
+  }
+  sight = transformers.SiglipVisionConfig(
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+  )
+  return {
+    "gemma": transformers.GemmaConfig(**_SIZES, **own),
+    "gemma2": transformers.Gemma2Config(
+      **_SIZES, **own, **softcaps, query_pre_attn_scalar=24, sliding_window=5
+    ),
+    "gemma3_text": transformers.Gemma3TextConfig(**_SIZES, **third),
+    "gemma3": transformers.Gemma3Config(
+      text_config=transformers.Gemma3TextConfig(**_SIZES, **third),
+      vision_config=sight,
+      mm_tokens_per_image=4,
+      boi_token_index=60,
+      eoi_token_index=61,
+      image_token_index=62,
+    ),
   }
 
 
@@ -142,7 +187,9 @@ def main() -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     arrays = {}
     for i, length in enumerate(LENGTHS):
-      tokens = rng.integers(0, config.vocab_size, length)
+      # No tokens of images, which are the last.
+      tokens = rng.integers(0, _SIZES["vocab_size"], length)
+      tokens %= getattr(config, "boi_token_index", _SIZES["vocab_size"])
       with torch.no_grad():
         logits = model(torch.tensor(tokens)[None]).logits[0]
       arrays[f"tokens_{i}"] = tokens.astype(np.int32)

@@ -94,6 +94,12 @@ _ENCODERS = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"), 0),
   ),
 }
+_PICTURES = _SIZES | {"image_size": 16, "patch_size": 4}
+_GEMMA3 = _DECODER | {
+  "head_dim": 6,
+  "sliding_window": 4,
+  "layer_types": ["sliding_attention", "full_attention"],
+}
 _DECODERS = {
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
   "mistral": lambda: transformers.MistralConfig(**_DECODER, sliding_window=4),
@@ -104,8 +110,21 @@ _DECODERS = {
   "smollm3": lambda: transformers.SmolLM3Config(
     **_DECODER, no_rope_layer_interval=2, attention_bias=True
   ),
+  "gemma": lambda: transformers.GemmaConfig(**_DECODER, head_dim=6),
+  "gemma2": lambda: transformers.Gemma2Config(
+    **_DECODER, head_dim=6, sliding_window=4, query_pre_attn_scalar=5
+  ),
+  "gemma3_text": lambda: transformers.Gemma3TextConfig(**_GEMMA3),
+  # It reads images too; PEFT has other names for its layers.
+  "gemma3": lambda: transformers.Gemma3Config(
+    text_config=transformers.Gemma3TextConfig(**_GEMMA3),
+    vision_config={
+      **_PICTURES,
+      "model_type": "siglip_vision_model",
+      "vision_use_head": False,
+    },
+  ),
 }
-_PICTURES = _SIZES | {"image_size": 16, "patch_size": 4}
 _TEXTS = {k: v for k, v in _SIZES.items() if k != "initializer_range"}
 _TOWERS = {
   "hf vit": lambda: transformers.ViTConfig(**_PICTURES, num_labels=10),
@@ -146,6 +165,8 @@ _KINDS = {
   "mt5": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
+# Layers of ours that a part which is not read has too.
+_EXCLUDED = {"gemma3": r".*vision_tower.*"}
 _HEADS = {"bert sequence": "classifier", "llama sequence": "score"}
 _CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
@@ -155,6 +176,7 @@ _RUNS = {
   **{key: {"task": "digits"} for key in _TOWERS},
   "llama sequence": {"head": "sequence", "scan_layers": True},
   "qwen2": {**_CHATS, "scan_layers": True},
+  "gemma": {**_CHATS, "scan_layers": True},
   "mistral": {**_CHATS, "scan_layers": True},
   "t5": {"scan_layers": True},
   "t5 v1.1": {},
@@ -416,6 +438,7 @@ def test_we_compute_with_pefts_folder_what_it_does(case, tmp_path, how):
       rank_pattern={_TARGETS[case.name][0]: 2},
       alpha_pattern={_TARGETS[case.name][-1]: 4},
       modules_to_save=["classifier"] if case.name == "vit" else None,
+      exclude_modules=_EXCLUDED.get(case.name),
     ),
   )
   model = _moved(model, "lora_", "modules_to_save")
@@ -434,7 +457,11 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   if case.name in ("clip", "siglip"):
     pytest.skip("a bare model has a text tower too, which its adapters are on")
   base = transformers.AutoModel.from_pretrained(case.folder)
-  lora = torch_peft.LoraConfig(r=2, target_modules=_TARGETS[case.name][:2])
+  lora = torch_peft.LoraConfig(
+    r=2,
+    target_modules=_TARGETS[case.name][:2],
+    exclude_modules=_EXCLUDED.get(case.name),
+  )
   model = torch_peft.get_peft_model(base, lora)
   model.save_pretrained(tmp_path)
   spec = adapter.of(str(tmp_path), case.model).spec()
@@ -446,6 +473,7 @@ def test_adapters_of_a_bare_model_are_read(case, tmp_path):
   wanted = {
     "qwen2": 2,
     "mistral": 2,
+    "gemma": 2,
     "llama sequence": 2,
     "t5": 6,
     "t5 v1.1": 8,

@@ -14,6 +14,7 @@ BY_NAME: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
 }
 
 

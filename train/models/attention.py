@@ -61,7 +61,11 @@ class Seen:
 
 
 def chosen(
-  choice: str, dtype: typing.DTypeLike, head_size: int, length: int
+  choice: str,
+  dtype: typing.DTypeLike,
+  head_size: int,
+  length: int,
+  softcap: bool = False,
 ) -> str:
   """The kernel of a choice: for 'auto', that of the devices.
 
@@ -77,12 +81,15 @@ def chosen(
     dtype: of queries, keys and values.
     head_size: K.
     length: L.
+    softcap: whether the scores are bounded, which 'matmul' and 'splash' do;
+      'auto' is 'matmul' then, where it would not be 'splash'.
 
   Returns:
     One of `CHOICES` that is not 'auto'.
 
   Raises:
-    ValueError: the choice is unknown, or asks for cuDNN where it has no kernel.
+    ValueError: the choice is unknown, or asks for cuDNN where it has no kernel,
+      or for a kernel that does not bound the scores.
   """
   if choice not in CHOICES:
     raise ValueError(
@@ -91,6 +98,11 @@ def chosen(
   reason = without_cudnn(dtype, head_size)
   if choice == "cudnn" and reason:
     raise ValueError(f"attention='cudnn' {reason}.")
+  if softcap and choice in ("xla", "cudnn"):
+    raise ValueError(
+      f"attention={choice!r} has no softcap, which this model's attention has; "
+      "matmul and splash have."
+    )
   if choice != "auto":
     return choice
   platform = _platform()
@@ -98,6 +110,8 @@ def chosen(
     return "matmul"
   if platform == "tpu" and length >= _BLOCKS[0]:
     return "splash"
+  if softcap:
+    return "matmul"
   long = length >= _SHORT_ON_GPU
   if platform == "gpu" and _is_cuda() and long and not reason:
     return "cudnn"
@@ -208,8 +222,17 @@ def positions(lengths: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
   return places_BxL - jnp.where(past_BxLxM, stops_Bx1xM, 0).max(-1)
 
 
+def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+  """c tanh(x / c), which is between -c and c (Gemma 2, arXiv 2408.00118)."""
+  return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  seen: Seen,
+  softcap: float | None = None,
 ) -> jax.Array:
   """Softmax of the scaled products of queries and keys, times the values.
 
@@ -219,22 +242,27 @@ def attention(
     q: queries (B, L, H, K).
     k: keys (B, S, J, K), of which J divides H.
     v: values (B, S, J, K).
-    seen: from `causal`, `masked` or `real`.
+    seen: from `causal`, `masked` or `real`, of a kernel that was chosen for a
+      softcap if there is one.
+    softcap: c of `capped`, for the scaled products; None: they are as they are.
 
   Returns:
     (B, L, H, K) in the dtype of q. What stands at padding is finite and means
     nothing.
   """
-  if seen.kernel == "matmul":
-    return _matmul(q, k, v, seen.mask)
+  # `masked` says 'xla' for what is 'splash' elsewhere.
+  if seen.kernel == "matmul" or (softcap and seen.kernel == "xla"):
+    return _matmul(q, k, v, seen.mask, softcap)
   if seen.kernel == "xla":
     mask = None if seen.mask is None else seen.mask[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
-  kernel = _cudnn if seen.kernel == "cudnn" else _splash
+  kernel = _cudnn
+  if seen.kernel == "splash":
+    kernel = functools.partial(_splash, softcap=softcap)
   return _on_mesh(kernel, q, k, v, seen)
 
 
-def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
+def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS, softcap):
   batch, length, heads, size = q_BxLxHxK.shape
   slots, groups = k_BxSxJxK.shape[1:3]
 
@@ -248,7 +276,7 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS):
     in_front(k_BxSxJxK).swapaxes(2, 3),
     preferred_element_type=jnp.float32,
   ).reshape(batch, heads, length, slots)
-  scores_BxHxLxS *= size**-0.5
+  scores_BxHxLxS = capped(scores_BxHxLxS * size**-0.5, softcap)
   if mask_BxLxS is not None and mask_BxLxS.shape[1] == 1:
     # Added, it takes no part in the backward pass.
     scores_BxHxLxS += jnp.where(mask_BxLxS, 0.0, _MASKED)[:, None]
@@ -308,7 +336,7 @@ def _cudnn_packed(q, k, v, lengths_BxM, causal):
   )
 
 
-def _splash(q, k, v, seen):
+def _splash(q, k, v, seen, softcap=None):
   length, heads, size = q.shape[1:]
   padding = -length % _LANES
   ids_BxL = seen.segment_ids
@@ -329,6 +357,7 @@ def _splash(q, k, v, seen):
     )
   kernel: Any = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([one((whole, whole))] * heads),
+    attn_logits_soft_cap=softcap,
     block_sizes=splash.BlockSizes(
       block_q=block,
       block_kv=block,

@@ -17,6 +17,24 @@ def rms_norm(
   )
 
 
+class OffsetRMSNorm(nn.Module):
+  """A norm whose scale is 1 + the parameter, as Gemma's; the rest: `rms_norm`.
+
+  The sum is float32: half precision would round it to steps of 2^-7.
+  """
+
+  epsilon: float
+  param_dtype: typing.DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+      "scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype
+    )
+    norm = nn.RMSNorm(self.epsilon, dtype=jnp.float32, use_scale=False)
+    return norm(x) * (1.0 + scale.astype(jnp.float32))
+
+
 def residual(x: jax.Array, y: jax.Array) -> jax.Array:
   """`x + y`, rounded once, to the dtype of x."""
   return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)

@@ -21,9 +21,17 @@ NAMES = (
   "qwen2",
   "qwen3",
   "smollm3",
+  "gemma",
+  "gemma2",
+  "gemma3_text",
+  "gemma3",
 )
 # Of the others the layers differ.
-SCANNED = tuple(name for name in NAMES if name != "qwen3")
+SCANNED = tuple(
+  name
+  for name in NAMES
+  if name not in ("qwen3", "gemma2", "gemma3_text", "gemma3")
+)
 
 TINY = decoder_config.DecoderConfig(
   vocab_size=13,

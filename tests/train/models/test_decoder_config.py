@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from train.models.decoder import model as decoder
-from train.models.decoder.config import PRESETS, DecoderConfig
+from train.models.decoder.config import DecoderConfig
 from train.models.decoder.rope import Linear, Llama3, Yarn
+from train.models.decoder.sizes import PRESETS
 
 LLAMA = {
   "model_type": "llama",
@@ -88,6 +89,35 @@ def test_what_a_type_is_silent_about_is_as_transformers_has_it():
   assert read({**silent, "model_type": "mistral"}).rope_theta == 10000.0
 
 
+def test_a_published_gemma_3_is_read_with_what_its_file_does_not_say():
+  # As the one of 4B with images, whose file came before rope_parameters.
+  scaling = {"factor": 8.0, "rope_type": "linear"}
+  config = DecoderConfig.from_hf(
+    {
+      "model_type": "gemma3",
+      "vision_config": {"model_type": "siglip_vision_model"},
+      "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": scaling,
+        "sliding_window": 1024,
+      },
+    }
+  )
+  assert config.vocab_size == 262208 and config.max_positions == 131072
+  sizes = config.num_heads, config.num_kv_heads, config.head_dim
+  assert sizes == (8, 4, 256)
+  assert config.windows[:7] == (1024,) * 5 + (None, 1024)
+  assert config.windows.count(None) == 5
+  assert config.rope_theta == 1e6 and config.rope_scaling == Linear(8.0)
+  assert config.local_rope_theta == 1e4
+  assert config.tied and config.qk_norm and config.post_norms
+  assert config.embed_scale == pytest.approx(2560**0.5)
+  assert config.logit_softcap is None and config.query_scalar == 256
+
+
 @pytest.mark.parametrize(
   ("changes", "windows"),
   [
@@ -125,6 +155,17 @@ def test_what_a_type_is_silent_about_is_as_transformers_has_it():
         "no_rope_layer_interval": 2,
       },
       (None, 3),
+    ),
+    ({"model_type": "gemma"}, ()),
+    ({"model_type": "gemma2", "sliding_window": 3}, (3, None)),
+    ({"model_type": "gemma2"}, (4096, None)),
+    (
+      {
+        "model_type": "gemma3_text",
+        "sliding_window": 3,
+        "sliding_window_pattern": 1,
+      },
+      (),
     ),
   ],
 )
@@ -221,6 +262,41 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
     (
       {"model_type": "smollm3", "no_rope_layer_interval": 0},
       "no_rope_layer_interval must be a positive integer, got 0",
+    ),
+    (
+      {"model_type": "gemma", "use_bidirectional_attention": True},
+      "use_bidirectional_attention must be false",
+    ),
+    (
+      {"model_type": "gemma", "hidden_act": "relu6"},
+      "hidden_act must be one of .*, got 'relu6'",
+    ),
+    (
+      {"model_type": "gemma2", "attn_logit_softcapping": 0},
+      "attn_logit_softcapping must be a positive number, got 0",
+    ),
+    (
+      {"model_type": "gemma2", "query_pre_attn_scalar": "256"},
+      "query_pre_attn_scalar must be a positive number, got '256'",
+    ),
+    (
+      {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+      "sliding_window_pattern must be a positive integer, got 0",
+    ),
+    (
+      {"model_type": "gemma3_text", "rope_local_base_freq": -1},
+      "rope_local_base_freq must be a positive number, got -1",
+    ),
+    (
+      {
+        "model_type": "gemma3_text",
+        "rope_parameters": {"sliding_attention": {"rope_type": "linear"}},
+      },
+      "sliding_attention, must have the rope_type 'default', .* got 'linear'",
+    ),
+    (
+      {"model_type": "gemma3", "text_config": 3},
+      "text_config must be an object, got 3",
     ),
     (
       {"rope_scaling": {"rope_type": "longrope"}},

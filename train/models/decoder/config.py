@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from ... import checked, options
-from . import rope
+from .. import activations
+from . import gemma, rope
 
 # Field of DecoderConfig -> key of Hugging Face's config.json.
 _HF_KEYS = {
@@ -39,16 +40,21 @@ class _Type(NamedTuple):
     qk_norm: whether each head's queries and keys are normed.
     reads_mlp_bias: whether `mlp_bias` is read.
     windows: where sliding windows come from: nowhere; `sliding_window`, in all
-      layers; or `use_sliding_window` and `layer_types`.
+      layers; `use_sliding_window` and `layer_types`; or `layer_types` alone.
     default: values of keys that config.json may lack.
+    is_gemma: whether the keys that `gemma.read` reads are read too.
+    sequence: transformers' class with a head for sequences; "": named as
+      `architecture` is.
   """
 
   architecture: str
   qkv_bias: bool | None = None
   qk_norm: bool = False
   reads_mlp_bias: bool = False
-  windows: Literal["none", "all", "types"] = "none"
+  windows: Literal["none", "all", "types", "layers"] = "none"
   default: Mapping[str, Any] = {}
+  is_gemma: bool = False
+  sequence: str = ""
 
 
 _TYPES = {
@@ -68,6 +74,17 @@ _TYPES = {
     windows="types",
     default={"tie_word_embeddings": True, "rope_theta": 2000000.0},
   ),
+  **{
+    kind: _Type(
+      architecture,
+      windows="none" if kind == "gemma" else "layers",
+      qk_norm=kind.startswith("gemma3"),
+      default=gemma.DEFAULTS[kind],
+      is_gemma=True,
+      sequence=sequence,
+    )
+    for kind, (architecture, sequence) in gemma.ARCHITECTURES.items()
+  },
 }
 # Keys that change the equations, and the only values that are implemented.
 _ONLY = {
@@ -107,6 +124,18 @@ class DecoderConfig:
       Mistral's; None: all. Empty: all in every layer.
     rotary: of each layer, whether it turns queries and keys, as SmolLM3's.
       Empty: all layers do.
+    hidden_act: the activation of the feed-forward, by transformers' name.
+    embed_scale: multiplies the embeddings, as Gemma's.
+    norm_offset: whether 1 is added to the scales of all norms, as Gemma's.
+    post_norms: whether the results of attention and of the feed-forward are
+      normed too, as Gemma 2's.
+    query_scalar: the products of queries and keys are divided by its root;
+      None: by that of head_dim.
+    attention_softcap: c of c tanh(x / c), which bounds those products, as
+      Gemma 2's; None: nothing does.
+    logit_softcap: likewise of the logits.
+    local_rope_theta: base of the rotary wavelengths in layers with a window,
+      which are not scaled, as Gemma 3's; None: as in all layers.
     model_type: that of config.json.
 
   Raises:
@@ -133,18 +162,30 @@ class DecoderConfig:
   qk_norm: bool = False
   windows: tuple[int | None, ...] = ()
   rotary: tuple[bool, ...] = ()
+  hidden_act: str = "silu"
+  embed_scale: float = 1.0
+  norm_offset: bool = False
+  post_norms: bool = False
+  query_scalar: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  local_rope_theta: float | None = None
   model_type: str = "llama"
 
   def __post_init__(self):
     for field, key in _INTEGERS.items():
       value = getattr(self, field)
       _check_size(key, value)
-    for field in ("rms_norm_eps", "rope_theta"):
+    for field in ("rms_norm_eps", "rope_theta", *gemma.NUMBERS):
       value = getattr(self, field)
+      if value is None and field in gemma.NUMBERS:
+        continue
       if not _is_positive(value):
         raise ValueError(
-          f"{field} must be a positive number, got {options.shown(value)}."
+          f"{gemma.NUMBERS.get(field, field)} must be a positive number, got "
+          f"{options.shown(value)}."
         )
+    activations.check("hidden_act", self.hidden_act)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         "num_attention_heads must be a multiple of num_key_value_heads, got "
@@ -172,6 +213,18 @@ class DecoderConfig:
     """The class in transformers."""
     return _TYPES[self.model_type].architecture
 
+  @property
+  def sequence_architecture(self) -> str:
+    """The class in transformers with a head for sequences."""
+    return _TYPES[self.model_type].sequence or self.architecture.replace(
+      "ForCausalLM", "ForSequenceClassification"
+    )
+
+  @property
+  def prefix(self) -> str:
+    """What the names of all tensors but the head's begin with."""
+    return gemma.PREFIX if self.model_type == gemma.WITH_IMAGES else "model."
+
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
     """The configuration that a Hugging Face config.json describes.
@@ -192,16 +245,23 @@ class DecoderConfig:
         f"{options.shown(kind)}."
       )
     type_ = _TYPES[kind]
+    if kind == gemma.WITH_IMAGES:
+      config = gemma.texts(config)
+    config = {**type_.default, **config}
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
       raise ValueError(f"The {kind} configuration lacks {', '.join(missing)}.")
     for key, allowed in _ONLY.items():
+      if type_.is_gemma and key == "hidden_act":
+        continue
       if key in config and config[key] not in allowed:
         raise ValueError(
           f"{key} must be {allowed[0]!r}, the only one that this decoder "
           f"implements, got {options.shown(config[key])}."
         )
-    config = {**type_.default, **config}
+    own: dict[str, Any] = {}
+    if type_.is_gemma:
+      config, own = gemma.read(kind, config)
     theta, scaling = rope.read(config, config.get("rope_theta", rope.THETA))
     sizes = {field: config[key] for field, key in _HF_KEYS.items()}
     _check_size("num_hidden_layers", sizes["num_layers"])
@@ -230,6 +290,7 @@ class DecoderConfig:
       windows=_windows(config, type_.windows, rotary),
       rotary=rotary,
       model_type=kind,
+      **own,
     )
 
 
@@ -250,7 +311,7 @@ def _windows(
       f"decoder implements, got {options.shown(unknown[0])}."
     )
   window = config.get("sliding_window")
-  used = source == "all" or (
+  used = source in ("all", "layers") or (
     source == "types" and checked.truth(config, "use_sliding_window", False)
   )
   if window is None or not used:
@@ -325,90 +386,3 @@ def _check_size(key: str, value: Any) -> None:
 
 def _is_positive(value: Any) -> bool:
   return options.fits(value, float) and value > 0
-
-
-PRESETS: dict[str, DecoderConfig] = {
-  "llama2-7b": DecoderConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    intermediate_size=11008,
-    max_positions=4096,
-  ),
-  "llama3.1-8b": DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-    max_positions=131072,
-    rope_theta=500000.0,
-    rope_scaling=rope.Llama3(
-      factor=8.0,
-      low_freq_factor=1.0,
-      high_freq_factor=4.0,
-      original_max_position_embeddings=8192,
-    ),
-  ),
-  "qwen2.5-0.5b": DecoderConfig(
-    vocab_size=151936,
-    hidden_size=896,
-    num_layers=24,
-    num_heads=14,
-    num_kv_heads=2,
-    head_dim=64,
-    intermediate_size=4864,
-    max_positions=32768,
-    rms_norm_eps=1e-6,
-    rope_theta=1000000.0,
-    tied=True,
-    qkv_bias=True,
-    model_type="qwen2",
-  ),
-  "qwen2.5-7b": DecoderConfig(
-    vocab_size=152064,
-    hidden_size=3584,
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    intermediate_size=18944,
-    max_positions=131072,
-    rms_norm_eps=1e-6,
-    rope_theta=1000000.0,
-    qkv_bias=True,
-    model_type="qwen2",
-  ),
-  "qwen2.5-14b": DecoderConfig(
-    vocab_size=152064,
-    hidden_size=5120,
-    num_layers=48,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=13824,
-    max_positions=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=1000000.0,
-    qkv_bias=True,
-    model_type="qwen2",
-  ),
-  "smollm2-135m": DecoderConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    max_positions=8192,
-    rope_theta=100000.0,
-    tied=True,
-  ),
-}
-"""The sizes of published models, as in their config.json."""

@@ -14,7 +14,7 @@ from ..io import special_tokens
 from ..io import template as templates
 from ..io import weights as weights_files
 from . import config as configs
-from . import generate, label_words, weights
+from . import generate, label_words, sizes, weights
 from . import model as decoder
 
 _NO_END = (
@@ -26,6 +26,7 @@ _NO_END = (
 
 def _complete(found: Pretrained) -> Pretrained:
   config, notes = weights.with_own_head(found.config, found.tensors)
+  notes = (*notes, *weights.left_out(config, found.tensors))
   template = templates.load_template(found.path)
   stop_ids = special_tokens.end_ids(found.path)
   if template.eos:
@@ -119,8 +120,9 @@ FAMILY = Family(
   generate_methods=("decode",),
   scans=True,
   own_head=lambda model: None if model.config.tied else "lm_head",
-  sizes=configs.PRESETS,
+  sizes=sizes.PRESETS,
   kind=_kind,
   tensors=_tensors,
+  carried=weights.carried,
   exported=_exported,
 )

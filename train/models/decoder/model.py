@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind in Flax Linen: Llama, Mistral, Qwen 2 and 3, SmolLM.
+"""Decoders of Llama's kind in Flax Linen: Llama, Mistral, Qwen, SmolLM, Gemma.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
 G = H/J, K head width, S cache slots or keys, V vocabulary.
@@ -13,9 +13,9 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
+from .. import activations, chunks, float32, remat
 from .. import attention as attention_lib
-from .. import chunks, float32, remat
-from . import rope as ropes
+from . import rope as rope_lib
 from .config import DecoderConfig
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
       self.layers: Any = layer(c, **dtypes)
     else:
       self.layers = [layer(c, **dtypes) for _ in range(c.num_layers)]
-    self.norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype)
+    self.norm = _norm(c, self.param_dtype)
     if not c.tied:
       self.lm_head = nn.Dense(
         c.vocab_size,
@@ -171,6 +171,7 @@ class Decoder(nn.Module):
       logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
     else:
       logits_NxV = self.lm_head(x_NxD)
+    logits_NxV = attention_lib.capped(logits_NxV, self.config.logit_softcap)
     logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
     return logits_NxV.reshape(*x.shape[:-1], -1)
 
@@ -215,7 +216,11 @@ class Decoder(nn.Module):
 
   def _kernel(self, length: int) -> str:
     return attention_lib.chosen(
-      self.attention, self.dtype or jnp.float32, self.config.head_dim, length
+      self.attention,
+      self.dtype or jnp.float32,
+      self.config.head_dim,
+      length,
+      self.config.attention_softcap is not None,
     )
 
   def _run(
@@ -229,13 +234,16 @@ class Decoder(nn.Module):
     c = self.config
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     x_NxD = self.embed_tokens(tokens.reshape(-1))
-    rope = _rope(c, positions)
+    if c.embed_scale != 1:
+      # Rounded to the compute dtype first, as Gemma was trained.
+      x_NxD *= jnp.asarray(c.embed_scale, x_NxD.dtype)
     windows = c.windows or (None,) * c.num_layers
     seen = {window: see(window) for window in {*windows}}
+    ropes = {window: _rope(c, positions, window) for window in seen}
     if self.scan:
       rotary = jnp.asarray(c.rotary) if c.rotary else None
       x_NxD, cache = self.layers(
-        x_NxD, rope, seen[windows[0]], cache, start, rotary
+        x_NxD, ropes[windows[0]], seen[windows[0]], cache, start, rotary
       )
     else:
       caches = cache or (None,) * c.num_layers
@@ -244,7 +252,9 @@ class Decoder(nn.Module):
       for layer, old, window, turns in zip(
         self.layers, caches, windows, rotary
       ):
-        x_NxD, one = layer(x_NxD, rope, seen[window], old, start, turns)
+        x_NxD, one = layer(
+          x_NxD, ropes[window], seen[window], old, start, turns
+        )
         new.append(one)
       cache = tuple(new)
     return self.norm(x_NxD).astype(x_NxD.dtype), cache
@@ -295,7 +305,10 @@ def logical_axes(variables: Any) -> Any:
 
 
 class _Layer(nn.Module):
-  """Attention and feed-forward, each after a norm and with a residual."""
+  """Attention and feed-forward, each after a norm and with a residual.
+
+  With `post_norms` what each returns is normed as well.
+  """
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -319,17 +332,23 @@ class _Layer(nn.Module):
       cos, sin = rope
       rope = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
-    def normed(name):
-      norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
+    def normed(name, x_NxD):
+      norm = _norm(c, self.param_dtype, name)
       return norm(x_NxD).astype(x_NxD.dtype)
 
     y_NxD, cache = _Attention(c, *dtypes, name="self_attn")(
-      normed("input_layernorm"), rope, seen, cache, start
+      normed("input_layernorm", x_NxD), rope, seen, cache, start
     )
+    # Llama's name for the norm before the feed-forward is Gemma's for the one
+    # after attention.
+    before = "post_attention_layernorm"
+    if c.post_norms:
+      y_NxD = normed("post_attention_layernorm", y_NxD)
+      before = "pre_feedforward_layernorm"
     x_NxD = float32.residual(x_NxD, y_NxD)
-    y_NxD = _FeedForward(c, *dtypes, name="mlp")(
-      normed("post_attention_layernorm")
-    )
+    y_NxD = _FeedForward(c, *dtypes, name="mlp")(normed(before, x_NxD))
+    if c.post_norms:
+      y_NxD = normed("post_feedforward_layernorm", y_NxD)
     return float32.residual(x_NxD, y_NxD), cache
 
 
@@ -352,26 +371,33 @@ class _Attention(nn.Module):
     def normed(x, name):
       if not c.qk_norm:
         return x
-      norm = float32.rms_norm(c.rms_norm_eps, self.param_dtype, name)
+      norm = _norm(c, self.param_dtype, name)
       return norm(x).astype(x.dtype)
 
     q_BxLxHxK = normed(heads(c.num_heads, "q_proj"), "q_norm")
     k_BxSxJxK = normed(heads(c.num_kv_heads, "k_proj"), "k_norm")
     q_BxLxHxK = _rotated(q_BxLxHxK, rope)
     k_BxSxJxK = _rotated(k_BxSxJxK, rope)
+    if c.query_scalar not in (None, c.head_dim):
+      # Attention divides by the root of the width of a head.
+      q_BxLxHxK *= jnp.asarray(
+        (c.head_dim / c.query_scalar) ** 0.5, q_BxLxHxK.dtype
+      )
     v_BxSxJxK = heads(c.num_kv_heads, "v_proj")
     if cache is not None:
       put = jax.lax.dynamic_update_slice_in_dim
       k_BxSxJxK = put(cache[0], k_BxSxJxK, start, 1)
       v_BxSxJxK = put(cache[1], v_BxSxJxK, start, 1)
       cache = k_BxSxJxK, v_BxSxJxK
-    y_BxLxHxK = attention_lib.attention(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen)
+    y_BxLxHxK = attention_lib.attention(
+      q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen, c.attention_softcap
+    )
     y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
     return _dense(self, c.hidden_size, "o_proj", c.out_bias)(y_NxHK), cache
 
 
 class _FeedForward(nn.Module):
-  """SwiGLU (Shazeer, arXiv 2002.05202)."""
+  """SwiGLU, or another gated unit (Shazeer, arXiv 2002.05202)."""
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -382,8 +408,9 @@ class _FeedForward(nn.Module):
     c = self.config
     gate_NxF = _dense(self, c.intermediate_size, "gate_proj", c.mlp_bias)(x_NxD)
     up_NxF = _dense(self, c.intermediate_size, "up_proj", c.mlp_bias)(x_NxD)
+    gate_NxF = activations.BY_NAME[c.hidden_act](gate_NxF)
     return _dense(self, c.hidden_size, "down_proj", c.mlp_bias)(
-      jax.nn.silu(gate_NxF) * up_NxF
+      gate_NxF * up_NxF
     )
 
 
@@ -403,13 +430,23 @@ def _dense(
   )
 
 
+def _norm(
+  config: DecoderConfig, param_dtype: typing.DTypeLike, name: str | None = None
+) -> nn.Module:
+  if config.norm_offset:
+    return float32.OffsetRMSNorm(config.rms_norm_eps, param_dtype, name=name)
+  return float32.rms_norm(config.rms_norm_eps, param_dtype, name)
+
+
 def _rope(
-  config: DecoderConfig, positions_BxL: jax.Array
+  config: DecoderConfig, positions_BxL: jax.Array, window: int | None
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the angles at each position, float32 (B, L, K/2)."""
-  scaling = config.rope_scaling
-  scheme = ropes if scaling is None else scaling
-  frequencies = scheme.frequencies(config.rope_theta, config.head_dim)
+  theta, scaling = config.rope_theta, config.rope_scaling
+  if window is not None and config.local_rope_theta is not None:
+    theta, scaling = config.local_rope_theta, None
+  scheme = rope_lib if scaling is None else scaling
+  frequencies = scheme.frequencies(theta, config.head_dim)
   angles = positions_BxL[..., None].astype(jnp.float32) * jnp.asarray(
     frequencies, jnp.float32
   )

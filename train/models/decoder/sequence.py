@@ -113,7 +113,8 @@ def _complete(found: Pretrained) -> Pretrained:
   complete = family.FAMILY.complete(found)
   # It answers in no words: which head is in the file, and where words end, is
   # nothing to it.
-  return dataclasses.replace(complete, config=found.config, notes=())
+  notes = weights.left_out(found.config, found.tensors)
+  return dataclasses.replace(complete, config=found.config, notes=notes)
 
 
 def _kind(model: SequenceDecoder) -> Kind:
@@ -122,10 +123,7 @@ def _kind(model: SequenceDecoder) -> Kind:
     for path, name in weights.modules(model.config, model.scan).items()
   }
   names["head/kernel"] = "score"
-  architecture = model.config.architecture.replace(
-    "ForCausalLM", "ForSequenceClassification"
-  )
-  return Kind(architecture, names, "model.", "SEQ_CLS")
+  return Kind(model.config.sequence_architecture, names, "model.", "SEQ_CLS")
 
 
 def _tensors(

@@ -15,15 +15,20 @@ import numpy as np
 
 from ..io import stored, weights
 from ..io import tensors as tensors_
-from . import rope
+from . import gemma, rope
 from .config import DecoderConfig
 
-_PREFIX = "model."
-_TABLE = f"{_PREFIX}embed_tokens.weight"
 _HEAD = "lm_head.weight"
+# Names that older files of a Gemma 3 with images have -> its names.
+_OLD_PREFIXES = {
+  "language_model.model.": gemma.PREFIX,
+  "language_model.lm_head.": "lm_head.",
+}
+# The parts of it that read images.
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 # Buffers, not weights; old checkpoints saved them, some in half precision.
 _BUFFER = re.compile(
-  r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq"
+  r"model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq"
 )
 _HALF = 1e-2
 
@@ -39,16 +44,43 @@ def with_own_head(
   Returns:
     the configuration, and a sentence for the user where it was changed.
   """
-  found = _by_full_name(tensors)
-  if not config.tied or not {_HEAD, _TABLE} <= found.keys():
+  found = _by_full_name(config, tensors)
+  table = f"{config.prefix}embed_tokens.weight"
+  if not config.tied or not {_HEAD, table} <= found.keys():
     return config, ()
-  if stored.equal(found[_HEAD], found[_TABLE]):
+  if stored.equal(found[_HEAD], found[table]):
     return config, ()
   note = (
     f"{_HEAD} is not the embedding, though config.json says "
     "tie_word_embeddings: the head is used as it is in the file, untied."
   )
   return dataclasses.replace(config, tied=False), (note,)
+
+
+def left_out(
+  config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
+) -> tuple[str, ...]:
+  """A sentence for the user where the model has a part that is not read."""
+  if config.model_type != gemma.WITH_IMAGES or not _of_images(tensors):
+    return ()
+  return (
+    "The model's part for images is not read: it is trained, and answers, on "
+    "texts alone.",
+  )
+
+
+def carried(
+  config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
+) -> dict[str, np.ndarray]:
+  """The tensors that `params` leaves out and an export needs, by name."""
+  if config.model_type != gemma.WITH_IMAGES:
+    return {}
+  return {
+    name if name.startswith("model.") else f"model.{name}": tensor[
+      (slice(None),) * len(tensor.shape)
+    ]
+    for name, tensor in _of_images(tensors).items()
+  }
 
 
 def params(
@@ -80,7 +112,8 @@ def params(
       nothing was read.
   """
   check(config, tensors)
-  return stored.read(_plan(config, scan), _by_full_name(tensors), dtype, place)
+  found = _by_full_name(config, tensors)
+  return stored.read(_plan(config, scan), found, dtype, place)
 
 
 def check(
@@ -92,14 +125,14 @@ def check(
     WeightsError: as `params`.
   """
 
-  found = _by_full_name(tensors)
+  found = _by_full_name(config, tensors)
 
   def ignored(name: str) -> bool:
     # Some checkpoints hold the head that is tied as well.
     duplicate = config.tied and name == _HEAD
     return duplicate or _BUFFER.fullmatch(name) is not None
 
-  stored.check_layers(config.num_layers, tensors, "decoder")
+  stored.check_layers(config.num_layers, found, "decoder")
   stored.check(_plan(config, False), found, ignored, "decoder")
   for name in found:
     if _BUFFER.fullmatch(name):
@@ -180,24 +213,25 @@ def _plan(
       (("self_attn", name, "scale"), "weight", (config.head_dim,))
       for name in ("q_norm", "k_norm")
     ]
-  parts += [
-    ((name, "scale"), "weight", (width,))
-    for name in ("input_layernorm", "post_attention_layernorm")
-  ]
+  norms = ["input_layernorm", "post_attention_layernorm"]
+  if config.post_norms:
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+  parts += [((name, "scale"), "weight", (width,)) for name in norms]
   table = (config.vocab_size, width)
 
   def whole(name: str, shape: tuple[int, ...], transposed: bool = False):
     return stored.Source((f"{name}.weight",), shape, transposed, False)
 
   plan: dict[stored.Path, stored.Source] = {
-    ("embed_tokens", "embedding"): whole("model.embed_tokens", table),
-    ("norm", "scale"): whole("model.norm", (width,)),
+    ("embed_tokens", "embedding"): whole(f"{config.prefix}embed_tokens", table),
+    ("norm", "scale"): whole(f"{config.prefix}norm", (width,)),
   }
   if not config.tied:
     plan["lm_head", "kernel"] = whole("lm_head", table, True)
   layers = range(config.num_layers)
   for path, end, shape in parts:
-    names = [f"model.layers.{i}.{'.'.join(path[:-1])}.{end}" for i in layers]
+    module = ".".join(path[:-1])
+    names = [f"{config.prefix}layers.{i}.{module}.{end}" for i in layers]
     transposed = path[-1] == "kernel"
     if scan:
       plan["layers", *path] = stored.Source(
@@ -211,14 +245,38 @@ def _plan(
 
 
 def _by_full_name(
-  tensors: Mapping[str, tensors_.Tensor],
+  config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> Mapping[str, tensors_.Tensor]:
-  if any(name.startswith(_PREFIX) for name in tensors):
+  """The tensors that read texts, by the names that `_plan` has."""
+  if config.model_type == gemma.WITH_IMAGES:
+    images = _of_images(tensors)
+    return {
+      _new_name(name): tensor
+      for name, tensor in tensors.items()
+      if name not in images
+    }
+  if any(name.startswith(config.prefix) for name in tensors):
     return tensors
   return {
-    name if name == _HEAD else _PREFIX + name: tensor
+    name if name == _HEAD else config.prefix + name: tensor
     for name, tensor in tensors.items()
   }
+
+
+def _new_name(name: str) -> str:
+  """Of a tensor of a Gemma 3 with images."""
+  for old, new in _OLD_PREFIXES.items():
+    if name.startswith(old):
+      return new + name.removeprefix(old)
+  if name == _HEAD or name.startswith(gemma.PREFIX):
+    return name
+  return f"model.{name}" if name.startswith("language_model.") else name
+
+
+def _of_images(
+  tensors: Mapping[str, tensors_.Tensor],
+) -> dict[str, tensors_.Tensor]:
+  return {name: x for name, x in tensors.items() if _IMAGES.fullmatch(name)}
 
 
 def _has_bias(config: DecoderConfig, module: str) -> bool:
