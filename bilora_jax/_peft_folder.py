@@ -3,44 +3,23 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
-import re
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from bilora_jax import _files, _peft_config, _peft_keys, _peft_names
+from bilora_jax import _peft_config, _peft_keys, _peft_names, _peft_tensors
 from bilora_jax._peft_names import Names, Places
+from bilora_jax._peft_tensors import Tensors
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 BIAS = ".lora_B.bias"
 MAGNITUDE = ".lora_magnitude_vector"
 BASE = ".base_layer."
-_PICKLE = "adapter_model.bin"
 _TABLE_A, _TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _MOST = 8
 
-# Names may hold that of the adapter, and that of what PEFT wraps a module in.
-_SPELLINGS = (
-  (re.compile(r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$"), r"\1\2"),
-  (
-    re.compile(
-      r"(\.(?:lora_embedding_[AB]|lora_magnitude_vector"
-      r"|trainable_tokens_delta))(?:\.[^.]+){1,2}$"
-    ),
-    r"\1",
-  ),
-  (re.compile(r"\.modules_to_save\.(?:(?=[^.]+$)|[^.]+\.)"), "."),
-  (re.compile(r"\.token_adapter\.base_layer\."), BASE),
-)
-# What takes no part in what PEFT computes: what stands behind a module that was
-# trained whole, and a part of a backward pass.
-_UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed")
-
-Tensors = dict[str, np.ndarray]
 Change = Callable[[np.ndarray], np.ndarray]
 """From a weight of the base to what it is with the adapter."""
 
@@ -91,7 +70,7 @@ def read(
     ValueError: as `peft.load`.
   """
   config = _peft_keys.read(folder)
-  found = _tensors(folder)
+  found = _peft_tensors.read(folder)
   bare = not any(name.startswith(prefix) for name in found)
   places = Places.of(names, prefix if bare else "")
   reading = _Reading(config, places, found)
@@ -117,37 +96,6 @@ def refuse(faults: Sequence[str], sentence: str) -> None:
     faults = [*faults[: _MOST - 2], more, *faults[-2:]]
   if faults:
     raise ValueError(f"{sentence}: {'; '.join(faults)}.")
-
-
-def _tensors(folder: pathlib.Path) -> Tensors:
-  """The tensors of a folder, by names as PEFT writes them now."""
-  path = folder / TENSORS
-  if not path.is_file() and (folder / _PICKLE).is_file():
-    raise ValueError(
-      f"{folder} has its weights in {_PICKLE}, a pickle, which can run code "
-      f"when it is read; save them as {TENSORS} with PEFT first."
-    )
-  found, _ = _files.read_tensors(path)
-  other = [name for name in found if not name.startswith(PREFIX)]
-  if other:
-    raise ValueError(
-      f"{path} is not PEFT's, whose names begin with {PREFIX}; got "
-      f"{', '.join(other[:_MOST])}."
-    )
-  _files.require_finite(path, found)
-  spelt: dict[str, str] = {}
-  for name in found:
-    if _UNUSED.search(name):
-      continue
-    now = name.removeprefix(PREFIX)
-    for pattern, new in _SPELLINGS:
-      now = pattern.sub(new, now)
-    if not _equal(found[spelt.setdefault(now, name)], found[name]):
-      raise ValueError(
-        f"{path} holds several adapters, and one is read: {spelt[now]} and "
-        f"{name} are of the same module. Save each in a folder of its own."
-      )
-  return {now: found[name] for now, name in spelt.items()}
 
 
 @dataclasses.dataclass
@@ -196,14 +144,18 @@ class _Reading:
       twin = self.tensors.get(f"{other}.weight")
       saved = any(map(self.config.is_saved, (table, other)))
       if saved and (own is not None or twin is not None):
-        same = own is not None and twin is not None and _equal(own, twin)
+        same = (
+          own is not None
+          and twin is not None
+          and _peft_tensors.equal(own, twin)
+        )
         if not same and not (self.config.tied and twin is None):
           self._apart(table, other)
         self.tensors.pop(f"{other}.weight", None)
       ours = [self.tensors.get(table + end) for end in (_TABLE_B, _TABLE_A)]
       theirs = [self.tensors.pop(other + end, None) for end in (A, B)]
       if any(x is not None for x in (*ours, *theirs)) and not all(
-        x is not None and y is not None and _equal(x.T, y)
+        x is not None and y is not None and _peft_tensors.equal(x.T, y)
         for x, y in zip(ours, theirs)
       ):
         self._apart(table, other)
@@ -398,7 +350,3 @@ def _with_rows(tokens: Sequence[int], rows: np.ndarray) -> Change:
     return new
 
   return change
-
-
-def _equal(x: np.ndarray, y: np.ndarray) -> bool:
-  return x.shape == y.shape and bool((x == y).all())

@@ -32,6 +32,7 @@ from bilora_jax import (
   _peft_config,
   _peft_folder,
   _peft_names,
+  _peft_tensors,
 )
 from bilora_jax._adapt import Adapted
 from bilora_jax._factors import Factors, is_factors
@@ -118,7 +119,7 @@ def save(
   folder.mkdir(parents=True, exist_ok=True)
   blob = safetensors.numpy.save(
     {
-      _peft_folder.PREFIX + k: np.ascontiguousarray(v)
+      _peft_tensors.PREFIX + k: np.ascontiguousarray(v)
       for k, v in tensors.items()
     },
     metadata={"format": "pt"},
@@ -126,7 +127,7 @@ def save(
   text = config.to_json(base_model)
   _files.write_all(
     {
-      folder / _peft_folder.TENSORS: blob,
+      folder / _peft_tensors.FILE: blob,
       folder / _peft_config.NAME: text.encode(),
     }
   )
