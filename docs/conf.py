@@ -1,5 +1,11 @@
 """How Sphinx builds the pages; `make docs`."""
 
+import re
+from typing import Any
+
+from docutils import nodes
+from latex2mathml import converter
+
 project = "bilora_jax"
 author = "The bilora_jax authors"
 project_copyright = f"2026, {author}"
@@ -8,7 +14,6 @@ extensions = [
   "myst_parser",
   "sphinx.ext.autodoc",
   "sphinx.ext.intersphinx",
-  "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
 ]
@@ -20,6 +25,9 @@ suppress_warnings = ["myst.xref_missing"]
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_context = {"default_mode": "auto"}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -28,3 +36,32 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # Links to other projects need a network; what has none is not linked.
 intersphinx_mapping = {}
+
+# A formula is MathML, which browsers read: no server of others is asked for a
+# script or a font, and none of it waits for JavaScript.
+html_math_renderer = "mathml"
+
+
+def _inline(translator: Any, node: nodes.math) -> None:
+  translator.body.append(converter.convert(node.astext()))
+  raise nodes.SkipNode
+
+
+def _block(translator: Any, node: nodes.math_block) -> None:
+  formula = converter.convert(node.astext(), display="block")
+  translator.body.append(f'<div class="math">{formula}</div>')
+  raise nodes.SkipNode
+
+
+def _short(app: Any, what: str, name: str, thing: Any, options: Any, *parts):
+  """A signature with `Array` in place of `jax.jaxlib._jax.Array`."""
+  del app, what, name, thing, options
+  return tuple(
+    part and re.sub(r"~?\b(?:[A-Za-z_]\w*\.)+([A-Za-z_]\w*)", r"\1", part)
+    for part in parts
+  )
+
+
+def setup(app: Any) -> None:
+  app.connect("autodoc-process-signature", _short)
+  app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
