@@ -25,6 +25,7 @@ suppress_warnings = ["myst.xref_missing"]
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_theme_options = {"navbar_persistent": []}
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -48,16 +49,27 @@ def _inline(translator: Any, node: nodes.math) -> None:
 
 
 def _block(translator: Any, node: nodes.math_block) -> None:
-  formula = converter.convert(node.astext(), display="block")
+  # latex2mathml does not know `aligned`.
+  text = node.astext().replace("{aligned}", "{align*}")
+  if "&" in text and "\\begin" not in text:
+    text = f"\\begin{{align*}}{text}\\end{{align*}}"
+  formula = converter.convert(text, display="block")
   translator.body.append(f'<div class="math">{formula}</div>')
   raise nodes.SkipNode
+
+
+_QUALIFIED = re.compile(r"~?\b(?:[A-Za-z_]\w*\.)+([A-Za-z_]\w*)")
+# What jax.typing.ArrayLike stands for.
+_ARRAY_LIKE = re.compile(
+  r"Array \| ndarray \| bool \| number \| bool \| int \| float \| complex"
+)
 
 
 def _short(app: Any, what: str, name: str, thing: Any, options: Any, *parts):
   """A signature with `Array` in place of `jax.jaxlib._jax.Array`."""
   del app, what, name, thing, options
   return tuple(
-    part and re.sub(r"~?\b(?:[A-Za-z_]\w*\.)+([A-Za-z_]\w*)", r"\1", part)
+    part and _ARRAY_LIKE.sub("ArrayLike", _QUALIFIED.sub(r"\1", part))
     for part in parts
   )
 

@@ -40,6 +40,11 @@ _WIDE = """
 }).map(x => x.outerHTML.slice(0, 200))
 """
 _LINKS = "() => [...document.querySelectorAll('a[href]')].map(x => x.href)"
+# TeX that is left in MathML.
+_FORMULAS = r"""
+() => [...document.querySelectorAll('math')].map(x => x.textContent)
+  .filter(x => /[&\\]/.test(x))
+"""
 _PICTURES = """
 () => [...document.images].filter(x => x.complete && !x.naturalWidth)
   .map(x => x.src)
@@ -110,6 +115,7 @@ def test_a_page_is_whole_and_no_wider_than_its_window(
   text = page.inner_text("article") if page.query_selector("article") else ""
   # Formulas that were not made into MathML.
   assert "\\frac" not in text and "$$" not in text
+  assert not page.evaluate(_FORMULAS)
   for link in page.evaluate(_LINKS):
     address, _, anchor = link.partition("#")
     if address.startswith(site):
