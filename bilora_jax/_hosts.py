@@ -24,7 +24,7 @@ class Host(Protocol):
   """What `adapt` needs of a model.
 
   Attributes:
-    evaluating: whether dropout of the adapters is off whatever the keys.
+    evaluating: whether dropout of the adapters is off, with keys or without.
   """
 
   @property

@@ -222,8 +222,8 @@ def load(
       heads, which have to be equal; and for what is added to some.
     left_out: names, or ends of names, of modules that this model lacks and
       computes the same without, or is not to have of the folder, as the
-      `pooler.dense` of a BERT. What the folder has of them is left out, with a
-      warning.
+      `pooler.dense` of a BERT. The folder's tensors for them are left out, with
+      a warning.
 
   Returns:
     A dict of `primary` and `extra`, of NumPy arrays in float32; of `extra` what

@@ -1,4 +1,4 @@
-"""What every method of taking a gradient shares: the seam, masks and norms."""
+"""What every gradient estimator shares: its protocol, masks and norms."""
 
 from collections.abc import Callable
 import math

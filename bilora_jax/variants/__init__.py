@@ -1,4 +1,4 @@
-"""Our own questions about Bi-LoRA: other starts, radii and ways to climb.
+"""Our own questions about Bi-LoRA: initialisations, radii and ways to climb.
 
 What Optax has needs nothing here: another auxiliary optimizer, as
 `bilora(adam, rho, optax.sign_sgd(rate))`, and a radius by the step, as

@@ -36,7 +36,7 @@ from train.models.vit import weights as vit_weights
 from train.run import config as config_lib
 from train.run import kept, report
 from train.run.loggers import jsonl
-from train.study import drawn, plan, record, results, spec
+from train.study import landscape_rows, plan, record, results, spec
 from train.study import report as study_report
 
 
@@ -630,8 +630,10 @@ def _rows(folder: pathlib.Path) -> None:
       done[run.key] = _row(run)
       if run.landscape is not None:
         losses = [1.0, 0.5, None]
-        row = drawn.row(run, run.key, {"line": losses, "plane": [losses] * 3})
-        record.append(folder / "out" / drawn.FILE, row)
+        row = landscape_rows.row(
+          run, run.key, {"line": losses, "plane": [losses] * 3}
+        )
+        record.append(folder / "out" / landscape_rows.FILE, row)
   for row in done.values():
     record.append(folder / "out" / record.RUNS, row)
 
@@ -676,8 +678,8 @@ def _read_report(folder: pathlib.Path) -> Any:
   done = plan.finished(record.read(study.folder / record.RUNS))
   found = results.collect(study, done)
   lines = study_report._head(study, found)
-  rows = record.read(study.folder / drawn.FILE)
-  landscapes = drawn.collect(study, found, rows)
+  rows = record.read(study.folder / landscape_rows.FILE)
+  landscapes = landscape_rows.collect(study, found, rows)
   for of_task in found.values():
     lines += study_report._task(study, of_task, {})
   return lines, landscapes

@@ -164,7 +164,7 @@ def _(primals, tangents):
 
 @jax.custom_jvp
 def _once(slope: jax.Array, hidden: jax.Array) -> jax.Array:
-  """The slope, that is the hidden state's but knows nothing of it."""
+  """The slope, without a derivative by the hidden state."""
   del hidden
   return slope
 

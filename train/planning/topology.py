@@ -42,7 +42,7 @@ def devices(name: str) -> list[Any]:
     name: as `v5e:4x4`, the generation and the chips along each axis.
 
   Raises:
-    UsageError: if the compiler is not installed or knows no such topology.
+    UsageError: if the compiler is not installed or has no such topology.
   """
   for variable, value in _WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)

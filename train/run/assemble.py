@@ -16,8 +16,8 @@ from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
 from ..devices import processes
 from ..errors import RunError, UsageError
+from ..methods import initialisation
 from ..methods import method as methods
-from ..methods import starts
 from ..models import load as models
 from ..models.family import Pretrained
 from . import config as config_lib
@@ -71,7 +71,7 @@ class Prepared:
       return self.method.adapted, evaluated
     assert self.method.adapted is not None
     batch = next(self.data.train_batches())
-    return starts.on_original(
+    return initialisation.on_original(
       self.method.adapted,
       self.model,
       self.data.objective.inputs(batch),
@@ -146,7 +146,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     layout.placer(axes["params"]),
     method.adapted,
   )
-  started = starts.started(
+  started = initialisation.started(
     config.adapter.start,
     model,
     variables,

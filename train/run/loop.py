@@ -29,11 +29,11 @@ from . import (
   claim,
   diagnostics,
   kept,
+  monitor,
   report,
   samples,
   state_shardings,
   step,
-  watch,
 )
 from . import checkpoints as checkpoints_lib
 from . import config as config_lib
@@ -178,8 +178,8 @@ def train(
 
   if config.evaluation.eval_first and not at:
     validate()
-  window = watch.Window(at)
-  profile = watch.Profile(
+  window = monitor.Window(at)
+  profile = monitor.Profile(
     prepared.folder / "profile", at + sinks.log_every, config.output.profile
   )
   interrupted = False
@@ -190,7 +190,7 @@ def train(
       if programs.diagnose and (at + 1) % config.output.diagnose_every == 0:
         # Of the auxiliary as this step meets it, on rows it has not seen.
         journal.log(at + 1, **programs.diagnose(state.trained, batch))
-        window.spoil()
+        window.discard_time()
       state, metrics = programs.step(
         prepared.variables, state, layout.rows(batch)
       )
@@ -198,7 +198,7 @@ def train(
       journal.advance(at)
       window.add(metrics)
       if profile.after(at, metrics):
-        window.spoil()
+        window.discard_time()
       ends = at == prepared.steps
       # Read once: the signal may come at any moment of the step.
       logs = ends or at % sinks.log_every == 0
@@ -227,7 +227,7 @@ def train(
             "numbers": last,
           }
           sinks.kept.save_best(at, method.evaluated(state.trained))
-        window.spoil()
+        window.discard_time()
       if saves or waited >= patience:
         sinks.kept.save_last(
           at,
@@ -327,7 +327,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
       if config.evaluation.samples
       else None,
     )
-    with watch.Interruption() as interruption:
+    with monitor.Interruption() as interruption:
       sinks = Sinks(
         journal,
         checkpoints,
@@ -377,7 +377,7 @@ def initial(
   return jax.jit(init, out_shardings=shardings)(key, variables), shardings
 
 
-def _interrupted(interruption: watch.Interruption, logs: bool) -> bool:
+def _interrupted(interruption: monitor.Interruption, logs: bool) -> bool:
   """Whether to stop after this step, the same in all processes."""
   if jax.process_count() == 1:
     return interruption.asked
@@ -515,7 +515,7 @@ def _check_finite(
   rows: Sequence[step.Metrics],
   journal: journal_lib.Journal,
 ) -> None:
-  """Reports steps that were skipped, and ends a run that skips on."""
+  """Reports steps that were skipped, and ends a run that skips too many."""
   for number, row in enumerate(rows, at - len(rows) + 1):
     in_a_row = int(row.nonfinite)
     if not in_a_row:

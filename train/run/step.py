@@ -10,7 +10,8 @@ import optax
 from ..data.objectives import Batch, Items, Objective
 from ..methods.method import Method
 
-_NEVER = 2**30  # optax.apply_if_finite: a bad update is never let through
+# So many bad updates in a row are never met: optax.apply_if_finite skips each.
+_ALL_ARE_SKIPPED = 2**30
 
 
 class TrainState(NamedTuple):
@@ -54,9 +55,9 @@ class Metrics(NamedTuple):
 
 
 def optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
-  """The method's transformation, that skips steps that are not finite."""
+  """The method's transformation, which skips steps that are not finite."""
   return optax.with_extra_args_support(
-    optax.apply_if_finite(method.tx, max_consecutive_errors=_NEVER)
+    optax.apply_if_finite(method.tx, max_consecutive_errors=_ALL_ARE_SKIPPED)
   )
 
 

@@ -9,7 +9,7 @@ from bilora_jax import sharpness
 
 from ..data.objectives import Objective
 from ..methods import method as methods
-from . import drawn, measure
+from . import landscape_rows, measure
 from .spec import Landscape
 
 # Kernels are (in, out), under scan with the layers in front.
@@ -57,7 +57,7 @@ def make(
     def loss(params):
       return means(params)[0]
 
-    steps = drawn.steps(options)
+    steps = landscape_rows.steps(options)
     found = {"line": sharpness.landscape(loss, kernels, directions[:1], steps)}
     if options.plane:
       found["plane"] = sharpness.landscape(loss, kernels, directions, steps)

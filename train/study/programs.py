@@ -86,7 +86,7 @@ def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
       lambda: _step(prepared, traced),
     ),
     traced=traced,
-    # A validation knows no rho.
+    # A validation does not depend on rho.
     predict=_keep(
       kept,
       ("predict", same),

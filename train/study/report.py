@@ -5,7 +5,16 @@ import re
 from typing import Any
 
 from .. import files
-from . import drawn, forest, memorisation, plan, plots, record, results, tables
+from . import (
+  forest,
+  landscape_rows,
+  memorisation,
+  plan,
+  plots,
+  record,
+  results,
+  tables,
+)
 from .results import Result, Results
 from .spec import Study
 
@@ -27,7 +36,9 @@ def write(study: Study) -> pathlib.Path:
   """
   done = plan.finished(record.read(study.folder / record.RUNS))
   found = results.collect(study, done)
-  lines_of = drawn.collect(study, found, record.read(study.folder / drawn.FILE))
+  lines_of = landscape_rows.collect(
+    study, found, record.read(study.folder / landscape_rows.FILE)
+  )
   folder = study.folder / PLOTS
   folder.mkdir(parents=True, exist_ok=True)
   lines = _head(study, found)
@@ -109,7 +120,7 @@ def _task(
     lines += ["", "### Training", *picture("curves"), *picture("diagnostics")]
   if "landscape" in pictures or "plane" in pictures:
     lines += ["", "### Landscapes", *picture("landscape"), *picture("plane")]
-    lines += ["", drawn.note(study)]
+    lines += ["", landscape_rows.note(study)]
   lines += ["", "### Tuning", "", *tables.tuning(found)]
   lines += ["", tables.tuning_note(study), *picture("tuning")]
   return lines
@@ -130,8 +141,8 @@ def _after(study: Study, found: dict[str, Result]) -> list[str]:
     "",
     *accuracies,
     "",
-    f"Less that of {study.reference} in points, paired by the seed, with p in "
-    "brackets (exact sign-flip test, not corrected):",
+    f"Differences to {study.reference} in points, paired by the seed, with p "
+    "in brackets (exact sign-flip test, not corrected):",
     "",
     *differences,
     "",
@@ -147,7 +158,7 @@ def _paired(
   table = tables.sharpness_differences(study, found, space, direction)
   if not table:
     return []
-  said = f"Less that of {study.reference}, paired by the seed, with p in "
+  said = f"Differences to {study.reference}, paired by the seed, with p in "
   return ["", f"{said}brackets (exact sign-flip test):", "", *table]
 
 

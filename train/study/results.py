@@ -46,7 +46,7 @@ class Result(NamedTuple):
     """
     found = {seed: at(row, *names) for seed, row in self.finals.items()}
     for seed, value in found.items():
-      # A reader of rows knows no names of metrics.
+      # Rows are read without the names of their metrics being checked.
       place = f"the row {self.finals[seed]['key']} of runs.jsonl"
       options.checked(place, ", ".join(map(str, names)), value, float | None)
     return {seed: value for seed, value in found.items() if value is not None}

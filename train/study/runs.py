@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ..errors import UsageError
-from . import drawn, plan, record, training
+from . import landscape_rows, plan, record, training
 from .spec import Cell, Study
 
 _POLL_SECONDS = 2.0
@@ -51,7 +51,8 @@ def work(
         if run.landscape is not None:
           recorded = row["key"] if there is None else there["key"]
           record.append(
-            study.folder / drawn.FILE, drawn.row(run, recorded, landscape)
+            study.folder / landscape_rows.FILE,
+            landscape_rows.row(run, recorded, landscape),
           )
         if there is None:
           record.append(study.folder / record.RUNS, row)
@@ -86,11 +87,15 @@ class _Finished:
     study, done = self._study, dict(self.rows())
     if study.landscape is None:
       return done
-    there = drawn.keys(study)
+    there = landscape_rows.keys(study)
     for cell in study.cells:
       for run in plan.known_runs(study, cell, self._rows):
         row = done.get(run.key)
-        if row and not row["failed"] and drawn.due(run, row["key"], there):
+        if (
+          row
+          and not row["failed"]
+          and landscape_rows.due(run, row["key"], there)
+        ):
           del done[run.key]
     return done
 

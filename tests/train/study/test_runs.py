@@ -15,7 +15,7 @@ import pytest
 from train import __main__ as program
 from train import jsonl, locks
 from train.run import config as config_lib
-from train.study import drawn, plan, record, report, runs, training
+from train.study import landscape_rows, plan, record, report, runs, training
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def _replayed(rows, landscapes=()):
     row = dict(known[task.key])
     if task.landscape is not None:
       row["landscape"] = {
-        "line": lines[drawn.key(task.key, task.landscape)]["line"]
+        "line": lines[landscape_rows.key(task.key, task.landscape)]["line"]
       }
     return row
 
@@ -65,13 +65,13 @@ def test_a_torn_line_is_dropped_and_its_run_alone_is_repeated(
   done, study, tmp_path, monkeypatch
 ):
   first, rows = done
-  landscapes = record.read(first.folder / drawn.FILE)
+  landscapes = record.read(first.folder / landscape_rows.FILE)
   replay, asked = _replayed(rows, landscapes)
   monkeypatch.setattr(training, "run", replay)
   own = study(tmp_path)
   text = "".join(json.dumps(row) + "\n" for row in rows)
   (tmp_path / record.RUNS).write_text(text[:-100])
-  shutil.copy(first.folder / drawn.FILE, tmp_path)
+  shutil.copy(first.folder / landscape_rows.FILE, tmp_path)
   runs.work(own, own.cells)
   assert record.read(tmp_path / record.RUNS) == rows
   assert [run.key for run in asked] == [rows[-1]["key"]]
@@ -81,7 +81,7 @@ def test_a_landscape_asked_for_later_changes_no_row(
   done, study, tmp_path, monkeypatch
 ):
   first, rows = done
-  landscapes = record.read(first.folder / drawn.FILE)
+  landscapes = record.read(first.folder / landscape_rows.FILE)
   replay, asked = _replayed(rows, landscapes)
   monkeypatch.setattr(training, "run", replay)
   shutil.copy(first.folder / record.RUNS, tmp_path)
@@ -94,7 +94,7 @@ def test_a_landscape_asked_for_later_changes_no_row(
     ("LoRA", 0)
   ]
   assert record.read(tmp_path / record.RUNS) == rows
-  assert record.read(tmp_path / drawn.FILE) == landscapes
+  assert record.read(tmp_path / landscape_rows.FILE) == landscapes
 
 
 def test_rows_and_landscapes_outlive_new_fields_of_the_configuration(
@@ -103,7 +103,7 @@ def test_rows_and_landscapes_outlive_new_fields_of_the_configuration(
   first, _ = done
   monkeypatch.setattr(training, "run", None)  # it would fail if it were called
   # Under the keys of a time when there was no field `dora`.
-  for name in (record.RUNS, drawn.FILE):
+  for name in (record.RUNS, landscape_rows.FILE):
     text = ""
     for row in record.read(first.folder / name):
       row["key"] = f"old{row['key']}"
@@ -119,7 +119,7 @@ def test_rows_and_landscapes_outlive_new_fields_of_the_configuration(
 
 def test_the_middle_of_a_landscape_is_the_loss_that_was_measured(done):
   own, rows = done
-  (landscape,) = record.read(own.folder / drawn.FILE)
+  (landscape,) = record.read(own.folder / landscape_rows.FILE)
   assert landscape["steps"] == [-1.0, 0.0, 1.0]
   loss = rows[0]["sharpness"]["loss"]
   assert landscape["line"][1] == pytest.approx(loss, rel=1e-5)

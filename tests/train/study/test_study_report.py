@@ -107,7 +107,7 @@ def test_the_numbers_are_those_of_the_rows(made):
   rises = _cells(text, "method | n | radius 0.1", "Bi-LoRA")
   assert rises[2:] == ["0.1075 ± 0.0064", "1.0075 ± 0.0064"]
   # LoRA's are 0.1 and 1 higher, of both seeds.
-  paired = text.split("Less that of LoRA, paired by the seed")[1]
+  paired = text.split("Differences to LoRA, paired by the seed")[1]
   assert _cells(paired, "method | n | radius 0.1", "Bi-LoRA")[1:] == [
     *("2", "-0.10 ± 0.00 (0.500)", "-1.0 ± 0.0 (0.500)")
   ]

@@ -1,4 +1,4 @@
-"""What watches the steps: times and metrics of a window, traces, signals."""
+"""Times and metrics of the steps of a window, traces, and signals."""
 
 import os
 import pathlib
@@ -37,14 +37,14 @@ class Window:
     self._seen = len(self._rows)
     return rows
 
-  def spoil(self) -> None:
+  def discard_time(self) -> None:
     """Leaves the time out: something else took some of it."""
     self._start = None
 
   def close(
     self, at: int
   ) -> tuple[list[step.Metrics], dict[str, float | None]]:
-    """The metrics of each step, and times: none if the window is spoiled."""
+    """The metrics of each step, and times: none if its time was discarded."""
     rows = jax.device_get(self._rows)
     times: dict[str, float | None] = {}
     if self._start is not None:

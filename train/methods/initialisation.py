@@ -70,7 +70,7 @@ def started(
   if name == "lora_ga":
     dense = method._replace(weights=kernels(adapted))
     more = (_gradient(model, dense, variables, objective, batch()),)
-  # Of the primary alone, whatever the key.
+  # The key draws the auxiliary, which is not used here.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, name)(adapted, variables, new, *more)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start)):
