@@ -135,9 +135,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   # An adapter's folder alone is compared with the base; methods of new adapters
   # do not depend on it.
   base_tensors = pretrained.tensors if config.adapter.path else None
-  method = method_of(
-    config, model, inputs, steps, data.objective, base_tensors
-  )
+  method = method_of(config, model, inputs, steps, data.objective, base_tensors)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)
