@@ -2,7 +2,8 @@
 
 A run that resumes, or that differs from another in where it writes, builds the
 functions of its configuration anew, and JAX traces them as it would others.
-Here equal arguments give the same functions, which JAX has traced.
+Here equal arguments give the same functions, which JAX has traced. So do equal
+features of the frozen base the linear model that was fitted to them.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from train.data import scores
 from train.methods import method as methods
 from train.run import diagnostics, step
 
@@ -29,14 +31,23 @@ def share(patch: pytest.MonkeyPatch) -> None:
     (diagnostics, "make"),
   ):
     patch.setattr(module, name, once(getattr(module, name)))
+  patch.setattr(scores, "linear", once(scores.linear, _content))
 
 
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, that gives what it gave for equal arguments."""
+def once(
+  make: Callable[..., Any], key_of: Callable[[Any], Hashable] | None = None
+) -> Callable[..., Any]:
+  """The function, that gives what it gave for equal arguments.
+
+  Args:
+    make: the function.
+    key_of: of a leaf of the arguments, what is equal for equal ones; None has
+      an array's shape and dtype stand for it.
+  """
 
   def made(*arguments, **more):
     leaves, structure = jax.tree.flatten((arguments, more))
-    key = make, structure, tuple(map(_key, leaves))
+    key = make, structure, tuple(map(key_of or _key, leaves))
     try:
       hash(key)
     except TypeError:  # as of a number that is traced
@@ -54,4 +65,11 @@ def _key(leaf: Any) -> Hashable:
   """Of an example input its shape; of anything else, itself."""
   if isinstance(leaf, np.ndarray | jax.Array | jax.ShapeDtypeStruct):
     return leaf.shape, str(leaf.dtype)
+  return leaf
+
+
+def _content(leaf: Any) -> Hashable:
+  """Of an array its numbers; of anything else, itself."""
+  if isinstance(leaf, np.ndarray):
+    return leaf.shape, str(leaf.dtype), leaf.tobytes()
   return leaf

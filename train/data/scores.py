@@ -145,41 +145,52 @@ def baseline(
     names: of the metrics, the one to choose by first.
   """
 
-  from sklearn import linear_model, metrics, pipeline, preprocessing
-
   def of(rows):
     found = {}
     for batch in rows.batches:
       for index, row in zip(batch["index"], np.asarray(features(batch))):
         found[int(index)] = row
-    return np.stack([found[i] for i in range(len(rows.labels))])
+    return np.stack([found[i] for i in range(len(rows.labels))]), rows.labels
 
-  values = train.labels.dtype.kind == "f"
-  x_train, x_validation, x_test = map(of, (train, validation, test))
+  return linear(of(train), of(validation), of(test), names)
+
+
+def linear(
+  train: tuple[np.ndarray, np.ndarray],
+  validation: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  names: Sequence[str],
+) -> Evaluation:
+  """The `baseline` of each split's features, (rows, D), and labels, (rows,)."""
+  from sklearn import linear_model, metrics, pipeline, preprocessing
+
+  (x_train, y_train), (x_validation, y_validation) = train, validation
+  x_test, y_test = test
+  values = y_train.dtype.kind == "f"
   models = [
     pipeline.make_pipeline(
       preprocessing.StandardScaler(),
       linear_model.Ridge(alpha=1 / c)
       if values
       else linear_model.LogisticRegression(C=c, max_iter=5000),
-    ).fit(x_train, train.labels)
+    ).fit(x_train, y_train)
     for c in (0.001, 0.01, 0.1, 1.0, 10.0)
   ]
   best = max(
     models,
     key=lambda m: better(
-      names[0], METRICS[names[0]](validation.labels, m.predict(x_validation))
+      names[0], METRICS[names[0]](y_validation, m.predict(x_validation))
     ),
   )
   predicted = best.predict(x_test)
   if values:
-    errors = (predicted - test.labels) / np.std(train.labels)
+    errors = (predicted - y_test) / np.std(y_train)
     loss = np.mean(np.square(errors))
   else:
     loss = metrics.log_loss(
-      test.labels, best.predict_proba(x_test), labels=best.classes_
+      y_test, best.predict_proba(x_test), labels=best.classes_
     )
-  return _evaluation(test.labels, predicted, float(loss), names)
+  return _evaluation(y_test, predicted, float(loss), names)
 
 
 def better(name: str, value: float) -> float:

@@ -132,9 +132,10 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       f"{optimisation.epochs:,} of {data.steps_per_epoch:,} steps each are "
       "more."
     )
-  method = method_of(
-    config, model, inputs, steps, data.objective, pretrained.tensors
-  )
+  # An adapter's folder alone is compared with the base; methods of new adapters
+  # do not depend on it.
+  base_tensors = pretrained.tensors if config.adapter.path else None
+  method = method_of(config, model, inputs, steps, data.objective, base_tensors)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   axes = pretrained.logical_axes(shapes)
   base, state = lowering.abstract(config, method, layout, shapes, axes)

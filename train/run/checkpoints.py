@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -331,10 +332,12 @@ def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 def _digest(tree: Any) -> str:
   """Of the bits of all arrays, on whichever devices they are."""
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-  # Shard by shard: a sum over devices would be a program of all of them, and
-  # many of these at once can hang on a CPU.
+  # Shard by shard: many programs at once whose devices exchange something can
+  # hang on a CPU.
   parts = [_checksums(jnp.asarray(x)) for _, x in paths]
-  sums = [sum(map(int, part)) % 2**32 for part in jax.device_get(parts)]
+  sums = [
+    sum(int(x.sum()) for x in part) % 2**32 for part in jax.device_get(parts)
+  ]
   totals = processes.summed(np.array(sums, np.int64)) % 2**32
   names = [jax.tree_util.keystr(path) for path, _ in paths]
   text = json.dumps(sorted(zip(names, totals.tolist())))
@@ -342,26 +345,60 @@ def _digest(tree: Any) -> str:
 
 
 def _checksums(x: jax.Array) -> list[jax.Array]:
-  """Of the bits of an array, uint32 scalars whose sum modulo 2^32 is meant.
+  """Of the bits of an array, uint32 whose sum modulo 2^32 is meant.
 
   Every word counts an odd number of times, by its place in the whole array: a
   flipped bit always changes the sum, and the sharding never does, so that a run
   may resume on another mesh.
   """
   strides = np.cumprod([1, *x.shape[:0:-1]])[: x.ndim][::-1] % 2**32
+  strides = strides.astype(np.uint32)
+  sharding = x.sharding
+  if isinstance(sharding, NamedSharding) and not x.is_fully_replicated:
+    # One program for all devices; else each of them has its own to compile.
+    sums = _checksum_of_shards(sharding.mesh, sharding.spec)(x, strides)
+    return [y.data for y in sums.addressable_shards if y.replica_id == 0]
   return [
     _checksum(
       shard.data,
       np.array([part.start or 0 for part in shard.index], np.uint32),
-      strides.astype(np.uint32),
+      strides,
     )
     for shard in x.addressable_shards
     if shard.replica_id == 0
   ]
 
 
+@functools.cache
+def _checksum_of_shards(
+  mesh: jax.sharding.Mesh, spec: PartitionSpec
+) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+  """`_checksum` of every shard, (shards,), of which each device has its own."""
+  axes = [
+    () if x is None else x if isinstance(x, tuple) else (x,) for x in spec
+  ]
+  split = tuple(name for names in axes for name in names)
+
+  def checksum(x, strides):
+    start = [jnp.uint32(0)] * x.ndim
+    for i, names in enumerate(axes):
+      if names:
+        place = jax.lax.axis_index(names).astype(jnp.uint32)
+        start[i] = place * np.uint32(x.shape[i])
+    return _checksum(x, start, strides)[None]
+
+  return jax.jit(
+    jax.shard_map(
+      checksum,
+      mesh=mesh,
+      in_specs=(spec, PartitionSpec()),
+      out_specs=PartitionSpec(split),
+    )
+  )
+
+
 @jax.jit
-def _checksum(x: jax.Array, start: jax.Array, strides: jax.Array) -> jax.Array:
+def _checksum(x: jax.Array, start: Any, strides: Any) -> jax.Array:
   """Of a shard that begins at `start` of an array with these strides."""
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
@@ -415,6 +452,7 @@ def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
   )
 
 
+@jax.jit
 def _copy(tree: Any) -> Any:
   # The step donates its buffers, and a save in the background may still read
   # them; on the CPU it would read them in place.

@@ -18,6 +18,12 @@ SPLITS = ("train", "validation", "test")
 TASK = tasks.get("snippets")
 
 
+@pytest.fixture(scope="module")
+def rows(snippets_dir):
+  """All rows of each split, read once; not to be changed."""
+  return {split: pipeline.load(TASK, split, snippets_dir) for split in SPLITS}
+
+
 def _write(tmp_path: pathlib.Path, *lines: bytes) -> pathlib.Path:
   path = tmp_path / "reviews.tsv.gz"
   path.write_bytes(gzip.compress(b"\r\n".join(lines)))
@@ -28,16 +34,13 @@ def test_the_file_has_all_published_sentences():
   assert len(movie_reviews.read()) == 10_605
 
 
-def test_split_sizes(snippets_dir):
-  sizes = [len(pipeline.load(TASK, s, snippets_dir)) for s in SPLITS]
-  assert sizes == [6_500, 1_000, 2_570]
+def test_split_sizes(rows):
+  assert [len(rows[split]) for split in SPLITS] == [6_500, 1_000, 2_570]
 
 
-def test_no_sentence_is_in_two_splits_nor_twice_in_one(snippets_dir):
+def test_no_sentence_is_in_two_splits_nor_twice_in_one(rows):
   sentences = [
-    hashing.normalise(str(row.text))
-    for split in SPLITS
-    for row in pipeline.load(TASK, split, snippets_dir)
+    hashing.normalise(str(row.text)) for split in SPLITS for row in rows[split]
   ]
   assert len(set(sentences)) == len(sentences)
 
@@ -47,9 +50,9 @@ def test_a_sentence_in_other_case_or_punctuation_is_the_same_sentence():
   assert {hashing.normalise(text) for text in same} == {"a mess"}
 
 
-def test_labels_are_balanced_in_each_split(snippets_dir):
+def test_labels_are_balanced_in_each_split(rows):
   for split in SPLITS:
-    labels = [row.label for row in pipeline.load(TASK, split, snippets_dir)]
+    labels = [row.label for row in rows[split]]
     # Three standard deviations of a fair coin at 1,000 rows are 0.047.
     assert abs(np.mean(labels) - 0.5) < 0.047
 
@@ -87,12 +90,11 @@ def test_the_division_does_not_depend_on_the_order_of_the_file():
   )
 
 
-def test_rows_are_stored_by_id(snippets_dir):
+def test_rows_are_stored_by_id(rows):
   divided = movie_reviews.divide(movie_reviews.clean(movie_reviews.read()))
   for split in SPLITS:
-    rows = pipeline.load(TASK, split, snippets_dir)
     expected = [snippet.sentence for snippet in sorted(divided[split])]
-    assert [row.text for row in rows] == expected
+    assert [row.text for row in rows[split]] == expected
 
 
 def test_the_choice_of_a_seed_is_the_same_in_every_version(snippets_dir):
@@ -100,13 +102,6 @@ def test_the_choice_of_a_seed_is_the_same_in_every_version(snippets_dir):
   rows = pipeline.load(TASK, "train", snippets_dir, limit=2000)
   text = "\n".join(str(row.text) for row in rows)
   assert hashing.digest(text).startswith("9b35a974508b")
-
-
-def test_two_preparations_are_the_same(snippets_dir, tmp_path):
-  for split in SPLITS:
-    assert pipeline.load(TASK, split, snippets_dir) == pipeline.load(
-      TASK, split, tmp_path
-    )
 
 
 def test_a_limit_takes_rows_by_seed_and_smaller_ones_are_nested(snippets_dir):
@@ -155,7 +150,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     movie_reviews.read(path)
 
 
-def test_two_processes_may_prepare_at_once(tmp_path):
+def test_two_processes_may_prepare_at_once_and_prepare_the_same(rows, tmp_path):
   code = (
     "import sys; from train.data import pipeline, registry as tasks;"
     "print(len(pipeline.load(tasks.get(), 'validation', sys.argv[1])))"
@@ -175,6 +170,8 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (0, "1000\n", "")
   assert not list(tmp_path.glob(".preparing-*"))
+  for split in SPLITS:
+    assert pipeline.load(TASK, split, tmp_path) == rows[split]
 
 
 def test_the_process_that_prepares_last_reads_what_the_first_prepared(
