@@ -10,6 +10,7 @@ import zipfile
 
 import hatchling.build
 import pytest
+import yaml
 
 import bilora_jax
 
@@ -99,3 +100,23 @@ def test_without_the_extra_the_sentence_names_it(
     rf"error: bilora needs {missing}, .*pip install 'bilora_jax\[train\]'\.\n",
     ran.stderr,
   )
+
+
+def test_the_workflows_run_targets_on_the_pythons_that_we_name():
+  pythons = re.findall(
+    r"Python :: (3\.\d+)", (_ROOT / "pyproject.toml").read_text()
+  )
+  makefile = (_ROOT / "Makefile").read_text()
+  for path in (_ROOT / ".github" / "workflows").iterdir():
+    workflow = yaml.safe_load(path.read_text())
+    for name, job in workflow["jobs"].items():
+      matrix = job.get("strategy", {}).get("matrix", {})
+      assert matrix.get("python", pythons) == pythons, (path, name)
+      for step in job["steps"]:
+        for target in re.findall(r"make ([\w-]+)", step.get("run", "")):
+          assert f"\n{target}:" in makefile, (path, name, target)
+
+
+def test_the_changelog_has_the_version():
+  version = bilora_jax.__version__
+  assert version in (_ROOT / "CHANGELOG.md").read_text()
