@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-CHOICES = ("none", "full", "dots")
+CHOICES = ("none", "full", "dots", "offload")
 
 
 def layer(
@@ -16,7 +16,8 @@ def layer(
   Args:
     module: the class of a layer.
     what: to compute again: 'none'; 'full', all of the layer; 'dots', all but
-      the products with weights, which are kept.
+      the products with weights, which are kept; 'offload', as 'dots', but they
+      wait in the host's memory.
     in_scan: whether the layer is run in a scan.
 
   Raises:
@@ -31,5 +32,9 @@ def layer(
   policy: Any = None
   if what == "dots":
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  elif what == "offload":
+    policy = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+      "device", "pinned_host"
+    )
   # In a scan, XLA cannot undo it by sharing what is computed twice.
   return nn.remat(module, prevent_cse=not in_scan, policy=policy)

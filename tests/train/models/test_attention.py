@@ -87,10 +87,10 @@ def _check_parity(seen, lengths, causal, window=LENGTH):
 @pytest.fixture
 def interpreted(monkeypatch):
   """Splash attention without a TPU."""
-  make = attention.splash.make_splash_mha_single_device
+  make = attention.splash.make_splash_mha
   monkeypatch.setattr(
     attention.splash,
-    "make_splash_mha_single_device",
+    "make_splash_mha",
     functools.partial(make, interpret=True),
   )
 

@@ -100,6 +100,10 @@ def test_operations_are_those_of_the_equations(found):
     (("--mesh", "fsdp=3"), ("asks for 3 devices; there are 8",)),
     (("--mesh", "fsdp=8", "--batch-size", "12"), ("multiple", "got 12")),
     (("--max-length", "65"), ("at most 64", "got 65")),
+    (
+      ("--mesh", "fsdp=4,context=2", "--max-length", "9"),
+      ("context=2", "to divide the tokens", "rows of 9"),
+    ),
     (("--rank", "0"), ("--rank is at least 1; got 0",)),
     (("--targets", "nothing"), ("match no module", "q_proj")),
     (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "not there")),
