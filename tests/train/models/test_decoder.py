@@ -260,7 +260,7 @@ def test_wrong_shapes_are_named(args, message):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"remat": "all"}, "remat must be one of none, full, dots, got 'all'"),
+    ({"remat": "all"}, "remat must be one of none, .*offload, got 'all'"),
     ({"attention": "flash"}, "attention must be one of .* got 'flash'"),
   ],
 )
