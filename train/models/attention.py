@@ -349,7 +349,7 @@ def _splash(q, k, v, seen, program):
       first = jax.lax.axis_index(splits.axes("length")) * length
       own_BxL = jax.lax.dynamic_slice_in_dim(ids_BxS, first, length, 1)
     segments = splash.SegmentIds(padded(own_BxL), padded(ids_BxS))
-  y_BxHxLxK = jax.vmap(program, (0, 0, 0, 0))(q, k, v, segments)
+  y_BxHxLxK = jax.vmap(program)(q, k, v, segments)
   return y_BxHxLxK.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
 
 
@@ -395,23 +395,20 @@ def _on_mesh(q, k, v, seen) -> jax.Array:
   )
   queries = splits.axes("length") if seen.parts > 1 else ()
   spec, by_row = _Spec(rows, queries, heads), _Spec(rows)
-  more, more_specs = (), ()
+  programs: tuple[Any, ...] = ()
   if seen.kernel == "splash":
     split = splits.parts("kv_heads") if heads else 1
-    program = _splash_program(q.shape[1], q.shape[2] // split, seen)
-    more = (program,)
+    programs = (_splash_program(q.shape[1], q.shape[2] // split, seen),)
   if mesh.empty or mesh.size == 1:
-    return kernel(q, k, v, seen, *more)
-  if more:
-    by_query = jax.sharding.NamedSharding(mesh, _Spec(None, queries))
-    more_specs = (more[0].manual_sharding_spec(by_query),)
+    return kernel(q, k, v, seen, *programs)
+  by_query = jax.sharding.NamedSharding(mesh, _Spec(None, queries))
 
-  def on_device(q, k, v, seen, *more):
+  def on_device(q, k, v, seen, *programs):
     if queries:
       k, v = (
         jax.lax.all_gather(x, queries, axis=1, tiled=True) for x in (k, v)
       )
-    return kernel(q, k, v, seen, *more)
+    return kernel(q, k, v, seen, *programs)
 
   mask = seen.mask
   of_mask = _Spec(rows if mask is None or len(mask) > 1 else (), queries)
@@ -425,11 +422,12 @@ def _on_mesh(q, k, v, seen) -> jax.Array:
         lengths=None if seen.lengths is None else by_row,
         segment_ids=None if seen.segment_ids is None else by_row,
       ),
-      *more_specs,
+      # It has the blocks of the queries of each part.
+      *(x.manual_sharding_spec(by_query) for x in programs),
     ),
     out_specs=spec,
     check_vma=False,
-  )(q, k, v, seen, *more)
+  )(q, k, v, seen, *programs)
 
 
 def _platform() -> str:

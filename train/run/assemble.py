@@ -115,6 +115,7 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     fingerprints.commit(folder),
     config.model.head,
   )
+  check_layout(layout, config.model.remat, pretrained.family)
   data = load_data(config, pretrained, layout)
   check_layout(layout, config.model.remat, pretrained.family, data.lengths)
   fingerprint = fingerprints.of(config, pretrained, data)
@@ -227,7 +228,7 @@ def check_layout(
   layout: mesh_lib.Layout,
   remat: str,
   family: Family,
-  lengths: Sequence[int],
+  lengths: Sequence[int] = (),
 ) -> None:
   """Checks that devices can do what is asked of them.
 
