@@ -67,10 +67,10 @@ class Options:
   """What the model computes in."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "bfloat16"
   """What the frozen weights are stored in, as in a run."""
-  remat: Literal["none", "dots", "full", "offload"] = "full"
+  remat: Literal["none", "dots", "base", "full", "offload"] = "full"
   """What a layer's backward pass computes again: nothing, all but the products
-  with weights, or all; offload is dots with these products in the host's
-  memory."""
+  with weights (dots), those with adapters too (base), or all; offload is base
+  with what it keeps in the host's memory."""
   scan_layers: bool = True
   """Compile one layer for all."""
 

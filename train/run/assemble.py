@@ -246,7 +246,7 @@ def check_layout(
   if remat == "offload" and not layout.offloads:
     raise UsageError(
       "--remat offload keeps products in the host's pinned memory, which these "
-      "devices do not reach; --remat dots keeps them where they are."
+      "devices do not reach; --remat base keeps them where they are."
     )
   if layout.context == 1:
     return

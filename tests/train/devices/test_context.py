@@ -124,7 +124,7 @@ def on_one_device():
 @pytest.mark.parametrize(
   ("name", "text", "more"),
   [
-    ("padded", "context=2", {"remat": "dots"}),
+    ("padded", "context=2", {"remat": "base"}),
     ("padded", "data=2,context=2", {"attention": "xla"}),
     (
       "packed",

@@ -184,6 +184,26 @@ def test_on_tpus_no_scores_of_long_rows_are_kept(model, compiles, tmp_path):
 
 @with_libtpu
 @pytest.mark.slow
+def test_what_waits_in_the_host_s_memory_is_not_the_device_s(
+  compiles, tmp_path
+):
+  path = tmp_path / "figures.json"
+  place = ("--topology", "v5e:2x4", "--mesh", "fsdp=4,context=2")
+  rows = ("--batch-size", "64", "--max-length", "64", "--method", "lora")
+  found = {}
+  for remat in ("dots", "offload"):
+    more = ("--remat", remat, "--json", str(path))
+    assert compiles(*place, *rows, *more) == 0
+    (found[remat],) = json.loads(path.read_text())["figures"]
+  assert found["dots"]["host"] == 0
+  # Of each token and layer at least the products of four projections.
+  tokens = 64 * 64 / 8
+  assert found["offload"]["host"] >= LAYERS * tokens * 2 * 4 * WIDTH
+  assert found["offload"]["peak"] < found["dots"]["peak"]
+
+
+@with_libtpu
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_said_to_need_so_much(compiles, capsys):
   place = ("--topology", "v5e:2x4", "--mesh", "fsdp=8", "--method", "lora")
   rows = ("--batch-size", str(2**21), "--max-length", "64")
