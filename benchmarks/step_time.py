@@ -145,16 +145,31 @@ def compiled_turn(
   state = step.init(method, jax.random.key(0), variables)
   jitted: Any = step.make_train_step(method, workload.objective)
   train_step = jitted.lower(variables, state, batch).compile()
+  return (
+    turn(train_step, variables, state, batch, steps),
+    planned_bytes(train_step),
+  )
 
-  def turn():
+
+def turn(
+  train_step: Any, variables: Any, state: Any, batch: Any, steps: int
+) -> Callable[[], None]:
+  """What runs some steps from where it left the state, and waits for them."""
+
+  def run():
     nonlocal state
     metrics = None
     for _ in range(steps):
       state, metrics = train_step(variables, state, batch)
     jax.block_until_ready((state, metrics))
 
-  memory = train_step.memory_analysis()
-  return turn, memory and (
+  return run
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
+  """The bytes that a program is planned for, if the compiler says so."""
+  memory = compiled.memory_analysis()
+  return memory and (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes

@@ -18,6 +18,7 @@ from benchmarks import (
   attention,
   clip_cost,
   rounds,
+  scaling,
   seeds,
   step_time,
   variants,
@@ -233,6 +234,34 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(24 / row["median_seconds"])
     assert row["planned_bytes"] > 0
   assert result["rows"][0]["median_ratio"] == 1
+
+
+def test_what_grows_is_measured_told_and_drawn(monkeypatch, tmp_path):
+  start = scaling.Size(layers=2, width=32, length=4, rank=2, rows=1)
+  monkeypatch.setattr(scaling, "_START", start)
+  monkeypatch.setattr(scaling, "_GROWTH", {"adapted": (1, 2)})
+  page, out = tmp_path / "page.md", tmp_path / "scaling.json"
+  page.write_text(
+    "Before.\n<!-- benchmarks.scaling --> old <!-- end -->\nAfter."
+  )
+  places = ("--page", str(page), "--out", str(out))
+  monkeypatch.setattr(
+    sys, "argv", ["scaling", "--rounds", "1", "--warmup", "0", *places]
+  )
+  scaling.main()
+  rows = json.loads(out.read_text())["rows"]
+  assert [(x["axis"], x["value"], x["name"]) for x in rows] == [
+    ("adapted", layers, name)
+    for layers in (1, 2)
+    for name in ("LoRA", "Bi-LoRA")
+  ]
+  planned = [x["planned_bytes"] for x in rows]
+  # Bi-LoRA has two adapters where LoRA has one.
+  assert planned[0] < planned[1] and planned[0] < planned[2] < planned[3]
+  text = page.read_text()
+  assert text.startswith("Before.\n") and text.endswith("\nAfter.")
+  assert "old" not in text and text.count("| adapted |") == 2
+  assert "<svg" in page.with_suffix(".svg").read_text()
 
 
 class _Parsed(Exception):

@@ -112,6 +112,16 @@ def test_scanned_layers_train_alike_on_a_mesh(run, finished, tmp_path):
   _assert_same_run(mesh, one)
 
 
+def test_devices_that_share_rows_train_alike_and_answer(
+  run, finished, tmp_path
+):
+  folder = tmp_path / "run"
+  more = ("--mesh", "data=2,context=2,tensor=2", "--samples", "2")
+  assert run(folder, *more) == 0
+  _assert_same_run(folder, finished)
+  assert (folder / "samples.jsonl").read_text().splitlines()
+
+
 def test_a_quantised_base_learns_the_same_on_a_mesh(run, finished, tmp_path):
   one, mesh = (tmp_path / name for name in ("one", "mesh"))
   assert run(one, "--base-dtype", "nf4") == 0

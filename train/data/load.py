@@ -88,6 +88,7 @@ class Data(Protocol):
     metric: the name of the metric to select a checkpoint by.
     rows: in each split.
     left_out: rows that were too long, in each split.
+    lengths: tokens that the rows of a batch may have; none of images.
     steps_per_epoch: optimizer steps, at least one.
   """
 
@@ -111,6 +112,9 @@ class Data(Protocol):
 
   @property
   def left_out(self) -> dict[str, int]: ...
+
+  @property
+  def lengths(self) -> Sequence[int]: ...
 
   @property
   def steps_per_epoch(self) -> int: ...
@@ -182,6 +186,13 @@ class Labelled:
     return {}
 
   @property
+  def lengths(self) -> Sequence[int]:
+    texts = (
+      x for x in self.examples.values() if isinstance(x, pipeline.Examples)
+    )
+    return sorted({length for x in texts for length in pipeline.buckets_of(x)})
+
+  @property
   def steps_per_epoch(self) -> int:
     return len(self.examples["train"]) // self.order.batch_size
 
@@ -246,6 +257,10 @@ class Conversations:
   def left_out(self) -> dict[str, int]:
     found = {name: x.sequences.skipped for name, x in self.packed.items()}
     return {name: count for name, count in found.items() if count}
+
+  @property
+  def lengths(self) -> Sequence[int]:
+    return sorted({x for split in self.packed.values() for x in split.buckets})
 
   @property
   def steps_per_epoch(self) -> int:

@@ -251,7 +251,7 @@ def train_batches(
     epochs,
     process_index,
     process_count,
-    buckets or _buckets(examples),
+    buckets or buckets_of(examples),
     group_by_length,
   )
 
@@ -288,11 +288,12 @@ def eval_batches(
     batch["index"] = index.astype(np.int32)
     return batch
 
-  lengths = buckets or _buckets(examples)
+  lengths = buckets or buckets_of(examples)
   return batching.evaluate(fill, examples.lengths, batch_size, lengths)
 
 
-def _buckets(examples: Examples) -> tuple[int, ...]:
+def buckets_of(examples: Examples) -> tuple[int, ...]:
+  """The lengths that batches of these rows may be padded to."""
   return lengths_for(int(examples.lengths.max()), examples.max_length)
 
 

@@ -1,7 +1,9 @@
 """Meshes: how the arrays of a run are laid out over its devices.
 
 The base, the adapters and the optimizer's state are sharded by the names of
-their axes (`RULES`), a batch by its rows. A dimension that the size of its mesh
+their axes (`RULES`), a batch by its rows. The devices along `context` share the
+tokens of a row: each is given all of them, and a model takes its part. A
+dimension that the size of its mesh
 axis does not divide is left whole on every device, and so is the rank. A factor
 of an adapter is split over the mesh axes of both sides of its kernel.
 """
@@ -20,11 +22,14 @@ import numpy as np
 from ..errors import UsageError
 from ..models.io import stored
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
+# Devices that share a row's tokens need the same weights, as those do that
+# share rows.
 RULES = (
   ("batch", ("data", "fsdp")),
-  ("embed", "fsdp"),
-  ("vocab", "fsdp"),
+  ("length", "context"),
+  ("embed", ("fsdp", "context")),
+  ("vocab", ("fsdp", "context")),
   ("mlp", "tensor"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
@@ -37,9 +42,12 @@ _Rules = Sequence[tuple[str, Any]]
 # A factor has one side of its kernel: split as that alone, it would be whole
 # along the mesh axis of the other, and so would the optimizer's moments.
 FACTOR_RULES: Sequence[_Rules] = (
-  tuple(
-    (name, {"fsdp": ("fsdp", "tensor"), "tensor": ("tensor", "fsdp")}[axis])
-    for name, axis in RULES[1:]
+  (
+    *((name, ("fsdp", "context", "tensor")) for name in ("embed", "vocab")),
+    *(
+      (name, ("tensor", "fsdp", "context"))
+      for name in ("mlp", "heads", "kv_heads")
+    ),
   ),
   RULES,
 )
@@ -65,8 +73,8 @@ def parse(text: str) -> dict[str, int]:
       problem = f"the size of {name} is a positive number, not {size!r}"
     if problem:
       raise UsageError(
-        f"--mesh is data=N,fsdp=N,tensor=N or some of these; got {text!r}: "
-        f"{problem}."
+        "--mesh is data=N,fsdp=N,context=N,tensor=N or some of these; got "
+        f"{text!r}: {problem}."
       )
     sizes[name] = int(size)
   return {name: sizes.get(name, 1) for name in AXES}
@@ -133,6 +141,21 @@ class Layout:
       return jax.make_array_from_callback(shape, sharding, read)
 
     return place
+
+  @property
+  def context(self) -> int:
+    """The devices that share the tokens of a row."""
+    return 1 if self.mesh is None else self.mesh.shape["context"]
+
+  @property
+  def offloads(self) -> bool:
+    """Whether arrays of a step can wait in the memory of the host."""
+    devices = (
+      jax.local_devices() if self.mesh is None else self.mesh.devices.flat
+    )
+    # Devices of other processes have none here.
+    kinds = {m.kind for x in devices for m in x.addressable_memories()}
+    return "pinned_host" in kinds
 
   def part(self) -> tuple[int, int]:
     """Which equal part of a batch's rows is this process's, of how many."""
@@ -237,8 +260,8 @@ def make(
   if not _shares(mesh):
     raise UsageError(
       f"--mesh {text} does not share the rows of a batch equally among "
-      f"{processes} processes of {count // processes} devices; tensor is to "
-      "divide that number, or be a multiple of it."
+      f"{processes} processes of {count // processes} devices; context times "
+      "tensor is to divide that number, or be a multiple of it."
     )
   return Layout(mesh)
 
@@ -256,13 +279,11 @@ def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:
 
   None, if it is not one of equal parts.
   """
-  batch, tensor = (
-    mesh.devices.size // mesh.shape["tensor"],
-    mesh.shape["tensor"],
-  )
+  inner = mesh.shape["context"] * mesh.shape["tensor"]
+  batch = mesh.devices.size // inner
   own = sorted(
     {
-      i // tensor
+      i // inner
       for i, device in enumerate(mesh.devices.flat)
       if device.process_index == process
     }

@@ -4,14 +4,16 @@ Shapes: B batch, L queries, S keys, H heads, J key-value heads, G = H/J, K head
 width, M segments.
 
 cuDNN's kernels and splash attention keep no array of L x S; 'matmul' and 'xla'
-do. The choice is made while a program is traced. `jax.lax.platform_dependent`
-would trace every branch, and cuDNN's asks for a GPU's library while it is
-traced; under a gradient it would keep the residuals of all of them.
+do. Where the devices of a mesh share the tokens of a row, each has the queries
+of its own and gathers the keys and values of all.
+
+The choice is made while a program is traced. `jax.lax.platform_dependent` would
+trace every branch, and cuDNN's asks for a GPU's library while it is traced;
+under a gradient it would keep the residuals of all of them.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from flax.linen import spmd
@@ -20,6 +22,8 @@ from jax import typing
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
+
+from . import splits
 
 CHOICES = ("auto", "matmul", "xla", "cudnn", "splash")
 
@@ -32,6 +36,8 @@ _LANES, _BLOCKS = 128, (512, 256, 128)
 # On an H200 rows of 64 tokens took 1.3 times as long by cuDNN as by XLA, packed
 # ones 4 to 7 times; rows of 1,024 half as long.
 _SHORT_ON_GPU = 128
+
+_Spec = jax.sharding.PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +54,9 @@ class Seen:
     lengths: tokens of each segment of a row, from its first token on, int32
       (B, M). A query sees its own segment. What follows the last is padding.
     segment_ids: int32 (B, L). A query sees the keys that have its id.
+    parts: how many parts the queries of a row are split into, over the devices
+      that share it. The other attributes are of whole rows.
+    softcap: c of `capped`, which bounds the scores; None: they are unbounded.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -58,6 +67,10 @@ class Seen:
   mask: jax.Array | None = None
   lengths: jax.Array | None = None
   segment_ids: jax.Array | None = None
+  parts: int = dataclasses.field(default=1, metadata={"static": True})
+  softcap: float | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
 
 
 def chosen(
@@ -80,7 +93,7 @@ def chosen(
     choice: one of `CHOICES`.
     dtype: of queries, keys and values.
     head_size: K.
-    length: L.
+    length: the queries of a row that a device has.
     softcap: whether the scores are bounded, which 'matmul' and 'splash' do;
       'auto' is 'matmul' then, where it would not be 'splash'.
 
@@ -140,7 +153,10 @@ def causal(
   """What causal attention sees: the tokens up to itself, of its segment.
 
   A row that is one segment, with padding after it, needs no mask but the causal
-  one: no token of it comes after padding.
+  one: no token of it comes after padding. The queries are split as the mesh
+  splits the axis `length`. cuDNN is given a mask then, as its causal flag
+  counts queries from the first key. Splash attention takes parts of whole
+  blocks; others are XLA's.
 
   Args:
     kernel: from `chosen`.
@@ -154,21 +170,28 @@ def causal(
     lengths = None
   if window is not None and window >= length:
     window = None
+  parts = splits.parts("length")
   whole = lengths is None or (window is None and _is_hopper())
-  if kernel == "cudnn" and whole:
+  if kernel == "cudnn" and whole and parts == 1:
     return Seen(kernel, causal=True, window=window, lengths=lengths)
   segment_ids = None if lengths is None else ids(lengths, length)
-  if kernel == "splash":
-    return Seen(kernel, causal=True, window=window, segment_ids=segment_ids)
+  if kernel == "splash" and (parts == 1 or length % (parts * _LANES) == 0):
+    return Seen(
+      kernel, causal=True, window=window, segment_ids=segment_ids, parts=parts
+    )
   mask_1xLxL = jnp.tri(length, dtype=bool)[None]
   if window is not None:
     mask_1xLxL &= ~jnp.tri(length, k=-window, dtype=bool)
-  if segment_ids is None:
-    return Seen(kernel, mask=mask_1xLxL)
-  same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
-  # cuDNN adds a mask to the scores: of an even length, or not at all.
-  kernel = "xla" if kernel == "cudnn" and length % 2 else kernel
-  return Seen(kernel, mask=same_BxLxL & mask_1xLxL)
+  mask_BxLxL = mask_1xLxL
+  if segment_ids is not None:
+    same_BxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask_BxLxL = same_BxLxL & mask_1xLxL
+  rows = None if segment_ids is None else "batch"
+  mask_BxLxL = spmd.with_logical_constraint(mask_BxLxL, (rows, "length", None))
+  # cuDNN adds a mask to the scores: of even lengths, or not at all.
+  odd = kernel == "cudnn" and length // parts % 2
+  kernel = "xla" if kernel == "splash" or odd else kernel
+  return Seen(kernel, mask=mask_BxLxL, parts=parts)
 
 
 def masked(kernel: str, mask: jax.Array) -> Seen:
@@ -250,19 +273,19 @@ def attention(
     (B, L, H, K) in the dtype of q. What stands at padding is finite and means
     nothing.
   """
-  # `masked` says 'xla' for what is 'splash' elsewhere.
-  if seen.kernel == "matmul" or (softcap and seen.kernel == "xla"):
-    return _matmul(q, k, v, seen.mask, softcap)
-  if seen.kernel == "xla":
-    mask = None if seen.mask is None else seen.mask[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
-  kernel = _cudnn
-  if seen.kernel == "splash":
-    kernel = functools.partial(_splash, softcap=softcap)
-  return _on_mesh(kernel, q, k, v, seen)
+  kernel = seen.kernel
+  if softcap is not None:
+    # `masked` says 'xla' for what is 'splash' elsewhere.
+    kernel = "matmul" if kernel == "xla" else kernel
+    seen = dataclasses.replace(seen, kernel=kernel, softcap=softcap)
+  if kernel in ("matmul", "xla") and seen.parts == 1:
+    # XLA splits these over the devices of a mesh by itself.
+    return _KERNELS[kernel](q, k, v, seen)
+  return _on_mesh(q, k, v, seen)
 
 
-def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS, softcap):
+def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen):
+  mask_BxLxS = seen.mask
   batch, length, heads, size = q_BxLxHxK.shape
   slots, groups = k_BxSxJxK.shape[1:3]
 
@@ -276,7 +299,7 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS, softcap):
     in_front(k_BxSxJxK).swapaxes(2, 3),
     preferred_element_type=jnp.float32,
   ).reshape(batch, heads, length, slots)
-  scores_BxHxLxS = capped(scores_BxHxLxS * size**-0.5, softcap)
+  scores_BxHxLxS = capped(scores_BxHxLxS * size**-0.5, seen.softcap)
   if mask_BxLxS is not None and mask_BxLxS.shape[1] == 1:
     # Added, it takes no part in the backward pass.
     scores_BxHxLxS += jnp.where(mask_BxLxS, 0.0, _MASKED)[:, None]
@@ -287,6 +310,11 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, mask_BxLxS, softcap):
     probs_BxHxLxS.reshape(batch, groups, -1, slots), in_front(v_BxSxJxK)
   )
   return in_front(y_BxJxGLxK.reshape(batch, heads, length, size))
+
+
+def _xla(q, k, v, seen):
+  mask = None if seen.mask is None else seen.mask[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def _cudnn(q, k, v, seen):
@@ -336,28 +364,41 @@ def _cudnn_packed(q, k, v, lengths_BxM, causal):
   )
 
 
-def _splash(q, k, v, seen, softcap=None):
-  length, heads, size = q.shape[1:]
-  padding = -length % _LANES
-  ids_BxL = seen.segment_ids
-  if padding:
-    if ids_BxL is None:
-      ids_BxL = jnp.ones(q.shape[:2], jnp.int32)
-    ids_BxL = jnp.pad(ids_BxL, ((0, 0), (0, padding)))
-  q, k, v = (
-    jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-    for x in (q * size**-0.5, k, v)
-  )
-  whole = length + padding
-  block = next(x for x in _BLOCKS if whole % x == 0)
+def _splash(q, k, v, seen, program):
+  length, size = q.shape[1], q.shape[-1]
+  ids_BxS = seen.segment_ids
+  if -k.shape[1] % _LANES and ids_BxS is None:
+    ids_BxS = jnp.ones(k.shape[:2], jnp.int32)
+
+  def padded(x):
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, -x.shape[1] % _LANES)
+    return jnp.pad(x, padding)
+
+  q, k, v = (padded(x).transpose(0, 2, 1, 3) for x in (q * size**-0.5, k, v))
+  segments: Any = None
+  if ids_BxS is not None:
+    own_BxL = ids_BxS
+    if seen.parts > 1:
+      first = jax.lax.axis_index(splits.axes("length")) * length
+      own_BxL = jax.lax.dynamic_slice_in_dim(ids_BxS, first, length, 1)
+    segments = splash.SegmentIds(padded(own_BxL), padded(ids_BxS))
+  y_BxHxLxK = jax.vmap(program)(q, k, v, segments)
+  return y_BxHxLxK.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
+
+
+def _splash_program(length: int, heads: int, seen: Seen) -> Any:
+  """The kernel for rows of this length and so many heads on each device."""
+  whole = length + -length % _LANES
+  block = next(x for x in _BLOCKS if whole // seen.parts % x == 0)
   one: Any = splash.CausalMask if seen.causal else splash.FullMask
   if seen.window is not None:
     one = functools.partial(
       splash.LocalMask, window_size=(seen.window - 1, 0), offset=0
     )
-  kernel: Any = splash.make_splash_mha_single_device(
+  return splash.make_splash_mha(
     splash.MultiHeadMask([one((whole, whole))] * heads),
-    attn_logits_soft_cap=softcap,
+    attn_logits_soft_cap=seen.softcap,
     block_sizes=splash.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -366,37 +407,62 @@ def _splash(q, k, v, seen, softcap=None):
       block_q_dq=block,
       block_kv_dq=block,
     ),
+    head_shards=1,
+    q_seq_shards=seen.parts,
   )
-  segments: Any = None
-  if ids_BxL is not None:
-    segments = splash.SegmentIds(ids_BxL, ids_BxL)
-  y_BxHxLxK = jax.vmap(kernel)(q, k, v, segments)
-  return y_BxHxLxK.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
 
 
-def _on_mesh(kernel: Any, q, k, v, seen) -> jax.Array:
-  """Runs a kernel on each device's rows and heads: XLA cannot split it."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return kernel(q, k, v, seen)
-  names = ("batch", None, "kv_heads", None)
-  rows, _, heads, _ = spmd.logical_to_mesh_axes(names) or (None,) * 4
+_KERNELS = {
+  "matmul": _matmul,
+  "xla": _xla,
+  "cudnn": _cudnn,
+  "splash": _splash,
+}
+
+
+def _on_mesh(q, k, v, seen) -> jax.Array:
+  """Runs a kernel on each device's rows, queries and heads."""
+  kernel, mesh = _KERNELS[seen.kernel], jax.sharding.get_abstract_mesh()
   # Heads are split where those of the keys are; else each device has all.
-  rows = rows if _divides(mesh, rows, k.shape[0]) else None
-  heads = heads if _divides(mesh, heads, k.shape[2]) else None
-  spec = jax.sharding.PartitionSpec(rows, None, heads, None)
-  by_row = jax.sharding.PartitionSpec(rows)
+  rows, heads = (
+    splits.axes(name) if size % splits.parts(name) == 0 else ()
+    for name, size in (("batch", k.shape[0]), ("kv_heads", k.shape[2]))
+  )
+  queries = splits.axes("length") if seen.parts > 1 else ()
+  spec, by_row = _Spec(rows, queries, heads), _Spec(rows)
+  programs: tuple[Any, ...] = ()
+  if seen.kernel == "splash":
+    split = splits.parts("kv_heads") if heads else 1
+    programs = (_splash_program(q.shape[1], q.shape[2] // split, seen),)
+  if mesh.empty or mesh.size == 1:
+    return kernel(q, k, v, seen, *programs)
+  by_query = jax.sharding.NamedSharding(mesh, _Spec(None, queries))
+
+  def on_device(q, k, v, seen, *programs):
+    if queries:
+      k, v = (
+        jax.lax.all_gather(x, queries, axis=1, tiled=True) for x in (k, v)
+      )
+    return kernel(q, k, v, seen, *programs)
+
+  mask = seen.mask
+  of_mask = _Spec(rows if mask is None or len(mask) > 1 else (), queries)
   return jax.shard_map(
-    kernel,
-    in_specs=(spec, spec, spec, jax.tree.map(lambda x: by_row, seen)),
+    on_device,
+    in_specs=(
+      *(spec, spec, spec),
+      dataclasses.replace(
+        seen,
+        mask=None if mask is None else of_mask,
+        lengths=None if seen.lengths is None else by_row,
+        segment_ids=None if seen.segment_ids is None else by_row,
+      ),
+      # It has the blocks of the queries of each part.
+      *(x.manual_sharding_spec(by_query) for x in programs),
+    ),
     out_specs=spec,
     check_vma=False,
-  )(q, k, v, seen)
-
-
-def _divides(mesh: Any, axes: Any, size: int) -> bool:
-  names = axes if isinstance(axes, tuple) else (axes,)
-  return size % math.prod(mesh.shape[x] for x in names if x) == 0
+  )(q, k, v, seen, *programs)
 
 
 def _platform() -> str:

@@ -3,8 +3,8 @@
 Logits of a whole batch, (B, L, V) in float32, would be the largest array of a
 step: 8.4 GB for 16,384 tokens of Llama 3's vocabulary.
 
-Shapes: B batch, L length, C chunks, T tokens of a row in a chunk, D width, V
-vocabulary.
+Shapes: B batch, L length, P parts that a mesh splits a row into, C chunks, T
+tokens of a part in a chunk, D width, V vocabulary.
 """
 
 import math
@@ -16,6 +16,8 @@ import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
+
+from . import splits
 
 Read = jax.tree_util.Partial
 """A function of arrays with an entry a token, (..., *), and of logits (..., V).
@@ -34,17 +36,18 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   """`read(module.head(hidden))`, without all logits at once.
 
   If all logits take `module.logits_bytes` or less, they are read as they are.
-  If not, each chunk has the same tokens of every row, so that on a mesh each
-  device keeps the rows that it has. Where a gradient is taken, the forward pass
-  takes the gradient of each number by the token's hidden state, while it has
-  the token's logits; the backward pass multiplies it by the cotangent. The head
-  so runs as often as without chunks, as in MaxText's tiling of the vocabulary.
-  Only if the head's own parameters or adapters are differentiated by does the
-  backward pass compute the logits again.
+  If not, each chunk has the same tokens of every row, and of every part of it,
+  so that on a mesh each device keeps the rows and the tokens that it has. Where
+  a gradient is taken, the forward pass takes the gradient of each number by the
+  token's hidden state, while it has the token's logits; the backward pass
+  multiplies it by the cotangent. The head so runs as often as without chunks,
+  as in MaxText's tiling of the vocabulary. Only if the head's own parameters or
+  adapters are differentiated by does the backward pass compute the logits
+  again.
 
   Args:
-    module: a Linen module with a method `head`, from (..., D) to float32
-      (..., V), and with `config.vocab_size` and `logits_bytes`.
+    module: a Linen module with a method `head`, from (B, ..., D) to float32
+      (B, ..., V), and with `config.vocab_size` and `logits_bytes`.
     hidden: (B, L, D).
     read: with arrays (B, L, *). None: the logits are returned.
 
@@ -58,21 +61,25 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   if read is None:
     return module.head(hidden)
   batch, length, _ = hidden.shape
+  parts = splits.parts("length")
+  length //= parts
   count = _chunks(batch, length, module.config.vocab_size, module.logits_bytes)
   if count == 1 or module.is_initializing():
     return read(module.head(hidden))
   size = -(-length // count)
 
   def split(x_BxL):
-    padding = [(0, 0)] * x_BxL.ndim
-    padding[1] = (0, count * size - length)
-    x_BxCxT = jnp.pad(x_BxL, padding).reshape(
-      batch, count, size, *x_BxL.shape[2:]
-    )
-    return jnp.moveaxis(x_BxCxT, 1, 0)
+    more = x_BxL.shape[2:]
+    padding = [(0, 0)] * (3 + len(more))
+    padding[2] = (0, count * size - length)
+    x_BxPxCxT = jnp.pad(
+      x_BxL.reshape(batch, parts, length, *more), padding
+    ).reshape(batch, parts, count, size, *more)
+    return jnp.moveaxis(x_BxPxCxT, 2, 0)
 
-  def joined(x_CxBxT):
-    return jnp.moveaxis(x_CxBxT, 0, 1).reshape(batch, -1)[:, :length]
+  def joined(x_CxBxPxT):
+    x_BxPxL = jnp.moveaxis(x_CxBxPxT, 0, 2).reshape(batch, parts, -1)
+    return x_BxPxL[..., :length].reshape(batch, -1)
 
   # A gradient by the hidden states needs nothing but slopes, and one by the
   # head runs the chunk again. In a scan, XLA cannot undo that.
@@ -97,18 +104,10 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
 
 def _chunks(batch: int, length: int, vocab_size: int, limit: int) -> int:
   """How many chunks there are; each has at least one token of each row."""
-  on_device = batch * length * vocab_size * 4 / _parts()
+  on_device = batch * length * vocab_size * 4 / splits.parts("batch")
   wanted = min(max(math.ceil(on_device / limit), 1), length)
   # As many as there are of the size that this asks for.
   return -(-length // -(-length // wanted))
-
-
-def _parts() -> int:
-  """How many parts the rows of a batch are split into, on the mesh there is."""
-  (axes,) = spmd.logical_to_mesh_axes(("batch",)) or (None,)
-  names = (axes,) if isinstance(axes, str) else axes or ()
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return math.prod(sizes.get(name, 1) for name in names)
 
 
 def _gathered(params: Any) -> Any:

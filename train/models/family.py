@@ -113,6 +113,7 @@ class Family:
       new tokens; None if it does not generate.
     generate_methods: of the model, that `generate` calls.
     scans: whether it can compile one layer for all.
+    splits_rows: whether devices can share the tokens of a row.
     head_bias: whether a new head has a bias.
     sizes: of published models, by name.
     kind: of a model, what it is in transformers; None if it is not there.
@@ -144,6 +145,7 @@ class Family:
   generate: Callable[..., jax.Array] | None = None
   generate_methods: tuple[str, ...] = ()
   scans: bool = False
+  splits_rows: bool = False
   head_bias: bool = True
   sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   kind: Callable[[Any], Kind] | None = None

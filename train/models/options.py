@@ -32,9 +32,10 @@ class ModelOptions:
   )
   """What the frozen weights are stored in; of the last three, that are
   quantised, only those with adapters, and the others in --dtype."""
-  remat: Literal["none", "dots", "full"] = option("none")
+  remat: Literal["none", "dots", "base", "full", "offload"] = option("none")
   """What a layer's backward pass computes again, to save memory: nothing, all
-  but the products with weights, or all."""
+  but the products with weights (dots), those with adapters too (base), or all;
+  offload is base with what it keeps in the host's memory."""
   scan_layers: bool = option(False)
   """Compile one layer for all, which is quicker to compile (decoders, T5s)."""
 

@@ -46,7 +46,7 @@ class Options:
   topology: str = ""
   """TPUs to compile for, as v5e:4x4; empty: the devices that are here."""
   mesh: str = ""
-  """Devices along data, fsdp and tensor, as fsdp=16."""
+  """Devices along data, fsdp, context and tensor, as fsdp=16."""
   method: str = "lora,bilora"
   """What is trained, as in a run; several with commas, to be compared with the
   first."""
@@ -67,9 +67,10 @@ class Options:
   """What the model computes in."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "bfloat16"
   """What the frozen weights are stored in, as in a run."""
-  remat: Literal["none", "dots", "full"] = "full"
+  remat: Literal["none", "dots", "base", "full", "offload"] = "full"
   """What a layer's backward pass computes again: nothing, all but the products
-  with weights, or all."""
+  with weights (dots), those with adapters too (base), or all; offload is base
+  with what it keeps in the host's memory."""
   scan_layers: bool = True
   """Compile one layer for all."""
 
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options)
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
+  assemble.check_layout(layout, options.remat, model[0], (options.max_length,))
   if options.json:
     files.check_place("--json", pathlib.Path(options.json))
   used = jax.devices()[:1] if layout.mesh is None else layout.mesh.devices.flat

@@ -17,8 +17,9 @@ class Figures:
     temporary: bytes of what is made and thrown away.
     output: bytes of what is new after it, not put in the state's place.
     code: bytes of the program.
-    peak: bytes in use at once, as the compiler plans it; temporary arrays may
-      take more, if they leave gaps.
+    host: bytes of the host's memory, for what waits there.
+    peak: bytes of the device in use at once, as the compiler plans it;
+      temporary arrays may take more, if they leave gaps.
     flops: of the step by its equations, over the devices.
     bytes_accessed: read and written, loops in full; see `traffic`.
     bytes_accessed_once: XLA's own count, that takes a loop's body once.
@@ -31,6 +32,7 @@ class Figures:
   temporary: int
   output: int
   code: int
+  host: int
   peak: int
   flops: float
   bytes_accessed: float
@@ -57,7 +59,9 @@ def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
     temporary=memory.temp_size_in_bytes,
     output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
-    peak=memory.peak_memory_in_bytes,
+    host=memory.host_temp_size_in_bytes,
+    # XLA counts what is in the host's memory too.
+    peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,
     flops=flops,
     bytes_accessed=traffic.accessed(text),
     bytes_accessed_once=cost["bytes accessed"],
@@ -87,7 +91,7 @@ def table(found: Sequence[Figures]) -> str:
   ]
   lines += [
     row(name, [getattr(x, name) for x in found], gib)
-    for name in ("arguments", "temporary", "output", "code", "peak")
+    for name in ("arguments", "temporary", "output", "code", "host", "peak")
   ]
   lines.append(
     row("floating-point operations", [x.flops for x in found], "{:.4g}".format)

@@ -1,6 +1,6 @@
 """What a run needs before its first step: checks, data, weights, method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 import pathlib
@@ -19,7 +19,7 @@ from ..errors import RunError, UsageError
 from ..methods import initialisation
 from ..methods import method as methods
 from ..models import load as models
-from ..models.family import Pretrained
+from ..models.family import Family, Pretrained
 from . import config as config_lib
 from . import fingerprint as fingerprints
 from . import lowering, memory
@@ -115,7 +115,9 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     fingerprints.commit(folder),
     config.model.head,
   )
+  check_layout(layout, config.model.remat, pretrained.family)
   data = load_data(config, pretrained, layout)
+  check_layout(layout, config.model.remat, pretrained.family, data.lengths)
   fingerprint = fingerprints.of(config, pretrained, data)
   changed = fingerprints.require_same(folder, config, fingerprint)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
@@ -221,6 +223,46 @@ def _model(config: Config, pretrained: Pretrained, data: data_lib.Data) -> Any:
     answers = label_words.answers(pretrained, data.task)
     return pretrained.classifier(answers, **options)
   return pretrained.language_model(**options)
+
+
+def check_layout(
+  layout: mesh_lib.Layout,
+  remat: str,
+  family: Family,
+  lengths: Sequence[int] = (),
+) -> None:
+  """Checks that devices can do what is asked of them.
+
+  Args:
+    layout: of the run.
+    remat: what a layer's backward pass computes again.
+    family: the model's.
+    lengths: tokens that the rows of a batch may have.
+
+  Raises:
+    UsageError: if the family's models cannot share the tokens of a row, or the
+      devices along `context` do not divide a length, or have no host's memory
+      to keep products in.
+  """
+  if remat == "offload" and not layout.offloads:
+    raise UsageError(
+      "--remat offload keeps products in the host's pinned memory, which these "
+      "devices do not reach; --remat base keeps them where they are."
+    )
+  if layout.context == 1:
+    return
+  if not family.splits_rows:
+    raise UsageError(
+      f"context in --mesh is for decoders; got context={layout.context} with a "
+      f"{family.name}, whose rows stay whole."
+    )
+  odd = [x for x in lengths if x % layout.context]
+  if odd:
+    raise UsageError(
+      f"context={layout.context} in --mesh is to divide the tokens of every row"
+      f" (--max-length, and --pack fills all rows to it); there may be rows of "
+      f"{odd[0]}."
+    )
 
 
 def eval_rows(config: Config) -> int:

@@ -121,17 +121,18 @@ def test_adapters_follow_kernels_and_the_optimizer_adapters(prepared, batch):
   ready = prepared(mesh=CUBE)
   spec = jax.sharding.PartitionSpec
   layer = ready.variables["params"]["encoder"]["layer_0"]
-  assert layer["query"]["kernel"].sharding.spec == spec("fsdp", "tensor")
+  rows = ("fsdp", "context")
+  assert layer["query"]["kernel"].sharding.spec == spec(rows, "tensor")
   assert layer["query"]["bias"].sharding.spec == spec("tensor")
-  assert layer["output"]["kernel"].sharding.spec == spec("tensor", "fsdp")
+  assert layer["output"]["kernel"].sharding.spec == spec("tensor", rows)
   state, shardings = loop.initial(ready, jax.random.key(0))
   before = _axes(state)
   pair = state.trained["primary"]["encoder"]["layer_0"]["intermediate"][
     "kernel"
   ]
   # Each of a factor's sides is split over the mesh axes of both.
-  assert pair.a.sharding.spec == spec(("fsdp", "tensor"), None)
-  assert pair.b.sharding.spec == spec(None, ("tensor", "fsdp"))
+  assert pair.a.sharding.spec == spec((*rows, "tensor"), None)
+  assert pair.b.sharding.spec == spec(None, ("tensor", *rows))
   assert pair.a.addressable_shards[0].data.shape == (4, 4)
   moments = [name for name in before if ".mu" in name]
   assert moments
@@ -155,10 +156,10 @@ def test_what_a_mesh_axis_does_not_divide_is_left_whole():
   layout = mesh_lib.make("data=2,tensor=4", 8)
   spec = jax.sharding.PartitionSpec
   assert layout.sharding(spec("embed", "mlp"), (3, 8)).spec == spec(
-    "fsdp", "tensor"
+    ("fsdp", "context"), "tensor"
   )
   assert layout.sharding(spec("embed", "mlp"), (3, 6)).spec == spec(
-    "fsdp", None
+    ("fsdp", "context"), None
   )
 
 

@@ -3,6 +3,8 @@
 import functools
 import re
 
+import devices
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,10 +89,10 @@ def _check_parity(seen, lengths, causal, window=LENGTH):
 @pytest.fixture
 def interpreted(monkeypatch):
   """Splash attention without a TPU."""
-  make = attention.splash.make_splash_mha_single_device
+  make = attention.splash.make_splash_mha
   monkeypatch.setattr(
     attention.splash,
-    "make_splash_mha_single_device",
+    "make_splash_mha",
     functools.partial(make, interpret=True),
   )
 
@@ -105,6 +107,36 @@ def test_packed_rows_see_their_segment_s_past(kernel, interpreted):
 def test_a_window_ends_before_the_segment_does(kernel, interpreted):
   seen = attention.causal(kernel, LENGTH, LENGTHS, window=4)
   _check_parity(seen, LENGTHS, causal=True, window=4)
+
+
+@pytest.mark.parametrize("window", [None, 140])
+def test_devices_that_share_rows_see_what_one_does(window, interpreted):
+  """Splash attention, of blocks, on the parts of rows."""
+  length, mesh = 256, devices.mesh(rows=2, context=2)
+  lengths = np.array([[150, 70], [256, 0]])
+  real = np.arange(length) < lengths.sum(1, keepdims=True)
+  random = np.random.default_rng(0)
+  arrays = [
+    random.standard_normal((2, length, heads, 8), np.float32)
+    for heads in (2, 1, 1, 2)
+  ]
+
+  def passes(kernel):
+    seen = attention.causal(kernel, length, lengths, window)
+    return _passes(seen, *arrays, real)
+
+  want = jax.jit(passes, static_argnums=0)("matmul")
+  rules = (("batch", "rows"), ("length", "context"))
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    found = jax.jit(passes, static_argnums=0)("splash")
+    assert attention.causal("splash", length).parts == 2
+    # A part of 125 tokens is of no whole blocks.
+    assert attention.causal("splash", 250).kernel == "xla"
+    assert attention.causal("cudnn", 250).kernel == "xla"
+    assert attention.causal("cudnn", 252).mask is not None
+  np.testing.assert_allclose(found[0][real], want[0][real], rtol=0, atol=1e-5)
+  for ours, theirs in zip(found[1], want[1], strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "cudnn", "splash"])

@@ -6,6 +6,7 @@ import functools
 import decoder_cases
 from flax import linen as nn
 import jax
+from jax._src import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def _loss_and_gradients(adapted, variables, adapters):
 
 
 @pytest.mark.parametrize(
-  ("scan", "remat"), [(False, "full"), (True, "none"), (True, "dots")]
+  ("scan", "remat"), [(False, "full"), (True, "none"), (True, "offload")]
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(
   unrolled, scan, remat
@@ -172,6 +173,27 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
   close(got, want)
   jax.tree.map(close, got_gradients, gradients)
+
+
+def test_of_a_product_with_an_adapter_the_narrow_half_is_kept_alone():
+  wide = {"hidden_size": 48, "num_heads": 12, "intermediate_size": 56}
+  model = decoder.Decoder(dataclasses.replace(TINY, **wide), remat="base")
+  spec = bilora_jax.LoraSpec(rank=1, targets=".*gate_proj")
+  adapted = bilora_jax.adapt(model, spec, TOKENS)
+  variables = decoder_cases.random_variables(model)
+  adapters = adapted.init(jax.random.key(0), variables)
+
+  def total(adapters):
+    return adapted.apply(variables, adapters, TOKENS).sum()
+
+  shapes = [
+    x.shape
+    for x, source in ad_checkpoint.saved_residuals(total, adapters)
+    if "dot_general" in source
+  ]
+  # In each layer x W of gate_proj and up_proj, and x A.
+  assert shapes.count((TOKENS.size, 56)) == 2 * TINY.num_layers
+  assert shapes.count((TOKENS.size, 1)) == TINY.num_layers
 
 
 def test_scanned_layers_draw_their_own_dropout():
@@ -260,7 +282,7 @@ def test_wrong_shapes_are_named(args, message):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"remat": "all"}, "remat must be one of none, full, dots, got 'all'"),
+    ({"remat": "all"}, "remat must be one of none, .*offload, got 'all'"),
     ({"attention": "flash"}, "attention must be one of .* got 'flash'"),
   ],
 )

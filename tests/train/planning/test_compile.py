@@ -100,6 +100,10 @@ def test_operations_are_those_of_the_equations(found):
     (("--mesh", "fsdp=3"), ("asks for 3 devices; there are 8",)),
     (("--mesh", "fsdp=8", "--batch-size", "12"), ("multiple", "got 12")),
     (("--max-length", "65"), ("at most 64", "got 65")),
+    (
+      ("--mesh", "fsdp=4,context=2", "--max-length", "9"),
+      ("context=2", "to divide the tokens", "rows of 9"),
+    ),
     (("--rank", "0"), ("--rank is at least 1; got 0",)),
     (("--targets", "nothing"), ("match no module", "q_proj")),
     (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "not there")),
@@ -176,6 +180,26 @@ def test_on_tpus_no_scores_of_long_rows_are_kept(model, compiles, tmp_path):
   (lora,) = json.loads(path.read_text())["figures"]
   # A row is on each device; its scores alone would be float32.
   assert lora["temporary"] < 4 * heads * length**2
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_what_waits_in_the_host_s_memory_is_not_the_device_s(
+  compiles, tmp_path
+):
+  path = tmp_path / "figures.json"
+  place = ("--topology", "v5e:2x4", "--mesh", "fsdp=4,context=2")
+  rows = ("--batch-size", "64", "--max-length", "64", "--method", "lora")
+  found = {}
+  for remat in ("dots", "offload"):
+    more = ("--remat", remat, "--json", str(path))
+    assert compiles(*place, *rows, *more) == 0
+    (found[remat],) = json.loads(path.read_text())["figures"]
+  assert found["dots"]["host"] == 0
+  # Of each token and layer at least the products of four projections.
+  tokens = 64 * 64 / 8
+  assert found["offload"]["host"] >= LAYERS * tokens * 2 * 4 * WIDTH
+  assert found["offload"]["peak"] < found["dots"]["peak"]
 
 
 @with_libtpu

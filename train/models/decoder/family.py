@@ -119,6 +119,7 @@ FAMILY = Family(
   generate=generate.generate,
   generate_methods=("decode",),
   scans=True,
+  splits_rows=True,
   own_head=lambda model: None if model.config.tied else "lm_head",
   sizes=sizes.PRESETS,
   kind=_kind,

@@ -1,7 +1,9 @@
 """Decoders of Llama's kind in Flax Linen: Llama, Mistral, Qwen, SmolLM, Gemma.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
-G = H/J, K head width, S cache slots or keys, V vocabulary.
+G = H/J, K head width, S cache slots or keys, V vocabulary. Where the devices of
+a mesh share the tokens of a row, N stands for two axes, B and L: no device has
+neighbours of the N tokens then.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import jax
 from jax import typing
 import jax.numpy as jnp
 
-from .. import activations, chunks, float32, remat
+from .. import activations, chunks, float32, remat, splits
 from .. import attention as attention_lib
 from . import rope as rope_lib
 from .config import DecoderConfig
@@ -154,26 +156,31 @@ class Decoder(nn.Module):
     _check_shapes(self.config, tokens, positions, lengths)
     if positions is None:
       positions = attention_lib.positions(lengths, tokens.shape)
-    length = tokens.shape[1]
-    kernel = self._kernel(length)
+    length, parts = tokens.shape[1], splits.parts("length")
+    kernel = self._kernel(length // parts)
 
     def see(window):
       return attention_lib.causal(kernel, length, lengths, window)
 
-    x_NxD, _ = self._run(tokens, positions, see)
+    tokens_N = tokens if parts > 1 else tokens.reshape(-1)
+    x_NxD, _ = self._run(tokens_N, positions, see)
     return x_NxD.reshape(*tokens.shape, -1)
 
   def head(self, x: jax.Array) -> jax.Array:
-    """Logits of normed hidden states (..., D), float32 (..., V)."""
-    x_NxD = x.reshape(-1, x.shape[-1])
+    """Logits of normed hidden states (B, ..., D), float32 (B, ..., V)."""
+    x_NxD = x
+    if splits.parts("length") == 1:
+      x_NxD = x.reshape(-1, x.shape[-1])
     if self.config.tied:
       table_VxD = self.embed_tokens.embedding.astype(x.dtype)
-      logits_NxV = float32.product(x_NxD, table_VxD, (((1,), (1,)), ((), ())))
+      last = x_NxD.ndim - 1
+      logits_NxV = float32.product(
+        x_NxD, table_VxD, (((last,), (1,)), ((), ()))
+      )
     else:
       logits_NxV = self.lm_head(x_NxD)
     logits_NxV = attention_lib.capped(logits_NxV, self.config.logit_softcap)
-    logits_NxV = spmd.with_logical_constraint(logits_NxV, ("batch", None))
-    return logits_NxV.reshape(*x.shape[:-1], -1)
+    return _split(logits_NxV).reshape(*x.shape[:-1], -1)
 
   def decode(
     self,
@@ -209,7 +216,8 @@ class Decoder(nn.Module):
       near_BxLxS = places[:, None] > positions[..., None] - window
       return attention_lib.masked(kernel, mask & near_BxLxS)
 
-    x_NxD, cache = self._run(tokens, positions, see, cache, start)
+    tokens_N = tokens.reshape(-1)
+    x_NxD, cache = self._run(tokens_N, positions, see, cache, start)
     x_BxLxD = x_NxD.reshape(*tokens.shape, -1)
     x_BxD = jnp.take_along_axis(x_BxLxD, last[:, None, None], 1)[:, 0]
     return self.head(x_BxD), cache
@@ -225,7 +233,7 @@ class Decoder(nn.Module):
 
   def _run(
     self,
-    tokens: jax.Array,
+    tokens_N: jax.Array,
     positions: jax.Array,
     see: Callable[[int | None], attention_lib.Seen],
     cache: Cache = None,
@@ -233,7 +241,7 @@ class Decoder(nn.Module):
   ) -> tuple[jax.Array, Cache]:
     c = self.config
     # Activations stay 2-D between layers: see train/models/bert/model.py.
-    x_NxD = self.embed_tokens(tokens.reshape(-1))
+    x_NxD = self.embed_tokens(tokens_N)
     if c.embed_scale != 1:
       # Rounded to the compute dtype first, as Gemma was trained.
       x_NxD *= jnp.asarray(c.embed_scale, x_NxD.dtype)
@@ -325,7 +333,7 @@ class _Layer(nn.Module):
     turns: jax.Array | bool | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     # On a mesh: weights are brought to the rows, not rows to the weights.
-    x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
+    x_NxD = _split(x_NxD)
     c, dtypes = self.config, (self.dtype, self.param_dtype)
     if turns is not None:
       # A turn by no angle leaves queries and keys as they are.
@@ -392,7 +400,7 @@ class _Attention(nn.Module):
     y_BxLxHxK = attention_lib.attention(
       q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen, c.attention_softcap
     )
-    y_NxHK = y_BxLxHxK.reshape(batch * length, -1)
+    y_NxHK = y_BxLxHxK.reshape(*x_NxD.shape[:-1], -1)
     return _dense(self, c.hidden_size, "o_proj", c.out_bias)(y_NxHK), cache
 
 
@@ -436,6 +444,12 @@ def _norm(
   if config.norm_offset:
     return float32.OffsetRMSNorm(config.rms_norm_eps, param_dtype, name=name)
   return float32.rms_norm(config.rms_norm_eps, param_dtype, name)
+
+
+def _split(x: jax.Array) -> jax.Array:
+  """Splits tokens (N, *), or (B, L, *) and (B, parts, T, *), over a mesh."""
+  names = ("batch", "length", None)[: x.ndim - 1]
+  return spmd.with_logical_constraint(x, (*names, None))
 
 
 def _rope(

@@ -148,6 +148,7 @@ FAMILY = Family(
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2,
   logical_axes=decoder.logical_axes,
   scans=True,
+  splits_rows=True,
   head_bias=False,
   kind=_kind,
   tensors=_tensors,
