@@ -236,6 +236,7 @@ def test_step_time_reports_every_method_at_its_tokens(monkeypatch):
   assert result["rows"][0]["median_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_what_grows_is_measured_told_and_drawn(monkeypatch, tmp_path):
   start = scaling.Size(layers=2, width=32, length=4, rank=2, rows=1)
   monkeypatch.setattr(scaling, "_START", start)

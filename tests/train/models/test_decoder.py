@@ -178,7 +178,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(
 def test_of_a_product_with_an_adapter_the_narrow_half_is_kept_alone():
   wide = {"hidden_size": 48, "num_heads": 12, "intermediate_size": 56}
   model = decoder.Decoder(dataclasses.replace(TINY, **wide), remat="base")
-  spec = bilora_jax.LoraSpec(rank=1, targets=".*gate_proj")
+  spec = bilora_jax.LoraSpec(rank=1, auxiliary_rank=1, targets=".*gate_proj")
   adapted = bilora_jax.adapt(model, spec, TOKENS)
   variables = decoder_cases.random_variables(model)
   adapters = adapted.init(jax.random.key(0), variables)
@@ -193,7 +193,7 @@ def test_of_a_product_with_an_adapter_the_narrow_half_is_kept_alone():
   ]
   # In each layer x W of gate_proj and up_proj, and x A.
   assert shapes.count((TOKENS.size, 56)) == 2 * TINY.num_layers
-  assert shapes.count((TOKENS.size, 1)) == TINY.num_layers
+  assert shapes.count((TOKENS.size, 2)) == TINY.num_layers
 
 
 def test_scanned_layers_draw_their_own_dropout():
