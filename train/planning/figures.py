@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -19,7 +20,8 @@ class Figures:
     code: bytes of the program.
     host: bytes of the host's memory, for what waits there.
     peak: bytes of the device in use at once, as the compiler plans it;
-      temporary arrays may take more, if they leave gaps.
+      temporary arrays may take more, if they leave gaps. Of a step that
+      offloads, all of them.
     flops: of the step by its equations, over the devices.
     bytes_accessed: read and written, loops in full; see `traffic`.
     bytes_accessed_once: XLA's own count, that takes a loop's body once.
@@ -60,13 +62,25 @@ def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
     output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
     host=memory.host_temp_size_in_bytes,
-    # XLA counts what is in the host's memory too.
-    peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,
+    peak=_peak(memory),
     flops=flops,
     bytes_accessed=traffic.accessed(text),
     bytes_accessed_once=cost["bytes accessed"],
     bytes_sent=hlo.bytes_by_kind(collectives),
     loops_known=all(x.times is not None for x in collectives),
+  )
+
+
+def _peak(memory: Any) -> int:
+  if not memory.host_temp_size_in_bytes:
+    return memory.peak_memory_in_bytes
+  # XLA's own was seen to be the arguments and what is in the host's memory:
+  # the device needs no more than all of its arrays.
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
   )
 
 
