@@ -15,6 +15,7 @@ from train.models import load
 from train.models import remat as remat_lib
 from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
+from train.models.decoder import sizes
 
 # A decoder of about a billion parameters, of the sizes of Llama 3.2 1B.
 _ONE_BILLION = decoder_config.DecoderConfig(
@@ -30,9 +31,9 @@ _ONE_BILLION = decoder_config.DecoderConfig(
   tied=True,
 )
 DECODERS = {
-  "smollm2-135m": decoder_config.PRESETS["smollm2-135m"],
+  "smollm2-135m": sizes.PRESETS["smollm2-135m"],
   "1b": _ONE_BILLION,
-  "llama3.1-8b": decoder_config.PRESETS["llama3.1-8b"],
+  "llama3.1-8b": sizes.PRESETS["llama3.1-8b"],
 }
 """Decoders by name; bfloat16, layers scanned, 8 x 1024 tokens."""
 

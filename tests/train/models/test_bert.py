@@ -271,7 +271,7 @@ def test_config_reads_hugging_faces_keys():
   [
     ({"model_type": "gpt2"}, "model_type must be one of bert, .* got 'gpt2'"),
     ({"model_type": None}, "model_type must be one of bert, .* got None"),
-    ({"hidden_act": "silu"}, "hidden_act must be one of gelu, .* got 'silu'"),
+    ({"hidden_act": "mish"}, "hidden_act must be one of gelu, .* got 'mish'"),
     (
       {"position_embedding_type": "relative_key"},
       "position_embedding_type must be 'absolute', got 'relative_key'",

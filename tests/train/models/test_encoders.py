@@ -294,7 +294,7 @@ _REFUSED = [
     {"position_embedding_type": "relative_key"},
     "position_embedding_type must be 'absolute'",
   ),
-  ("distilbert", {"activation": "silu"}, "hidden_act must be one of"),
+  ("distilbert", {"activation": "mish"}, "hidden_act must be one of"),
   ("distilbert", {"dim": 0}, "dim must be a positive integer, got 0"),
   ("electra", {"embedding_size": "12"}, "embedding_size must be a positive"),
   ("deberta", {"relative_attention": False}, "relative_attention must be true"),

@@ -9,7 +9,7 @@ import pytest
 import smollm2_reference
 
 from train.models.decoder import config as decoder_config
-from train.models.decoder import generate
+from train.models.decoder import generate, sizes
 from train.models.decoder import model as decoder
 from train.models.decoder import weights as decoder_weights
 from train.models.io import gguf_file, gguf_tokenizer
@@ -35,7 +35,7 @@ def tokenizer(model):
 
 def test_the_configuration_is_the_published_one(model):
   config = decoder_config.DecoderConfig.from_hf(model.config)
-  assert config == decoder_config.PRESETS["smollm2-135m"]
+  assert config == sizes.PRESETS["smollm2-135m"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from train import presets
 from train.data.objectives import NEXT_TOKEN
 from train.devices import mesh as mesh_lib
-from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
+from train.models.decoder import sizes
 from train.run import assemble, lowering
 
 
@@ -21,8 +21,8 @@ def steps():
   as most is of the logits.
   """
   config = presets.get("llama3.1-8b-alpaca")
-  sizes = dataclasses.replace(
-    decoder_config.PRESETS["llama3.1-8b"],
+  small = dataclasses.replace(
+    sizes.PRESETS["llama3.1-8b"],
     hidden_size=32,
     num_layers=1,
     num_heads=2,
@@ -30,7 +30,7 @@ def steps():
     head_dim=16,
     intermediate_size=32,
   )
-  model = decoder.Decoder(sizes, dtype="bfloat16", remat="full")
+  model = decoder.Decoder(small, dtype="bfloat16", remat="full")
   rows, length = config.optimisation.batch_size, config.data.max_length
   batch = lowering.next_token_batch(rows, length)
   inputs = NEXT_TOKEN.inputs(batch)
