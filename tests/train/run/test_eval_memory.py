@@ -61,7 +61,7 @@ def steps():
       config.optimisation.accumulate,
     )
   )
-  return training, evaluation, rows * length * sizes.vocab_size * 4
+  return training, evaluation, rows * length * small.vocab_size * 4
 
 
 def test_evaluation_needs_less_than_training_at_the_preset_s_shapes(steps):
