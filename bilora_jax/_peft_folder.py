@@ -10,12 +10,11 @@ import numpy as np
 
 from bilora_jax import _peft_config, _peft_keys, _peft_names, _peft_tensors
 from bilora_jax._peft_names import Names, Places
-from bilora_jax._peft_tensors import Tensors
+from bilora_jax._peft_tensors import BASE, Tensors
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 BIAS = ".lora_B.bias"
 MAGNITUDE = ".lora_magnitude_vector"
-BASE = ".base_layer."
 _TABLE_A, _TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _MOST = 8

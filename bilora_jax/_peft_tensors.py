@@ -9,6 +9,7 @@ from bilora_jax import _files
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = ".base_layer."  # of a module that PEFT has wrapped
 _PICKLE = "adapter_model.bin"
 _MOST = 8
 
@@ -23,7 +24,7 @@ _SPELLINGS = (
     r"\1",
   ),
   (re.compile(r"\.modules_to_save\.(?:(?=[^.]+$)|[^.]+\.)"), "."),
-  (re.compile(r"\.token_adapter\.base_layer\."), r".base_layer."),
+  (re.compile(r"\.token_adapter\.base_layer\."), BASE),
 )
 # What takes no part in what PEFT computes: what stands behind a module that was
 # trained whole, and a part of a backward pass.
@@ -69,4 +70,5 @@ def read(folder: pathlib.Path) -> Tensors:
 
 
 def equal(x: np.ndarray, y: np.ndarray) -> bool:
+  """Whether two tensors are of one shape and equal everywhere."""
   return x.shape == y.shape and bool((x == y).all())

@@ -365,7 +365,7 @@ def _write_extra(
       saved[module] = None
     elif module in adapted:
       # PEFT has wrapped it.
-      name = f"{module}{_peft_folder.BASE}bias"
+      name = f"{module}{_peft_tensors.BASE}bias"
       bias = "lora_only" if bias == "none" else bias
     else:
       bias = "all"

@@ -41,8 +41,7 @@ def lora_ga(
     adapters: from `adapted.init`; the auxiliary and extra stay as they are.
     gradients: by the adapted kernels, as `jax.grad` gives them of the model's
       `params`, boxes of `nn.Partitioned` or none, or as `nnx.grad` does, an
-      `nnx.State`; the mean over a few batches. Those of others are
-      ignored.
+      `nnx.State`; the mean over a few batches. Those of others are ignored.
     gamma: of the scale; 16 in the paper. Smaller starts larger.
 
   Returns:

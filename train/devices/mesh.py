@@ -3,9 +3,9 @@
 The base, the adapters and the optimizer's state are sharded by the names of
 their axes (`RULES`), a batch by its rows. The devices along `context` share the
 tokens of a row: each is given all of them, and a model takes its part. A
-dimension that the size of its mesh
-axis does not divide is left whole on every device, and so is the rank. A factor
-of an adapter is split over the mesh axes of both sides of its kernel.
+dimension that the size of its mesh axis does not divide is left whole on every
+device, and so is the rank. A factor of an adapter is split over the mesh axes
+of both sides of its kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

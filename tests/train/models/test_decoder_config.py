@@ -114,7 +114,7 @@ def test_a_published_gemma_3_is_read_with_what_its_file_does_not_say():
   assert config.rope_theta == 1e6 and config.rope_scaling == Linear(8.0)
   assert config.local_rope_theta == 1e4
   assert config.tied and config.qk_norm and config.post_norms
-  assert config.embed_scale == pytest.approx(2560**0.5)
+  assert config.embed_scaled and config.norm_offset
   assert config.logit_softcap is None and config.query_scalar == 256
 
 
@@ -262,6 +262,22 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
     (
       {"model_type": "smollm3", "no_rope_layer_interval": 0},
       "no_rope_layer_interval must be a positive integer, got 0",
+    ),
+    (
+      {
+        "model_type": "mistral",
+        "sliding_window": 3,
+        "num_hidden_layers": 10**9,
+      },
+      "num_hidden_layers must be at most 10000, got 1000000000",
+    ),
+    (
+      {"model_type": "gemma2", "num_hidden_layers": 10**9},
+      "num_hidden_layers must be at most 10000, got 1000000000",
+    ),
+    (
+      {"model_type": "gemma", "hidden_size": -5},
+      "hidden_size must be a positive integer, got -5",
     ),
     (
       {"model_type": "gemma", "use_bidirectional_attention": True},

@@ -93,6 +93,8 @@ _ONLY = {
 }
 # Qwen 2 and 3: the first layers see all tokens.
 _MAX_WINDOW_LAYERS = 28
+# Where each layer has a window, before its tensors are looked for.
+_MOST_LAYERS = 10_000
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 MODEL_TYPES = tuple(_TYPES)
@@ -125,7 +127,8 @@ class DecoderConfig:
     rotary: of each layer, whether it turns queries and keys, as SmolLM3's.
       Empty: all layers do.
     hidden_act: the activation of the feed-forward, by transformers' name.
-    embed_scale: multiplies the embeddings, as Gemma's.
+    embed_scaled: whether the embeddings are multiplied by the root of
+      hidden_size, as Gemma's.
     norm_offset: whether 1 is added to the scales of all norms, as Gemma's.
     post_norms: whether the results of attention and of the feed-forward are
       normed too, as Gemma 2's.
@@ -163,7 +166,7 @@ class DecoderConfig:
   windows: tuple[int | None, ...] = ()
   rotary: tuple[bool, ...] = ()
   hidden_act: str = "silu"
-  embed_scale: float = 1.0
+  embed_scaled: bool = False
   norm_offset: bool = False
   post_norms: bool = False
   query_scalar: float | None = None
@@ -259,12 +262,17 @@ class DecoderConfig:
           f"{key} must be {allowed[0]!r}, the only one that this decoder "
           f"implements, got {options.shown(config[key])}."
         )
+    layers = config["num_hidden_layers"]
+    _check_size("num_hidden_layers", layers)
+    if type_.windows != "none" and layers > _MOST_LAYERS:
+      raise ValueError(
+        f"num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}."
+      )
     own: dict[str, Any] = {}
     if type_.is_gemma:
       config, own = gemma.read(kind, config)
     theta, scaling = rope.read(config, config.get("rope_theta", rope.THETA))
     sizes = {field: config[key] for field, key in _HF_KEYS.items()}
-    _check_size("num_hidden_layers", sizes["num_layers"])
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim")
     if head_dim is None:

@@ -47,7 +47,6 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
 """Of each `model_type`, values of keys that config.json may lack."""
 
 NUMBERS = {
-  "embed_scale": "embed_scale",
   "query_scalar": "query_pre_attn_scalar",
   "attention_softcap": "attn_logit_softcapping",
   "logit_softcap": "final_logit_softcapping",
@@ -86,7 +85,7 @@ def read(
 
   Args:
     kind: its `model_type`.
-    config: it, with `DEFAULTS`.
+    config: it, with `DEFAULTS`; the number of layers was checked.
 
   Returns:
     the config.json that another decoder would have, with its layers' types and
@@ -100,12 +99,10 @@ def read(
       "use_bidirectional_attention must be false: this decoder sees no token "
       "after its own."
     )
-  width = config["hidden_size"]
   fields = {
     "hidden_act": _activation(kind, config),
     "norm_offset": True,
-    # What is no size is refused with the others.
-    "embed_scale": float(width**0.5) if options.fits(width, int) else 1.0,
+    "embed_scaled": True,
   }
   if kind == "gemma":
     return {**config}, fields
@@ -135,16 +132,13 @@ def _with_layer_types(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
   if config.get("layer_types") is not None:
     return {**config}
   pattern = config.get("sliding_window_pattern", _PATTERN[kind])
-  count = config["num_hidden_layers"]
-  for key, value in (
-    ("sliding_window_pattern", pattern),
-    ("num_hidden_layers", count),
-  ):
-    if not options.fits(value, int) or value < 1:
-      raise ValueError(
-        f"{key} must be a positive integer, got {options.shown(value)}."
-      )
-  types = [_LOCAL if (i + 1) % pattern else _FULL for i in range(count)]
+  if not options.fits(pattern, int) or pattern < 1:
+    raise ValueError(
+      "sliding_window_pattern must be a positive integer, got "
+      f"{options.shown(pattern)}."
+    )
+  layers = range(config["num_hidden_layers"])
+  types = [_LOCAL if (i + 1) % pattern else _FULL for i in layers]
   return {**config, "layer_types": types}
 
 

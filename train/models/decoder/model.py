@@ -242,9 +242,9 @@ class Decoder(nn.Module):
     c = self.config
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     x_NxD = self.embed_tokens(tokens_N)
-    if c.embed_scale != 1:
+    if c.embed_scaled:
       # Rounded to the compute dtype first, as Gemma was trained.
-      x_NxD *= jnp.asarray(c.embed_scale, x_NxD.dtype)
+      x_NxD *= jnp.asarray(c.hidden_size**0.5, x_NxD.dtype)
     windows = c.windows or (None,) * c.num_layers
     seen = {window: see(window) for window in {*windows}}
     ropes = {window: _rope(c, positions, window) for window in seen}
