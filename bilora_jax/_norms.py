@@ -1,13 +1,13 @@
 """The norm over a tree of nodes: the nodes in it, and what they add up to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bilora_jax import _nodes
+from bilora_jax import _nodes, _stacks
 from bilora_jax._factors import Factors, batch_axes, is_factors
 
 
@@ -27,7 +27,7 @@ def norms(
   """
   found = nodes(tree, user)
   known = _node_specs(specs, tree)
-  norm, each = _norms(tuple(found), known)
+  norm, each = _norms(tuple(found), known, _stacks.alike(tree, known))
   return norm, each, _shards(found, known)
 
 
@@ -91,20 +91,23 @@ def map_pairs(f: Callable[..., Any], *trees: Any) -> Any:
   )
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _norms(
-  found: tuple[Any, ...], specs: tuple[Factors | None, ...]
+  found: tuple[Any, ...],
+  specs: tuple[Factors | None, ...],
+  stacks: _stacks.Stacks,
 ) -> tuple[jax.Array, list[jax.Array]]:
   """The norm over all nodes, and each node's.
 
   Squares leave float32 long before norms do, so all of them are over powers of
   two squared, which round nothing.
   """
+  firsts = [group[0] for group in stacks.groups]
   scaled = [
-    _nodes.scaled_square(node) if spec is None else node.scaled_square(spec)
-    for node, spec in zip(found, specs)
+    jax.vmap(functools.partial(_scaled_square, spec=specs[first]))(stack)
+    for first, stack in zip(firsts, stacks.stack(found))
   ]
-  shards = _shards(found, specs)
+  shards = _shards([found[i] for i in firsts], [specs[i] for i in firsts])
   largest = functools.reduce(
     jnp.maximum,
     [
@@ -119,7 +122,16 @@ def _norms(
     for axes, (square, power) in zip(shards, scaled)
   ]
   norm = scale * jnp.sqrt(sum(sums, start=jnp.float32(0.0)))
-  return norm, [power * jnp.sqrt(square) for square, power in scaled]
+  each = [power * jnp.sqrt(square) for square, power in scaled]
+  return norm, stacks.unstack(each)
+
+
+def _scaled_square(
+  node: Any, spec: Factors | None
+) -> tuple[jax.Array, jax.Array]:
+  if spec is None:
+    return _nodes.scaled_square(node)
+  return node.scaled_square(spec)
 
 
 def _size(square: jax.Array, power: jax.Array) -> jax.Array:
@@ -156,7 +168,7 @@ def _splits(spec: Any) -> bool:
 
 
 def _shards(
-  found: Any, specs: tuple[Factors | None, ...]
+  found: Any, specs: Sequence[Factors | None]
 ) -> list[tuple[str, ...]]:
   """The mesh axes that the nodes' batch axes are sharded over."""
   return [

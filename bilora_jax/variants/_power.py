@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _linalg, _norms
+from bilora_jax import _linalg, _norms, _stacks
 from bilora_jax._factors import Factors
 
 # The norm that comes out, which the ball then brings down to rho. Far outside
 # of any ball, and its square far from float32's ends.
 _OUTSIDE = 1e4
+_USER = "power_ascent"
 
 
 class PowerAscentState(NamedTuple):
@@ -88,7 +89,7 @@ def power_ascent(
     )
 
   def init_fn(params):
-    _norms.pairs(params, user="power_ascent")
+    _norms.pairs(params, user=_USER)
     return PowerAscentState(count=jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
@@ -96,19 +97,24 @@ def power_ascent(
       raise ValueError(
         "power_ascent needs params, the third argument of update; got None."
       )
-    updates = jax.tree.map(lambda u: u.astype(jnp.float32), updates)
-    size = optax.tree.norm(updates)
+    stacks = _stacks.alike(params)
+    old, ascent = (
+      optax.tree.cast(stacks.stack(_norms.pairs(tree, _USER)), jnp.float32)
+      for tree in (params, updates)
+    )
+    size = optax.tree.norm(ascent)
     moves = size != 0
     # What comes in is to be descended. Of size 1, as squares underflow.
-    ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), updates)
-    old = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), ascent)
     # No `lax.cond`: on a GPU the host would wait to know which branch it is.
     new = _renewed(old, ascent, decay=decay, of_b=state.count % 2 == 0)
-    updates = jax.tree.map(
-      lambda p, x, y: jnp.where(moves, y - x, 0).astype(p.dtype),
+    moved = jax.tree.map(lambda x, y: jnp.where(moves, y - x, 0), old, new)
+    in_order = iter(stacks.unstack(moved))
+    updates = _norms.map_pairs(
+      lambda pair: jax.tree.map(
+        lambda p, x: x.astype(p.dtype), pair, next(in_order)
+      ),
       params,
-      old,
-      new,
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     return updates, PowerAscentState(jnp.where(moves, count, state.count))
@@ -195,7 +201,7 @@ def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
   """
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   size = math.sqrt(_OUTSIDE)
-  pairs = _norms.pairs(tree, user="power_ascent")
+  pairs = _norms.pairs(tree, user=_USER)
   # All at once: of some hundred pairs each would wait for kernels of its own.
   found = [_factor(pair, of_b) for pair in pairs]
   bases = iter(

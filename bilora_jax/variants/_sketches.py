@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilora_jax import _linalg, _norms
+from bilora_jax import _linalg, _norms, _stacks
 from bilora_jax._factors import Factors
 
 # Of a sketch's columns and rows: their product is nothing beside a weight, and
@@ -149,9 +149,7 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
-  """Applies f to the pairs, to all of one shape and scale at once.
-
-  A model has hundreds, and takes minutes to compile if each is for itself.
+  """Applies f to the pairs, to all that are alike at once.
 
   Args:
     f: from a number, another one for each call, and pairs with a batch axis
@@ -159,19 +157,10 @@ def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
     trees: of pairs, alike; what a mask hides stays as it is.
   """
   columns = [_norms.pairs(tree, "the sketches") for tree in trees]
-  alike: dict[Any, list[int]] = {}
-  for i, pair in enumerate(columns[0]):
-    key = pair.a.shape, pair.b.shape, pair.scale
-    alike.setdefault(key, []).append(i)
-  found: dict[int, Factors] = {}
-  for number, places in enumerate(alike.values()):
-    pairs = [
-      jax.tree.map(lambda *x: jnp.stack(x), *(column[i] for i in places))
-      for column in columns
-    ]
-    new = f(number, *pairs)
-    found |= {
-      i: Factors(new.a[j], new.b[j], new.scale) for j, i in enumerate(places)
-    }
-  in_order = iter(found[i] for i in range(len(found)))
+  stacks = _stacks.alike(trees[0])
+  found = [
+    f(number, *pairs)
+    for number, pairs in enumerate(zip(*map(stacks.stack, columns)))
+  ]
+  in_order = iter(stacks.unstack(found))
   return _norms.map_pairs(lambda _: next(in_order), trees[0])

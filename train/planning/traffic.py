@@ -7,7 +7,7 @@ once, and with it one of all layers that a scan runs.
 from . import hlo
 
 # They say where a value is, and move nothing; or others move it for them.
-_FREE = (
+FREE = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("while", "conditional", "call", "after-all", "opt-barrier"),
   *("partition-id", "replica-id"),
@@ -41,7 +41,7 @@ def _bytes(
   program: hlo.Program, computation: hlo.Computation, x: hlo.Instruction
 ) -> float:
   if (
-    x.opcode in _FREE
+    x.opcode in FREE
     or x.opcode.endswith(("-start", "-update"))
     or _is_free_call(x)
   ):

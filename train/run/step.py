@@ -9,9 +9,7 @@ import optax
 
 from ..data.objectives import Batch, Items, Objective
 from ..methods.method import Method
-
-# So many bad updates in a row are never met: optax.apply_if_finite skips each.
-_ALL_ARE_SKIPPED = 2**30
+from .nonfinite import skip_nonfinite
 
 
 class TrainState(NamedTuple):
@@ -56,9 +54,7 @@ class Metrics(NamedTuple):
 
 def optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
   """The method's transformation, which skips steps that are not finite."""
-  return optax.with_extra_args_support(
-    optax.apply_if_finite(method.tx, max_consecutive_errors=_ALL_ARE_SKIPPED)
-  )
+  return skip_nonfinite(method.tx)
 
 
 def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
@@ -123,13 +119,10 @@ def make_train_step(
       dropout_key,
     )
     grads, _ = method.unpacked(grads, variables)
-    # A loss that is not finite may still have a finite gradient.
-    grads = jax.tree.map(
-      lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads
-    )
-    # Where steps are skipped, a transformation's own count is another.
+    # Where steps are skipped, a transformation's own count is another. A loss
+    # that is not finite may still have a finite gradient.
     updates, opt_state = tx.update(
-      grads, state.opt_state, state.trained, step=state.step
+      grads, state.opt_state, state.trained, value=loss, step=state.step
     )
     trained = optax.apply_updates(state.trained, updates)
     nonfinite = optax.tree.get(opt_state, "notfinite_count")
