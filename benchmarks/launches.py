@@ -7,6 +7,7 @@ XLA compiles the step for an H200 that is not there, from
 `benchmarks/h200.textproto`, and what it would launch is counted. Small models
 are bound by launches: one takes some microseconds, whatever the kernel does.
 Nothing is tuned, so that the count differs from a real card's by some per cent.
+Both sides of a branch count.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import runpy
 from typing import Any, NamedTuple
 
 from dense import outputs
+import devices
 from flax import linen as nn
 from flax import traverse_util
 import jax
@@ -956,6 +957,7 @@ def test_a_model_with_a_nested_apply_is_adapted():
 
 
 def test_partitioned_kernels_are_adapted_under_a_set_mesh():
+  devices.require(2)
   model = nn.Dense(
     4, kernel_init=nn.with_partitioning(nn.initializers.normal(), ("x", None))
   )

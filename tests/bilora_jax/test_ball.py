@@ -1,5 +1,6 @@
 """The ball where radii and norms are extreme, and whatever surrounds it."""
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +158,7 @@ def test_a_nan_is_not_taken_for_a_norm():
 
 
 def test_norms_of_shards_are_right_where_squares_are_not():
+  devices.require(8)
   node = pair(a=1e-28, b=1e30)
   wide = Factors(np.tile(node.a, (8, 1)), np.tile(node.b, (1, 8)), 2.0)
   shards = Factors(

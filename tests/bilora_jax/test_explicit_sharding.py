@@ -2,6 +2,7 @@
 
 import functools
 
+import devices
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -23,6 +24,7 @@ Y = jnp.cos(jnp.arange(4 * 8.0)).reshape(4, 8)
 
 @pytest.fixture
 def mesh():
+  devices.require(8)
   return jax.make_mesh(
     (2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2
   )

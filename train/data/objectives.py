@@ -49,6 +49,8 @@ class Objective(NamedTuple):
     answers: from what the model returns to what is told of a row: the
       probabilities of the labels, float32 (B, labels), or its value, (B,); of
       conversations, the likeliest tokens, int32 (B, L).
+    of_classes: whether a model returns the logits of a row's classes,
+      (B, classes).
   """
 
   inputs: Callable[[Batch], tuple[Any, ...]]
@@ -56,6 +58,7 @@ class Objective(NamedTuple):
   weights: Callable[[Batch], jax.Array]
   tokens: Callable[[Batch], jax.Array]
   answers: Callable[[Any], jax.Array]
+  of_classes: bool = False
 
 
 class Told(NamedTuple):
@@ -105,8 +108,26 @@ CLASSIFICATION = Objective(
   weights=_rows,
   tokens=lambda batch: jnp.sum(batch["mask"]),
   answers=_probabilities,
+  of_classes=True,
 )
 """One label a row, (B,); logits are (B, classes)."""
+
+
+def smoothed(objective: Objective, share: float) -> Objective:
+  """The objective with a share of each label spread over all classes.
+
+  Args:
+    objective: of classes.
+    share: from 0 to 1. The loss is that of `optax.smooth_labels`.
+  """
+
+  def items(logits, batch):
+    found = objective.items(logits, batch)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+    uniform = -jnp.mean(log_probabilities, -1)
+    return found._replace(losses=(1 - share) * found.losses + share * uniform)
+
+  return objective._replace(items=items)
 
 
 def regression(centre: float, spread: float) -> Objective:
@@ -133,7 +154,7 @@ def regression(centre: float, spread: float) -> Objective:
   def answers(logits):
     return logits.astype(jnp.float32)[:, 0] * spread + centre
 
-  return CLASSIFICATION._replace(items=items, answers=answers)
+  return CLASSIFICATION._replace(items=items, answers=answers, of_classes=False)
 
 
 def images(
@@ -235,6 +256,7 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
     weights=lengths,
     # Of the words alone, as a label is told; the vocabulary has more.
     answers=lambda losses: jax.nn.softmax(-of_words(losses), -1),
+    of_classes=False,
   )
 
 

@@ -54,6 +54,8 @@ class OptimisationOptions:
   """Share of the steps in which the learning rate rises from 0."""
   weight_decay: float = option(0.0, least=0, below=1e6)
   """AdamW's decoupled weight decay."""
+  label_smoothing: float = option(0.0, least=0, below=1)
+  """Share of each training label that is spread over all classes."""
   max_grad_norm: float = option(0.0, least=0)
   """Clips the gradient of what descends to this global norm; 0: no clip."""
   accumulate: int = option(1, least=1)

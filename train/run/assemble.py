@@ -10,7 +10,7 @@ import jax
 
 import bilora_jax
 
-from ..data import label_words
+from ..data import label_words, objectives
 from ..data import load as data_lib
 from ..data.objectives import Objective
 from ..devices import mesh as mesh_lib
@@ -57,6 +57,14 @@ class Prepared:
   @property
   def steps(self) -> int:
     return self.config.optimisation.epochs * self.data.steps_per_epoch
+
+  @property
+  def training_objective(self) -> Objective:
+    """What a step learns; validation and test have `data.objective`."""
+    share = self.config.optimisation.label_smoothing
+    if not share:
+      return self.data.objective
+    return objectives.smoothed(self.data.objective, share)
 
   def pretrained(self) -> Any:
     """The variables as they came."""
@@ -124,6 +132,11 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
     raise UsageError(
       "--samples has a model answer the prompts of conversations (--task "
       f"instructions); got --task {config.data.task}, which is of labels."
+    )
+  if optimisation.label_smoothing and not data.objective.of_classes:
+    raise UsageError(
+      "--label-smoothing is for models that return a logit for each class; got "
+      f"--task {config.data.task} with --model {config.model.name}."
     )
   model = _model(config, pretrained, data)
   inputs = data.objective.inputs(next(data.train_batches()))

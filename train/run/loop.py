@@ -308,7 +308,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
     train_step = layout.within(
       step.make_train_step(
         method,
-        prepared.data.objective,
+        prepared.training_objective,
         shardings and (shardings, layout.replicated),
         config.optimisation.accumulate,
       )

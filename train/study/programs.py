@@ -178,7 +178,7 @@ def _step(prepared: Prepared, traced: tuple[str, ...]) -> Callable[..., Any]:
       method = build(config_lib.replace(prepared.config, **numbers))
     one = step.make_train_step(
       method,
-      prepared.data.objective,
+      prepared.training_objective,
       accumulate=prepared.config.optimisation.accumulate,
     )
     return one(variables, state, batch)

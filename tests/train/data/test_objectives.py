@@ -1,6 +1,9 @@
-"""Objectives: a T5's words, of unequal lengths."""
+"""Objectives: a T5's words, of unequal lengths, and smoothed labels."""
 
+import jax
 import numpy as np
+import optax
+import pytest
 
 from train.data import objectives
 
@@ -63,3 +66,19 @@ def test_a_long_word_that_is_sure_beats_a_short_one_that_is_not():
   # And of words of nothing but chance, the shortest is the likeliest.
   items = _items(0 * logits, LABELS[:1])
   assert items.predictions.tolist() == [0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_smoothed_labels_are_those_of_optax(share):
+  logits = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+  batch = {"labels": LABELS}
+  plain = objectives.CLASSIFICATION.items(logits, batch)
+  items = objectives.smoothed(objectives.CLASSIFICATION, share).items(
+    logits, batch
+  )
+  labels = optax.smooth_labels(jax.nn.one_hot(LABELS, 3), share)
+  np.testing.assert_allclose(
+    items.losses, optax.softmax_cross_entropy(logits, labels), rtol=1e-5
+  )
+  assert np.max(np.abs(items.losses - plain.losses)) > 0.01
+  np.testing.assert_array_equal(items.predictions, plain.predictions)

@@ -250,3 +250,28 @@ def test_parts_of_a_batch_count_by_their_weights():
   for weight, found in ends:
     assert found == pytest.approx(loss, rel=1e-5)
     np.testing.assert_allclose(weight, ends[0][0], rtol=1e-5)
+
+
+def test_smoothed_labels_are_for_training_alone(prepared, batch):
+  ready = prepared(method="lora", label_smoothing=0.5)
+  logits = np.arange(16, dtype=np.float32).reshape(8, 2) ** 2
+  trained, tested = (
+    objective.items(logits, batch).losses
+    for objective in (ready.training_objective, ready.data.objective)
+  )
+  assert np.all(trained != tested)
+  np.testing.assert_array_equal(
+    tested, CLASSIFICATION.items(logits, batch).losses
+  )
+
+
+def test_values_have_no_classes_to_smooth(run, tmp_path, capsys):
+  rows = tmp_path / "rows.csv"
+  lines = [f"words {i},{i / 7}" for i in range(30)]
+  rows.write_text("\n".join(["text,label", *lines]))
+  task = ("--task", "regression", "--data", str(rows))
+  assert run(tmp_path / "run", *task, "--label-smoothing", "0.1") == 2
+  assert (
+    "--label-smoothing is for models that return a logit for each class; got "
+    "--task regression" in capsys.readouterr().err
+  )
