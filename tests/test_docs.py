@@ -39,6 +39,56 @@ def test_both_hosts_of_the_guide_train_a_primary_and_keep_the_ball():
   assert np.isfinite(clip[...])
 
 
+def _run(page, folder, monkeypatch):
+  """The names that a page's code leaves, run from top to bottom."""
+  monkeypatch.chdir(folder)
+  text = (_DOCS / f"{page}.md").read_text()
+  names: dict = {"__name__": "__main__"}
+  for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    exec(block, names)
+  return names
+
+
+def test_what_the_guide_saves_merges_and_shares_is_one_model(
+  tmp_path, monkeypatch
+):
+  names = _run("sharing", tmp_path, monkeypatch)
+  np.testing.assert_allclose(names["same"], names["logits"], atol=1e-5)
+  from_peft = names["continued"].apply(
+    names["variables"], names["start"], names["x"]
+  )
+  np.testing.assert_allclose(from_peft, names["logits"], atol=1e-5)
+  plain = names["model"].apply(names["variables"], names["x"])
+  assert np.max(np.abs(plain - names["logits"])) > 1e-3
+  assert (tmp_path / "run" / "peft" / "adapter_config.json").exists()
+
+
+def test_the_guide_of_nnx_drops_out_and_keeps_running_means(
+  tmp_path, monkeypatch
+):
+  names = _run("nnx", tmp_path, monkeypatch)
+  assert names["logits"].shape == (8, 3) and np.isfinite(names["loss"])
+  means = [names[when]["norm"]["mean"][...] for when in ("before", "variables")]
+  assert np.max(np.abs(means[0] - means[1])) > 1e-3
+
+
+def test_the_guide_of_adapters_keeps_a_mixture_in_the_ball(
+  tmp_path, monkeypatch
+):
+  names = _run("adapters", tmp_path, monkeypatch)
+  kinds = [
+    type(x["kernel"]).__name__ for x in names["params"]["primary"].values()
+  ]
+  assert kinds == ["LoHa", "LoKr", "Factors"]
+  np.testing.assert_allclose(
+    names["model"].apply(names["merged"], names["x"]),
+    names["logits"],
+    atol=1e-5,
+  )
+  auxiliary = names["shifts"]["auxiliary"]["bias"]
+  np.testing.assert_allclose(auxiliary.squared_norm(), 0.05**2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("page", _PAGES, ids=lambda x: x.stem)
 def test_links_to_files_lead_to_one(page):
   for link in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text()):
