@@ -2,8 +2,11 @@
 
 import re
 
+import devices
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -62,3 +65,29 @@ def test_more_layers_are_no_more_products(tx):
     return len(re.findall("stablehlo.dot_general", lowered.as_text()))
 
   assert products(2) == products(7) > 0
+
+
+def test_stacking_gathers_nothing_that_is_sharded():
+  # Of one shape: q is split by its columns, and o by its rows.
+  mesh = devices.mesh(model=8)
+  specs = {
+    "q": Factors(P(), P(None, "model")),
+    "o": Factors(P("model", None), P()),
+  }
+  tree = {
+    f"layers_{i}": {
+      name: Factors(jnp.ones((16, 2)), jnp.ones((2, 16)), spec.scale)
+      for name, spec in specs.items()
+    }
+    for i in range(3)
+  }
+  shardings = jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    dict.fromkeys(tree, specs),
+    is_leaf=lambda x: isinstance(x, P),
+  )
+  tree = jax.device_put(tree, shardings)
+  tx = keep_in_ball(0.05)
+  text = jax.jit(tx.update).lower(tree, tx.init(tree), tree).compile().as_text()
+  assert "all-reduce" in text
+  assert "all-gather" not in text and "all-to-all" not in text
