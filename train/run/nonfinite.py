@@ -34,8 +34,8 @@ def skip_nonfinite(
       inner_state=inner.init(params),
     )
 
-  def update_fn(updates, state, params=None, *, value, **extra_args):
-    finite = jnp.isfinite(value)
+  def update_fn(updates, state, params=None, **extra_args):
+    finite = jnp.isfinite(extra_args["value"])
     for update in jax.tree.leaves(updates):
       finite &= jnp.all(jnp.isfinite(update))
 
@@ -48,7 +48,6 @@ def skip_nonfinite(
       chosen(updates, zeros),
       state.inner_state,
       params,
-      value=value,
       **extra_args,
     )
     skipped = jnp.asarray(~finite, jnp.int32)
