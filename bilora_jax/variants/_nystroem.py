@@ -1,5 +1,6 @@
 """The auxiliary as the adversary of the batch that it meets, which is shown."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,9 +70,8 @@ def nystroem_ascent(
 
   .. note::
     From LoRA's start, b = 0, the first batch meets no adversary. Beside the
-    gradient, two steps cost a singular value decomposition of one (r, r) matrix
-    a pair and QR decompositions of an (in, r) and an (out, r) matrix. Not for
-    factors that `jax.shard_map` shards.
+    gradient, a step costs a pair three decompositions of (r, r) matrices and
+    four thin products. Not for factors that `jax.shard_map` shards.
   """
 
   def init_fn(params):
@@ -89,10 +89,11 @@ def nystroem_ascent(
     key = jax.random.fold_in(jax.random.key(0), step)
     # What comes in is to be descended.
     gradient = jax.tree.map(jnp.negative, updates)
-    new = jax.lax.cond(
-      step % 2 == 0,
-      lambda: _sketches.ascent(params, gradient, core_rank, _OUTSIDE),
-      lambda: _sketches.redrawn(key, params, core_rank),
+    # No `lax.cond`: on a GPU the host would wait to know which branch it is.
+    new = jax.tree.map(
+      functools.partial(jnp.where, step % 2 == 0),
+      _sketches.ascent(params, gradient, core_rank, _OUTSIDE),
+      _sketches.redrawn(key, params, core_rank),
     )
     updates = jax.tree.map(
       lambda x, p: (x - p.astype(jnp.float32)).astype(p.dtype), new, params
