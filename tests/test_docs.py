@@ -17,7 +17,7 @@ _PAGES = sorted(_DOCS.rglob("*.md"))
 
 def test_both_hosts_of_the_guide_train_a_primary_and_keep_the_ball():
   text = (_DOCS / "trainer.md").read_text()
-  linen, host = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  linen, on_time, host = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
   names: dict = {}
   exec(linen, names)
   state = names["state"]
@@ -37,6 +37,11 @@ def test_both_hosts_of_the_guide_train_a_primary_and_keep_the_ball():
   assert 0 < found <= 0.05 * (1 + 1e-6)
   clip = optax.tree.get(names["optimizer"].opt_state, "clip_factor")
   assert np.isfinite(clip[...])
+  exec(on_time, names)
+  state = names["on_time"]
+  assert state.step == 4
+  # After a second visit the auxiliary is made of sketches, and next to nothing.
+  assert optax.tree.get(state.opt_state, "clip_factor") == 1
 
 
 def _run(page, folder, monkeypatch):
