@@ -25,6 +25,11 @@ def test_both_hosts_of_the_guide_train_a_primary_and_keep_the_ball():
   first = jax.tree.leaves(state.params["primary"])[0]
   assert first.shape == (4, 4)
   assert names["logits"].shape == (8, 3)
+  exec(on_time, names)
+  state = names["on_time"]
+  assert state.step == 4
+  # After a second visit the auxiliary is made of sketches, and next to nothing.
+  assert optax.tree.get(state.opt_state, "clip_factor") == 1
   exec(host, names)
   assert [x.shape for x in jax.tree.leaves(names["lora"])] == [
     *((4, 4), (4, 16)),
@@ -37,11 +42,6 @@ def test_both_hosts_of_the_guide_train_a_primary_and_keep_the_ball():
   assert 0 < found <= 0.05 * (1 + 1e-6)
   clip = optax.tree.get(names["optimizer"].opt_state, "clip_factor")
   assert np.isfinite(clip[...])
-  exec(on_time, names)
-  state = names["on_time"]
-  assert state.step == 4
-  # After a second visit the auxiliary is made of sketches, and next to nothing.
-  assert optax.tree.get(state.opt_state, "clip_factor") == 1
 
 
 def _run(page, folder, monkeypatch):
