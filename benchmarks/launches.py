@@ -3,42 +3,28 @@
   pip install "jax[cuda12]"
   python -m benchmarks.launches --workload minilm
 
-XLA compiles the step for an H200 that is not there, from
-`benchmarks/h200.textproto`, and what it would launch is counted. Small models
-are bound by launches: one takes some microseconds, whatever the kernel does.
-Nothing is tuned, so that the count differs from a real card's by some per cent.
-Both sides of a branch count.
+XLA compiles the step for an H200 that is not there, and what it would launch is
+counted. Small models are bound by launches: one takes some microseconds,
+whatever the kernel does. Nothing is tuned, so that the count differs from a
+real card's by some per cent. Both sides of a branch count.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
-import os
 import pathlib
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 import numpy as np
 
 from benchmarks import rounds, variants, workloads
-from train.planning import hlo, traffic
+from train.planning import hlo, topology, traffic
 from train.run import step
-
-_CARD = pathlib.Path(__file__).with_name("h200.textproto")
 
 
 def main() -> None:
   options = _options()
-  # The plugin looks for a driver, and the compiler for a card to tune on.
-  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  flags = os.environ.get("XLA_FLAGS", "")
-  os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
-  (device,) = topologies.get_topology_desc(
-    "h200",
-    platform="cuda",
-    topology="1x1x1",
-    target_config=_CARD.read_text(),
-  ).devices
+  (device,) = topology.devices("h200:1")
   workload = workloads.from_options(options)
   rows = [
     {"name": name, **counted(_compiled(name, workload, device))}
@@ -85,7 +71,7 @@ def _compiled(name: str, workload: workloads.Workload, device: Any) -> str:
     (variables, state, batch),
   )
   train_step: Any = step.make_train_step(method, workload.objective)
-  return train_step.lower(*shapes).compile().as_text()
+  return train_step.lower(*shapes).compile(topology.WITHOUT_GPU).as_text()
 
 
 def _options() -> argparse.Namespace:

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import (
   attention,
   clip_cost,
+  launches,
   rounds,
   scaling,
   seeds,
@@ -359,3 +360,31 @@ def test_a_worker_steps_when_asked_and_says_when_it_is_gone(
   assert [served.step(), served.step()] == [0.5, 0.25]
   with pytest.raises(RuntimeError, match="served ended with status 1"):
     served.step()
+
+
+def test_kernels_are_counted_where_they_run():
+  text = """HloModule step
+
+%body (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  ROOT %y = f32[4] fusion(%x), kind=kLoop, calls=%inside
+}
+
+%other (x: f32[4]) -> f32[4] {
+  ROOT %x = f32[4] parameter(0)
+}
+
+%inside (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  ROOT %n = f32[4] negate(%p)
+}
+
+ENTRY %main (p: f32[4], c: pred[]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  %c = pred[] parameter(1)
+  %a = f32[4] fusion(%p), kind=kLoop, calls=%inside
+  %b = f32[4] custom-call(%a), custom_call_target="__cublas$gemm"
+  ROOT %r = f32[4] conditional(%c, %a, %b), branch_computations={%body, %other}
+}
+"""
+  assert launches.counted(text) == {"kernels": 3, "branches": 1}

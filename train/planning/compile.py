@@ -37,14 +37,16 @@ class Options:
   """Compiles the training step of a language model, and tells what it takes.
 
   Nothing is run, and no weights are needed. With --topology nor are the
-  devices: the compiler for TPUs (`pip install 'jax[tpu]'`) works without one.
+  devices: the compilers for TPUs (`pip install 'jax[tpu]'`) and GPUs (`pip
+  install 'jax[cuda12]'`) work without one.
   """
 
   model: str = "llama3.1-8b"
   """A size by name (llama3.1-8b, qwen2.5-14b, ...), or a folder with the
   config.json of a decoder, as of a Llama or a Qwen 2."""
   topology: str = ""
-  """TPUs to compile for, as v5e:4x4; empty: the devices that are here."""
+  """TPUs or GPUs to compile for, as v5e:4x4 or h100:8; empty: the devices that
+  are here."""
   mesh: str = ""
   """Devices along data, fsdp, context and tensor, as fsdp=16."""
   method: str = "lora,bilora"
@@ -194,7 +196,9 @@ def _figures(
 ) -> figures.Figures:
   return figures.of(
     config.method.name,
-    _lowered(options, config, model, layout).compile(),
+    _lowered(options, config, model, layout).compile(
+      topology.WITHOUT_GPU if topology.is_gpu(options.topology) else None
+    ),
     _flops(options, config, *model) / devices,
   )
 

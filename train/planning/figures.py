@@ -24,7 +24,8 @@ class Figures:
       offloads, all of them.
     flops: of the step by its equations, over the devices.
     bytes_accessed: read and written, loops in full; see `traffic`.
-    bytes_accessed_once: XLA's own count, that takes a loop's body once.
+    bytes_accessed_once: XLA's own count, that takes a loop's body once; 0 where
+      it has none.
     bytes_sent: by kind of collective.
     loops_known: whether all loops with collectives are of known length.
   """
@@ -52,8 +53,9 @@ def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
     flops: see `Figures`.
   """
   memory, text = compiled.memory_analysis(), compiled.as_text()
-  cost = compiled.cost_analysis()
-  assert memory is not None and text is not None and cost is not None
+  assert memory is not None and text is not None
+  # XLA gives none where it compiles for a GPU that is not there.
+  cost = compiled.cost_analysis() or {}
   collectives = hlo.collectives(text)
   return Figures(
     method=method,
@@ -65,7 +67,7 @@ def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
     peak=_peak(memory),
     flops=flops,
     bytes_accessed=traffic.accessed(text),
-    bytes_accessed_once=cost["bytes accessed"],
+    bytes_accessed_once=cost.get("bytes accessed", 0.0),
     bytes_sent=hlo.bytes_by_kind(collectives),
     loops_known=all(x.times is not None for x in collectives),
   )
@@ -113,11 +115,9 @@ def table(found: Sequence[Figures]) -> str:
   lines.append(
     row("bytes read and written", [x.bytes_accessed for x in found], gib)
   )
-  lines.append(
-    row(
-      "  a loop's body once (XLA)", [x.bytes_accessed_once for x in found], gib
-    )
-  )
+  once = [x.bytes_accessed_once for x in found]
+  if any(once):
+    lines.append(row("  a loop's body once (XLA)", once, gib))
   lines.append(
     row("bytes sent", [sum(x.bytes_sent.values()) for x in found], gib)
   )

@@ -1,6 +1,8 @@
-"""TPU topologies without a TPU, and what memory their chips have."""
+"""TPUs and GPUs that are not there, and what memory they have."""
 
 import os
+import pathlib
+import re
 from typing import Any
 
 from jax.experimental import topologies
@@ -10,21 +12,32 @@ from ..errors import UsageError
 NAMES = (
   *("v4:2x2x4", "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x4"),
   *("v5p:4x4x4", "v6e:4x4", "v6e:16x16", "tpu7x:2x2x2"),
+  *("a100:8", "h100:8", "h100:4x8", "h200:8"),
 )
-"""Some of those that the compiler knows; others are made in the same way."""
+"""Some of those that the compilers know; others are made in the same way."""
 
 GIB = 2**30
 
-# What the compiler lets a program have of one device's memory, in GiB: it says
-# so when one asks for more. Their makers name 32, 16, 95, 32 and 192 GB a chip;
-# one of v4 and of tpu7x is two devices here.
+# What the compiler lets a program have of one TPU's memory, in GiB: it says so
+# when one asks for more. Their makers name 32, 16, 95, 32 and 192 GB a chip;
+# one of v4 and of tpu7x is two devices here. Of a GPU's memory JAX takes three
+# quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _USABLE = {
   "TPU v4": 15.25,
   "TPU v5 lite": 15.75,
   "TPU v5": 95.74,
   "TPU v6 lite": 31.25,
   "TPU7x": 94.75,
+  "NVIDIA A100-SXM4-80GB": 0.75 * 79.25,
+  "NVIDIA H100 80GB HBM3": 0.75 * 79.65,
+  "NVIDIA H200": 0.75 * 140.40,
 }
+
+_GPUS = pathlib.Path(__file__).with_name("gpus")
+_GPU_NAME = re.compile(r"(a100|h100|h200):(?:([1-9]\d{0,3})x)?([1-9]\d?)")
+# There is no card to try kernels on.
+WITHOUT_GPU = {"xla_gpu_autotune_level": 0}
+"""Options of XLA to compile with, where a GPU is not there."""
 
 # It asks the machine which TPU it is, and refuses a second process: neither
 # matters where none is used.
@@ -39,11 +52,20 @@ def devices(name: str) -> list[Any]:
   """The devices of a topology, to build a mesh of and to compile for.
 
   Args:
-    name: as `v5e:4x4`, the generation and the chips along each axis.
+    name: as `v5e:4x4`, the generation and the chips along each axis; or as
+      `h100:8` and `h100:4x8`, the GPUs of one machine, or the machines and the
+      GPUs of each.
 
   Raises:
     UsageError: if the compiler is not installed or has no such topology.
   """
+  if gpus := _GPU_NAME.fullmatch(name):
+    return _gpus(name, *gpus.groups())
+  if name[:1] in ("a", "h"):
+    raise UsageError(
+      "GPUs are a100, h100 or h200, and how many of them, as h100:8, or the "
+      f"machines and the GPUs of each, as h100:4x8; got --topology {name}."
+    )
   for variable, value in _WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)
   try:
@@ -61,6 +83,30 @@ def devices(name: str) -> list[Any]:
     raise UsageError(
       f"there is no topology {name!r}; there are {', '.join(NAMES)}, and other "
       f"sizes of these. The compiler says: {_sentence(text)}"
+    ) from error
+  return list(description.devices)
+
+
+def is_gpu(name: str) -> bool:
+  """Whether a topology is one of GPUs."""
+  return _GPU_NAME.fullmatch(name) is not None
+
+
+def _gpus(name: str, kind: str, machines: str | None, each: str) -> list[Any]:
+  # The plugin looks for a driver.
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+  try:
+    description = topologies.get_topology_desc(
+      name,
+      platform="cuda",
+      topology=f"1x{machines or 1}x{each}",
+      target_config=(_GPUS / f"{kind}.textproto").read_text(),
+    )
+  except Exception as error:  # JAX has no narrower one in common
+    raise UsageError(
+      f"--topology {name} needs JAX's plugin for CUDA, which is to be had "
+      "without a GPU: pip install 'jax[cuda12]'. JAX says: "
+      f"{_sentence(str(error))}"
     ) from error
   return list(description.devices)
 

@@ -7,10 +7,12 @@ import re
 import pytest
 
 from train import __main__ as program
+from train.planning import topology
 
 LAYERS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 128
 ROWS, LENGTH, RANK = 16, 8, 2
 
+without_cuda = importlib.util.find_spec("jax_cuda12_plugin") is None
 with_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu, the compiler for TPUs, is not installed",
@@ -221,3 +223,42 @@ def test_on_one_device_nothing_is_sent(compiles, tmp_path):
   assert compiles(*full, "--json", str(path)) == 0
   (found,) = json.loads(path.read_text())["figures"]
   assert set(found["bytes_sent"].values()) == {0}
+
+
+@pytest.mark.skipif(
+  without_cuda, reason="jax-cuda12-plugin, the compiler for GPUs, is not there"
+)
+@pytest.mark.parametrize("name", ["h200:8", "h100:2x4", "a100:8"])
+def test_a_step_is_compiled_for_gpus_that_are_not_there(
+  compiles, name, tmp_path, capsys
+):
+  path = tmp_path / "figures.json"
+  options = ("--topology", name, "--mesh", "data=2,fsdp=4")
+  assert compiles(*options, "--json", str(path)) == 0
+  lora, bilora = json.loads(path.read_text())["figures"]
+  assert 0 < lora["arguments"] < bilora["arguments"] < bilora["peak"] < 2**30
+  assert lora["bytes_sent"]["all-gather"] > 0
+  assert f"8 x NVIDIA {name[:4].upper()}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not without_cuda, reason="jax-cuda12-plugin is there")
+def test_the_compiler_for_gpus_is_asked_for_where_it_is_not(compiles, capsys):
+  assert compiles("--topology", "h100:8", "--mesh", "fsdp=8") == 2
+  assert (
+    "--topology h100:8 needs JAX's plugin for CUDA, which is to be had without "
+    "a GPU: pip install 'jax[cuda12]'." in capsys.readouterr().err
+  )
+
+
+@pytest.mark.parametrize("name", ["h100:0", "h100", "h300:8", "h100:8x", "h1"])
+def test_gpus_that_there_are_not_are_refused(compiles, name, capsys):
+  assert compiles("--topology", name, "--mesh", "fsdp=8") == 2
+  assert f"as h100:4x8; got --topology {name}." in capsys.readouterr().err
+
+
+def test_every_gpu_has_a_known_memory():
+  files = sorted(topology._GPUS.glob("*.textproto"))
+  assert [path.stem for path in files] == ["a100", "h100", "h200"]
+  for path in files:
+    kind = re.search('device_description_str: "([^"]+)"', path.read_text())
+    assert kind and kind[1] in topology._USABLE
