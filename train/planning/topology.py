@@ -36,7 +36,7 @@ _USABLE = {
 _GPUS = pathlib.Path(__file__).with_name("gpus")
 _GPU_NAME = re.compile(r"(a100|h100|h200):(?:([1-9]\d{0,3})x)?([1-9]\d?)")
 # There is no card to try kernels on.
-WITHOUT_GPU = {"xla_gpu_autotune_level": 0}
+WITHOUT_GPU: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 """Options of XLA to compile with, where a GPU is not there."""
 
 # It asks the machine which TPU it is, and refuses a second process: neither
