@@ -45,7 +45,7 @@ def differences(
       axes.errorbar(
         gain.mean,
         y,
-        xerr=gain.half,
+        xerr=_half(gain),
         fmt="o",
         color=colour,
         markersize=4,
@@ -87,6 +87,11 @@ def differences(
   return canvas
 
 
+def _half(gain: estimates.Estimate) -> float | None:
+  """Half the interval's width; of two seeds it would hide all others."""
+  return gain.half if gain.seeds > 2 else None
+
+
 def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
   """The gain in the test metric against that in sharpness, by the method."""
   options = study.sharpness
@@ -116,8 +121,8 @@ def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
     axes.errorbar(
       rise.mean,
       gains[label].mean,
-      xerr=rise.half,
-      yerr=gains[label].half,
+      xerr=_half(rise),
+      yerr=_half(gains[label]),
       fmt="o",
       color=_colour(results[label]),
       markersize=4,

@@ -134,6 +134,9 @@ def test_gains_are_drawn_as_paired_differences(made):
   gain = forest.against_sharpness(own, next(iter(found.values())))
   assert points(gain)[0] == pytest.approx([-1.0, 1.0])
   assert forest.differences(own, {"none": {}}) is None
+  # An interval of two seeds is 25 standard errors wide, and none is drawn.
+  (bar,) = forest_plot.axes[0].containers
+  assert not bar.has_xerr and not bar.has_yerr
 
 
 def test_a_report_is_a_function_of_the_rows(made):
