@@ -103,10 +103,10 @@ def _norms(
   two squared, which round nothing.
   """
   firsts = [group[0] for group in stacks.groups]
-  scaled = [
-    jax.vmap(functools.partial(_scaled_square, spec=specs[first]))(stack)
-    for first, stack in zip(firsts, stacks.stack(found))
-  ]
+  scaled = []
+  for group, stack in zip(stacks.groups, stacks.stack(found)):
+    measure = functools.partial(_scaled_square, spec=specs[group[0]])
+    scaled.append((jax.vmap(measure) if len(group) > 1 else measure)(stack))
   shards = _shards([found[i] for i in firsts], [specs[i] for i in firsts])
   largest = functools.reduce(
     jnp.maximum,

@@ -31,9 +31,14 @@ class Stacks:
   groups: tuple[tuple[int, ...], ...]
 
   def stack(self, nodes: Sequence[Any]) -> list[Any]:
-    """One node for each group, with an axis in front for its members."""
+    """One node for each group, with an axis in front for its members.
+
+    A node that is alone in its group has none, and stays as it is.
+    """
     return [
       jax.tree.map(lambda *xs: jnp.stack(xs), *(nodes[i] for i in group))
+      if len(group) > 1
+      else nodes[group[0]]
       for group in self.groups
     ]
 
@@ -41,6 +46,9 @@ class Stacks:
     """The nodes in the tree's order; the inverse of `stack`."""
     nodes: dict[int, Any] = {}
     for group, stack in zip(self.groups, stacks):
+      if len(group) == 1:
+        nodes[group[0]] = stack
+        continue
       for j, i in enumerate(group):
         nodes[i] = jax.tree.map(lambda x, j=j: x[j], stack)
     return [nodes[i] for i in range(len(nodes))]

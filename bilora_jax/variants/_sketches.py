@@ -152,8 +152,8 @@ def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
   """Applies f to the pairs, to all that are alike at once.
 
   Args:
-    f: from a number, another one for each call, and pairs with a batch axis
-      in front.
+    f: from a number, another one for each call, and pairs, with a batch axis
+      in front where several are alike.
     trees: of pairs, alike; what a mask hides stays as it is.
   """
   columns = [_norms.pairs(tree, "the sketches") for tree in trees]
