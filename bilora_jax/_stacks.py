@@ -35,12 +35,7 @@ class Stacks:
 
     A node that is alone in its group has none, and stays as it is.
     """
-    return [
-      jax.tree.map(lambda *xs: jnp.stack(xs), *(nodes[i] for i in group))
-      if len(group) > 1
-      else nodes[group[0]]
-      for group in self.groups
-    ]
+    return [_stacked([nodes[i] for i in group]) for group in self.groups]
 
   def unstack(self, stacks: Sequence[Any]) -> list[Any]:
     """The nodes in the tree's order; the inverse of `stack`."""
@@ -52,6 +47,12 @@ class Stacks:
       for j, i in enumerate(group):
         nodes[i] = jax.tree.map(lambda x, j=j: x[j], stack)
     return [nodes[i] for i in range(len(nodes))]
+
+
+def _stacked(nodes: list[Any]) -> Any:
+  if len(nodes) == 1:
+    return nodes[0]
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *nodes)
 
 
 def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
