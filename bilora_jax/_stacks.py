@@ -63,7 +63,7 @@ def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
 
   Args:
     tree: of nodes, of which those that a mask hides are left out.
-    others: of each node, what must be equal too within a group.
+    others: of each node, what must be equal too within a group, as its specs.
   """
   found = [
     (path, node)

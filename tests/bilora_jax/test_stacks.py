@@ -52,9 +52,11 @@ def test_unstacking_undoes_stacking():
   jax.tree.map(np.testing.assert_array_equal, again, nodes)
 
 
-def test_shardings_that_differ_are_not_stacked():
-  tree = _layers(2)
-  assert len(_stacks.alike(tree, others=["x", "y", "x", "z"]).groups) == 3
+def test_specs_that_differ_are_not_stacked():
+  split, whole = Factors(P("model"), P()), Factors(P(), P())
+  # In the tree's order: q and v of two layers.
+  specs = [whole, whole, whole, split]
+  assert _stacks.alike(_layers(2), specs).groups == ((0, 2), (1,), (3,))
 
 
 @pytest.mark.parametrize("tx", [keep_in_ball(0.05), power_ascent()])

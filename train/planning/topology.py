@@ -20,18 +20,21 @@ GIB = 2**30
 
 # What the compiler lets a program have of one TPU's memory, in GiB: it says so
 # when one asks for more. Their makers name 32, 16, 95, 32 and 192 GB a chip;
-# one of v4 and of tpu7x is two devices here. Of a GPU's memory JAX takes three
-# quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# one of v4 and of tpu7x is two devices here.
 _USABLE = {
   "TPU v4": 15.25,
   "TPU v5 lite": 15.75,
   "TPU v5": 95.74,
   "TPU v6 lite": 31.25,
   "TPU7x": 94.75,
-  "NVIDIA A100-SXM4-80GB": 0.75 * 79.25,
-  "NVIDIA H100 80GB HBM3": 0.75 * 79.65,
-  "NVIDIA H200": 0.75 * 140.40,
 }
+# Of a GPU's, in GiB, JAX takes three quarters unless it is told another share.
+_GPU_MEMORY = {
+  "NVIDIA A100-SXM4-80GB": 79.25,
+  "NVIDIA H100 80GB HBM3": 79.65,
+  "NVIDIA H200": 140.40,
+}
+_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _GPUS = pathlib.Path(__file__).with_name("gpus")
 _GPU_NAME = re.compile(r"(a100|h100|h200):(?:([1-9]\d{0,3})x)?([1-9]\d?)")
@@ -115,6 +118,18 @@ def memory(device: Any) -> int | None:
   """The bytes of a device that a program may use, if that is known."""
   if device.device_kind in _USABLE:
     return int(_USABLE[device.device_kind] * GIB)
+  if device.device_kind in _GPU_MEMORY:
+    text = os.environ.get(_GPU_SHARE) or "0.75"
+    try:
+      share = float(text)
+    except ValueError:
+      share = 0.0
+    if not 0 < share <= 1:
+      raise UsageError(
+        f"{_GPU_SHARE} is a share of a GPU's memory, above 0 and at most 1; "
+        f"got {text!r}."
+      )
+    return int(share * _GPU_MEMORY[device.device_kind] * GIB)
   return (device.memory_stats() or {}).get("bytes_limit")
 
 

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import re
+import types
 
 import pytest
 
 from train import __main__ as program
+from train.errors import UsageError
 from train.planning import topology
 
 LAYERS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 128
@@ -261,4 +263,18 @@ def test_every_gpu_has_a_known_memory():
   assert [path.stem for path in files] == ["a100", "h100", "h200"]
   for path in files:
     kind = re.search('device_description_str: "([^"]+)"', path.read_text())
-    assert kind and kind[1] in topology._USABLE
+    assert kind and kind[1] in topology._GPU_MEMORY
+
+
+def test_a_program_has_the_share_of_a_gpu_that_jax_takes(monkeypatch):
+  device = types.SimpleNamespace(device_kind="NVIDIA H200")
+  name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  for share, part in ((None, 0.75), ("0.95", 0.95)):
+    monkeypatch.delenv(name, raising=False)
+    if share is not None:
+      monkeypatch.setenv(name, share)
+    assert topology.memory(device) == int(part * 140.40 * topology.GIB)
+  for share in ("most", "1.5", "0"):
+    monkeypatch.setenv(name, share)
+    with pytest.raises(UsageError, match=rf"at most 1; got '{share}'"):
+      topology.memory(device)
