@@ -80,7 +80,8 @@ def test_other_methods_end_on_a_mesh_where_one_device_does(
   run, tmp_path, method, mesh
 ):
   left, right = (tmp_path / name for name in ("mesh", "device"))
-  options = ("--method", method, "--learning-rate", "1e-3", *AT_THE_END)
+  kernels = AT_THE_END if method == "full" else TWO_KERNELS
+  options = ("--method", method, "--learning-rate", "1e-3", *kernels)
   assert run(left, *options, "--mesh", mesh) == 0
   assert run(right, *options) == 0
   ours, theirs = (
@@ -345,20 +346,20 @@ journal.Journal.advance = advance
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_all_resume_where_one_device_does(
-  two, finished, tmp_path
+  two, on_one_device, tmp_path
 ):
   folder = tmp_path / "run"
-  first, second = two(folder, driver=INTERRUPTED_AT_7)
+  first, second = two(folder, *TWO_KERNELS, driver=INTERRUPTED_AT_7)
   assert first.code == 0, first.err
   assert second.code == 0, second.err
   assert "interrupted after step 9" in first.out
-  first, second = two(folder)
+  first, second = two(folder, *TWO_KERNELS)
   assert first.code == 0, first.err
   assert second.code == 0, second.err
   assert "resumed after step 9" in first.out
   assert "test accuracy" in first.out
   assert "step" not in second.out
-  assert_near(folder, finished)
+  assert_near(folder, on_one_device)
   assert_no_step_twice(folder)
 
 
