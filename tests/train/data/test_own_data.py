@@ -7,7 +7,7 @@ import json
 import types
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 import numpy as np
 import PIL.Image
@@ -157,6 +157,7 @@ def test_labels_that_cannot_be_classes_are_refused(tmp_path):
     _fit(_csv(tmp_path, _rows()), test=str(new))
 
 
+@example(counts=[6, 6, 6, 27], share=0.1, copies=2)
 @given(
   counts=st.lists(st.integers(1, 30), min_size=1, max_size=4),
   share=st.sampled_from([0.02, 0.1, 0.25]),
@@ -183,7 +184,11 @@ def test_rows_are_held_out_by_label_and_never_leak(counts, share, copies):
     assert 1 <= size <= max(1, round(share * len(labels))) + copies - 1
     held = collections.Counter(labels[i] for i in found[split])
     for label, count in enumerate(counts):
-      assert abs(held[label] - share * count * copies) <= 2 * copies
+      # In texts: one, for where a split begins and ends within a label; a
+      # rounding of the split's size; and the label's part of what all labels'
+      # ones add up to.
+      most = 2 + len(counts) * count / sum(counts)
+      assert abs(held[label] - share * count * copies) <= most * copies
 
 
 def test_the_split_is_said_and_does_not_depend_on_the_order(tmp_path):
