@@ -109,9 +109,22 @@ _SIGHT = {
   "patch_size": 4,
   "spatial_merge_size": 1,
 }
-_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 1]}
+_IMAGE_TOKENS = {
+  "image_token_id": 27,
+  "video_token_id": 28,
+  "vision_start_token_id": 29,
+  "vision_end_token_id": 30,
+}
+
+
+def _mrope(*sections):
+  rope = {"rope_type": "default", "rope_theta": 50.0}
+  return {**rope, "mrope_section": list(sections)}
+
+
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.25}
 _GPT2 |= {"n_positions": 64, "vocab_size": 31, "pad_token_id": 0}
+_GPT2 |= {"bos_token_id": None, "eos_token_id": None}
 _DECODERS = {
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
   "mistral": lambda: transformers.MistralConfig(**_DECODER, sliding_window=4),
@@ -138,20 +151,22 @@ _DECODERS = {
   ),
   "gpt2": lambda: transformers.GPT2Config(**_GPT2),
   "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
-    text_config={**_DECODER, "rope_parameters": {**_MROPE, "rope_theta": 50.0}},
+    text_config={**_DECODER, "rope_parameters": _mrope(1, 1, 2)},
     vision_config=_SIGHT,
+    **_IMAGE_TOKENS,
   ),
   "qwen3_vl": lambda: transformers.Qwen3VLConfig(
     text_config={
       **_DECODER,
       "head_dim": 6,
-      "rope_parameters": {**_MROPE, "rope_theta": 50.0},
+      "rope_parameters": _mrope(1, 1, 1),
     },
     vision_config={
       **_SIGHT,
       "num_position_embeddings": 4,
       "deepstack_visual_indexes": [0],
     },
+    **_IMAGE_TOKENS,
   ),
 }
 _TEXTS = {k: v for k, v in _SIZES.items() if k != "initializer_range"}
@@ -200,7 +215,10 @@ _KINDS = {
   "vit": transformers.AutoModelForImageClassification,
 }
 # Layers of ours that a part which is not read has too.
-_EXCLUDED = {"gemma3": r".*vision_tower.*"}
+_EXCLUDED = {
+  "gemma3": r".*vision_tower.*",
+  **dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), r".*visual.*"),
+}
 _HEADS = {
   "bert sequence": "classifier",
   "llama sequence": "score",
@@ -307,7 +325,7 @@ def _decoder(case, _):
 
 def _decoder_inputs(case):
   _save_tokenizer(case.folder)
-  tokens = np.random.default_rng(0).integers(0, 31, (1, 9))
+  tokens = np.random.default_rng(0).integers(0, 27, (1, 9))
   case.batch = {"input_ids": tokens}
   case.inputs = (jnp.asarray(tokens),)
 
@@ -403,7 +421,7 @@ def _spec(case, **fields):
     alpha=5.0,
     auxiliary_rank=2,
     targets={
-      ".*(query|q_proj|/q|qkv)": {"rank": 2},
+      ".*(query|q_proj|/q|qkv|qkv_proj)": {"rank": 2},
       ".*(output|down_proj|/wo)": {"alpha": 2.0},
       ".*": {},
     },

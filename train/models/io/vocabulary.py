@@ -31,8 +31,8 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
   Without a tokenizer.json it is made of the files that older folders have: a
   vocab.txt is BERT's WordPiece, a vocab.json with a merges.txt is the BPE of
-  bytes of a RoBERTa, a DeBERTa or a GPT-2, and SentencePiece's models are told apart by their
-  names.
+  bytes of a RoBERTa, a DeBERTa or a GPT-2, and SentencePiece's models are told
+  apart by their names.
 
   Raises:
     WeightsError: there are no such files, or they cannot be read.
