@@ -59,8 +59,8 @@ def left_out(
   if not config.reads_images or not any(map(images.are_read_by, tensors)):
     return ()
   return (
-    "The model's part for images is not read: it is trained, and answers, on "
-    "texts alone.",
+    "The model's part for images is not read: the model is trained, and "
+    "answers, on texts alone.",
   )
 
 
