@@ -109,6 +109,19 @@ def _cases() -> dict[str, transformers.PretrainedConfig]:
       },
     ),
     **_gemmas(),
+    # Learned positions, joint weights as (in, out), norms with biases.
+    "gpt2": transformers.GPT2Config(
+      vocab_size=67,
+      n_embd=32,
+      n_layer=2,
+      n_head=4,
+      n_inner=40,
+      n_positions=64,
+      initializer_range=0.25,
+      bos_token_id=None,
+      eos_token_id=None,
+    ),
+    **_qwens_with_images(),
   }
 
 
@@ -156,15 +169,72 @@ def _gemmas() -> dict[str, transformers.PretrainedConfig]:
   }
 
 
+def _qwens_with_images() -> dict[str, transformers.PretrainedConfig]:
+  own = {"num_attention_heads": 4, "num_key_value_heads": 2}
+  sight = {
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 4,
+    "intermediate_size": 8,
+    "spatial_merge_size": 1,
+  }
+  tokens = {
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+  }
+  return {
+    "qwen2_5_vl": transformers.Qwen2_5_VLConfig(
+      text_config={
+        **_SIZES,
+        **own,
+        "rope_parameters": {
+          "rope_type": "default",
+          "mrope_section": [1, 1, 2],
+          "rope_theta": 50.0,
+        },
+      },
+      vision_config={**sight, "hidden_size": 8, "out_hidden_size": 32},
+      **tokens,
+    ),
+    # Norms of queries and keys, and a head that is the embedding.
+    "qwen3_vl": transformers.Qwen3VLConfig(
+      text_config={
+        **_SIZES,
+        **own,
+        "head_dim": 10,
+        "rope_parameters": {
+          "rope_type": "default",
+          "mrope_section": [1, 2, 2],
+          "rope_theta": 50.0,
+        },
+      },
+      vision_config={
+        **sight,
+        "hidden_size": 8,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [0],
+      },
+      tie_word_embeddings=True,
+      **tokens,
+    ),
+  }
+
+
 def _model(config: transformers.PretrainedConfig) -> torch.nn.Module:
   torch.manual_seed(0)
-  model = transformers.AutoModelForCausalLM.from_config(
+  auto = transformers.AutoModelForCausalLM
+  if config.model_type.endswith("_vl"):
+    auto = transformers.AutoModelForImageTextToText
+  model = auto.from_config(
     config, dtype=torch.float32, attn_implementation="eager"
   ).eval()
   # Norms start at one and biases at zero, where a mistake would not show.
   with torch.no_grad():
     for name, value in model.named_parameters():
-      if name.endswith("bias") or "norm" in name:
+      if name.endswith("bias") or "norm" in name or "ln_" in name:
         value += 0.3 * torch.randn_like(value)
   return model
 
@@ -189,7 +259,8 @@ def main() -> None:
     for i, length in enumerate(LENGTHS):
       # No tokens of images, which are the last.
       tokens = rng.integers(0, _SIZES["vocab_size"], length)
-      tokens %= getattr(config, "boi_token_index", _SIZES["vocab_size"])
+      for key in ("boi_token_index", "image_token_id"):
+        tokens %= getattr(config, key, _SIZES["vocab_size"])
       with torch.no_grad():
         logits = model(torch.tensor(tokens)[None]).logits[0]
       arrays[f"tokens_{i}"] = tokens.astype(np.int32)

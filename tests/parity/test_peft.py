@@ -100,6 +100,31 @@ _GEMMA3 = _DECODER | {
   "sliding_window": 4,
   "layer_types": ["sliding_attention", "full_attention"],
 }
+_SIGHT = {
+  "depth": 1,
+  "num_heads": 2,
+  "hidden_size": 8,
+  "intermediate_size": 8,
+  "out_hidden_size": 16,
+  "patch_size": 4,
+  "spatial_merge_size": 1,
+}
+_IMAGE_TOKENS = {
+  "image_token_id": 27,
+  "video_token_id": 28,
+  "vision_start_token_id": 29,
+  "vision_end_token_id": 30,
+}
+
+
+def _mrope(*sections):
+  rope = {"rope_type": "default", "rope_theta": 50.0}
+  return {**rope, "mrope_section": list(sections)}
+
+
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.25}
+_GPT2 |= {"n_positions": 64, "vocab_size": 31, "pad_token_id": 0}
+_GPT2 |= {"bos_token_id": None, "eos_token_id": None}
 _DECODERS = {
   "llama": lambda: transformers.LlamaConfig(**_DECODER),
   "mistral": lambda: transformers.MistralConfig(**_DECODER, sliding_window=4),
@@ -124,6 +149,25 @@ _DECODERS = {
       "vision_use_head": False,
     },
   ),
+  "gpt2": lambda: transformers.GPT2Config(**_GPT2),
+  "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+    text_config={**_DECODER, "rope_parameters": _mrope(1, 1, 2)},
+    vision_config=_SIGHT,
+    **_IMAGE_TOKENS,
+  ),
+  "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+    text_config={
+      **_DECODER,
+      "head_dim": 6,
+      "rope_parameters": _mrope(1, 1, 1),
+    },
+    vision_config={
+      **_SIGHT,
+      "num_position_embeddings": 4,
+      "deepstack_visual_indexes": [0],
+    },
+    **_IMAGE_TOKENS,
+  ),
 }
 _TEXTS = {k: v for k, v in _SIZES.items() if k != "initializer_range"}
 _TOWERS = {
@@ -142,6 +186,7 @@ _CONFIGS = {
   **_TOWERS,
   "bert sequence": lambda: transformers.BertConfig(**_SIZES, num_labels=2),
   "llama sequence": lambda: transformers.LlamaConfig(**_DECODER, num_labels=2),
+  "gpt2 sequence": lambda: transformers.GPT2Config(**_GPT2, num_labels=2),
   "t5": lambda: transformers.T5Config(**_T5, feed_forward_proj="relu"),
   "t5 v1.1": lambda: transformers.T5Config(
     **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
@@ -156,18 +201,29 @@ _KINDS = {
   "modernbert": transformers.AutoModelForSequenceClassification,
   "bert sequence": transformers.AutoModelForSequenceClassification,
   **dict.fromkeys(_DECODERS, transformers.AutoModelForCausalLM),
+  **dict.fromkeys(
+    ("qwen2_5_vl", "qwen3_vl"), transformers.AutoModelForImageTextToText
+  ),
   **dict.fromkeys(_TOWERS, transformers.AutoModelForImageClassification),
   # Which of its two classifiers the auto class cannot tell.
   "deit": transformers.DeiTForImageClassification,
   "llama sequence": transformers.AutoModelForSequenceClassification,
+  "gpt2 sequence": transformers.AutoModelForSequenceClassification,
   "t5": transformers.AutoModelForSeq2SeqLM,
   "t5 v1.1": transformers.AutoModelForSeq2SeqLM,
   "mt5": transformers.AutoModelForSeq2SeqLM,
   "vit": transformers.AutoModelForImageClassification,
 }
 # Layers of ours that a part which is not read has too.
-_EXCLUDED = {"gemma3": r".*vision_tower.*"}
-_HEADS = {"bert sequence": "classifier", "llama sequence": "score"}
+_EXCLUDED = {
+  "gemma3": r".*vision_tower.*",
+  **dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), r".*visual.*"),
+}
+_HEADS = {
+  "bert sequence": "classifier",
+  "llama sequence": "score",
+  "gpt2 sequence": "score",
+}
 _CHATS = {"task": "instructions", "data": "x"}
 _RUNS = {
   **{name: {} for name in _ENCODERS},
@@ -175,6 +231,7 @@ _RUNS = {
   **dict.fromkeys(_DECODERS, _CHATS),
   **{key: {"task": "digits"} for key in _TOWERS},
   "llama sequence": {"head": "sequence", "scan_layers": True},
+  "gpt2 sequence": {"head": "sequence"},
   "qwen2": {**_CHATS, "scan_layers": True},
   "gemma": {**_CHATS, "scan_layers": True},
   "mistral": {**_CHATS, "scan_layers": True},
@@ -268,7 +325,7 @@ def _decoder(case, _):
 
 def _decoder_inputs(case):
   _save_tokenizer(case.folder)
-  tokens = np.random.default_rng(0).integers(0, 31, (1, 9))
+  tokens = np.random.default_rng(0).integers(0, 27, (1, 9))
   case.batch = {"input_ids": tokens}
   case.inputs = (jnp.asarray(tokens),)
 
@@ -364,7 +421,7 @@ def _spec(case, **fields):
     alpha=5.0,
     auxiliary_rank=2,
     targets={
-      ".*(query|q_proj|/q|qkv)": {"rank": 2},
+      ".*(query|q_proj|/q|qkv|qkv_proj)": {"rank": 2},
       ".*(output|down_proj|/wo)": {"alpha": 2.0},
       ".*": {},
     },
@@ -411,6 +468,8 @@ _TARGETS = {
   "modernbert": ["Wqkv", "Wo", "dense"],
   "bert sequence": ["query", "value", "dense"],
   **{name: ["q_proj", "v_proj", "down_proj"] for name in _DECODERS},
+  "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+  "gpt2 sequence": ["c_attn", "c_fc", "mlp.c_proj"],
   **{name: ["q_proj", "v_proj", "fc1"] for name in _TOWERS},
   # Its pooling head has an fc1 and an out_proj too, which are not read.
   "siglip": ["q_proj", "v_proj", "k_proj"],

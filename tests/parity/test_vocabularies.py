@@ -133,6 +133,7 @@ def test_a_vocab_txt_gives_transformers_tokens(
   [
     ("roberta", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]),
     ("deberta", ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]),
+    ("gpt2", ["<|endoftext|>"]),
   ],
 )
 @pytest.mark.parametrize("with_space", [True, False])

@@ -35,8 +35,11 @@ _TOKENIZER = (
   "spm.model",
   "tokenizer.model",
   "chat_template.jinja",
+  "chat_template.json",
   "generation_config.json",
   "preprocessor_config.json",
+  "video_preprocessor_config.json",
+  "processor_config.json",
 )
 _SHARD = 2 * 10**9  # bytes
 _WRITTEN = ("adapter_config.json", "config.json")

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from train.data import chat
+from train.errors import UsageError
 from train.models.io import template as templates
 from train.models.io.template import Message
 
@@ -292,6 +293,18 @@ def test_a_template_may_have_a_file_of_its_own(tmp_path):
   assert templates.load_template(tmp_path) == templates.Template(
     "é", "", "</s>"
   )
+
+
+def test_a_processor_s_template_is_read_where_the_tokenizer_has_none(tmp_path):
+  processor = tmp_path / "chat_template.json"
+  processor.write_text('{"chat_template": "a"}')
+  assert templates.load_template(tmp_path) == templates.Template("a")
+  (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "b"}')
+  assert templates.load_template(tmp_path) == templates.Template("b")
+  (tmp_path / "tokenizer_config.json").unlink()
+  processor.write_text("{}")
+  with pytest.raises(UsageError, match=r"chat_template\.json.*chat_template"):
+    templates.load_template(tmp_path)
 
 
 @pytest.mark.parametrize(

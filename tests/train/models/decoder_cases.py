@@ -25,6 +25,9 @@ NAMES = (
   "gemma2",
   "gemma3_text",
   "gemma3",
+  "gpt2",
+  "qwen2_5_vl",
+  "qwen3_vl",
 )
 # Of the others the layers differ.
 SCANNED = tuple(

@@ -269,7 +269,7 @@ def test_config_reads_hugging_faces_keys():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model_type": "gpt2"}, "model_type must be one of bert, .* got 'gpt2'"),
+    ({"model_type": "bloom"}, "model_type must be one of bert, .* got 'bloom'"),
     ({"model_type": None}, "model_type must be one of bert, .* got None"),
     ({"hidden_act": "mish"}, "hidden_act must be one of gelu, .* got 'mish'"),
     (

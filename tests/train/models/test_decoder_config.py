@@ -1,5 +1,6 @@
 """Sizes of decoders: from config.json, published ones, and what is refused."""
 
+import dataclasses
 import math
 
 import jax
@@ -118,6 +119,61 @@ def test_a_published_gemma_3_is_read_with_what_its_file_does_not_say():
   assert config.logit_softcap is None and config.query_scalar == 256
 
 
+def test_a_published_gpt2_is_read_and_has_its_parameters():
+  config = DecoderConfig.from_hf(
+    {
+      "model_type": "gpt2",
+      "activation_function": "gelu_new",
+      "n_ctx": 1024,
+      "n_embd": 768,
+      "n_head": 12,
+      "n_layer": 12,
+      "n_positions": 1024,
+      "layer_norm_epsilon": 1e-05,
+      "resid_pdrop": 0.1,
+      "summary_type": "cls_index",
+      "vocab_size": 50257,
+    }
+  )
+  assert config.tied and config.learned_positions and not config.gated
+  assert config == DecoderConfig.from_hf({"model_type": "gpt2"})
+  shapes = jax.eval_shape(
+    decoder.Decoder(config, scan=True).init,
+    jax.random.key(0),
+    jnp.zeros((1, 1), int),
+  )
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+  assert count == 124_439_808
+
+
+def test_published_qwens_with_images_are_those_without():
+  # As Qwen2.5-VL-3B's file, which came before text_config; and as newer ones.
+  sizes = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "max_window_layers": 70,
+  }
+  rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+  kind = {"model_type": "qwen2_5_vl", "tie_word_embeddings": True}
+  text = {**sizes, "rope_scaling": rope, "model_type": "qwen2_5_vl_text"}
+  flat = DecoderConfig.from_hf({**text, **kind, "vision_config": {}})
+  assert flat == DecoderConfig.from_hf({**kind, "text_config": text})
+  alone = DecoderConfig.from_hf(
+    {**sizes, "model_type": "qwen2", "tie_word_embeddings": True}
+  )
+  assert dataclasses.replace(flat, model_type="qwen2") == alone
+  assert flat.prefix == "model.language_model."
+
+
 @pytest.mark.parametrize(
   ("changes", "windows"),
   [
@@ -216,7 +272,7 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "gpt2"}, "one of llama, mistral, .*, got 'gpt2'"),
+    ({"model_type": "bloom"}, "one of llama, mistral, .*, got 'bloom'"),
     ({"model_type": None}, "one of llama, .*, got None"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu'.* got 'gelu'"),
     ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
@@ -309,6 +365,34 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
         "rope_parameters": {"sliding_attention": {"rope_type": "linear"}},
       },
       "sliding_attention, must have the rope_type 'default', .* got 'linear'",
+    ),
+    (
+      {"model_type": "gpt2", "n_embd": "768"},
+      "n_embd must be a positive integer, got '768'",
+    ),
+    (
+      {"model_type": "gpt2", "n_layer": 0},
+      "n_layer must be a positive integer, got 0",
+    ),
+    (
+      {"model_type": "gpt2", "n_inner": -1},
+      "n_inner must be a positive integer, got -1",
+    ),
+    (
+      {"model_type": "gpt2", "layer_norm_epsilon": None},
+      "layer_norm_epsilon must be a positive number, got None",
+    ),
+    (
+      {"model_type": "gpt2", "activation_function": "gelu_fast"},
+      "activation_function must be one of",
+    ),
+    (
+      {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+      "scale_attn_by_inverse_layer_idx must be false",
+    ),
+    (
+      {"model_type": "qwen2_5_vl", "text_config": []},
+      "text_config must be an object",
     ),
     (
       {"model_type": "gemma3", "text_config": 3},

@@ -254,27 +254,77 @@ def test_a_head_that_is_not_the_embedding_is_untied_and_said():
   assert decoder_weights.with_own_head(tied, same)[0] == untied
 
 
-def test_a_part_for_images_is_left_out_said_and_carried_into_exports():
-  config, found, *_ = decoder_cases.load("gemma3")
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "qwen3_vl"])
+def test_a_part_for_images_is_left_out_said_and_carried_into_exports(name):
+  config, found, *_ = decoder_cases.load(name)
   (note,) = decoder_weights.left_out(config, found)
   assert "images is not read" in note
   params = decoder_weights.params(config, found)
   carried = decoder_weights.carried(config, found)
   written = decoder_weights.tensors(config, params) | carried
-  # transformers 5 writes older names, and reads both.
-  names = {
-    name.replace("language_model.model.", "language_model."): name
-    for name in found
-  }
-  assert written.keys() == {f"model.{name}" for name in names}
-  for name, value in written.items():
-    old = names[name.removeprefix("model.")]
-    np.testing.assert_array_equal(value, found[old][...])
+  # transformers 5 writes older names of some, and reads both.
+  names = {_with_images(name): name for name in found}
+  if config.tied:
+    names.pop("lm_head.weight", None)
+  assert written.keys() == names.keys()
+  for new, value in written.items():
+    np.testing.assert_array_equal(value, found[names[new]][...])
   again = decoder_weights.params(config, written)
   jax.tree.map(np.testing.assert_array_equal, again, params)
-  text, of_text, *_ = decoder_cases.load("gemma3_text")
-  assert decoder_weights.left_out(text, of_text) == ()
-  assert decoder_weights.carried(text, of_text) == {}
+
+
+# Of older names -> those of transformers 5, which reads both; the first fits.
+_NEW_NAMES = {
+  "lm_head.": "lm_head.",
+  "visual.": "model.visual.",
+  "vision_tower.": "model.vision_tower.",
+  "multi_modal_projector.": "model.multi_modal_projector.",
+  "language_model.model.": "model.language_model.",
+  "model.visual.": "model.visual.",
+  "model.language_model.": "model.language_model.",
+  "model.": "model.language_model.",
+}
+
+
+def _with_images(name):
+  old, new = next(x for x in _NEW_NAMES.items() if name.startswith(x[0]))
+  return new + name.removeprefix(old)
+
+
+def test_qwens_of_new_names_are_read_as_those_of_old_ones():
+  config, found, *_ = decoder_cases.load("qwen2_5_vl")
+  assert {"model.norm.weight", "visual.patch_embed.proj.weight"} <= found.keys()
+  new = {_with_images(name): x for name, x in found.items()}
+  assert "model.language_model.norm.weight" in new
+  for read in (decoder_weights.params, decoder_weights.carried):
+    jax.tree.map(
+      np.testing.assert_array_equal, read(config, new), read(config, found)
+    )
+
+
+def test_of_a_model_without_images_nothing_is_carried():
+  config, found, *_ = decoder_cases.load("gemma3_text")
+  assert decoder_weights.left_out(config, found) == ()
+  assert decoder_weights.carried(config, found) == {}
+
+
+def test_masks_of_an_old_gpt2_are_read_over_and_others_refused():
+  config, found, *_ = decoder_cases.load("gpt2")
+  mask = np.tri(config.max_positions, dtype=np.float32)[None, None]
+  old = {name.removeprefix("transformer."): x for name, x in found.items()}
+  buffers = {"h.0.attn.bias": mask, "h.1.attn.masked_bias": np.array(-1e4)}
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    decoder_weights.params(config, {**old, **buffers}),
+    decoder_weights.params(config, found),
+  )
+  for wrong in (
+    {"h.0.attn.bias": np.ones_like(mask)},
+    {"h.0.attn.bias": mask[..., :3]},
+    {"h.0.attn.masked_bias": np.array(0.0)},
+  ):
+    with pytest.raises(weights.WeightsError, match="mask of a causal decoder"):
+      decoder_weights.check(config, {**old, **wrong})
 
 
 def test_names_of_a_model_without_its_head_are_read():

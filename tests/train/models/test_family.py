@@ -81,7 +81,7 @@ def test_what_a_family_cannot_do_is_a_sentence(bag):
 
 
 def test_a_model_type_that_none_opens_is_told_those_that_are(bag):
-  (bag / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+  (bag / "config.json").write_text(json.dumps({"model_type": "bloom"}))
   with pytest.raises(
     weights.WeightsError,
     match=r"config\.json: model_type must be one of bert, .*llama, .*bag, got",

@@ -434,7 +434,7 @@ def test_the_key_decides_the_head_alone(folder):
 
 
 def test_a_config_of_another_model_is_named_with_its_file(folder):
-  config = json.dumps({**CONFIG, "model_type": "gpt2"})
+  config = json.dumps({**CONFIG, "model_type": "bloom"})
   (folder / "config.json").write_text(config)
   with pytest.raises(weights.WeightsError, match=r"config\.json: model_type"):
     load.open_pretrained(str(folder))

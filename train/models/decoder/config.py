@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from ... import checked, options
 from .. import activations
-from . import gemma, rope
+from . import gemma, gpt2, images, rope
 
 # Field of DecoderConfig -> key of Hugging Face's config.json.
 _HF_KEYS = {
@@ -44,7 +44,11 @@ class _Type(NamedTuple):
     default: values of keys that config.json may lack.
     is_gemma: whether the keys that `gemma.read` reads are read too.
     sequence: transformers' class with a head for sequences; "": named as
-      `architecture` is.
+      `architecture` is; None: there is none.
+    reads_images: whether only a part of it reads texts.
+    prefix: what the names of all tensors but the head's begin with, where it
+      reads no images.
+    fields: of DecoderConfig, that all of this type have.
   """
 
   architecture: str
@@ -54,7 +58,10 @@ class _Type(NamedTuple):
   windows: Literal["none", "all", "types", "layers"] = "none"
   default: Mapping[str, Any] = {}
   is_gemma: bool = False
-  sequence: str = ""
+  sequence: str | None = ""
+  reads_images: bool = False
+  prefix: str = "model."
+  fields: Mapping[str, Any] = {}
 
 
 _TYPES = {
@@ -67,6 +74,22 @@ _TYPES = {
     windows="types",
     default={"head_dim": 128},
   ),
+  **{
+    kind: _Type(
+      f"{name}ForConditionalGeneration",
+      qkv_bias=None if kind == "qwen3_vl" else True,
+      qk_norm=kind == "qwen3_vl",
+      windows="none" if kind == "qwen3_vl" else "types",
+      default={"rope_theta": theta},
+      sequence=None,
+      reads_images=True,
+    )
+    for kind, name, theta in (
+      ("qwen2_vl", "Qwen2VL", 1000000.0),
+      ("qwen2_5_vl", "Qwen2_5_VL", 1000000.0),
+      ("qwen3_vl", "Qwen3VL", 500000.0),
+    )
+  },
   # Its shared head and its base are not written where they are the defaults.
   "smollm3": _Type(
     "SmolLM3ForCausalLM",
@@ -82,9 +105,17 @@ _TYPES = {
       default=gemma.DEFAULTS[kind],
       is_gemma=True,
       sequence=sequence,
+      reads_images=kind == gemma.WITH_IMAGES,
     )
     for kind, (architecture, sequence) in gemma.ARCHITECTURES.items()
   },
+  gpt2.MODEL_TYPE: _Type(
+    "GPT2LMHeadModel",
+    qkv_bias=True,
+    sequence="GPT2ForSequenceClassification",
+    prefix="transformer.",
+    fields=gpt2.FIELDS,
+  ),
 }
 # Keys that change the equations, and the only values that are implemented.
 _ONLY = {
@@ -100,6 +131,11 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 MODEL_TYPES = tuple(_TYPES)
 """What `DecoderConfig.from_hf` reads."""
 
+SEQUENCE_TYPES = tuple(
+  kind for kind, type_ in _TYPES.items() if type_.sequence is not None
+)
+"""Those of which transformers has a class with a head for sequences."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -114,7 +150,7 @@ class DecoderConfig:
     head_dim: K, the width of a head; H * K need not be D.
     intermediate_size: width within the feed-forward.
     max_positions: the longest sequence the model was made for.
-    rms_norm_eps: added to the mean square.
+    rms_norm_eps: added to the mean square, or to the variance.
     rope_theta: base of the rotary wavelengths.
     rope_scaling: None, or how a longer context scales them.
     tied: whether the head is the transposed embedding.
@@ -139,6 +175,11 @@ class DecoderConfig:
     logit_softcap: likewise of the logits.
     local_rope_theta: base of the rotary wavelengths in layers with a window,
       which are not scaled, as Gemma 3's; None: as in all layers.
+    learned_positions: whether a learned vector of each position is added to the
+      embeddings, as GPT-2's, and queries and keys are not turned.
+    layer_norm: whether norms subtract the mean and have a bias.
+    joint_qkv: whether one product makes queries, keys and values.
+    gated: whether the feed-forward has a gate.
     model_type: that of config.json.
 
   Raises:
@@ -173,6 +214,10 @@ class DecoderConfig:
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   local_rope_theta: float | None = None
+  learned_positions: bool = False
+  layer_norm: bool = False
+  joint_qkv: bool = False
+  gated: bool = True
   model_type: str = "llama"
 
   def __post_init__(self):
@@ -194,7 +239,7 @@ class DecoderConfig:
         "num_attention_heads must be a multiple of num_key_value_heads, got "
         f"{self.num_heads} and {self.num_kv_heads}."
       )
-    if self.head_dim % 2:
+    if self.head_dim % 2 and not self.learned_positions:
       raise ValueError(
         "head_dim must be even, for its halves are turned together, got "
         f"{self.head_dim}."
@@ -226,7 +271,19 @@ class DecoderConfig:
   @property
   def prefix(self) -> str:
     """What the names of all tensors but the head's begin with."""
-    return gemma.PREFIX if self.model_type == gemma.WITH_IMAGES else "model."
+    return (
+      images.PREFIX if self.reads_images else _TYPES[self.model_type].prefix
+    )
+
+  @property
+  def reads_images(self) -> bool:
+    """Whether the model has a part for images, which this decoder lacks."""
+    return _TYPES[self.model_type].reads_images
+
+  @property
+  def bare_prefix(self) -> str:
+    """What of `prefix` a model lacks that was saved without its head."""
+    return self.prefix.split(".")[0] + "."
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
@@ -248,8 +305,11 @@ class DecoderConfig:
         f"{options.shown(kind)}."
       )
     type_ = _TYPES[kind]
-    if kind == gemma.WITH_IMAGES:
-      config = gemma.texts(config)
+    own = {**type_.fields}
+    if type_.reads_images:
+      config = images.texts(kind, config, tied=type_.is_gemma)
+    elif kind == gpt2.MODEL_TYPE:
+      config, own["hidden_act"] = gpt2.read(config)
     config = {**type_.default, **config}
     missing = [key for key in _HF_KEYS.values() if key not in config]
     if missing:
@@ -268,7 +328,6 @@ class DecoderConfig:
       raise ValueError(
         f"num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}."
       )
-    own: dict[str, Any] = {}
     if type_.is_gemma:
       config, own = gemma.read(kind, config)
     theta, scaling = rope.read(config, config.get("rope_theta", rope.THETA))
@@ -283,23 +342,22 @@ class DecoderConfig:
     else:
       qkv_bias, out_bias = type_.qkv_bias, False
     rotary = _rotary(config) if kind == "smollm3" else ()
-    return cls(
-      **sizes,
-      num_kv_heads=heads if kv_heads is None else kv_heads,
-      head_dim=head_dim,
-      rope_theta=theta,
-      rope_scaling=scaling,
-      tied=checked.truth(config, "tie_word_embeddings", False),
-      qkv_bias=qkv_bias,
-      out_bias=out_bias,
-      mlp_bias=type_.reads_mlp_bias
+    fields = {
+      "num_kv_heads": heads if kv_heads is None else kv_heads,
+      "head_dim": head_dim,
+      "rope_theta": theta,
+      "rope_scaling": scaling,
+      "tied": checked.truth(config, "tie_word_embeddings", False),
+      "qkv_bias": qkv_bias,
+      "out_bias": out_bias,
+      "mlp_bias": type_.reads_mlp_bias
       and checked.truth(config, "mlp_bias", False),
-      qk_norm=type_.qk_norm,
-      windows=_windows(config, type_.windows, rotary),
-      rotary=rotary,
-      model_type=kind,
-      **own,
-    )
+      "qk_norm": type_.qk_norm,
+      "windows": _windows(config, type_.windows, rotary),
+      "rotary": rotary,
+      "model_type": kind,
+    }
+    return cls(**sizes | fields | own)
 
 
 def _windows(

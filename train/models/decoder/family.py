@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind, as the program knows them."""
+"""Decoders, as the program knows them."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -88,7 +88,7 @@ def _kind(model: decoder.Decoder) -> Kind:
   return Kind(
     model.config.architecture,
     names,
-    "model.",
+    model.config.bare_prefix,
     "CAUSAL_LM",
   )
 

@@ -12,9 +12,6 @@ from ... import checked, options
 WITH_IMAGES = "gemma3"
 """The `model_type` of a Gemma 3 that reads images too."""
 
-PREFIX = "model.language_model."
-"""Of the names of its tensors that read texts."""
-
 ARCHITECTURES = {
   "gemma": ("GemmaForCausalLM", ""),
   "gemma2": ("Gemma2ForCausalLM", ""),
@@ -61,21 +58,6 @@ _LOCAL, _FULL = "sliding_attention", "full_attention"
 # Of which one layer in so many sees all tokens.
 _PATTERN = {"gemma2": 2, "gemma3_text": 6, WITH_IMAGES: 6}
 _THETA, _LOCAL_THETA = 1000000.0, 10000.0
-
-
-def texts(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of a Gemma 3's config.json that is about texts.
-
-  Raises:
-    ValueError: it is no object.
-  """
-  part = config.get("text_config", {})
-  if not options.fits(part, dict):
-    raise ValueError(
-      f"text_config must be an object, got {options.shown(part)}."
-    )
-  tied = config.get("tie_word_embeddings", True)
-  return {**part, "model_type": WITH_IMAGES, "tie_word_embeddings": tied}
 
 
 def read(

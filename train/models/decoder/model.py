@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind in Flax Linen: Llama, Mistral, Qwen, SmolLM, Gemma.
+"""Decoders in Flax Linen: Llama, Mistral, Qwen, SmolLM, Gemma, GPT-2.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
 G = H/J, K head width, S cache slots or keys, V vocabulary. Where the devices of
@@ -26,6 +26,7 @@ _AXES = {
   "q_proj": ("embed", "heads"),
   "k_proj": ("embed", "kv_heads"),
   "v_proj": ("embed", "kv_heads"),
+  "qkv_proj": ("embed", "heads"),
   "o_proj": ("heads", "embed"),
   "gate_proj": ("embed", "mlp"),
   "up_proj": ("embed", "mlp"),
@@ -44,7 +45,8 @@ class Decoder(nn.Module):
 
   Touvron et al., arXiv 2302.13971; grouped queries, Ainslie et al., arXiv
   2305.13245; rotary positions in the half-split form, as Hugging Face stores
-  the weights (Su et al., arXiv 2104.09864). Modules have Hugging Face's names.
+  the weights (Su et al., arXiv 2104.09864), or learned ones. Modules have the
+  names of Hugging Face's Llama.
 
   Attributes:
     config: the sizes.
@@ -84,6 +86,13 @@ class Decoder(nn.Module):
       embedding_init=nn.initializers.normal(0.02),
       **dtypes,
     )
+    if c.learned_positions:
+      self.embed_positions = nn.Embed(
+        c.max_positions,
+        c.hidden_size,
+        embedding_init=nn.initializers.normal(0.02),
+        **dtypes,
+      )
     layer: Any = remat.layer(_Layer, self.remat, self.scan)
     if self.scan:
       layer = nn.scan(
@@ -124,8 +133,8 @@ class Decoder(nn.Module):
 
     Args:
       tokens: token ids, int (B, L).
-      positions: places for the rotary angles, int (B, L). None counts within
-        the row, or within each segment.
+      positions: places for the rotary angles, or of the learned vectors, int
+        (B, L). None counts within the row, or within each segment.
       lengths: tokens of each segment of a row, in order, int (B, M); 0 if a
         row has fewer. A token sees those before it of its segment; what
         follows the last segment is padding. None: a row is one segment.
@@ -196,7 +205,7 @@ class Decoder(nn.Module):
 
     Args:
       tokens: token ids, int (B, L).
-      positions: places for the rotary angles, int (B, L).
+      positions: places, as in `__call__`, int (B, L).
       mask: which of the cache's slots a token sees, its own among them, bool
         (B, L, S).
       cache: from `empty_cache`, or returned by the last call.
@@ -245,6 +254,8 @@ class Decoder(nn.Module):
     if c.embed_scaled:
       # Rounded to the compute dtype first, as Gemma was trained.
       x_NxD *= jnp.asarray(c.hidden_size**0.5, x_NxD.dtype)
+    if c.learned_positions:
+      x_NxD += self.embed_positions(positions.reshape(tokens_N.shape))
     windows = c.windows or (None,) * c.num_layers
     seen = {window: see(window) for window in {*windows}}
     ropes = {window: _rope(c, positions, window) for window in seen}
@@ -361,7 +372,7 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-  """Causal attention of grouped queries, with rotary positions."""
+  """Causal attention of grouped queries, with rotary positions or none."""
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -376,22 +387,30 @@ class _Attention(nn.Module):
       y = _dense(self, count * c.head_dim, name, c.qkv_bias)(x_NxD)
       return y.reshape(batch, length, count, c.head_dim)
 
+    def projected():
+      counts = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+      if not c.joint_qkv:
+        return map(heads, counts, ("q_proj", "k_proj", "v_proj"))
+      ends = (counts[0], counts[0] + counts[1])
+      return jnp.split(heads(sum(counts), "qkv_proj"), ends, axis=2)
+
     def normed(x, name):
       if not c.qk_norm:
         return x
       norm = _norm(c, self.param_dtype, name)
       return norm(x).astype(x.dtype)
 
-    q_BxLxHxK = normed(heads(c.num_heads, "q_proj"), "q_norm")
-    k_BxSxJxK = normed(heads(c.num_kv_heads, "k_proj"), "k_norm")
-    q_BxLxHxK = _rotated(q_BxLxHxK, rope)
-    k_BxSxJxK = _rotated(k_BxSxJxK, rope)
+    q_BxLxHxK, k_BxSxJxK, v_BxSxJxK = projected()
+    q_BxLxHxK = normed(q_BxLxHxK, "q_norm")
+    k_BxSxJxK = normed(k_BxSxJxK, "k_norm")
+    if not c.learned_positions:
+      q_BxLxHxK = _rotated(q_BxLxHxK, rope)
+      k_BxSxJxK = _rotated(k_BxSxJxK, rope)
     if c.query_scalar not in (None, c.head_dim):
       # Attention divides by the root of the width of a head.
       q_BxLxHxK *= jnp.asarray(
         (c.head_dim / c.query_scalar) ** 0.5, q_BxLxHxK.dtype
       )
-    v_BxSxJxK = heads(c.num_kv_heads, "v_proj")
     if cache is not None:
       put = jax.lax.dynamic_update_slice_in_dim
       k_BxSxJxK = put(cache[0], k_BxSxJxK, start, 1)
@@ -405,7 +424,7 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-  """SwiGLU, or another gated unit (Shazeer, arXiv 2002.05202)."""
+  """SwiGLU, another gated unit (Shazeer, arXiv 2002.05202), or a plain one."""
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -414,12 +433,18 @@ class _FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_NxD: jax.Array) -> jax.Array:
     c = self.config
-    gate_NxF = _dense(self, c.intermediate_size, "gate_proj", c.mlp_bias)(x_NxD)
-    up_NxF = _dense(self, c.intermediate_size, "up_proj", c.mlp_bias)(x_NxD)
-    gate_NxF = activations.BY_NAME[c.hidden_act](gate_NxF)
-    return _dense(self, c.hidden_size, "down_proj", c.mlp_bias)(
-      gate_NxF * up_NxF
-    )
+    activation = activations.BY_NAME[c.hidden_act]
+    if c.gated:
+      gate_NxF = _dense(self, c.intermediate_size, "gate_proj", c.mlp_bias)(
+        x_NxD
+      )
+      up_NxF = _dense(self, c.intermediate_size, "up_proj", c.mlp_bias)(x_NxD)
+      y_NxF = activation(gate_NxF) * up_NxF
+    else:
+      y_NxF = activation(
+        _dense(self, c.intermediate_size, "up_proj", c.mlp_bias)(x_NxD)
+      )
+    return _dense(self, c.hidden_size, "down_proj", c.mlp_bias)(y_NxF)
 
 
 def _dense(
@@ -441,6 +466,15 @@ def _dense(
 def _norm(
   config: DecoderConfig, param_dtype: typing.DTypeLike, name: str | None = None
 ) -> nn.Module:
+  if config.layer_norm:
+    # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+    return nn.LayerNorm(
+      config.rms_norm_eps,
+      jnp.float32,
+      param_dtype,
+      use_fast_variance=False,
+      name=name,
+    )
   if config.norm_offset:
     return float32.OffsetRMSNorm(config.rms_norm_eps, param_dtype, name=name)
   return float32.rms_norm(config.rms_norm_eps, param_dtype, name)

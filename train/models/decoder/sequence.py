@@ -123,7 +123,12 @@ def _kind(model: SequenceDecoder) -> Kind:
     for path, name in weights.modules(model.config, model.scan).items()
   }
   names["head/kernel"] = "score"
-  return Kind(model.config.sequence_architecture, names, "model.", "SEQ_CLS")
+  return Kind(
+    model.config.sequence_architecture,
+    names,
+    model.config.bare_prefix,
+    "SEQ_CLS",
+  )
 
 
 def _tensors(
@@ -139,7 +144,7 @@ FAMILY = Family(
   answers="head",
   config=configs.DecoderConfig,
   modules=(SequenceDecoder,),
-  sequence_types=configs.MODEL_TYPES,
+  sequence_types=configs.SEQUENCE_TYPES,
   complete=_complete,
   classifier=_classifier,
   params=_params,

@@ -1,11 +1,12 @@
-"""Hugging Face's tensors of Llama and its like as the parameters of `Decoder`.
+"""Hugging Face's tensors of a decoder as the parameters of `Decoder`.
 
 The names may lack the prefix 'model.', as those of a model that was saved
 without its head do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -15,21 +16,15 @@ import numpy as np
 
 from ..io import stored, weights
 from ..io import tensors as tensors_
-from . import gemma, rope
+from . import gpt2, images, rope
 from .config import DecoderConfig
 
 _HEAD = "lm_head.weight"
-# Names that older files of a Gemma 3 with images have -> its names.
-_OLD_PREFIXES = {
-  "language_model.model.": gemma.PREFIX,
-  "language_model.lm_head.": "lm_head.",
-}
-# The parts of it that read images.
-_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 # Buffers, not weights; old checkpoints saved them, some in half precision.
-_BUFFER = re.compile(
+_ROTARY = re.compile(
   r"model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq"
 )
+_MASK = re.compile(gpt2.BUFFER)
 _HALF = 1e-2
 
 
@@ -45,7 +40,7 @@ def with_own_head(
     the configuration, and a sentence for the user where it was changed.
   """
   found = _by_full_name(config, tensors)
-  table = f"{config.prefix}embed_tokens.weight"
+  table = f"{_full_name(config, 'embed_tokens')}.weight"
   if not config.tied or not {_HEAD, table} <= found.keys():
     return config, ()
   if stored.equal(found[_HEAD], found[table]):
@@ -61,11 +56,11 @@ def left_out(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> tuple[str, ...]:
   """A sentence for the user where the model has a part that is not read."""
-  if config.model_type != gemma.WITH_IMAGES or not _of_images(tensors):
+  if not config.reads_images or not any(map(images.are_read_by, tensors)):
     return ()
   return (
-    "The model's part for images is not read: it is trained, and answers, on "
-    "texts alone.",
+    "The model's part for images is not read: the model is trained, and "
+    "answers, on texts alone.",
   )
 
 
@@ -73,13 +68,12 @@ def carried(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, np.ndarray]:
   """The tensors that `params` leaves out and an export needs, by name."""
-  if config.model_type != gemma.WITH_IMAGES:
+  if not config.reads_images:
     return {}
   return {
-    name if name.startswith("model.") else f"model.{name}": tensor[
-      (slice(None),) * len(tensor.shape)
-    ]
-    for name, tensor in _of_images(tensors).items()
+    images.new_name(name): tensor[(slice(None),) * len(tensor.shape)]
+    for name, tensor in tensors.items()
+    if images.are_read_by(name)
   }
 
 
@@ -130,20 +124,32 @@ def check(
   def ignored(name: str) -> bool:
     # Some checkpoints hold the head that is tied as well.
     duplicate = config.tied and name == _HEAD
-    return duplicate or _BUFFER.fullmatch(name) is not None
+    return duplicate or _check_of(config, name) is not None
 
   stored.check_layers(config.num_layers, found, "decoder")
   stored.check(_plan(config, False), found, ignored, "decoder")
   for name in found:
-    if _BUFFER.fullmatch(name):
-      _check_buffer(config, name, found[name])
+    check_buffer = _check_of(config, name)
+    if check_buffer is not None:
+      check_buffer(name, found[name])
   if with_own_head(config, tensors)[0] != config:
     raise weights.WeightsError(
       f"{_HEAD} is not the embedding, and the configuration is tied."
     )
 
 
-def _check_buffer(
+def _check_of(
+  config: DecoderConfig, name: str
+) -> Callable[[str, tensors_.Tensor], None] | None:
+  """What refuses a wrong buffer of that name; None if it is a weight's."""
+  if config.model_type == gpt2.MODEL_TYPE:
+    return gpt2.check_buffer if _MASK.fullmatch(name) else None
+  if _ROTARY.fullmatch(name):
+    return functools.partial(_check_rotary, config)
+  return None
+
+
+def _check_rotary(
   config: DecoderConfig, name: str, tensor: tensors_.Tensor
 ) -> None:
   """Refuses rotary frequencies that are not those of the configuration.
@@ -202,10 +208,19 @@ def _plan(
     ("mlp", "up_proj"): (inner, width),
     ("mlp", "down_proj"): (width, inner),
   }
+  if config.joint_qkv:
+    sizes = [denses.pop(("self_attn", f"{x}_proj"))[0] for x in "qkv"]
+    denses["self_attn", "qkv_proj"] = (sum(sizes), width)
+  if not config.gated:
+    del denses["mlp", "gate_proj"]
+  # GPT-2 has its linear weights as (in, out), others as (out, in).
+  turned = config.model_type != gpt2.MODEL_TYPE
   # Within a layer: path, the end of the tensor's name, and its shape.
   parts: list[tuple[stored.Path, str, tuple[int, ...]]] = []
   for path, shape in denses.items():
-    parts.append(((*path, "kernel"), "weight", shape))
+    parts.append(
+      ((*path, "kernel"), "weight", shape if turned else shape[::-1])
+    )
     if _has_bias(config, path[-1]):
       parts.append(((*path, "bias"), "bias", shape[:1]))
   if config.qk_norm:
@@ -216,23 +231,35 @@ def _plan(
   norms = ["input_layernorm", "post_attention_layernorm"]
   if config.post_norms:
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-  parts += [((name, "scale"), "weight", (width,)) for name in norms]
+  of_norm = {"scale": "weight"}
+  if config.layer_norm:
+    of_norm["bias"] = "bias"
+  parts += [
+    ((name, ours), theirs, (width,))
+    for name in norms
+    for ours, theirs in of_norm.items()
+  ]
   table = (config.vocab_size, width)
 
-  def whole(name: str, shape: tuple[int, ...], transposed: bool = False):
-    return stored.Source((f"{name}.weight",), shape, transposed, False)
+  def whole(name: str, shape: tuple[int, ...], end: str = "weight"):
+    full = f"{_full_name(config, name)}.{end}"
+    return stored.Source((full,), shape, False, False)
 
   plan: dict[stored.Path, stored.Source] = {
-    ("embed_tokens", "embedding"): whole(f"{config.prefix}embed_tokens", table),
-    ("norm", "scale"): whole(f"{config.prefix}norm", (width,)),
+    ("embed_tokens", "embedding"): whole("embed_tokens", table)
   }
+  if config.learned_positions:
+    positions = (config.max_positions, width)
+    plan["embed_positions", "embedding"] = whole("embed_positions", positions)
+  for ours, theirs in of_norm.items():
+    plan["norm", ours] = whole("norm", (width,), theirs)
   if not config.tied:
-    plan["lm_head", "kernel"] = whole("lm_head", table, True)
+    plan["lm_head", "kernel"] = stored.Source((_HEAD,), table, True, False)
   layers = range(config.num_layers)
   for path, end, shape in parts:
     module = ".".join(path[:-1])
-    names = [f"{config.prefix}layers.{i}.{module}.{end}" for i in layers]
-    transposed = path[-1] == "kernel"
+    names = [f"{_full_name(config, module, i)}.{end}" for i in layers]
+    transposed = path[-1] == "kernel" and turned
     if scan:
       plan["layers", *path] = stored.Source(
         tuple(names), shape, transposed, True
@@ -244,16 +271,24 @@ def _plan(
   return plan
 
 
+def _full_name(
+  config: DecoderConfig, module: str, layer: int | None = None
+) -> str:
+  """The name in transformers of a module, or of one within a layer."""
+  names = gpt2.MODULES if config.model_type == gpt2.MODEL_TYPE else {}
+  within = "" if layer is None else f"{names.get('layers', 'layers')}.{layer}."
+  return f"{config.prefix}{within}{names.get(module, module)}"
+
+
 def _by_full_name(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> Mapping[str, tensors_.Tensor]:
   """The tensors that read texts, by the names that `_plan` has."""
-  if config.model_type == gemma.WITH_IMAGES:
-    images = _of_images(tensors)
+  if config.reads_images:
     return {
-      _new_name(name): tensor
+      images.new_name(name): tensor
       for name, tensor in tensors.items()
-      if name not in images
+      if not images.are_read_by(name)
     }
   if any(name.startswith(config.prefix) for name in tensors):
     return tensors
@@ -263,23 +298,7 @@ def _by_full_name(
   }
 
 
-def _new_name(name: str) -> str:
-  """Of a tensor of a Gemma 3 with images."""
-  for old, new in _OLD_PREFIXES.items():
-    if name.startswith(old):
-      return new + name.removeprefix(old)
-  if name == _HEAD or name.startswith(gemma.PREFIX):
-    return name
-  return f"model.{name}" if name.startswith("language_model.") else name
-
-
-def _of_images(
-  tensors: Mapping[str, tensors_.Tensor],
-) -> dict[str, tensors_.Tensor]:
-  return {name: x for name, x in tensors.items() if _IMAGES.fullmatch(name)}
-
-
 def _has_bias(config: DecoderConfig, module: str) -> bool:
-  if module in ("q_proj", "k_proj", "v_proj"):
+  if module in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
     return config.qkv_bias
   return config.out_bias if module == "o_proj" else config.mlp_bias

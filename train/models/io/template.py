@@ -140,7 +140,8 @@ def load_template(folder: str | pathlib.Path) -> Template:
 
   Args:
     folder: with `tokenizer_config.json`, or none; the template is its
-      `chat_template`, or the file `chat_template.jinja`. The texts of the
+      `chat_template`, or the file `chat_template.jinja`, or else that of
+      `chat_template.json`, which models with images have. The texts of the
       special tokens are as `special_tokens.text` has them.
 
   Raises:
@@ -162,6 +163,14 @@ def load_template(folder: str | pathlib.Path) -> Template:
   own_file = path.with_name("chat_template.jinja")
   if checked.is_file(own_file):
     source = checked.read_text(own_file)
+  of_processor = path.with_name("chat_template.json")
+  if source is None and checked.is_file(of_processor):
+    source = checked.field(
+      str(of_processor),
+      checked.read_json(of_processor),
+      "chat_template",
+      str,
+    )
   bos, eos = (special_tokens.text(path.parent, f"{x}_token") for x in _ENDS)
   return Template(PLAIN if source is None else source, bos, eos)
 

@@ -22,6 +22,7 @@ _WORD_PIECE = "vocab.txt"
 _BYTES = ("vocab.json", "merges.txt")
 # Beginning, end, padding, unknown, mask.
 _BERTS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
+_GPT2 = ("<|endoftext|>",)
 _ROBERTAS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
 
 
@@ -29,9 +30,9 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   """The tokenizer of a model folder, without truncation and padding.
 
   Without a tokenizer.json it is made of the files that older folders have: a
-  vocab.txt is BERT's WordPiece, a vocab.json with a merges.txt is RoBERTa's or
-  DeBERTa's BPE of bytes, and SentencePiece's models are told apart by their
-  names.
+  vocab.txt is BERT's WordPiece, a vocab.json with a merges.txt is the BPE of
+  bytes of a RoBERTa, a DeBERTa or a GPT-2, and SentencePiece's models are told
+  apart by their names.
 
   Raises:
     WeightsError: there are no such files, or they cannot be read.
@@ -77,11 +78,12 @@ def _word_piece(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """RoBERTa's or DeBERTa's, that of GPT-2 with other ends."""
+  """GPT-2's, and RoBERTa's or DeBERTa's, that mark a text's ends."""
   path, merges = (folder / name for name in _BYTES)
   ids = weights.read_json(path)
-  special = _require(ids, (_BERTS, _ROBERTAS), path)
-  cls, sep = special[:2]
+  special = _GPT2
+  if not _is_gpt2(folder):
+    special = _require(ids, (_BERTS, _ROBERTAS), path)
   with_space = checked.truth(_config(folder), "add_prefix_space", False)
   with weights.told_of(f"{path} and {merges} are no BPE to `tokenizers`"):
     bpe = models.BPE.from_file(str(path), str(merges))
@@ -89,12 +91,24 @@ def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
     found.pre_tokenizer = pre_tokenizers.ByteLevel(with_space)
     found.decoder = decoders.ByteLevel()
     found.add_special_tokens([x for x in special if x in ids])
+    if special == _GPT2:
+      return found
+    cls, sep = special[:2]
     found.post_processor = processors.TemplateProcessing(
       single=f"{cls} $A {sep}",
       pair=f"{cls} $A {sep} {sep} $B {sep}",
       special_tokens=[(token, ids[token]) for token in (cls, sep)],
     )
     return found
+
+
+def _is_gpt2(folder: pathlib.Path) -> bool:
+  """By its config.json: others have such files, and split words otherwise."""
+  path = folder / "config.json"
+  return (
+    checked.is_file(path)
+    and weights.read_json(path).get("model_type") == "gpt2"
+  )
 
 
 _READERS: dict[
