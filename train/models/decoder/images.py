@@ -57,7 +57,7 @@ def texts(
   }
   for key in _ROPES:
     rope = found.get(key)
-    if options.fits(rope, dict) and "mrope_section" in rope:
+    if isinstance(rope, dict) and "mrope_section" in rope:
       kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
       if kind_of_rope in _PLAIN:
         rest = {key: x for key, x in rope.items() if key == "rope_theta"}

@@ -22,7 +22,7 @@ _WORD_PIECE = "vocab.txt"
 _BYTES = ("vocab.json", "merges.txt")
 # Beginning, end, padding, unknown, mask.
 _BERTS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
-_GPT2 = ("<|endoftext|>",)
+_GPT2: tuple[str, ...] = ("<|endoftext|>",)
 _ROBERTAS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
 
 
@@ -81,9 +81,8 @@ def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
   """GPT-2's, and RoBERTa's or DeBERTa's, that mark a text's ends."""
   path, merges = (folder / name for name in _BYTES)
   ids = weights.read_json(path)
-  special = _GPT2
-  if not _is_gpt2(folder):
-    special = _require(ids, (_BERTS, _ROBERTAS), path)
+  is_gpt2 = _is_gpt2(folder)
+  special = _GPT2 if is_gpt2 else _require(ids, (_BERTS, _ROBERTAS), path)
   with_space = checked.truth(_config(folder), "add_prefix_space", False)
   with weights.told_of(f"{path} and {merges} are no BPE to `tokenizers`"):
     bpe = models.BPE.from_file(str(path), str(merges))
@@ -91,9 +90,9 @@ def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
     found.pre_tokenizer = pre_tokenizers.ByteLevel(with_space)
     found.decoder = decoders.ByteLevel()
     found.add_special_tokens([x for x in special if x in ids])
-    if special == _GPT2:
+    if is_gpt2:
       return found
-    cls, sep = special[:2]
+    cls, sep, *_ = special
     found.post_processor = processors.TemplateProcessing(
       single=f"{cls} $A {sep}",
       pair=f"{cls} $A {sep} {sep} $B {sep}",
