@@ -198,6 +198,27 @@ def _qwens_with_images() -> dict[str, transformers.PretrainedConfig]:
       vision_config={**sight, "hidden_size": 8, "out_hidden_size": 32},
       **tokens,
     ),
+    "qwen2_vl": transformers.Qwen2VLConfig(
+      text_config={
+        **_SIZES,
+        **own,
+        "rope_parameters": {
+          "rope_type": "default",
+          "mrope_section": [2, 1, 1],
+          "rope_theta": 50.0,
+        },
+      },
+      vision_config={
+        "depth": 1,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 1,
+        "spatial_merge_size": 1,
+        "embed_dim": 8,
+        "hidden_size": 32,
+      },
+      **tokens,
+    ),
     # Norms of queries and keys, and a head that is the embedding.
     "qwen3_vl": transformers.Qwen3VLConfig(
       text_config={

@@ -26,6 +26,7 @@ NAMES = (
   "gemma3_text",
   "gemma3",
   "gpt2",
+  "qwen2_vl",
   "qwen2_5_vl",
   "qwen3_vl",
 )
