@@ -12,7 +12,8 @@
 #   make test-site        looks at those pages in Chromium, which has to be there
 #   make dist             a wheel and an sdist in build/dist, checked, installed
 #                         in an empty environment and imported
-#   make study            runs what is left of studies/evidence.toml, and reports
+#   make study            runs the unfinished runs of studies/evidence.toml, and
+#                         writes its report
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_PYTHON ?= python3.11

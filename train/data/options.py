@@ -61,7 +61,7 @@ class DataOptions:
   """Learn from the label of one of a row's raters, drawn by the seed, in place
   of that of their mean, which the test keeps (rated-sentences)."""
   noisy_validation: bool = False
-  """Draw the labels of the validation rows as those of the training rows."""
+  """Draw the labels of the validation rows in the way of the training rows."""
   imbalance: float = option(0.0, least=0, below=1)
   """Training rows of the rarest class over those of the most frequent one; the
   classes between fall off exponentially; 0: classes as they come

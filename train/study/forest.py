@@ -82,7 +82,9 @@ def differences(
   ]
   canvas.legend(handles=handles, loc="outside lower center", ncols=2)
   canvas.suptitle(
-    f"Test, less {study.reference}, paired by the seed, 95%", fontsize=9
+    f"Test score minus that of {study.reference}, paired by the seed, with "
+    "95% intervals",
+    fontsize=9,
   )
   return canvas
 
@@ -142,9 +144,10 @@ def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
   name = tables.metric(results)
   points = ", points" if tables.unit(name)[1] else ""
   axes.set(
-    xlabel=f"rise of the loss at radius {options.radii[place]:g}, nats, less "
-    f"{study.reference}",
-    ylabel=f"test {name.replace('_', ' ')}{points}, less {study.reference}",
+    xlabel=f"rise of the loss at radius {options.radii[place]:g}, nats, minus "
+    f"that of {study.reference}",
+    ylabel=f"test {name.replace('_', ' ')}{points}, minus that "
+    f"of {study.reference}",
   )
   drawn.legend(loc="outside right upper", fontsize=7)
   return drawn

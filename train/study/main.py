@@ -35,8 +35,8 @@ class Options:
   dry_run: bool = False
   """List what would be run, its steps and its gradients, and run nothing."""
   report: bool = False
-  """Write the tables and plots of what is finished, and run nothing; else they
-  are written at the end."""
+  """Write the tables and plots of the runs that are finished, and run nothing.
+  Without this option they are written at the end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

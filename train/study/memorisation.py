@@ -74,7 +74,7 @@ class Paired(NamedTuple):
     level: mean of the seeds' levels: the higher one of the two lowest losses.
     reference: the reference's score there.
     score: the method's.
-    differences: score less the reference's, of each seed.
+    differences: score minus the reference's, of each seed.
   """
 
   level: float
@@ -148,7 +148,10 @@ def note(study: Study) -> str:
     f"below: that of the method or of {study.reference}. A run's training loss "
     "at a validation is the mean of its batches since the validation before, "
     "as the method was given them; scores between two validations are "
-    "interpolated. p: exact two-sided sign-flip test (Holm: over the methods "
+    "interpolated. A run that passes that loss in the middle of its schedule "
+    "has a higher learning rate there than a run that ends at it, so a "
+    "difference may be due to the schedule: a control is the reference with "
+    "fewer epochs. p: exact two-sided sign-flip test (Holm: over the methods "
     "of this table)."
   )
 

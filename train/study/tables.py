@@ -146,7 +146,7 @@ def accuracy_note(study: Study, results: Mapping[str, Result]) -> str:
     - {0}
   )
   attainable = ", ".join(
-    f"{estimates.smallest(n):.3g} of {n} pairs" for n in counts
+    f"{estimates.smallest(n):.3g} with {n} pairs" for n in counts
   )
   return (
     "± is the 95% t-interval over seeds. The difference is that to "
@@ -154,7 +154,11 @@ def accuracy_note(study: Study, results: Mapping[str, Result]) -> str:
     "have finished. p: exact two-sided "
     "sign-flip test of the paired differences (Holm: corrected over the "
     "methods of this table), and Wilcoxon's signed-rank test, exact too"
-    + (f"; the smallest that can be is {attainable}" if attainable else "")
+    + (
+      f"; the smallest p that the test can give is {attainable}"
+      if attainable
+      else ""
+    )
     + (
       f". Of more than {estimates.EXACT_PAIRS} pairs {estimates.DRAWS:,} signs "
       "are drawn instead of all"
@@ -221,7 +225,7 @@ def sharpness(
 def sharpness_differences(
   study: Study, results: Mapping[str, Result], space: str, direction: str
 ) -> list[str]:
-  """The rise of each method less the reference's, paired by the seed.
+  """The rise of each method minus the reference's, paired by the seed.
 
   Returns:
     No line if it was not to be measured, or there is no pair yet.
@@ -306,10 +310,10 @@ def shares_note(recovery: Recovery) -> str:
   """What a recovered share is."""
   one, other, own = recovery.reference, recovery.target, recovery.start
   scale = (
-    f"0 is as sharp as the one, 1 as flat as {other}"
+    f"0 means as sharp as {one}, and 1 as flat as {other}"
     if one == own
-    else f"0 is as sharp as {own}, 1 as much flatter than it as {other} is "
-    f"than {one}"
+    else f"0 means as sharp as {own}, and 1 flatter than {own} by as much as "
+    f"{other} is flatter than {one}"
   )
   return (
     f"(S of {own} - S of the method) / (S of {one} - S of {other}), of means "
@@ -355,8 +359,8 @@ def tuning_note(study: Study) -> str:
   seeds = ", ".join(map(str, study.tuning.seeds))
   return (
     f"Each tuned method has {study.tuning.trials} points and the seeds {seeds}"
-    ", which no final run has; the best mean on the validation rows wins, the "
-    "first of equals."
+    ", which no final run has. The point with the best mean on the validation "
+    "rows wins; of equal points, the first."
   )
 
 
@@ -380,7 +384,7 @@ def failures(results: Iterable[Result]) -> list[str]:
 
 
 def gains(result: Result, reference: Result, name: str) -> list[float]:
-  """The test metric less the reference's, by the seeds that both have."""
+  """The test metric minus the reference's, by the seeds that both have."""
   return estimates.differences(
     result.of("test", name), reference.of("test", name)
   )
