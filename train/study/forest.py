@@ -82,9 +82,7 @@ def differences(
   ]
   canvas.legend(handles=handles, loc="outside lower center", ncols=2)
   canvas.suptitle(
-    f"Test score minus that of {study.reference}, paired by the seed, with "
-    "95% intervals",
-    fontsize=9,
+    f"Test minus {study.reference}, paired by seed, 95% intervals", fontsize=9
   )
   return canvas
 
