@@ -63,6 +63,20 @@ class _Base:
     return None
 
 
+def misfit(
+  name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]
+) -> str:
+  """A sentence's part for a weight whose shape is not the base's."""
+  resized = ""
+  if shape[1:] == base_shape[1:]:
+    resized = (
+      ": the base's vocabulary was resized; do it here as well, by "
+      f"resize_token_embeddings({shape[0]}) of transformers, and take the "
+      "folder that it is saved in as the base"
+    )
+  return f"{name} has the shape {shape}, and the base's {base_shape}{resized}"
+
+
 def _copied(
   there: str, copy: np.ndarray, own: np.ndarray | None, unknown: bool
 ) -> list[str]:
@@ -75,16 +89,7 @@ def _copied(
     )
     return [f"{there} is there and not among modules_to_save, and {why}"]
   if copy.shape != own.shape:
-    resized = ""
-    if copy.shape[1:] == own.shape[1:]:
-      resized = (
-        ": the base's vocabulary was resized; do it here as well, by "
-        f"resize_token_embeddings({len(copy)}) of transformers, and take the "
-        "folder that it is saved in as the base"
-      )
-    return [
-      f"{there} has the shape {copy.shape}, and the base's {own.shape}{resized}"
-    ]
+    return [misfit(there, copy.shape, own.shape)]
   # Of a base in fewer bits, or saved in fewer.
   if not (copy == own.astype(copy.dtype)).all():
     return [

@@ -291,6 +291,14 @@ def _differences(stored: _peft_folder.Stored, adapted: Adapted) -> list[str]:
           f"{a_shape[-1]} and scale {scale:g}"
         )
   faults += [f"{m} has an adapter, and is no target" for m in sorted(there)]
+  whole = {"/".join(p): shape for p, shape in adapted.shapes("extra").items()}
+  faults += [
+    _peft_base.misfit(path, value.shape, whole[path])
+    for path, value in stored.whole.items()
+    # The rows of other weights are no tokens; `check` looks at their shapes.
+    if path.endswith("/embedding")
+    and value.shape != whole.get(path, value.shape)
+  ]
   return faults
 
 

@@ -182,3 +182,13 @@ def test_copies_of_the_base_are_compared_with_it(bare, name, copy, part):
   _change(bare, {f"{name}.weight": copy})
   with pytest.raises(ValueError, match=part):
     peft.load(bare, plain, NAMES, prefix="net.", base=BASE)
+
+
+def test_a_saved_table_of_more_tokens_says_that_the_base_was_resized(bare):
+  _change(bare, {"net.embed.weight": np.zeros((5, 4))})
+  _configure(bare, modules_to_save=["embed"])
+  plain = adapt(_Language(), peft.load_spec(bare, UNTIED), X)
+  peft.load(bare, plain, UNTIED, base=BASE)
+  _change(bare, {"net.embed.weight": np.zeros((7, 4))})
+  with pytest.raises(ValueError, match=r"resize_token_embeddings\(7\)"):
+    peft.load(bare, plain, UNTIED, base=BASE)
