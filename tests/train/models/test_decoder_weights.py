@@ -254,7 +254,9 @@ def test_a_head_that_is_not_the_embedding_is_untied_and_said():
   assert decoder_weights.with_own_head(tied, same)[0] == untied
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+  "name", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_a_part_for_images_is_left_out_said_and_carried_into_exports(name):
   config, found, *_ = decoder_cases.load(name)
   (note,) = decoder_weights.left_out(config, found)
