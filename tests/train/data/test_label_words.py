@@ -137,6 +137,12 @@ def test_labels_that_begin_with_one_token_are_named():
     decoder_words.tokens(letters, LABELS, "\nresult:")
 
 
+def test_a_label_without_a_token_is_named():
+  one = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+  with pytest.raises(ValueError, match="label 'do' has no tokens in this"):
+    decoder_words.tokens(one, ["do", "a"], "")
+
+
 def test_words_of_a_t5_are_all_their_tokens_and_the_end():
   task = tasks.get("glue/qnli")
   found = t5_words.tokens(TOKENIZER, task.labels, 7)

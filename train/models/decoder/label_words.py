@@ -61,11 +61,14 @@ def tokens(
   """The token that begins each word where it follows `after`, and a space.
 
   Raises:
-    ValueError: if two words begin with the same token.
+    ValueError: if two words begin with the same token, or one has none.
   """
   by_token: dict[int, str] = {}
   for word in words:
-    first = tokenizers_.continuation(tokenizer, after, f" {word}")[0]
+    ids = tokenizers_.continuation(tokenizer, after, f" {word}")
+    if not ids:
+      raise ValueError(f"The label {word!r} has no tokens in this vocabulary.")
+    first = ids[0]
     if first in by_token:
       raise ValueError(
         f"The labels {by_token[first]!r} and {word!r} begin with the same "
