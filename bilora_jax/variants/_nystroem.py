@@ -28,7 +28,7 @@ class NystroemAscentState(NamedTuple):
 def nystroem_ascent(
   core_rank: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Climbs to SAM's perturbation of each batch, which must come twice in a row.
+  r"""Climbs to SAM's perturbation of a batch; each must come twice in a row.
 
   At the first visit of a batch, the auxiliary perturbs next to nothing: its
   factors are orthonormal, times a small number, and their gradients are two
