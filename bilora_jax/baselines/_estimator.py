@@ -69,8 +69,8 @@ def check_size(name: str, what: str, size: float) -> None:
     return
   if callable(size):
     raise ValueError(
-      f"{name}, {what}, is a number; got the function {size!r}. For a schedule, "
-      "pass its value at the step: the estimator may be made inside the jitted "
+      f"{name}, {what}, is a number; got the function {size!r}. Give the value "
+      "of a schedule at the step: the estimator may be made inside the jitted "
       "step, and its state be kept between steps."
     )
   if not (math.isfinite(size) and size >= 0):

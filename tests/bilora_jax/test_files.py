@@ -376,7 +376,7 @@ def test_bad_json_is_refused(folder, adapted, text):
 def test_json_of_something_else_is_refused(folder, text):
   (folder / NAMES[0]).write_text(text)
   message = _error(load_spec, folder)
-  assert "is no configuration of adapters of version 1" in message
+  assert "is not a configuration of adapters of version 1" in message
 
 
 def test_another_version_is_refused_and_named(folder, adapted):
