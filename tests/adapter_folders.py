@@ -115,7 +115,9 @@ def check(folder: pathlib.Path, facts: dict[str, Any], scan: bool) -> Any:
     assert str(own) in str(error.value)
     return None
   if scan and facts["selective"]:
-    with pytest.raises(ValueError, match="are scanned, and so adapted alike"):
+    with pytest.raises(
+      ValueError, match="are scanned, so they must be adapted alike"
+    ):
       load(own, facts["base"], scan, facts["head"])
     return None
   with warnings.catch_warnings():

@@ -311,7 +311,7 @@ def test_what_is_left_out_is_said(folder, adapted, adapters):
   )
   with pytest.raises(ValueError, match=r"net\.pooler\.lora_A.* has no place"):
     peft.load(folder, adapted, NAMES)
-  with pytest.warns(UserWarning, match=r"also has net\.pooler, which this"):
+  with pytest.warns(UserWarning, match=r"also has net\.pooler, which left_out"):
     loaded = peft.load(folder, adapted, NAMES, left_out=["pooler"])
   _assert_same_bits(loaded, primary(adapters))
   assert peft.load_spec(folder, NAMES, left_out=["pooler"]).rank == SPEC.rank
@@ -454,7 +454,7 @@ def test_targets_that_are_not_the_specs_are_refused(folder):
     LoraSpec(rank=2, alpha=0.3, targets="out|query", extra=SPEC.extra),
     X,
   )
-  with pytest.raises(ValueError, match=r"layers\.0\.up has an adapter, and is"):
+  with pytest.raises(ValueError, match=r"layers\.0\.up has an adapter, but is"):
     peft.load(folder, fewer, NAMES)
 
 

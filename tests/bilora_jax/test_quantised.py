@@ -769,7 +769,9 @@ def test_what_cannot_be_is_refused_in_sentences():
   assert "bias: (5,), expected (4,)" in _refused(nf4.init, KEY, wide)
 
   message = _refused(nf4.quantize_leaf, "kernels", jnp.ones((8, 4)))
-  assert "kernels is not a parameter of the model, which has 'bias', 'k" in message
+  assert (
+    "kernels is not a parameter of the model, which has 'bias', 'k" in message
+  )
   message = _refused(nf4.quantize_leaf, "kernel", jnp.ones((4, 8)))
   assert message == "kernel has the shape (8, 4); got (4, 8)."
 
