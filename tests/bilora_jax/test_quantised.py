@@ -779,7 +779,7 @@ def test_what_cannot_be_is_refused_in_sentences():
 def test_a_kernel_that_is_not_only_multiplied_by_is_refused():
   spec = LoraSpec(rank=1, base_dtype="int8", targets="|.+")
   message = _refused(adapt, Squared(), spec, jnp.ones((1, 4)))
-  assert "the weight kernel cannot be adapted: it is not only mult" in message
+  assert "the weight kernel cannot be adapted: it is used not only" in message
   assert "also used in square." in message
 
 
