@@ -250,8 +250,8 @@ def load(
   )
   if stored.left_out:
     warnings.warn(
-      f"{folder} also has {', '.join(stored.left_out)}, which left_out names; "
-      "these tensors are ignored.",
+      f"{folder} also has {', '.join(stored.left_out)}, which this model does "
+      "not use; these tensors are ignored.",
       stacklevel=2,
     )
   try:

@@ -121,7 +121,7 @@ def check(folder: pathlib.Path, facts: dict[str, Any], scan: bool) -> Any:
       load(own, facts["base"], scan, facts["head"])
     return None
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", ".*goes without; it is left out")
+    warnings.filterwarnings("ignore", ".*not use; these tensors are ignored")
     loaded = load(own, facts["base"], scan, facts["head"])
   got = loaded.logits(loaded.adapters, tokens)
   if got.ndim < wanted.ndim:  # of a BERT, the mean over the tokens

@@ -295,7 +295,7 @@ def test_a_spec_of_a_later_version_is_refused_and_what_is_new_named(
   for call in (load_spec, lambda f: load_adapters(f, adapted)):
     message = _error(call, folder)
     assert message.endswith(
-      "this version knows: it differs in ['aura', 'zora']."
+      "that this version does not have: ['aura', 'zora']."
     )
 
 
@@ -331,7 +331,7 @@ def test_tensors_that_are_no_floats_are_refused(rewrite, adapted, dtype):
     lambda arrays: arrays.update({name: arrays[name].astype(dtype)})
   )
   message = _error(load_adapters, folder, adapted)
-  assert f"which has floats: {name} is of {dtype}" in message
+  assert f"as adapters are: {name} is of {dtype}" in message
 
 
 @pytest.mark.parametrize(
