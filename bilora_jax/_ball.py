@@ -223,8 +223,8 @@ def hold_ball(
 
 def _states(state: Any) -> list[FrobeniusBallState]:
   """The states of all balls in the state of a transformation."""
-  found = optax.tree.get_all_with_path(state, "FrobeniusBallState")
-  return [cast(FrobeniusBallState, ball) for _, ball in found]
+  balls = optax.tree.get_all_with_path(state, "FrobeniusBallState")
+  return [cast(FrobeniusBallState, ball) for _, ball in balls]
 
 
 def given_radius(extra_args: Mapping[str, Any]) -> Any:
@@ -248,16 +248,16 @@ def _clipped(
   clip_factor = jnp.float32(1.0)
   if clip is None:
     return updates, norm, clip_factor
-  found = _norms.nodes(proposed)
+  nodes = _norms.nodes(proposed)
   if clip == "global":
-    factors = [_shrinkage(norm, radius, node.degree, slack) for node in found]
+    factors = [_shrinkage(norm, radius, node.degree, slack) for node in nodes]
     smallest = list(
-      {node.degree: f for node, f in zip(found, factors)}.values()
+      {node.degree: f for node, f in zip(nodes, factors)}.values()
     )
   else:
     factors = [
       _shrinkage(size, radius, node.degree, slack)
-      for node, size in zip(found, each)
+      for node, size in zip(nodes, each)
     ]
     smallest = [
       _norms.across(jax.lax.pmin, axes, jnp.min(factor, initial=1.0))

@@ -125,11 +125,11 @@ class Factors:
         "only pairs of equal scale can be joined along the rank; got "
         f"{self.scale} and {other.scale}."
       )
-    own, others = _outer_shapes(self), _outer_shapes(other)
-    if own != others:
+    ours, theirs = _outer_shapes(self), _outer_shapes(other)
+    if ours != theirs:
       raise ValueError(
         "pairs can be joined along the rank if (*batch, in) and (*batch, out) "
-        f"agree; got {own} and {others}."
+        f"agree; got {ours} and {theirs}."
       )
     return Factors(
       jnp.concatenate([self.a, other.a], axis=-1),

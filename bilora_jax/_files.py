@@ -328,11 +328,11 @@ def _parse(content: str | bytes, where: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
+  merged = dict(pairs)
   for name, value in pairs:
-    if found[name] != value:
+    if merged[name] != value:
       raise ValueError(f"the key {shown(name)} is there twice")
-  return found
+  return merged
 
 
 def _require_file(path: pathlib.Path) -> None:

@@ -156,8 +156,10 @@ class _Uses:
     for equation in program.eqns:
       weights = [weight(x) for x in equation.invars]
       if any(weights):
-        made = self._equation(equation, weights)
-        known |= {v: x for v, x in zip(equation.outvars, made) if x is not None}
+        outputs = self._equation(equation, weights)
+        known |= {
+          v: x for v, x in zip(equation.outvars, outputs) if x is not None
+        }
     return [weight(x) for x in program.outvars]
 
   def _equation(
@@ -223,16 +225,16 @@ class _Uses:
     """As `_equation`, for a loop with fixed, carried and sliced inputs."""
     carried = weights[fixed : fixed + carry]
     slices = [x and x.sliced() for x in weights[fixed + carry :]]
-    made = self.follow(program, weights[: fixed + carry] + slices)
-    for before, after in zip(carried, made):
+    outputs = self.follow(program, weights[: fixed + carry] + slices)
+    for before, after in zip(carried, outputs):
       if before is not None and before != after:
         self.others.setdefault(before.path, set()).add("the carry of a loop")
-    return made[:carry] + [
+    return outputs[:carry] + [
       x
       and dataclasses.replace(
         x, scanned=x.scanned - 1, altered=x.altered or x.order is not None
       )
-      for x in made[carry:]
+      for x in outputs[carry:]
     ]
 
 

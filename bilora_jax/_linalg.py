@@ -129,9 +129,9 @@ def _inverse_roots(grams: Sequence[jax.Array]) -> list[jax.Array]:
     values, vectors = eigh(jnp.concatenate(flat))
     values = jnp.maximum(values, 0)
     shifted = values + _SHIFT * values[..., -1:]
-    found = vectors * jax.lax.rsqrt(shifted)[..., None, :]
+    scaled = vectors * jax.lax.rsqrt(shifted)[..., None, :]
     ends = itertools.accumulate(len(x) for x in flat)
-    for i, x in zip(places, jnp.split(found, list(ends)[:-1])):
+    for i, x in zip(places, jnp.split(scaled, list(ends)[:-1])):
       roots[i] = x.reshape(grams[i].shape)
   return [roots[i] for i in range(len(grams))]
 

@@ -73,14 +73,14 @@ class NnxHost:
     }
 
   def logical_axes(self, variables: Any) -> dict[Path, tuple[Any, ...]]:
-    found = {}
+    axes = {}
     for path, leaf in nnx.to_flat_state(variables):
       metadata = leaf.get_metadata()
       # Renamed in Flax 0.12.
       names = metadata.get("out_sharding") or metadata.get("sharding_names")
       if isinstance(leaf, nnx.Param) and names:
-        found[_strings(path)] = tuple(names)
-    return found
+        axes[_strings(path)] = tuple(names)
+    return axes
 
   def replace(self, variables: Any, new: _hosts.Flat) -> Any:
     return nnx.from_flat_state(

@@ -25,10 +25,10 @@ def norms(
     The norm over all nodes, the norm of each node, `(*batch)`, and for each
     node the mesh axes over which its squared norms are summed.
   """
-  found = nodes(tree, user)
+  seen = nodes(tree, user)
   known = _node_specs(specs, tree)
-  norm, each = _norms(tuple(found), known, _stacks.alike(tree, known))
-  return norm, each, _shards(found, known)
+  norm, each = _norms(tuple(seen), known, _stacks.alike(tree, known))
+  return norm, each, _shards(seen, known)
 
 
 def nodes(tree: Any, user: str = "keep_in_ball") -> list[Any]:
@@ -38,8 +38,8 @@ def nodes(tree: Any, user: str = "keep_in_ball") -> list[Any]:
     ValueError: if the tree has a leaf outside of nodes, or a mask hides a part
       of a node.
   """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  for path, node in leaves:
     where = jax.tree_util.keystr(path) or "the root"
     if not _nodes.is_adapter(node):
       raise ValueError(
@@ -50,7 +50,7 @@ def nodes(tree: Any, user: str = "keep_in_ball") -> list[Any]:
     hidden = [_nodes.is_masked(x) for x in _nodes.moving(node)]
     if any(hidden) and not all(hidden):
       raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
+  return [node for _, node in leaves if _nodes.is_seen(node)]
 
 
 def pairs(tree: Any, user: str) -> list[Factors]:
@@ -60,8 +60,8 @@ def pairs(tree: Any, user: str) -> list[Factors]:
     ValueError: if the tree has a leaf outside of pairs, or a mask hides one
       factor of a pair.
   """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  for path, node in leaves:
     where = jax.tree_util.keystr(path) or "the root"
     if not is_factors(node):
       raise ValueError(
@@ -69,7 +69,7 @@ def pairs(tree: Any, user: str) -> list[Factors]:
       )
     if _nodes.is_masked(node.a) != _nodes.is_masked(node.b):
       raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
+  return [node for _, node in leaves if _nodes.is_seen(node)]
 
 
 def _half_hidden(user: str, node: Any, where: str) -> str:
@@ -148,8 +148,8 @@ def _node_specs(specs: Any, tree: Any) -> tuple[Factors | None, ...]:
   known = dict(
     jax.tree_util.tree_leaves_with_path(specs, is_leaf=_nodes.is_adapter)
   )
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  seen = [(path, node) for path, node in found if _nodes.is_seen(node)]
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  seen = [(path, node) for path, node in leaves if _nodes.is_seen(node)]
   missing = [path for path, _ in seen if not _nodes.is_adapter(known.get(path))]
   if missing:
     raise ValueError(

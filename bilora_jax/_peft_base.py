@@ -23,29 +23,29 @@ def extra(
   tensors = _Base(base, prefix)
   for name, (there, copy) in stored.copies.items():
     faults += _copied(there, copy, tensors.get(name), base is None)
-  found = dict(stored.whole)
+  parameters = dict(stored.whole)
   paths = stored.places.paths()
   for path in dict.fromkeys(paths[name] for name in stored.changes):
     values = {}
     for name in stored.places.tensor_names(path):
-      own = tensors.get(name)
-      if own is None:
+      tensor = tensors.get(name)
+      if tensor is None:
         faults.append(
           f"the folder changes {name}, and reading it needs the base's own "
           f"tensor, which is not in base="
         )
         continue
-      own = own.astype(np.float32)
+      tensor = tensor.astype(np.float32)
       try:
-        values[name] = stored.changes.get(name, np.asarray)(own)
+        values[name] = stored.changes.get(name, np.asarray)(tensor)
       except ValueError as error:
         faults.append(
           f"the change of {name} does not fit the base's tensor of the shape "
-          f"{own.shape}: {error}"
+          f"{tensor.shape}: {error}"
         )
     if len(values) == len(stored.places.tensor_names(path)):
-      found[path] = stored.places.parameter(path, values)
-  return found, faults
+      parameters[path] = stored.places.parameter(path, values)
+  return parameters, faults
 
 
 class _Base:
@@ -57,9 +57,9 @@ class _Base:
   def get(self, name: str) -> np.ndarray | None:
     for key in (name, self._prefix + name, name.removeprefix(self._prefix)):
       if key in self._base:
-        found = self._base[key]
+        tensor = self._base[key]
         # Slices of safetensors files are read when they are indexed.
-        return np.asarray(found[(slice(None),) * len(found.shape)])
+        return np.asarray(tensor[(slice(None),) * len(tensor.shape)])
     return None
 
 

@@ -69,10 +69,10 @@ def read(
     ValueError: as `peft.load`.
   """
   config = _peft_keys.read(folder)
-  found = _peft_tensors.read(folder)
-  bare = not any(name.startswith(prefix) for name in found)
+  tensors = _peft_tensors.read(folder)
+  bare = not any(name.startswith(prefix) for name in tensors)
   places = Places.of(names, prefix if bare else "")
-  reading = _Reading(config, places, found)
+  reading = _Reading(config, places, tensors)
   gone = reading.leave_out(left_out)
   reading.check_floats()
   reading.share_ties()
@@ -80,7 +80,7 @@ def read(
   changes = reading.changes(pairs)
   copies = reading.copies()
   whole = reading.whole(pairs)
-  reading.faults += [f"{name} has no place in this model" for name in found]
+  reading.faults += [f"{name} has no place in this model" for name in tensors]
   if not pairs and not reading.faults:
     reading.faults.append("no tensor is a lora_A or a lora_B")
   refuse(reading.faults, f"{folder} holds no adapter of this model")
@@ -212,7 +212,7 @@ class _Reading:
 
   def changes(self, pairs: Mapping[str, Any]) -> dict[str, Change]:
     """The changes of embeddings, and of biases by `lora_bias`."""
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     paths = self.places.paths()
     embeddings = self.places.embeddings()
     for module in dict.fromkeys(
@@ -241,7 +241,7 @@ class _Reading:
         )
       else:
         scale = self.config.scale(module)
-        found[f"{module}.weight"] = _plus(scale, _product(b, a).T)
+        changes[f"{module}.weight"] = _plus(scale, _product(b, a).T)
     trained = self._modules((_ROWS,), _weights(paths))
     if self.config.token_indices and not trained:
       self.faults.append(f"an embedding{_ROWS} is missing")
@@ -254,7 +254,7 @@ class _Reading:
           f"trainable_token_indices has {len(tokens)} tokens for it"
         )
         continue
-      found[f"{module}.weight"] = _with_rows(tokens, rows)
+      changes[f"{module}.weight"] = _with_rows(tokens, rows)
     for module in pairs if self.config.lora_bias else ():
       bias = self.tensors.pop(module + BIAS, None)
       if bias is None:
@@ -266,13 +266,13 @@ class _Reading:
           "merge the adapter in PEFT"
         )
         continue
-      found[f"{module}.bias"] = _plus(self.config.scale(module), bias)
-    return found
+      changes[f"{module}.bias"] = _plus(self.config.scale(module), bias)
+    return changes
 
   def copies(self) -> dict[str, tuple[str, np.ndarray]]:
     """Weights of the base that PEFT writes beside an adapter."""
     paths, ties = self.places.paths(), self.places.ties()
-    found: dict[str, tuple[str, np.ndarray]] = {}
+    copies: dict[str, tuple[str, np.ndarray]] = {}
     for name in list(self.tensors):
       module, _, leaf = name.rpartition(".")
       inner = module.removesuffix(BASE[:-1])
@@ -283,8 +283,8 @@ class _Reading:
         continue
       original = f"{ties.get(inner, inner)}.{leaf}"
       if original in paths:
-        found[original] = name, self.tensors.pop(name)
-    return found
+        copies[original] = name, self.tensors.pop(name)
+    return copies
 
   def _is_trained(self, module: str, leaf: str) -> bool:
     return self.config.is_saved(module) or (
@@ -294,7 +294,7 @@ class _Reading:
   def whole(self, pairs: Mapping[str, Any]) -> Tensors:
     """Parameters that were trained whole, by path."""
     self._unwrap_biases(pairs)
-    found: Tensors = {}
+    parameters: Tensors = {}
     for path in self.places.names:
       names = self.places.tensor_names(path)
       saved = [n for n in names if self.config.is_saved(n.rpartition(".")[0])]
@@ -302,7 +302,7 @@ class _Reading:
       self.faults += [f"{n} is missing" for n in saved if n not in self.tensors]
       if len(there) == len(names):
         try:
-          found[path] = self.places.parameter(path, self.tensors)
+          parameters[path] = self.places.parameter(path, self.tensors)
         except ValueError as error:
           self.faults.append(str(error))
       elif there and len(saved) < len(names):
@@ -310,7 +310,7 @@ class _Reading:
         self.faults.append(f"{lost} are missing, but scanned with {there[0]}")
       for name in there:
         del self.tensors[name]
-    return found
+    return parameters
 
   def _unwrap_biases(self, pairs: Mapping[str, Any]) -> None:
     """Renames trained biases of adapted modules like those of other modules."""

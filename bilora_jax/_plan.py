@@ -89,7 +89,7 @@ class Plan:
     _partition.check_parts(adapters)
     wrong = []
     for part, tree in adapters.items():
-      found = {p: _shape(x) for p, x in flatten(tree).items()}
+      got = {p: _shape(x) for p, x in flatten(tree).items()}
       wanted = self.shapes(part)
       if any_kind:
         wanted |= {
@@ -98,10 +98,10 @@ class Plan:
           if path in self.weights and hasattr(node, "outer_shape")
         }
       wrong += [
-        f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+        f"{part}/{'/'.join(path)}: {got.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
-        for path in ({**wanted, **found} if whole or part != "extra" else found)
-        if found.get(path) != wanted.get(path)
+        for path in ({**wanted, **got} if whole or part != "extra" else got)
+        if got.get(path) != wanted.get(path)
       ]
     if whole and "extra" not in adapters and self.shapes("extra"):
       wrong.append("extra: missing")
@@ -127,10 +127,10 @@ class Plan:
     other = []
     for path, leaf in params.items():
       form = self.weights[path].form if path in self.weights else None
-      found = _quantised.form_of(leaf)
+      stored = _quantised.form_of(leaf)
       wanted = "floats" if form is None or as_floats else str(form)
-      if found != wanted and path in self.parameters:
-        other.append(f"{'/'.join(path)}: {found}, expected {wanted}")
+      if stored != wanted and path in self.parameters:
+        other.append(f"{'/'.join(path)}: {stored}, expected {wanted}")
     if other:
       raise ValueError(
         f"the spec has base_dtype={self.spec.base_dtype!r}, but some of these "

@@ -216,12 +216,12 @@ def _plain(value: Any) -> Any:
 
 def _float_name(dtype: Any) -> str:
   try:
-    found = jnp.dtype(dtype)
+    known = jnp.dtype(dtype)
   except TypeError:
-    found = None
-  if found is None or not jnp.issubdtype(found, jnp.floating):
+    known = None
+  if known is None or not jnp.issubdtype(known, jnp.floating):
     raise ValueError(
       "dtype is the name of a floating-point dtype, as 'bfloat16'; got "
       f"{dtype!r}."
     )
-  return found.name
+  return known.name

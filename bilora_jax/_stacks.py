@@ -66,7 +66,7 @@ def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
     others: for each node, another value that must be equal within a group, such
       as its specs.
   """
-  found = [
+  seen = [
     (path, node)
     for path, node in jax.tree_util.tree_leaves_with_path(
       tree, is_leaf=_nodes.is_adapter
@@ -74,7 +74,7 @@ def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
     if _nodes.is_seen(node)
   ]
   groups: dict[Any, list[int]] = {}
-  for i, (path, node) in enumerate(found):
+  for i, (path, node) in enumerate(seen):
     name = _NUMBER.sub("", jax.tree_util.keystr(path))
     arrays, structure = jax.tree.flatten(node)
     kinds = tuple(map(jax.typeof, arrays))

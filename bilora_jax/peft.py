@@ -98,14 +98,14 @@ def save(
   for path, pair in pairs.items():
     modules = places.modules(path, pair.a.shape[:-2])
     a, b = (_rows(x) for x in (pair.a, pair.b))
-    for module, *own in zip(modules, a, b):
+    for module, *factors in zip(modules, a, b):
       name = _peft_names.name_of(module)
       sizes[name] = pair.rank, _alpha(adapted.spec, path, pair.rank)
-      found = _peft_names.to_torch(module, *own)
-      tensors[name + _peft_folder.A], tensors[name + _peft_folder.B] = found
+      both = _peft_names.to_torch(module, *factors)
+      tensors[name + _peft_folder.A], tensors[name + _peft_folder.B] = both
     if path in magnitudes:
-      own = np.asarray(magnitudes[path], np.float32)
-      for module, one in zip(modules, own.reshape(len(modules), -1)):
+      magnitude = np.asarray(magnitudes[path], np.float32)
+      for module, one in zip(modules, magnitude.reshape(len(modules), -1)):
         tensors[_peft_names.name_of(module) + _peft_folder.MAGNITUDE] = (
           _peft_names.magnitude_to_torch(module, one)
         )
@@ -169,7 +169,7 @@ def load_spec(
     sizes = {
       m: stored.config.sizes(m) if m in stored.pairs else None for m in modules
     }
-    lacking = [m for m, own in sizes.items() if own is None]
+    lacking = [m for m, size in sizes.items() if size is None]
     first = next(iter(sizes.values()))
     if first is None or len(set(sizes.values())) > 1:
       faults.append(
@@ -181,9 +181,9 @@ def load_spec(
         )
       )
       continue
-    own = dict(zip(default, first))
+    values = dict(zip(default, first))
     targets[re.escape(path.rpartition("/")[0])] = {
-      key: value for key, value in own.items() if value != default[key]
+      key: value for key, value in values.items() if value != default[key]
     }
   if faults:
     raise ValueError(
@@ -291,11 +291,11 @@ def _differences(stored: _peft_folder.Stored, adapted: Adapted) -> list[str]:
         continue
       there.discard(module)
       rank = stored.pairs[module][0].shape[-1]
-      own = stored.config.scale(module)
-      if (rank, own) != (a_shape[-1], scale):
+      stored_scale = stored.config.scale(module)
+      if (rank, stored_scale) != (a_shape[-1], scale):
         faults.append(
-          f"{module} has rank {rank} and scale {own:g}, but {path} has rank "
-          f"{a_shape[-1]} and scale {scale:g}"
+          f"{module} has rank {rank} and scale {stored_scale:g}, but {path} "
+          f"has rank {a_shape[-1]} and scale {scale:g}"
         )
   faults += [f"{m} has an adapter, but is no target" for m in sorted(there)]
   return faults
@@ -324,12 +324,12 @@ def _magnitudes(
   """DoRA's magnitudes, by their paths in `extra`."""
   if not stored.config.dora:
     return {}
-  found = {}
+  by_path = {}
   for path, (a_shape, *_) in adapted.shapes("primary").items():
     modules = _names(stored, "/".join(path), a_shape)
-    own = np.stack([stored.magnitudes[module] for module in modules])
-    found["/".join(_dora.path_of(path))] = own.reshape(*a_shape[:-2], -1)
-  return found
+    stacked = np.stack([stored.magnitudes[module] for module in modules])
+    by_path["/".join(_dora.path_of(path))] = stacked.reshape(*a_shape[:-2], -1)
+  return by_path
 
 
 def _split(
@@ -395,10 +395,12 @@ def _alpha(spec: LoraSpec, path: str, rank: int) -> float:
   """The alpha that keeps a module's scale at its own rank or a joined rank."""
   sizes = spec.sizes(path.rpartition("/")[0])
   assert sizes is not None  # it has a pair
-  own, alpha, _ = sizes
-  if rank == own:
+  own_rank, alpha, _ = sizes
+  if rank == own_rank:
     return alpha
-  return alpha * (math.sqrt(rank / own) if spec.rslora else rank / own)
+  return alpha * (
+    math.sqrt(rank / own_rank) if spec.rslora else rank / own_rank
+  )
 
 
 def _rows(x: Any) -> np.ndarray:

@@ -80,15 +80,15 @@ def lora_ga(
   if not (math.isfinite(gamma) and gamma > 0):
     raise ValueError(f"gamma is finite and above 0; got {gamma}.")
   _base.check_ranks("lora_ga", adapted, times=2)
-  found = _by_path(gradients)
+  by_path = _by_path(gradients)
   wanted = {
     tuple(path.split("/")): shape for path, shape in adapted.targets.items()
   }
   wrong = [
     f"{'/'.join(path)}: {shape}, got "
-    + (str(tuple(found[path].shape)) if path in found else "none")
+    + (str(tuple(by_path[path].shape)) if path in by_path else "none")
     for path, shape in wanted.items()
-    if path not in found or tuple(found[path].shape) != shape
+    if path not in by_path or tuple(by_path[path].shape) != shape
   ]
   if wrong:
     raise ValueError(
@@ -107,7 +107,7 @@ def lora_ga(
     adapted,
     variables,
     adapters,
-    {path: found[path] for path in wanted},
+    {path: by_path[path] for path in wanted},
     start,
     rescale=False,
   )

@@ -70,12 +70,12 @@ def on_original(
       "dora's magnitudes scale the base that was trained on, so these adapters "
       "cannot be converted to another base; got a spec with dora=True."
     )
-  wanted, found = map(_shapes, (adapters["primary"], start))
+  wanted, got = map(_shapes, (adapters["primary"], start))
   wrong = [
-    f"{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+    f"{'/'.join(path)}: {got.get(path, 'missing')}, expected "
     f"{wanted.get(path, 'nothing')}"
-    for path in {**wanted, **found}
-    if found.get(path) != wanted.get(path)
+    for path in {**wanted, **got}
+    if got.get(path) != wanted.get(path)
   ]
   if wrong:
     raise ValueError(
@@ -91,11 +91,11 @@ def on_original(
     )
 
   pairs = jax.tree.map(joined, adapters["primary"], start, is_leaf=is_factors)
-  own = _doubled(spec)
+  doubled = _doubled(spec)
   parts = {**adapters, "primary": pairs}
   for part in {"primary", "auxiliary"} & set(parts):
-    parts[part] = _scaled(own, parts[part])
-  return own, parts
+    parts[part] = _scaled(doubled, parts[part])
+  return doubled, parts
 
 
 def _shapes(part: Mapping[str, Any]) -> dict[Any, Any]:
@@ -129,10 +129,12 @@ def _doubled(spec: LoraSpec) -> LoraSpec:
   if isinstance(targets, Mapping):
     targets = {
       pattern: {
-        **own,
-        **sizes(own.get("rank", spec.rank), own.get("alpha", spec.alpha)),
+        **overrides,
+        **sizes(
+          overrides.get("rank", spec.rank), overrides.get("alpha", spec.alpha)
+        ),
       }
-      for pattern, own in targets.items()
+      for pattern, overrides in targets.items()
     }
   return dataclasses.replace(
     spec, targets=targets, **sizes(spec.rank, spec.alpha)

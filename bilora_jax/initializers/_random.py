@@ -77,13 +77,13 @@ def _drawn(
 ) -> dict[str, Any]:
   _partition.check_parts(adapters)
   new = dict(adapters)
-  for part, own in zip(("primary", "auxiliary"), jax.random.split(key)):
+  for part, part_key in zip(("primary", "auxiliary"), jax.random.split(key)):
     if part not in adapters:
       continue
     tree = adapters[part]
     # The tree with one leaf in place of each pair.
     bare = jax.tree.map(lambda _: 0, tree, is_leaf=is_factors)
-    keys = optax.tree.split_key_like(own, bare)
+    keys = optax.tree.split_key_like(part_key, bare)
     new[part] = jax.tree.map(
       lambda pair, key: Factors(
         draw(key, pair), jnp.zeros_like(pair.b), pair.scale

@@ -54,10 +54,10 @@ def filter_normalized(
       axes = input_axes(name, w.shape)
     else:
       axes = tuple(range(w.ndim - 1)) if input_axes is None else input_axes
-    own, drawn = (
+    wanted, drawn = (
       jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True)) for x in (w, d)
     )
-    return d * (own / drawn)
+    return d * (wanted / drawn)
 
   weights = _space.as_float32(chosen.moved)
   return chosen.tree(

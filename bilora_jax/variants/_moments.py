@@ -115,9 +115,9 @@ def _is_partition(node: Any) -> bool:
 
 def _moments(state: Any) -> list[optax.ScaleByAdamState]:
   """Adam's states under the label 'auxiliary'."""
-  found = []
-  _map_moments(lambda adam: found.append(adam) or adam, state)
-  return found
+  states = []
+  _map_moments(lambda adam: states.append(adam) or adam, state)
+  return states
 
 
 def _map_moments(change: Any, state: Any) -> Any:

@@ -205,9 +205,9 @@ def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
   size = math.sqrt(_OUTSIDE)
   pairs = _norms.pairs(tree, user=_USER)
   # All at once: hundreds of pairs would each launch kernels of their own.
-  found = [_factor(pair, of_b) for pair in pairs]
+  factors = [_factor(pair, of_b) for pair in pairs]
   bases = iter(
-    _linalg.orthonormal([x for x, _ in found], [r for _, r in found])
+    _linalg.orthonormal([x for x, _ in factors], [r for _, r in factors])
   )
 
   def one(pair):

@@ -185,9 +185,9 @@ def _check(params: Any) -> None:
   wanted = jax.tree.map(
     lambda pair: jnp.shape(pair.b), params["primary"], is_leaf=is_factors
   )
-  found = jax.tree.map(jnp.shape, params.get("auxiliary"))
-  if wanted != found:
+  got = jax.tree.map(jnp.shape, params.get("auxiliary"))
+  if wanted != got:
     raise ValueError(
       "shared_a trains adapters that share_a makes, whose auxiliary has an "
-      f"array b for each pair of the primary; wanted {wanted}, got {found}."
+      f"array b for each pair of the primary; wanted {wanted}, got {got}."
     )

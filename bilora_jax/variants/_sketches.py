@@ -84,16 +84,16 @@ def ascent(pairs: Any, grads: Any, core_rank: int | None, radius: Any) -> Any:
   size = optax.tree.norm(grads, ord=jnp.inf)
   # Scaled to size 1, as products of small numbers underflow.
   unit = optax.tree.scale(1 / jnp.where(size == 0, 1, size), grads)
-  found = _stacked(
+  approximations = _stacked(
     lambda _, pair, grad: _approximation(
       pair, grad, core_rank_of(pair.rank, core_rank)
     ),
     pairs,
     unit,
   )
-  norm, *_ = _norms.norms(found)
+  norm, *_ = _norms.norms(approximations)
   factor = jnp.where(norm == 0, 0, radius / jnp.where(norm == 0, 1, norm))
-  return optax.tree.scale(jnp.sqrt(factor), found)
+  return optax.tree.scale(jnp.sqrt(factor), approximations)
 
 
 def _approximation(pair: Factors, grad: Factors, rank: int) -> Factors:
@@ -158,9 +158,9 @@ def _stacked(f: Callable[..., Factors], *trees: Any) -> Any:
   """
   columns = [_norms.pairs(tree, "the sketches") for tree in trees]
   stacks = _stacks.alike(trees[0])
-  found = [
+  results = [
     f(number, *pairs)
     for number, pairs in enumerate(zip(*map(stacks.stack, columns)))
   ]
-  in_order = iter(stacks.unstack(found))
+  in_order = iter(stacks.unstack(results))
   return _norms.map_pairs(lambda _: next(in_order), trees[0])
