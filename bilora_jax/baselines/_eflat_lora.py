@@ -64,14 +64,13 @@ def eflat_lora(
   is formed: the estimate is a pair of rank 2r.
 
   The paper's weights are (out, in): its A and B are the transposed `a` and `b`.
-  Where the paper leaves a choice, this implementation makes four. Equation (9)
-  of the paper multiplies the perturbation by the gradient's sign, which would
-  lose the sign; equation (16) and the proofs do not, and neither does this
-  function. The paper writes the norm for one weight; here one norm is over all
-  pairs, as in SAM. The paper does not say at which `b` the estimate is taken;
-  here it is the `b` of the gradient. The paper lets rho fall during training,
-  without a rule except :math:`\rho_0 / \sqrt t` in Theorem 2; here rho is the
-  argument.
+  This implementation interprets the paper at four points. Equation (9) of the
+  paper multiplies the perturbation by the gradient's sign, which would lose the
+  sign; equation (16) and the proofs do not, and neither does this function. The
+  paper writes the norm for one weight; here one norm is over all pairs, as in
+  SAM. The paper does not say at which `b` the estimate is taken; here it is the
+  `b` of the gradient. The paper lets rho fall during training, without a rule
+  except :math:`\rho_0 / \sqrt t` in Theorem 2; here rho is the argument.
 
   Args:
     rho: radius of the perturbation of all whole weights together, in units of
@@ -147,7 +146,7 @@ def _carried(rho: Any, params: Any, grads: Any) -> Any:
   def carried(pair, estimate):
     inverse = jnp.swapaxes(estimate.a[..., : pair.rank], -1, -2)
     inner = _matmul(inverse, estimate.a)
-    # The estimate has a scale, and `b` is part of a weight with another.
+    # The scale of the estimate, over that of the pair whose part `b` is.
     scale = size * estimate.scale / pair.scale
     return Factors(None, scale * _matmul(inner, estimate.b), pair.scale)
 

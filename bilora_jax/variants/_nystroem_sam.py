@@ -56,7 +56,7 @@ def nystroem_sam(
   """
   _estimator.check_size("rho", "the radius of the perturbation", rho)
   if rank < 1:
-    raise ValueError(f"rank, that of the sketches, is at least 1; got {rank}.")
+    raise ValueError(f"rank, of the sketches, is at least 1; got {rank}.")
   _sketches.core_rank_of(rank, core_rank)
 
   def estimate(value_and_grad, state, key, params, *args, **kwargs):

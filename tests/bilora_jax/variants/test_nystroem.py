@@ -462,9 +462,7 @@ def test_cores_that_are_none_are_refused(core_rank):
 def test_bad_arguments_are_refused():
   with pytest.raises(ValueError, match=r"rho, the radius .*; got -1"):
     variants.nystroem_sam(-1)
-  with pytest.raises(
-    ValueError, match=r"rank, that of the sketches, .*; got 0"
-  ):
+  with pytest.raises(ValueError, match=r"rank, of the sketches, .*; got 0"):
     variants.nystroem_sam(RHO, 0)
   estimator = variants.nystroem_sam(RHO)
   both = {"primary": _pairs(), "auxiliary": _pairs()}
