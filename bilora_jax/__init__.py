@@ -1,4 +1,7 @@
-"""Bi-LoRA for JAX: one adapter descends the loss, one climbs it in a ball."""
+"""Bi-LoRA for JAX: a primary adapter descends the loss, an auxiliary climbs it.
+
+The auxiliary stays in a ball, so that it approximates SAM's perturbation.
+"""
 
 from bilora_jax import adapters as adapters
 from bilora_jax import baselines as baselines

@@ -32,32 +32,32 @@ def adapt(
 ) -> Adapted:
   """Finds a model's weights and plans adapters for them.
 
-  The model is traced abstractly; nothing runs and nothing of the model is
-  copied. Linear layers, general ones too, einsums of two operands, convolutions
-  without groups and attention are found, also under `scan` and `vmap` (along
-  the first axis) and `remat` of Linen and NNX. A model may transpose a weight
-  before it multiplies, or take one entry of the first axis, as `w[0]` of
-  stacked experts. Embeddings are not found, nor weights that a jitted function
-  multiplies by: `x @ w`, `jnp.matmul(x, w)` and `nn.jit` are such,
-  `jnp.dot(x, w)` is not.
+  The model is traced abstractly: nothing is computed, and no parameter is
+  copied. `adapt` finds linear layers (also general ones), einsums of two
+  operands, convolutions without groups, and attention, also under `scan`,
+  `vmap` (along the first axis) and `remat` of Linen and NNX. A model may
+  transpose a weight before the product, or take one entry of its first axis, as
+  `w[0]` of stacked experts. `adapt` does not find embeddings, or weights that
+  are multiplied inside a jitted function: `x @ w`, `jnp.matmul(x, w)` and
+  `nn.jit` are jitted, `jnp.dot(x, w)` is not.
 
-  What the default targets, `.*`, match and cannot be adapted is left as it is,
-  with a warning, and listed in `skipped`.
+  If the default targets, `.*`, match a weight that cannot be adapted, the
+  weight gets no adapter, `adapt` warns, and `skipped` lists it.
 
   Args:
     model: a `flax.linen.Module`, or an `nnx.Module`.
-    spec: what to put where.
-    *inputs: example inputs of the model; shapes (`jax.ShapeDtypeStruct`) do.
+    spec: which weights get adapters, and of which rank and scale.
+    *inputs: example inputs of the model; `jax.ShapeDtypeStruct` suffices.
     methods: the model's methods in which adapters are active.
-    **kwargs: keyword inputs, as `train=False`.
+    **kwargs: keyword inputs, such as `train=False`.
 
   Returns:
-    The adapted model: `init`, `apply`, `merge`, and `quantize`.
+    The adapted model, with `init`, `apply`, `merge` and `quantize`.
 
   Raises:
-    ValueError: if an entry of the spec's targets or its `exclude` matches no
-      module, or its `extra` no parameter, with what could match; or a matching
-      weight cannot be adapted.
+    ValueError: if an entry of the spec's `targets` or `exclude` matches no
+      module, or its `extra` matches no parameter (the message lists what could
+      match), or a matching weight cannot be adapted.
 
   Examples:
     >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`Adapted`: a Linen or NNX model with low-rank adapters, as functions."""
+"""`Adapted`: a Linen or NNX model with low-rank adapters, as pure functions."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -27,18 +27,19 @@ from bilora_jax._spec import LoraSpec
 class Adapted:
   """A model with adapters; made by `adapt`.
 
-  Adapters are a dict of `primary`, `auxiliary` and `extra`: the first two
+  Adapters are a dict of `primary`, `auxiliary` and `extra`. The first two are
   nested dicts of `Factors` that mirror the parameters, as
-  ``{'layer': {'query': {'kernel': Factors}}}``; the last the parameters that
-  are trained as they are. A part that would be empty is left out. In place of
-  any pair, `apply`, `merge` and `partition_specs` also take a kernel's adapter
-  of another kind, which `bilora_jax.adapters.init` makes.
+  ``{'layer': {'query': {'kernel': Factors}}}``; `extra` holds the parameters
+  that are trained whole. An empty part is left out. In place of any pair,
+  `apply`, `merge` and `partition_specs` also take an adapter of another kind,
+  made by `bilora_jax.adapters.init`.
 
-  Where the spec has a `base_dtype`, the variables that the methods take are
-  those that `quantize` gives: its adapted kernels are each a `qwix.QArray`.
+  If the spec has a `base_dtype`, the methods take the variables that `quantize`
+  returns, in which each adapted kernel is a `qwix.QArray`.
 
   Attributes:
-    skipped: why not, by path, for weights that the default targets leave out.
+    skipped: the reason for each weight that matches the default targets but
+      cannot be adapted, by path.
   """
 
   _host: _hosts.Host
@@ -55,54 +56,56 @@ class Adapted:
 
   @property
   def spec(self) -> LoraSpec:
-    """What was given to `adapt`."""
+    """The spec that `adapt` was called with."""
     return self._plan.spec
 
   @property
   def targets(self) -> dict[str, tuple[int, ...]]:
-    """The adapted weights and their shapes."""
+    """The paths of the adapted weights, and their shapes."""
     return {"/".join(p): x.site.shape for p, x in self._plan.weights.items()}
 
   def train(self) -> "Adapted":
-    """The same of an NNX model as `model.train()` makes it.
+    """Returns a copy for training, as `model.train()` sets an NNX model.
 
-    Dropout is on and takes its keys from `rngs`, BatchNorm reads the batch.
+    Dropout is on and takes its keys from `rngs`; BatchNorm uses the batch's
+    statistics.
 
     Raises:
-      ValueError: for a Linen model, which takes this as an argument of its own.
+      ValueError: for a Linen model, whose call takes the mode as an argument.
     """
     return dataclasses.replace(self, _host=self._host.in_mode(training=True))
 
   def eval(self) -> "Adapted":
-    """The same of an NNX model as `model.eval()` makes it.
+    """Returns a copy for evaluation, as `model.eval()` sets an NNX model.
 
-    Dropout is off, that of the adapters too, and BatchNorm reads its averages.
+    Dropout is off, also in the adapters; BatchNorm uses its running averages.
 
     Raises:
-      ValueError: for a Linen model, which takes this as an argument of its own.
+      ValueError: for a Linen model, whose call takes the mode as an argument.
     """
     return dataclasses.replace(self, _host=self._host.in_mode(training=False))
 
   def quantize(self, variables: Any, *, donate: bool = False) -> Any:
-    """The variables with their adapted kernels in the spec's `base_dtype`.
+    """Quantises the adapted kernels to the spec's `base_dtype`.
 
-    Of each tile the largest magnitude is the largest code, and the scale, in
-    float32, goes from the codes to floats. All else stays as it is:
-    embeddings, norms, heads, biases, and what the spec leaves out. One kernel
-    after the other is quantised, where it is; under `jax.jit`, all at once.
+    The largest magnitude of each tile becomes the largest code; the tile's
+    scale, in float32, maps codes back to floats. All other parameters stay
+    unchanged: embeddings, norms, heads, biases, and kernels without adapters.
+    Kernels are quantised one after the other, on their devices; under
+    `jax.jit`, all at once.
 
     Args:
-      variables: of the model; Linen's collections, or `nnx.state(model)`.
+      variables: the model's: Linen's collections, or `nnx.state(model)`.
       donate: whether each float kernel on a device is deleted once it has
         been read, so that memory never holds more than the variables and one
-        kernel; not under `jax.jit`, which has its own.
+        kernel; not under `jax.jit`, which has its own donation.
 
     Returns:
       Variables for the other methods, with metadata kept.
 
     Raises:
       ValueError: if the spec has no `base_dtype`, or `variables` are not those
-        of the model, or quantised already.
+        of the model, or are already quantised.
     """
     params = self._parameters(variables, as_floats=True)
     new = {}
@@ -114,30 +117,32 @@ class Adapted:
     return self._host.replace(variables, new)
 
   def quantize_leaf(self, path: str, array: Any) -> Any:
-    """One parameter of `quantize`, for loaders that read one at a time.
+    """Quantises one parameter, for loaders that read one at a time.
 
     Args:
-      path: of the parameter, as in `targets`.
-      array: its value; on a mesh, codes and scales stay where it is, except
-        that scales are whole along axes that they are too few to divide.
+      path: path of the parameter, as in `targets`.
+      array: value of the parameter. On a mesh, codes and scales keep its
+        sharding, but scales are replicated along an axis that has too few of
+        them to divide.
 
     Returns:
-      A `qwix.QArray` for an adapted kernel, and `array` for all else.
+      A `qwix.QArray` for an adapted kernel, and `array` for any other
+      parameter.
 
     Raises:
-      ValueError: if the spec has no `base_dtype`, or the model no such
-        parameter, or one of another shape.
+      ValueError: if the spec has no `base_dtype`, the model has no such
+        parameter, or the array has another shape.
     """
     if self.spec.base_dtype is None:
       raise ValueError(
-        "the spec has base_dtype=None, in which kernels stay as they are; "
+        "the spec has base_dtype=None, with which kernels stay floats; "
         f"to quantise, set one of {', '.join(_quantised.QTYPES)}."
       )
     key = tuple(path.split("/"))
     expected = self._plan.parameters.get(key)
     if expected is None or expected.shape != array.shape:
       raise ValueError(
-        f"{path} is no parameter of the model, which has "
+        f"{path} is not a parameter of the model, which has "
         f"{_unmatched.listed('/'.join(p) for p in self._plan.parameters)}."
         if expected is None
         else f"{path} has the shape {expected.shape}; got {tuple(array.shape)}."
@@ -152,34 +157,38 @@ class Adapted:
     )
 
   def quantized_axes(self, axes: Any) -> Any:
-    """Names of the axes of what `quantize` returns.
+    """Names the axes of the variables that `quantize` returns.
 
     Args:
-      axes: a tree like the variables before, of `jax.sharding.PartitionSpec`,
-        as `nn.get_partition_spec` gives it.
+      axes: a tree like the float variables, of `jax.sharding.PartitionSpec`,
+        as `nn.get_partition_spec` returns it.
 
     Returns:
-      A tree like the variables after. Codes have the kernel's names, and
-      scales too, but for axes of which they have one.
+      A tree like the quantised variables. Codes have the kernel's axis names;
+      scales have them too, except on axes of size 1.
     """
     params = self._host.parameters(axes)
     return self._host.replace(axes, _axes.of_quantised(self._plan, params))
 
   def init(self, key: jax.Array, variables: Any) -> dict[str, Any]:
-    """New adapters, that leave the model as it is.
+    """Makes new adapters, which do not change the model's output.
 
-    Of each pair, `a` is uniform in `+-1/sqrt(in)` (Kaiming's with
-    `a = sqrt(5)`, as in LoRA) and `b` zero, both float32; primary and
-    auxiliary draw from different keys. Only `extra` reads `variables`, which
-    with DoRA has the norms of the kernels' columns, `(*batch, out)`.
+    In each pair, `a` is uniform in `+-1/sqrt(in)` (Kaiming's initialisation
+    with `a = sqrt(5)`, as in LoRA) and `b` is zero, both float32; primary and
+    auxiliary draw from different keys. Only `extra` depends on the values of
+    `variables`; with DoRA, `extra` includes the norms of the kernels' columns,
+    `(*batch, out)`.
 
     Args:
       key: a JAX random key.
-      variables: of the model; Linen's collections, or `nnx.state(model)`.
+      variables: the model's: Linen's collections, or `nnx.state(model)`.
+
+    Returns:
+      The adapters, a dict of `primary`, `auxiliary` and `extra`.
 
     Raises:
-      ValueError: if `variables` are not those of the model, each mismatch
-        named.
+      ValueError: if `variables` are not those of the model; the message names
+        each mismatch.
     """
     params = self._parameters(variables)
     adapters: dict[str, Any] = {}
@@ -215,28 +224,29 @@ class Adapted:
   ) -> Any:
     """Runs the model at `W0 + primary + auxiliary`, or `W0 + primary`.
 
-    The two modules are joined along the rank, so each layer does two thin
-    products, as with plain LoRA; given `primary(adapters)`, they have rank r1.
+    The two adapters are joined along the rank, so each layer computes two thin
+    products, as with plain LoRA; with `primary(adapters)`, of rank r1.
 
     Args:
-      variables: of the model; Linen's collections, or `nnx.state(model)`.
+      variables: the model's: Linen's collections, or `nnx.state(model)`.
       adapters: from `init`, with or without the auxiliary.
-      *args: the model's.
+      *args: arguments of the model.
       rngs: keys by name: Linen's rngs, or new keys for the streams of an NNX
-        model. With a `dropout` key, dropout of the adapters is on.
-      mutable: as in Linen. For NNX `True` returns `(output, variables)`, the
-        latter with the state that the call changed, parameters as they were.
+        model. A `dropout` key turns the adapters' dropout on.
+      mutable: as in Linen. For NNX, `True` returns `(output, variables)`:
+        the variables with the state that the call changed, and the same
+        parameters.
       method: as in Linen, one of the `methods` given to `adapt`.
-      **kwargs: the model's.
+      **kwargs: keyword arguments of the model.
 
     Returns:
-      What the model returns.
+      The model's output.
 
     Raises:
-      ValueError: if adapters are missing, unknown or of wrong shape, or
-        variables are, each named; or the method has no adapters; or an NNX
-        model that is not of `eval` draws from a stream without a key, or
-        changes its state where that is not `mutable`.
+      ValueError: if adapters or variables are missing, unknown or of the wrong
+        shape (the message names each), or the method has no adapters, or an
+        NNX model that is not in `eval` mode draws from a stream without a key
+        or changes its state without `mutable`.
     """
     self.check(adapters, any_kind=True)
     params = self._parameters(variables)
@@ -255,20 +265,23 @@ class Adapted:
     *,
     donate: bool = False,
   ) -> Any:
-    """The variables of a plain model at `W0 + scale * a @ b` of the primary.
+    """Adds the primary to the variables: `W0 + scale * a @ b`.
 
-    With DoRA, at that with its columns scaled to their magnitudes. Each sum is
-    taken in float32 and cast once to the kernel's dtype; `extra` replaces what
-    it was taken from. The auxiliary is thrown away. A quantised base becomes
-    one of floats again, kernels in the dtype that the model makes them in
+    With DoRA, the columns of this sum are scaled to their magnitudes. Each sum
+    is computed in float32 and cast once to the kernel's dtype. `extra` replaces
+    the parameters that it was copied from. The auxiliary is dropped. Quantised
+    kernels become floats again, in the dtype in which the model makes them
     (Flax's `param_dtype`).
 
     Args:
-      variables: of the model.
-      adapters: to add to them.
+      variables: the model's.
+      adapters: from `init`, with or without the auxiliary.
       donate: whether each adapted kernel is deleted once it has been read, so
         that memory never holds more than the variables and one kernel; not
-        under `jax.jit`, which has its own.
+        under `jax.jit`, which has its own donation.
+
+    Returns:
+      Variables for the model without adapters.
 
     Raises:
       ValueError: as `apply`.
@@ -282,17 +295,18 @@ class Adapted:
   def partition_specs(
     self, variables: Any, adapters: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """Logical axes of adapters, that follow those of the kernels.
+    """Derives the logical axes of adapters from those of the kernels.
 
     Args:
-      variables: with `nn.Partitioned` boxes, or NNX sharding metadata.
-      adapters: the tree to describe; shapes are enough.
+      variables: the model's, with `nn.Partitioned` boxes or NNX sharding
+        metadata.
+      adapters: the tree to describe; shapes suffice.
 
     Returns:
-      A tree like `adapters` of `jax.sharding.PartitionSpec`. Scanned and
-      batched axes keep their names, `in` and `out` get those of the first axis
-      that they are made of, and the rank is never sharded. Adapters of other
-      kinds than pairs are whole on each device.
+      A tree like `adapters`, of `jax.sharding.PartitionSpec`. Scanned and
+      batched axes keep their names; `in` and `out` have the name of the first
+      kernel axis that they combine; the rank is never sharded. Adapters that
+      are not pairs are replicated.
     """
     names = self._host.logical_axes(variables)
     return _axes.of_adapters(self._plan, names, adapters)
@@ -304,31 +318,34 @@ class Adapted:
     whole: bool = True,
     any_kind: bool = False,
   ) -> None:
-    """Refuses adapters that are not of this model and spec.
+    """Refuses adapters that do not fit this model and spec.
 
     Args:
       adapters: from `init`, with or without the auxiliary.
-      whole: whether all of `extra` must be there, if the spec has one.
+      whole: whether `extra` must be complete, if the spec has one.
       any_kind: whether a kernel may have an adapter of another kind than the
-        spec's pair, as those of `bilora_jax.adapters`.
+        spec's pair, such as `adapters.LoHa`.
 
     Raises:
-      ValueError: that names every mismatch.
+      ValueError: if anything does not fit; the message names every mismatch.
     """
     self._plan.check_adapters(adapters, whole=whole, any_kind=any_kind)
 
   def shapes(self, part: str) -> dict[Path, Any]:
-    """What a part of the adapters holds, by path.
+    """The shapes in a part of the adapters, by path.
+
+    Args:
+      part: `'primary'`, `'auxiliary'` or `'extra'`.
 
     Returns:
-      Of `extra` the shapes; of a pair `(shape of a, shape of b, scale)`.
+      For `extra`, shapes; otherwise `(shape of a, shape of b, scale)`.
     """
     return self._plan.shapes(part)
 
   def _parameters(
     self, variables: Any, *, as_floats: bool = False
   ) -> dict[Path, Any]:
-    """The parameters by path, once the plan has checked them."""
+    """The parameters by path, after the plan's check."""
     params = self._host.parameters(variables)
     self._plan.check_parameters(params, as_floats=as_floats)
     return params

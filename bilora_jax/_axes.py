@@ -1,4 +1,4 @@
-"""Names of axes, of adapters and of quantised kernels, from the kernels'."""
+"""Names of the axes of adapters and of quantised kernels, from the kernels'."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,11 @@ from bilora_jax._site import Path
 
 
 def of_quantised(plan: Plan, axes: Mapping[Path, Any]) -> dict[Path, Any]:
-  """A `qwix.QArray` of names for each kernel that the spec quantises.
+  """Makes a `qwix.QArray` of names for each kernel that the spec quantises.
 
   Args:
-    plan: of the model.
-    axes: of all parameters, each a `PartitionSpec`, by path.
+    plan: the plan of the model.
+    axes: a `PartitionSpec` for each parameter, by path.
   """
   new = {}
   for path, x in plan.weights.items():
@@ -34,7 +34,7 @@ def of_adapters(
   names: Mapping[Path, tuple[Any, ...]],
   adapters: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """As `Adapted.partition_specs`, given the names of the parameters' axes."""
+  """`Adapted.partition_specs`, from the names of the parameters' axes."""
 
   def of_kernel(path: Path) -> Factors:
     x = plan.weights[path]

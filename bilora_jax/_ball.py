@@ -1,4 +1,4 @@
-"""The ball: adapters of any kinds, scaled until their norm is its radius."""
+"""The ball: scales adapters of any kind until their norm is its radius."""
 
 from collections.abc import Mapping
 import math
@@ -13,7 +13,7 @@ from bilora_jax import _nodes, _norms
 Clip: TypeAlias = Literal["global", "layer"] | None
 ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
 
-# What rounding may leave outside of a ball.
+# How far outside of a ball, relative to its radius, rounding may leave a norm.
 _SLACK = 1e-6
 
 
@@ -24,10 +24,11 @@ class FrobeniusBallState(NamedTuple):
     count: number of updates so far, int32 scalar; the argument of a schedule.
     auxiliary_norm: c of equation (10): the norm over all nodes before the last
       clip, float32 scalar, in units of the weights.
-    clip_factor: what the last clip multiplied each parameter by, float32
-      scalar; 1 if nothing was clipped, the smallest over all nodes if they
-      differ.
-    radius: rho of the last clip, float32 scalar; before any, that of the first.
+    clip_factor: the factor by which the last clip multiplied each parameter,
+      float32 scalar; 1 if nothing was clipped, and the smallest factor if nodes
+      have different ones.
+    radius: rho of the last clip, float32 scalar; before any clip, rho of the
+      first.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -39,45 +40,46 @@ class FrobeniusBallState(NamedTuple):
 def keep_in_ball(
   rho: ScalarOrSchedule, *, clip: Clip = "global", specs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Modifies the updates to keep adapters of any kinds inside one ball.
+  r"""Modifies the updates to keep adapters of any kind inside one ball.
 
-  Let node j have the perturbation :math:`W_j`, after the update, and the degree
-  :math:`k_j`: its parameters times t stand for :math:`t^{k_j} W_j`. Then
+  Let node j have the perturbation :math:`W_j` after the update, and the degree
+  :math:`k_j`: its parameters times t give :math:`t^{k_j} W_j`. Then
 
   .. math::
 
     c = \sqrt{\sum_j \|W_j\|_F^2}, \qquad
     \theta_j \leftarrow (\rho / c)^{1 / k_j}\, \theta_j \text{ if } c > \rho
 
-  brings each node to :math:`\rho / c` of its size, and all of them to the
-  sphere. Of `Factors`, where k is 2, this is equation (10) of the paper.
+  multiplies each perturbation by :math:`\rho / c`, so that their joint norm is
+  rho. For `Factors`, k is 2, and this is equation (10) of the paper.
 
-  In a chain of transformations this is the last one: what comes after it may
-  leave the ball, and nothing says so. `hold_ball` holds it all the same.
+  In a chain of transformations this must be the last: a later transformation
+  can move adapters out of the ball, without an error. Then use `hold_ball`.
 
   Args:
-    rho: radius of the ball, in units of the weights, or a schedule of it. The
-      value of a schedule or an array counts as 0 if it is below 0 or NaN. The
-      scale of each pair counts: rho bounds what the weights really get.
+    rho: radius of the ball, in units of the weights, or a schedule of the
+      radius. A value of a schedule or an array that is below 0 or NaN counts
+      as 0. Norms include the scale of each pair: rho bounds the change of the
+      weights themselves.
     clip: `'global'`, one ball over all nodes; `'layer'`, a ball of radius rho
       for each node, and for each index of its batch axes; `None`, no clip, the
       norm is only recorded. The last two are the paper's ablations.
     specs: only under `jax.shard_map` and `jax.pmap`, where the code sees
-      shards: a tree like params, of pairs of `PartitionSpec`. Norms are then
-      those of the whole pairs. Under `jax.jit` they are so without it.
+      shards: a tree like params, of pairs of `PartitionSpec`. With it, norms
+      are those of the whole pairs. `jax.jit` needs no specs for this.
 
   Returns:
-    A transformation of trees of nodes with a `degree` and a `squared_norm`, as
-    `Factors` and those of `bilora_jax.adapters`. Its state records the norm
-    before the clip, the clip's factor and the radius, as
+    A transformation of trees of nodes with a `degree` and a `squared_norm`,
+    such as `Factors` and the nodes of `bilora_jax.adapters`. Its state records
+    the norm before the clip, the clip's factor and the radius, as
     `optax.tree.get(state, 'auxiliary_norm')`, `'clip_factor'` and `'radius'`.
-    Its update takes an extra argument `radius` (or `rho`, its old name), that
-    counts in place of the one given here.
+    Its update takes an extra argument `radius` (or `rho`, the old name), which
+    overrides `rho` above.
 
   Raises:
     ValueError: if the number rho is negative or not finite, or clip is unknown;
       on update, if params are missing or hold an array outside of a node, or
-      specs do not fit them, shard a rank, or shard nodes that are no pairs.
+      specs do not fit params, shard a rank, or shard nodes that are not pairs.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -96,18 +98,18 @@ def keep_in_ball(
 
   References:
     Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, equation
-    (10). There the scale is left out of the norm.
+    (10). The paper's norm leaves the scale out.
 
   .. note::
-    At rho = 0 the fields that a node names in `kept` stay, as `a` of a pair:
-    with all of them zero it would stay there for ever, and a schedule could
-    not start at 0. The same holds where c is infinite.
+    At rho = 0, the fields that a node lists in `kept`, such as `a` of a pair,
+    do not change: if all fields were zero, all gradients would be zero too, and
+    a schedule could not start at 0. The same holds if c is infinite.
 
   .. note::
-    Norms are right for entries from 1e-30 to 1e30, of lopsided pairs too.
-    After an update c is at most `rho * (1 + 1e-6)`, unless the parameters
-    before it were far outside of the ball: Optax adds updates, and their sum
-    has the rounding of what they are added to.
+    Norms are accurate for entries from 1e-30 to 1e30, even if the two factors
+    of a pair differ in size. After an update, c is at most `rho * (1 + 1e-6)`,
+    unless the parameters before the update were far outside of the ball: Optax
+    adds the update to them, and the sum has their rounding error.
   """
   _check_rho(rho)
   if clip not in ("global", "layer", None):
@@ -144,31 +146,31 @@ def keep_in_ball(
 
 
 keep_in_frobenius_ball = keep_in_ball
-"""`keep_in_ball`, by the name that it has for pairs."""
+"""Another name of `keep_in_ball`, for trees of pairs."""
 
 
 def hold_ball(
   tx: optax.GradientTransformation, *, clip: Clip = "global", specs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-  """Holds the auxiliary in its ball, whatever stands around `bilora`.
+  """Keeps the auxiliary in its ball if other transformations surround `bilora`.
 
-  What follows `bilora` in a chain, an average or a scheduled scale, moves the
-  auxiliary out of its ball, and so does `optax.masked`, which passes on the
-  gradients that it hides. Put this around all of it: after the last of them the
-  auxiliary is brought back into the ball of the radius that is in the state.
+  A transformation after `bilora` in a chain, such as an average or a scheduled
+  scale, moves the auxiliary out of its ball. So does `optax.masked`, which
+  passes masked gradients on unchanged. Wrap the whole chain: `hold_ball` brings
+  the auxiliary back into the ball, whose radius it reads from the state.
 
   Args:
-    tx: with `bilora` somewhere in it.
-    clip: see `keep_in_ball`; as in `bilora`.
-    specs: likewise.
+    tx: a transformation that contains `bilora`.
+    clip: as in `bilora`.
+    specs: as in `bilora`.
 
   Returns:
-    A transformation of the partition. Its state is that of `tx`, and so are its
-    updates, to the bit, where those stay in the ball.
+    A transformation of the partition, with the state of `tx`. Updates of `tx`
+    that stay in the ball are returned unchanged, to the bit.
 
   Raises:
-    ValueError: if clip is unknown; on init, if tx has no ball, or several; on
-      update, if params are missing.
+    ValueError: if clip is unknown; on init, if tx contains no ball or several
+      balls; on update, if params are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -193,8 +195,8 @@ def hold_ball(
     balls = len(_states(state))
     if balls != 1:
       raise ValueError(
-        "hold_ball holds the ball of one bilora; the transformation that it "
-        f"got has {balls}."
+        "hold_ball needs a transformation that contains one bilora; got a "
+        f"transformation that contains {balls}."
       )
     return state
 
@@ -220,9 +222,9 @@ def hold_ball(
 
 
 def _states(state: Any) -> list[FrobeniusBallState]:
-  """The states of balls in the state of any transformation."""
-  found = optax.tree.get_all_with_path(state, "FrobeniusBallState")
-  return [cast(FrobeniusBallState, ball) for _, ball in found]
+  """The states of all balls in the state of a transformation."""
+  balls = optax.tree.get_all_with_path(state, "FrobeniusBallState")
+  return [cast(FrobeniusBallState, ball) for _, ball in balls]
 
 
 def given_radius(extra_args: Mapping[str, Any]) -> Any:
@@ -240,22 +242,22 @@ def _clipped(
   specs: Any,
   slack: float = 0.0,
 ) -> tuple[Any, jax.Array, jax.Array]:
-  """The updates that end in the ball, the norm, and the smallest factor."""
+  """Updates that end in the ball, the norm before, and the smallest factor."""
   proposed = optax.apply_updates(params, updates)
   norm, each, shards = _norms.norms(proposed, specs)
   clip_factor = jnp.float32(1.0)
   if clip is None:
     return updates, norm, clip_factor
-  found = _norms.nodes(proposed)
+  nodes = _norms.nodes(proposed)
   if clip == "global":
-    factors = [_shrinkage(norm, radius, node.degree, slack) for node in found]
+    factors = [_shrinkage(norm, radius, node.degree, slack) for node in nodes]
     smallest = list(
-      {node.degree: f for node, f in zip(found, factors)}.values()
+      {node.degree: f for node, f in zip(nodes, factors)}.values()
     )
   else:
     factors = [
       _shrinkage(size, radius, node.degree, slack)
-      for node, size in zip(found, each)
+      for node, size in zip(nodes, each)
     ]
     smallest = [
       _norms.across(jax.lax.pmin, axes, jnp.min(factor, initial=1.0))
@@ -266,7 +268,7 @@ def _clipped(
   factor = iter(factors)
 
   def project(old, update, new):
-    # What a mask hides stays hidden.
+    # A masked node stays masked.
     if not _nodes.is_seen(new):
       return update
     return _projected(old, update, new, next(factor))
@@ -278,7 +280,7 @@ def _clipped(
 
 
 def _radius(value: Any) -> jax.Array:
-  """The radius, where what is negative or NaN is 0."""
+  """The radius in float32, 0 if the value is negative or NaN."""
   value = jnp.asarray(value, jnp.float32)
   return jnp.where(value > 0, value, 0.0)
 
@@ -286,7 +288,7 @@ def _radius(value: Any) -> jax.Array:
 def _shrinkage(
   norm: jax.Array, radius: jax.Array, degree: int, slack: float
 ) -> jax.Array:
-  """What to multiply parameters by to bring `norm` down to `radius`."""
+  """The factor of the parameters that brings `norm` down to `radius`."""
   outside = norm > radius * (1 + slack) if slack else norm > radius
   ratio = radius / jnp.where(outside, norm, 1)
   return jnp.where(outside, _root(ratio, degree), 1)
@@ -306,7 +308,7 @@ def _root(x: jax.Array, degree: int) -> jax.Array:
 
 
 def _projected(old: Any, update: Any, new: Any, factor: jax.Array) -> Any:
-  """The update that takes `old` to `factor * new`, where fields move."""
+  """The update from `old` to `factor * new`; that of held fields stays."""
 
   def one(name, p, u, x):
     if _nodes.is_held(new, name):
@@ -316,14 +318,14 @@ def _projected(old: Any, update: Any, new: Any, factor: jax.Array) -> Any:
     )
     f = _nodes.expanded(f, x.ndim) if f.ndim else f
     shrunk = (f * x.astype(jnp.float32) - p.astype(jnp.float32)).astype(u.dtype)
-    # Inside the ball the optimizer's own update is left as it is, to the bit.
+    # Inside the ball the optimizer's update stays unchanged, to the bit.
     return jnp.where(f < 1, shrunk, u)
 
   return _nodes.map_fields(one, old, update, new)
 
 
 def _check_rho(rho: ScalarOrSchedule) -> None:
-  # Under optax.inject_hyperparams rho is an array, which is clamped.
+  # Under optax.inject_hyperparams rho is an array; `_radius` clamps it.
   if callable(rho) or isinstance(rho, jax.Array):
     return
   if not (math.isfinite(rho) and rho >= 0):

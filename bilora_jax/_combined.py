@@ -1,4 +1,4 @@
-"""Base weights and adapters together: as layers use them, and merged."""
+"""Combines base weights and adapters: as stand-ins for layers, or merged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +20,17 @@ def stand_ins(
   adapters: Mapping[str, Any],
   dropout_key: jax.Array | None,
 ) -> dict[Path, Any]:
-  """What a model runs with in place of some of its parameters.
+  """Makes the values with which a model runs in place of some parameters.
 
   Args:
-    plan: of the model.
+    plan: the plan of the model.
     params: all parameters of the base, by path.
-    adapters: that fit the plan, with or without the auxiliary.
-    dropout_key: for dropout of the adapters; None for none.
+    adapters: adapters that fit the plan, with or without the auxiliary.
+    dropout_key: key for dropout of the adapters; None for no dropout.
 
   Returns:
-    A `StandIn` for each adapted weight, and an array for each of `extra`.
+    A `StandIn` for each adapted weight, and an array for each parameter of
+    `extra`, by path.
   """
   pairs, gains = _joined(adapters)
   magnitudes, new = _extra(plan, params, adapters)
@@ -61,16 +62,17 @@ def merged(
   *,
   donate: bool,
 ) -> dict[Path, Any]:
-  """What replaces parameters of the base to be the adapted model.
+  """Makes the parameters that turn the base into the merged model.
 
   Args:
-    plan: of the model.
+    plan: the plan of the model.
     params: all parameters of the base, by path.
-    adapters: that fit the plan.
+    adapters: adapters that fit the plan.
     donate: whether each adapted kernel is deleted once it has been read.
 
   Returns:
-    A kernel for each adapted weight, and an array for each of `extra`.
+    A kernel for each adapted weight, and an array for each parameter of
+    `extra`, by path.
   """
   pairs, gains = _joined(adapters)
   magnitudes, new = _extra(plan, params, adapters)
@@ -100,7 +102,7 @@ def merged(
 def _joined(
   adapters: Mapping[str, Any],
 ) -> tuple[dict[Path, Factors], dict[Path, jax.Array]]:
-  """What is added to kernels, and what their outputs are multiplied by."""
+  """The pairs to add to kernels, and the gains of their outputs, by path."""
   pairs: dict[Path, Factors] = {}
   gains: dict[Path, jax.Array] = {}
   for part in ("primary", "auxiliary"):
@@ -116,9 +118,9 @@ def _joined(
 def _extra(
   plan: Plan, params: Mapping[Path, Any], adapters: Mapping[str, Any]
 ) -> tuple[dict[Path, Any], dict[Path, Any]]:
-  """Magnitudes by their kernels, and parameters that adapters replace.
+  """Magnitudes by their kernels' paths, and new values of whole parameters.
 
-  The latter in the dtypes of these.
+  The values have the dtypes of the parameters.
   """
   magnitudes, others = _dora.split(
     flatten(adapters.get("extra", {})), plan.weights
@@ -129,7 +131,7 @@ def _extra(
 
 
 def _key_at(key: jax.Array, site: Site) -> jax.Array:
-  """The key for dropout at a weight, one for each scanned layer."""
+  """The keys for dropout at a weight, one for each scanned layer."""
   site_key = jax.random.fold_in(key, zlib.crc32("/".join(site.path).encode()))
   layers = site.shape[: site.scanned]
   return jax.random.split(site_key, layers) if layers else site_key

@@ -9,22 +9,22 @@ from bilora_jax import _explicit
 from bilora_jax._factors import Factors
 
 SUFFIX = "_magnitude"
-"""Behind the name of a kernel: where its magnitude is, in `extra`."""
+"""Suffix of a kernel's name in `extra`, where its magnitude is."""
 
 
 def column_norms(kernel: jax.Array, pair: Factors | None = None) -> jax.Array:
-  r"""Norms of the columns of a kernel, with a pair's weight added or without.
+  r"""Norms of the columns of a kernel, with or without a pair's weight added.
 
   .. math::
     \|w_j + s A b_j\|^2 = \|w_j\|^2 + 2 s\, b_j^\top (A^\top w_j) +
     s^2\, b_j^\top (A^\top A) b_j
 
-  never forms the (in, out) product: it costs what r rows of a batch cost the
-  layer, and reads the kernel.
+  never forms the (in, out) product: it reads the kernel, and costs as much as r
+  rows of a batch cost the layer.
 
   Args:
     kernel: `(*batch, in, out)`.
-    pair: of the same batch axes and sides.
+    pair: a pair with the same batch axes, `in` and `out`.
 
   Returns:
     `(*batch, out)`, float32.
@@ -46,7 +46,7 @@ def column_norms(kernel: jax.Array, pair: Factors | None = None) -> jax.Array:
       ),
     )
 
-  # In the kernel's dtype, of which no float32 copy is wanted.
+  # In the kernel's dtype, to avoid a float32 copy of the kernel.
   cross = product(a.astype(kernel.dtype), kernel)
   within = jnp.einsum(
     "...rs,...so->...ro",
@@ -63,16 +63,16 @@ def column_norms(kernel: jax.Array, pair: Factors | None = None) -> jax.Array:
 def gain(
   kernel: jax.Array, pair: Factors | None, magnitude: jax.Array
 ) -> jax.Array:
-  """What outputs of the adapted layer are multiplied by, `(*batch, out)`.
+  """The factor of each output of the adapted layer, `(*batch, out)`.
 
-  The norms are held out of the gradient, as in the paper's section 4.3. A
-  column of zeros has no direction, and stays.
+  No gradient flows through the norms, as in the paper's section 4.3. A column
+  of zeros has no direction and does not change.
   """
   return _over(magnitude, jax.lax.stop_gradient(column_norms(kernel, pair)))
 
 
 def scaled(weight: jax.Array, magnitude: jax.Array) -> jax.Array:
-  """A weight `(*batch, in, out)` with columns of these magnitudes."""
+  """Scales the columns of a weight `(*batch, in, out)` to these magnitudes."""
   return weight * _over(magnitude, column_norms(weight))[..., None, :]
 
 
@@ -82,14 +82,14 @@ def _over(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 def path_of(path: tuple[str, ...]) -> tuple[str, ...]:
-  """Where the magnitude of the kernel at a path is."""
+  """The path of the magnitude of the kernel at a path."""
   return (*path[:-1], path[-1] + SUFFIX)
 
 
 def split(
   extra: dict[tuple[str, ...], Any], kernels: Any
 ) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]:
-  """The magnitudes by their kernels' paths, and what else is in `extra`."""
+  """The magnitudes by their kernels' paths, and the rest of `extra`."""
   magnitudes = {
     path: extra[path_of(path)] for path in kernels if path_of(path) in extra
   }

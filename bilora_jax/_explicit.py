@@ -1,7 +1,8 @@
-"""Products on meshes whose axes are Explicit: there JAX asks for the result's.
+"""Shardings of products on meshes with Explicit axes.
 
-Of a product that sums over an axis that both operands split, the program has to
-say how the result is split. (On other meshes the compiler finds it out.)
+If a product sums over an axis that is sharded in both operands, JAX needs the
+sharding of the result from the program. (On other meshes the compiler infers
+it.)
 """
 
 import jax
@@ -9,15 +10,15 @@ from jax.sharding import PartitionSpec
 
 
 def out_sharding(x: jax.Array, *axes: int | None) -> PartitionSpec | None:
-  """How to split a result as an operand is.
+  """Derives the sharding of a result from the sharding of an operand.
 
   Args:
     x: the operand.
-    axes: for each axis of the result the axis of x that it is split as; None
-      for a whole one.
+    *axes: for each axis of the result, the axis of x with the same sharding;
+      None for an axis that is not sharded.
 
   Returns:
-    None where no axis of the mesh is Explicit.
+    The sharding, or None if no axis of the mesh is Explicit.
   """
   sharding = jax.typeof(x).sharding
   if not sharding.mesh.explicit_axes:

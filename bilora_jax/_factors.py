@@ -12,18 +12,18 @@ from bilora_jax import _explicit, _nodes
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  r"""A low-rank pair that stands for the weight `scale * a @ b`.
+  r"""A low-rank pair, which represents the weight `scale * a @ b`.
 
-  In the letters of the Bi-LoRA paper, whose weights are (out, in), `a` is
-  :math:`A^\top` and `b` is :math:`B^\top`: JAX kernels are (in, out). The pair
-  is one pytree node, so that nothing ever pairs leaves by their names: for JAX,
-  for `jax.export` and for `flax.serialization`.
+  The Bi-LoRA paper has weights (out, in), and JAX has kernels (in, out): `a` is
+  the paper's :math:`A^\top` and `b` is :math:`B^\top`. The pair is one pytree
+  node for JAX, `jax.export` and `flax.serialization`, so that no code matches
+  leaves by their names.
 
   Attributes:
     a: `(*batch, in, r)`. Leading batch axes are scanned layers or experts.
     b: `(*batch, r, out)`, with the same batch axes as `a`.
     scale: static; `alpha / r` in LoRA's notation.
-    degree: 2; a pair times t stands for a weight times t squared.
+    degree: 2: a pair times t represents the weight times t squared.
   """
 
   degree: ClassVar[int] = 2
@@ -50,18 +50,19 @@ class Factors:
     .. math:: \|ab\|_F^2 = \sum_{ij} (a^\top a)_{ij} (b b^\top)_{ij}
 
     costs two `r x r` Gram matrices and never forms the `(in, out)` product.
-    Each factor is divided by its magnitude first, so that any norm that
-    float32 holds is found, of factors of any sizes. The derivative at the
+    Each factor is divided by its magnitude first, so that the result is right
+    for factors of any sizes, if float32 can represent it. The derivative at the
     weight 0 is 0.
 
     Args:
       specs: see `squared_norm`.
 
     .. note::
-      Where terms of the product cancel, the norm is known to the rounding of
-      the terms alone: its square has an error of up to some 1e-7 times
-      :math:`\||a||b|\|_F^2`. Of 2,000 random pairs whose weight was 4e-4 of its
-      terms, the worst read 29% wrong; at 1.3e-4, 129%, and a fifth read 0.
+      If terms of the product cancel, the error is the rounding error of the
+      terms: the square of the norm has an error of up to about 1e-7 times
+      :math:`\||a||b|\|_F^2`. For 2,000 random pairs whose weight was 4e-4 of
+      its terms, the largest relative error was 29%; at 1.3e-4, it was 129%, and
+      a fifth of the norms were 0.
     """
     square, scale = self.scaled_square(specs)
     return scale * _nodes.safe_sqrt(square)
@@ -69,14 +70,15 @@ class Factors:
   def scaled_square(
     self, specs: "Factors | None" = None
   ) -> tuple[jax.Array, jax.Array]:
-    """The square of the norm over a power of two squared, and that power.
+    """The square of `norm / p` for a power of two p, and p.
 
     Args:
       specs: see `squared_norm`.
 
     Returns:
-      Two arrays `(*batch)` in float32. Powers of two round nothing: where
-      `squared_norm` is in float32's range, this is the same to the bit.
+      Two arrays `(*batch)` in float32. Division by powers of two is exact: if
+      `squared_norm` is in float32's range, it equals the first array times p
+      squared, to the bit.
     """
     sizes, sides = [], sharded_sides(self, specs)
     for x, axes in zip((self.a, self.b), sides):
@@ -84,20 +86,21 @@ class Factors:
       sizes.append(jax.lax.pmax(size, axes) if axes else size)
     size_a, size_b = sizes
     a, b = _nodes.over(self.a, size_a), _nodes.over(self.b, size_b)
-    # Of one large and one small factor, neither is multiplied by alone.
+    # The powers are multiplied together, as one may be large and one small.
     return self.scale**2 * _unscaled_square(a, b, sides), size_a * size_b
 
   def squared_norm(self, specs: "Factors | None" = None) -> jax.Array:
     """The square of `frobenius_norm`, `(*batch)`, in float32.
 
-    It costs less, and takes squares of entries as they are: above some 1e19 it
-    is infinite or NaN, and a factor below 1e-19 throughout counts as zero.
+    It costs less than `frobenius_norm`, but squares entries without scaling
+    them: above about 1e19 it is infinite or NaN, and a factor with all entries
+    below 1e-19 counts as zero.
 
     Args:
-      specs: where the code sees shards, under `jax.shard_map` and `jax.pmap`:
-        the `PartitionSpec` of `a` and that of `b`. The norm is then that of
-        the whole weight; of batch axes each shard has its own part. Two r x r
-        sums are what is communicated.
+      specs: only under `jax.shard_map` and `jax.pmap`, where the code sees
+        shards: the `PartitionSpec` of `a` and of `b`. With them, the norm is
+        that of the whole weight; each shard has its part of the batch axes. The
+        communication is two sums of r x r matrices.
 
     Raises:
       ValueError: if the specs shard the rank.
@@ -106,27 +109,27 @@ class Factors:
     return self.scale**2 * _unscaled_square(self.a, self.b, sides)
 
   def join(self, other: "Factors") -> "Factors":
-    """Puts two pairs side by side along the rank: their weights add up.
+    """Concatenates two pairs along the rank: their weights add up.
 
     Args:
-      other: a pair of the same batch axes, `in`, `out` and scale.
+      other: a pair with the same batch axes, `in`, `out` and scale.
 
     Returns:
       A pair of rank `self.rank + other.rank`.
 
     Raises:
-      ValueError: if the scales differ, or the shapes do outside the rank.
+      ValueError: if the scales, or the shapes except for the rank, differ.
     """
     if self.scale != other.scale:
       raise ValueError(
         "only pairs of equal scale can be joined along the rank; got "
         f"{self.scale} and {other.scale}."
       )
-    own, others = _outer_shapes(self), _outer_shapes(other)
-    if own != others:
+    ours, theirs = _outer_shapes(self), _outer_shapes(other)
+    if ours != theirs:
       raise ValueError(
         "pairs can be joined along the rank if (*batch, in) and (*batch, out) "
-        f"agree; got {own} and {others}."
+        f"agree; got {ours} and {theirs}."
       )
     return Factors(
       jnp.concatenate([self.a, other.a], axis=-1),
@@ -135,7 +138,7 @@ class Factors:
     )
 
   def split(self, rank: int) -> tuple["Factors", "Factors"]:
-    """Undoes `join`: the first `rank` columns, and the rest.
+    """Undoes `join`: returns the first `rank` columns, and the rest, as pairs.
 
     Raises:
       ValueError: if `rank` is negative or above this pair's rank.
@@ -152,14 +155,14 @@ class Factors:
 
 
 def is_factors(node: Any) -> bool:
-  """Whether a node is a pair; the `is_leaf` of maps over pairs."""
+  """Whether a node is a pair; use as `is_leaf` in maps over pairs."""
   return isinstance(node, Factors)
 
 
 def sharded_sides(
   factors: Factors, specs: Factors | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The mesh axes that the input of `a` and the output of `b` are split by.
+  """The mesh axes that shard the input of `a` and the output of `b`.
 
   Raises:
     ValueError: if the specs shard the rank.
@@ -177,7 +180,7 @@ def sharded_sides(
 
 
 def batch_axes(factors: Factors, specs: Factors) -> tuple[str, ...]:
-  """The mesh axes that the batch axes of a pair are sharded over."""
+  """The mesh axes that shard the batch axes of a pair."""
   return tuple(
     name for axis in _mesh_axes(factors.a, specs.a)[:-2] for name in axis
   )
@@ -196,8 +199,8 @@ def _unscaled_square(
 
 
 def _gram(x: jax.Array, equation: str) -> jax.Array:
-  # Half-precision norms are off by percents, and so are the bfloat16 passes
-  # that a TPU makes of float32 matmuls unless asked not to.
+  # Norms in half precision have errors of percents, and so have float32 matmuls
+  # of a TPU, which by default run in bfloat16.
   x = x.astype(jnp.float32)
   return jnp.einsum(
     equation,
@@ -210,7 +213,7 @@ def _gram(x: jax.Array, equation: str) -> jax.Array:
 
 
 def _mesh_axes(x: jax.Array, spec: Any) -> list[tuple[str, ...]]:
-  """The mesh axes that each axis of an array is sharded over."""
+  """The mesh axes that shard each axis of an array."""
   names = [*spec, *[None] * (x.ndim - len(spec))]
   return [(n,) if isinstance(n, str) else tuple(n or ()) for n in names]
 

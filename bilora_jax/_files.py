@@ -1,4 +1,4 @@
-"""Adapters alone, on disk: one safetensors file and a small JSON beside it."""
+"""Adapters on disk, without the base: one safetensors file and a small JSON."""
 
 from collections.abc import Mapping
 import contextlib
@@ -27,8 +27,8 @@ from bilora_jax._spec import LoraSpec
 _VERSION = 1
 _MOST = sys.float_info.max
 _TENSORS, _CONFIG = "adapters.safetensors", "adapters.json"
-# How the base is stored, in any form of which adapters fit; and what is left
-# out, which the paths of the adapters say.
+# Adapters fit any stored form of the base, and their paths show which modules
+# were excluded.
 _NOT_COMPARED = {"base_dtype", "tile_size", "exclude"}
 
 
@@ -37,19 +37,20 @@ def save_adapters(
   adapted: Adapted,
   adapters: Any,
 ) -> None:
-  """Writes adapters and their spec, so that a reader never sees half of them.
+  """Writes adapters and their spec; a reader never sees a part of them.
 
   Args:
-    folder: is created; gets `adapters.safetensors`, arrays named as
-      `primary/layer/query/kernel/a`, and `adapters.json`, with the spec, the
-      scale of each pair and the version of the format.
-    adapted: the model that they are for.
-    adapters: all of them, or `primary(adapters)`.
+    folder: where to write, created if it is missing: `adapters.safetensors`,
+      with arrays named like `primary/layer/query/kernel/a`, and
+      `adapters.json`, with the spec, the scale of each pair and the version of
+      the format.
+    adapted: the model of the adapters.
+    adapters: all adapters, or `primary(adapters)`.
 
   Raises:
-    ValueError: if the adapters are not of this model and spec, or some are no
-      plain pairs.
-    OSError: if a file cannot be written; earlier files are then untouched.
+    ValueError: if the adapters do not fit this model and spec, or some adapters
+      are not plain pairs.
+    OSError: if a file cannot be written; earlier files are then unchanged.
   """
   adapted.check(adapters)
   _check_kinds(adapters)
@@ -68,10 +69,10 @@ def save_adapters(
     "spec": dataclasses.asdict(adapted.spec),
     "scales": scales,
   }
-  # In the order of the spec: of its targets, the first that matches counts.
+  # In the order of the spec: the first of its targets that matches counts.
   text = json.dumps(config, indent=2)
-  # The configuration also travels in the tensors' header: the two are one file
-  # to a reader, whichever of them was replaced last.
+  # The header of the tensors has the configuration too: tensors and
+  # configuration then always fit, whichever file was replaced last.
   blob = safetensors.numpy.save(
     {k: np.ascontiguousarray(v) for k, v in jax.device_get(arrays).items()},
     metadata={"bilora_jax": text},
@@ -87,20 +88,21 @@ def _check_kinds(adapters: Mapping[str, Any]) -> None:
   ]
   if others:
     raise ValueError(
-      "save_adapters writes pairs that are Factors, and would lose what else "
-      f"these are: {', '.join(others)}. Save without_auxiliary(adapters), or "
-      "all by flax.serialization or Orbax."
+      "save_adapters writes only adapters of the class Factors, and would lose "
+      f"the class of these: {', '.join(others)}. Save "
+      "without_auxiliary(adapters), or save all with flax.serialization or "
+      "Orbax."
     )
 
 
 def load_spec(folder: str | os.PathLike[str]) -> LoraSpec:
-  """The spec that a folder's adapters were made with.
+  """Reads the spec with which a folder's adapters were made.
 
   Args:
-    folder: with `adapters.safetensors` and `adapters.json`.
+    folder: a folder with `adapters.safetensors` and `adapters.json`.
 
   Raises:
-    ValueError: if a file is missing, is not of this format, or too new.
+    ValueError: if a file is missing, or has another format or a newer version.
   """
   return _spec(pathlib.Path(folder) / _CONFIG, _read(folder)[0])
 
@@ -111,18 +113,18 @@ def load_adapters(
   """Reads adapters that `save_adapters` wrote.
 
   Args:
-    folder: with `adapters.safetensors` and `adapters.json`.
-    adapted: the model they are for, with a spec equal to the saved one, except
-      for `base_dtype` and `tile_size`: adapters trained on a quantised base can
-      be put on one of floats, and merged there. Its `exclude` may be another
-      that leaves the same modules.
+    folder: a folder with `adapters.safetensors` and `adapters.json`.
+    adapted: the model of the adapters. Its spec must equal the saved spec,
+      except for `base_dtype` and `tile_size`: adapters trained on a quantised
+      base can be merged into a base of floats. `exclude` may differ if it
+      leaves the same modules.
 
   Returns:
     The adapters, as NumPy arrays.
 
   Raises:
-    ValueError: if a file is missing or damaged, the spec is another, or the
-      arrays are no floats or do not fit the model; every mismatch is named.
+    ValueError: if a file is missing or damaged, the spec differs, or the arrays
+      are not floats or do not fit the model; the message names every mismatch.
   """
   folder = pathlib.Path(folder)
   config, arrays = _read(folder)
@@ -152,8 +154,8 @@ def load_adapters(
     adapters = traverse_util.unflatten_dict(tree, sep="/")
   except (TypeError, AttributeError) as error:
     raise ValueError(
-      f"{folder / _TENSORS} has a name that is the beginning of another, and "
-      "no model has both."
+      f"{folder / _TENSORS} has an array whose name is also the path of other "
+      "arrays, which no model has."
     ) from error
   try:
     adapted.check(adapters)
@@ -175,8 +177,8 @@ def _read(
   where = f"the header of {path}"
   header = _checked(where, _parse(metadata["bilora_jax"], where))
   if header != config:
-    # Where a crash came between the two files' replacements, or someone edited
-    # the JSON: the header cannot be of other arrays.
+    # A crash came between the replacements of the two files, or someone edited
+    # the JSON. The header always belongs to the arrays.
     warnings.warn(
       f"{folder / _CONFIG} is not the configuration that {path} was saved "
       "with; the latter counts.",
@@ -186,15 +188,15 @@ def _read(
 
 
 def _checked(where: str, config: Any) -> dict[str, Any]:
-  """A configuration of this version, with a spec and scales.
+  """Returns a configuration if it has this version, a spec and scales.
 
   Raises:
-    ValueError: if it is another value.
+    ValueError: if it has not.
   """
   version = config.get("version") if isinstance(config, dict) else None
   if version != _VERSION or not {"spec", "scales"} <= set(config):
     raise ValueError(
-      f"{where} is no configuration of adapters of version {_VERSION}; its "
+      f"{where} is not a configuration of adapters of version {_VERSION}; its "
       f"version is {shown(version)}."
     )
   for name in ("spec", "scales"):
@@ -203,10 +205,10 @@ def _checked(where: str, config: Any) -> dict[str, Any]:
         f"{where}: {name} is a JSON object; got {shown(config[name])}."
       )
   for path, scale in config["scales"].items():
-    # The bound is also false of NaN.
+    # The comparison is also false for NaN.
     if type(scale) not in (int, float) or not 0 < scale <= _MOST:
       raise ValueError(
-        f"{where}: scales has positive numbers; got {shown(scale)} of "
+        f"{where}: scales has positive numbers; got {shown(scale)} for "
         f"{shown(path)}."
       )
   return config
@@ -222,7 +224,7 @@ def _require_floats(
   ]
   if others:
     raise ValueError(
-      f"{path} holds what no adapter is, which has floats: "
+      f"{path} holds arrays that are not floats, as adapters are: "
       f"{', '.join(others[:8])}."
     )
 
@@ -233,11 +235,11 @@ def _spec(path: pathlib.Path, config: dict[str, Any]) -> LoraSpec:
   }
   if unknown:
     raise ValueError(
-      f"{path} has another spec than this version knows: it differs in "
+      f"{path} has a spec with fields that this version does not have: "
       f"{sorted(unknown)}."
     )
-  # A file has all fields of its time: what it lacks is newer, and at its
-  # default, which is what there was before.
+  # A file has all fields of its version. Newer fields get their defaults, which
+  # are the behaviour before them.
   try:
     return LoraSpec(**config["spec"])
   except ValueError as error:
@@ -256,14 +258,14 @@ def read_tensors(
   """The arrays of a safetensors file, and the strings of its header.
 
   Raises:
-    ValueError: if it is missing or damaged.
+    ValueError: if the file is missing or damaged.
   """
   _require_file(path)
   try:
     with safetensors.safe_open(path, "np") as file:  # pyright: ignore
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
       return arrays, file.metadata() or {}
-  # Of a dtype that NumPy has not, it is one of the last two.
+  # A dtype that NumPy lacks raises one of the last two.
   except (
     safetensors.SafetensorError,
     OSError,
@@ -278,10 +280,10 @@ def read_tensors(
 def require_finite(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> None:
-  """Refuses arrays with NaN or infinity in them.
+  """Refuses arrays that contain NaN or infinity.
 
   Raises:
-    ValueError: that names those arrays.
+    ValueError: if there are any; the message names them.
   """
   faults = [name for name, x in arrays.items() if not np.isfinite(x).all()]
   if faults:
@@ -292,10 +294,10 @@ def require_finite(
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """What is in a JSON file.
+  """The content of a JSON file.
 
   Raises:
-    ValueError: if it is missing or damaged.
+    ValueError: if the file is missing or damaged.
   """
   _require_file(path)
   try:
@@ -306,15 +308,15 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def shown(value: Any) -> str:
-  """A value for a sentence, which is short whatever the value is."""
+  """A short form of any value, for a sentence."""
   return reprlib.repr(value)
 
 
 def _parse(content: str | bytes, where: str) -> Any:
-  """The value of a JSON text; if bytes, in UTF-8.
+  """The value of a JSON text; bytes are UTF-8.
 
   Raises:
-    ValueError: if it is none, or has a key twice with two values.
+    ValueError: if the text is not JSON, or a key has two different values.
   """
   try:
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -326,15 +328,15 @@ def _parse(content: str | bytes, where: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
+  merged = dict(pairs)
   for name, value in pairs:
-    if found[name] != value:
+    if merged[name] != value:
       raise ValueError(f"the key {shown(name)} is there twice")
-  return found
+  return merged
 
 
 def _require_file(path: pathlib.Path) -> None:
-  """Refuses what a reader would wait for, as a pipe, or cannot open.
+  """Refuses a path that cannot be opened, or where a reader waits, as a pipe.
 
   Raises:
     ValueError: if there is no regular file at the path.
@@ -350,8 +352,8 @@ def _require_file(path: pathlib.Path) -> None:
 
 
 def write_all(contents: Mapping[pathlib.Path, bytes]) -> None:
-  """Replaces files by what is safely on the disk already."""
-  # Not of `tempfile`, whose files nobody else may read.
+  """Writes files completely to the disk, and then replaces the old files."""
+  # Not with `tempfile`, whose files no other user may read.
   names = {path: path.with_name(f".{uuid.uuid4().hex}") for path in contents}
   try:
     for path, content in contents.items():

@@ -1,7 +1,7 @@
-"""Where a traced model multiplies by its weights.
+"""Finds where a traced model multiplies by its weights.
 
-`find_sites` follows each weight through the program to the marks that a
-`_marking.Finder` has left. Nothing is computed and nothing is allocated.
+`find_sites` follows each weight through the traced program to the marks of a
+`_marking.Finder`. Nothing is computed and nothing is allocated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from bilora_jax import _marking
 from bilora_jax._site import Path, Site
 
-# An embedding's table is looked up, not multiplied by; a tied head does
-# multiply, by the transpose, and an adapter there would miss the look-ups.
+# An embedding's table is looked up. A tied head multiplies by its transpose,
+# but an adapter there would miss the look-ups.
 _NOT_ADAPTED = ("embedding",)
 _SLICES = ("slice", "dynamic_slice")
 _SAME = ("convert_element_type", "copy", "sharding_constraint", "name")
@@ -27,16 +27,16 @@ _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 def find_sites(
   program: programs.ClosedJaxpr, shapes: Mapping[Path, Any]
 ) -> tuple[dict[Path, Site], dict[Path, str]]:
-  """All weights that adapters can be put on.
+  """Finds all weights that can have adapters.
 
   Args:
-    program: the model's, traced under a `_marking.Finder`; its first inputs
-      are the parameters.
-    shapes: of the parameters, in the order of these inputs.
+    program: the model's program, traced under a `_marking.Finder`; its first
+      inputs are the parameters.
+    shapes: shapes of the parameters, in the order of these inputs.
 
   Returns:
-    The sites by path; and why not, for weights that are multiplied by but
-    cannot be adapted.
+    The sites by path; and, for weights in products that cannot be adapted, the
+    reasons by path.
   """
   uses = _Uses()
   weights: list[_Weight | None] = [_Weight(path) for path in shapes]
@@ -49,19 +49,19 @@ def find_sites(
     found = {_site(path, tuple(shapes[path].shape), x) for x in products}
     if any(x.altered for x in products):
       unfit[path] = (
-        "it is reshaped, cut or scaled before it is multiplied by, or scanned "
-        "along another axis than the first"
+        "it is reshaped, cut or scaled before its product, or scanned along "
+        "another axis than the first"
       )
     elif None in found:
       unfit[path] = (
-        "it is mapped over another axis than the first, or all its axes are of "
-        "one size and do not tell"
+        "it is mapped over another axis than the first, or all its axes have "
+        "the same size, so that the mapped axis is unknown"
       )
     elif len(found) > 1:
-      unfit[path] = "it is multiplied by in two ways"
+      unfit[path] = "its products differ in their axes or dtypes"
     elif path in uses.others:
       unfit[path] = (
-        "it is not only multiplied by, but also used in "
+        "it is used not only in products, but also in "
         f"{', '.join(sorted(uses.others[path]))}"
       )
     else:
@@ -71,14 +71,15 @@ def find_sites(
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-  """A parameter, or what was made of it.
+  """A parameter, or an array that was made from it.
 
   Attributes:
-    scanned: how many of its leading axes are gone: a scan sliced them, or an
-      index did, as `w[0]`.
-    order: which of the axes that are left each axis is; None for all in order.
-    cut: whether the first axis is about to go, and has one entry left.
-    altered: whether by more than casts, transposes and the above.
+    scanned: number of leading axes that a scan or an index, as `w[0]`, removed.
+    order: for each axis, its index among the remaining axes; None for all axes
+      in order.
+    cut: whether the first axis was sliced to one entry, before it is removed.
+    altered: whether the array was changed in another way, except for casts and
+      transposes.
   """
 
   path: Path
@@ -88,7 +89,7 @@ class _Weight:
   altered: bool = False
 
   def sliced(self) -> "_Weight":
-    """Of this, one entry of the first axis."""
+    """One entry of the first axis."""
     if self.order or self.cut:
       return dataclasses.replace(self, altered=True)
     return dataclasses.replace(self, scanned=self.scanned + 1)
@@ -102,13 +103,13 @@ class _Weight:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """A product with a weight, inside of scans.
+  """A product with a weight, seen inside of scans.
 
   Attributes:
-    shape: of the weight, before it is transposed.
-    batch: axes of that shape.
-    contracted: axes of that shape.
-    remaining: axes of that shape.
+    shape: shape of the weight before it is transposed.
+    batch: batch axes of that shape.
+    contracted: contracted axes of that shape.
+    remaining: other axes of that shape.
   """
 
   shape: tuple[int, ...]
@@ -122,11 +123,11 @@ class _Product:
 
 
 class _Uses:
-  """What a program does with its parameters.
+  """The uses of a program's parameters.
 
   Attributes:
-    products: with a parameter, by its path.
-    others: names of other operations that read a parameter.
+    products: products with each parameter, by its path.
+    others: names of other operations that read each parameter.
   """
 
   def __init__(self):
@@ -136,11 +137,14 @@ class _Uses:
   def follow(
     self, program: Any, inputs: Sequence[_Weight | None]
   ) -> list[_Weight | None]:
-    """Records all uses in a program, and says what of its outputs are weights.
+    """Records all uses of weights in a program.
 
     Args:
       program: a jaxpr.
-      inputs: what its inputs are.
+      inputs: the weights among its inputs; None for other inputs.
+
+    Returns:
+      The weights among its outputs; None for other outputs.
     """
     program = getattr(program, "jaxpr", program)
     known = {v: x for v, x in zip(program.invars, inputs) if x is not None}
@@ -152,8 +156,10 @@ class _Uses:
     for equation in program.eqns:
       weights = [weight(x) for x in equation.invars]
       if any(weights):
-        made = self._equation(equation, weights)
-        known |= {v: x for v, x in zip(equation.outvars, made) if x is not None}
+        outputs = self._equation(equation, weights)
+        known |= {
+          v: x for v, x in zip(equation.outvars, outputs) if x is not None
+        }
     return [weight(x) for x in program.outvars]
 
   def _equation(
@@ -216,33 +222,33 @@ class _Uses:
     fixed: int,
     carry: int,
   ) -> list[_Weight | None]:
-    """As `_equation`, of inputs that are fixed, carried, and sliced."""
+    """As `_equation`, for a loop with fixed, carried and sliced inputs."""
     carried = weights[fixed : fixed + carry]
     slices = [x and x.sliced() for x in weights[fixed + carry :]]
-    made = self.follow(program, weights[: fixed + carry] + slices)
-    for before, after in zip(carried, made):
+    outputs = self.follow(program, weights[: fixed + carry] + slices)
+    for before, after in zip(carried, outputs):
       if before is not None and before != after:
         self.others.setdefault(before.path, set()).add("the carry of a loop")
-    return made[:carry] + [
+    return outputs[:carry] + [
       x
       and dataclasses.replace(
         x, scanned=x.scanned - 1, altered=x.altered or x.order is not None
       )
-      for x in made[carry:]
+      for x in outputs[carry:]
     ]
 
 
 def _is_one_entry(equation: Any) -> bool:
-  """Whether a slice takes one entry of the first axis, and all of the rest."""
+  """Whether a slice takes one entry of the first axis and all other axes."""
   whole, part = (x[0].aval.shape for x in (equation.invars, equation.outvars))
   return part == (1, *whole[1:])
 
 
 def _scan_sizes(equation: Any) -> tuple[int, int]:
-  """How many inputs of a scan are fixed, and how many are carried.
+  """The numbers of fixed and of carried inputs of a scan.
 
-  What is sliced has an axis more outside of the scan than inside. (JAX 0.12
-  has these numbers in another form than JAX before.)
+  Sliced inputs have one axis more outside of the scan than inside. (JAX 0.12
+  stores these numbers in another form than earlier versions.)
   """
   program = equation.params["jaxpr"]
   program = getattr(program, "jaxpr", program)
@@ -258,7 +264,7 @@ def _scan_sizes(equation: Any) -> tuple[int, int]:
 def _parsed(mark: str, weight: _Weight) -> _Product:
   note = json.loads(mark.removeprefix(_marking.MARK))
   axes = range(len(note["shape"]))
-  # Axes of a map are first in the order; they are not the layer's.
+  # Axes of a map come first in the order; the layer does not see them.
   mapped = len(weight.order) - len(axes) if weight.order else 0
   order = tuple(i - mapped for i in (weight.order or axes)[mapped:])
   used = {*note["batch"], *note["contracted"]}
@@ -281,12 +287,12 @@ def _parsed(mark: str, weight: _Weight) -> _Product:
 
 
 def _site(path: Path, shape: tuple[int, ...], product: _Product) -> Site | None:
-  # Axes of a map are not sliced off, as those of a scan are.
+  # A scan removes its axes; a map does not.
   scanned = len(shape) - len(product.shape)
   if scanned < product.scanned or shape[scanned:] != product.shape:
     return None
   if scanned > product.scanned and len(set(shape[scanned - 1 :])) == 1:
-    return None  # any of these axes may be the one that is mapped over
+    return None  # any of these axes may be mapped over
 
   def outside(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(scanned + axis for axis in axes)

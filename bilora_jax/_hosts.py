@@ -1,4 +1,4 @@
-"""Models behind one interface: trace, call, read and replace; Linen's."""
+"""`Host`: one interface to Linen and NNX models; `LinenHost` for Linen."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -21,10 +21,10 @@ Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 class Host(Protocol):
-  """What `adapt` needs of a model.
+  """The interface that `adapt` needs of a model.
 
   Attributes:
-    evaluating: whether dropout of the adapters is off, with keys or without.
+    evaluating: whether dropout of the adapters is off, even with a key.
   """
 
   @property
@@ -35,7 +35,7 @@ class Host(Protocol):
     ...
 
   def program(self, products: Products, shapes: Flat) -> Any:
-    """The model as JAX traces it; its first inputs are the parameters."""
+    """The model's traced program; its first inputs are the parameters."""
     ...
 
   def parameters(self, variables: Any) -> Flat:
@@ -43,15 +43,15 @@ class Host(Protocol):
     ...
 
   def logical_axes(self, variables: Any) -> dict[Path, tuple[Any, ...]]:
-    """The names of the parameters' axes, where they have any."""
+    """The names of the parameters' axes, for parameters with names."""
     ...
 
   def replace(self, variables: Any, new: Flat) -> Any:
-    """`variables` with some parameters replaced, metadata kept."""
+    """Replaces some parameters in `variables` and keeps their metadata."""
     ...
 
   def in_mode(self, training: bool) -> "Host":
-    """The model as `model.train()` or `model.eval()` makes it."""
+    """The host in the mode of `model.train()` or `model.eval()`."""
     ...
 
   def call(
@@ -124,8 +124,8 @@ class LinenHost:
   def in_mode(self, training: bool) -> "LinenHost":
     name = "train" if training else "eval"
     raise ValueError(
-      f"{name}() is for NNX models; a Linen model takes this as an argument of "
-      "its own, as apply(..., train=False) or deterministic=True."
+      f"{name}() is for NNX models; a Linen model takes the mode as an "
+      "argument, as apply(..., train=False) or deterministic=True."
     )
 
   def call(self, variables, new, args, kwargs, *, rngs, mutable, method):
@@ -134,14 +134,14 @@ class LinenHost:
       *args,
       rngs=rngs,
       mutable=mutable,
-      # Not the function itself, that has no adapters.
+      # By name, as the function itself has no adapters.
       method=self._name(method),
       **kwargs,
     )
     if mutable is False:
       return result
     output, changed = result
-    # Parameters belong to the optimizer; those of adapters, to us alone.
+    # The optimizer owns the parameters; stand-ins must not leave this module.
     return output, {k: v for k, v in changed.items() if k != "params"}
 
   @functools.cached_property
@@ -172,7 +172,7 @@ class LinenHost:
 
 
 def intercepted(model: Any, products: Products, **kwargs: Any) -> Any:
-  """The model with its products by `products`."""
+  """The model with its products replaced by `products`."""
   return qwix.quantize_model(model, products, **kwargs)
 
 
@@ -185,13 +185,13 @@ def _is_box(x: Any) -> bool:
 
 
 def _box(leaf: Any) -> Any:
-  """Where metadata may be: each array of a quantised kernel has its own."""
+  """The array that may carry metadata: the codes of a quantised kernel."""
   return leaf.qvalue if _quantised.is_quantised(leaf) else leaf
 
 
 def _unboxed(leaf: Any) -> Any:
   if _quantised.is_quantised(leaf) and isinstance(leaf.scale, nn.Partitioned):
-    # A box asks for its array to be split by its names; scales may be too few.
+    # Unboxing constrains the sharding, for which scales may be too few.
     leaf = leaf.replace(scale=leaf.scale.unbox(apply_constraint=False))
   if isinstance(leaf, nn.Partitioned) and isinstance(
     leaf.value, jax.ShapeDtypeStruct
@@ -201,7 +201,7 @@ def _unboxed(leaf: Any) -> Any:
 
 
 def _boxed_as(old: Any, value: Any) -> Any:
-  """A value with the metadata of what it replaces."""
+  """A value with the metadata of the leaf that it replaces."""
   box = _box(old)
   if not _is_box(box) or _is_box(value) or isinstance(value, StandIn):
     return value
@@ -215,7 +215,7 @@ def _boxed_as(old: Any, value: Any) -> Any:
 
 
 def split_inputs(args, kwargs):
-  """Arrays to trace, and a function that puts them back among the rest."""
+  """Separates arrays to trace; returns them and a function to put them back."""
   leaves, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
   arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 

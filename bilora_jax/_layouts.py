@@ -1,4 +1,4 @@
-"""How a host's LoRA stores its pairs, and `joined` to train it as Bi-LoRA."""
+"""`Layout`: how a host stores its LoRA; `joined` trains it as Bi-LoRA."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -14,19 +14,20 @@ from bilora_jax._factors import Factors
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where a host keeps the factors of its LoRA, of rank r1 + r2.
+  """Where a host library keeps the factors of its LoRA, of rank r1 + r2.
 
   A leaf belongs to a pair if its path, with `/` between the keys, ends in `a`
-  or `b`; what precedes is the pair's name. An end that begins with a letter or
-  a digit takes whole keys, so that `a` takes no `alpha`; another, as `_lora_a`,
-  also ends of keys, and `/a` is `a`. The host's `a` has its rank last.
-  Its `b` has it after the leading batch axes (scanned layers, experts), of
-  which both have `min(a.ndim, b.ndim) - 2`. All other leaves are `extra`.
+  or `b`; the rest of the path is the pair's name. An end that begins with a
+  letter or a digit matches whole keys, so that `a` does not match `alpha`. An
+  end like `_lora_a` also matches the ends of keys. `/a` is the same as `a`. The
+  last axis of the host's `a` is the rank. The host's `b` has the rank after the
+  leading batch axes (scanned layers, experts); both factors have
+  `min(a.ndim, b.ndim) - 2` of these. All other leaves are `extra`.
 
   Attributes:
-    a: end of the path of the factor that the input meets.
-    b: end of the path of the other.
-    scale: what the host multiplies their product by, at rank r1 + r2.
+    a: end of the path of the factor that multiplies the input.
+    b: end of the path of the other factor.
+    scale: the host's scale of the product, at rank r1 + r2.
 
   Examples:
     >>> Layout('lora/a', 'lora/b', scale=1.0)  # of google-deepmind/gemma
@@ -38,15 +39,19 @@ class Layout:
   scale: float
 
   def split(self, tree: Any, primary_rank: int) -> dict[str, Any]:
-    """The host's tree as `{'primary': ..., 'auxiliary': ..., 'extra': ...}`.
+    """Splits the host's tree into primary, auxiliary and extra.
 
     Args:
-      tree: what the host trains: nested dicts, `nnx.State`, or any pytree.
+      tree: the host's trained parameters: nested dicts, `nnx.State`, or any
+        pytree.
       primary_rank: r1; the first r1 columns are the primary.
 
+    Returns:
+      `{'primary': ..., 'auxiliary': ..., 'extra': ...}`.
+
     Raises:
-      ValueError: if no pair is found, a pair lacks a factor, the two disagree
-        on the rank, or the rank is not above `primary_rank`.
+      ValueError: if no pair is found, a pair lacks a factor, the factors have
+        different ranks, or the rank is not above `primary_rank`.
     """
     pairs, extra = self._pairs(tree)
     halves = {}
@@ -58,8 +63,8 @@ class Layout:
       pair = Factors(a, b, self.scale)
       if not 0 < primary_rank < pair.rank:
         raise ValueError(
-          f"primary_rank is between 0 and the rank of the host's LoRA, "
-          f"{pair.rank} at {name!r}, and leaves some to the auxiliary; got "
+          f"primary_rank is above 0 and below the rank of the host's LoRA, "
+          f"{pair.rank} at {name!r}, so that the auxiliary has a rank too; got "
           f"{primary_rank}."
         )
       halves[name] = pair.split(primary_rank)
@@ -73,9 +78,12 @@ class Layout:
     """Undoes `split`.
 
     Args:
-      adapters: with or without the auxiliary. Without, the result is the
-        host's own LoRA of rank r1; keep its scale when you shrink its rank.
-      like: a tree of the host's, for its structure and shapes.
+      adapters: with or without the auxiliary. Without it, the result is the
+        host's LoRA of rank r1: if you reduce the host's rank, keep its scale.
+      like: a tree of the host, for structure and shapes.
+
+    Returns:
+      A tree like `like`.
     """
     leaves = dict(adapters.get("extra", {}))
     host, _ = self._pairs(like)
@@ -97,23 +105,24 @@ class Layout:
     )
 
   def primary(self, tree: Any, primary_rank: int) -> Any:
-    """The host's tree with the auxiliary dropped: its LoRA of rank r1."""
+    """Drops the auxiliary: returns the host's tree with a LoRA of rank r1."""
     adapters = self.split(tree, primary_rank)
     return self.join(_partition.primary(adapters), like=tree)
 
   def as_primary(self, tree: Any) -> dict[str, Any]:
-    """A plain LoRA of the host's as adapters of `adapt`, with no auxiliary.
+    """Converts a plain LoRA of the host to adapters without an auxiliary.
 
     Args:
-      tree: as `split` takes it, or as Orbax restores it without a target.
+      tree: as in `split`, or as Orbax restores it without a target.
 
     Returns:
-      Adapters, nested by the paths of the weights, with all other leaves in
-      `extra`; `peft.save` takes them, and runs go on from them.
+      Adapters of `adapt`, nested by the paths of the weights, with all other
+      leaves in `extra`. `peft.save` takes them, and a run can continue from
+      them.
 
     Raises:
-      ValueError: if no pair is found, a pair lacks a factor, or the two
-        disagree on the rank.
+      ValueError: if no pair is found, a pair lacks a factor, or the factors
+        have different ranks.
     """
     pairs, extra = self._pairs(tree)
     primary = {
@@ -137,7 +146,7 @@ class Layout:
       for i, end in enumerate((self.a, self.b)):
         whole = f"/{end}" if end[:1].isalnum() else end
         if f"/{name}".endswith(whole):
-          # At the root there is no `/` to take away.
+          # At the root there is no `/` to remove.
           rest = name[: max(len(name) - len(end), 0)]
           pairs.setdefault(rest, [None, None])[i] = leaf
           break
@@ -162,28 +171,28 @@ def qwix_layout(scale: float) -> Layout:
   """The layout of `qwix.apply_lora_to_model`: `kernel_lora_a`, `_lora_b`.
 
   Args:
-    scale: `alpha / rank` of the `qwix.LoraRule`, its rank being r1 + r2: to
-      keep LoRA's `alpha / r1`, give the rule `alpha * (r1 + r2) / r1`.
+    scale: `alpha / rank` of the `qwix.LoraRule`, whose rank is r1 + r2. To keep
+      LoRA's scale `alpha / r1`, give the rule `alpha * (r1 + r2) / r1`.
   """
   return Layout("_lora_a", "_lora_b", scale)
 
 
 def nnx_lora_layout() -> Layout:
-  """The layout of `flax.nnx.LoRA` and `nnx.LoRALinear`, that do not scale."""
+  """The layout of `flax.nnx.LoRA` and `nnx.LoRALinear`, which have scale 1."""
   return Layout("lora_a", "lora_b", 1.0)
 
 
 def joined(
   tx: optax.GradientTransformation, layout: Layout, primary_rank: int
 ) -> optax.GradientTransformationExtraArgs:
-  """Lets `bilora` train one LoRA of rank r1 + r2 that a host owns.
+  """Lets `bilora` train one LoRA of rank r1 + r2 of a host library.
 
-  For trainers that keep their own loop and parameters, as `nnx.Optimizer` or
-  Tunix: the host's tree is split along the rank, given to `tx`, and the
-  updates are joined again. Nothing in the model changes.
+  Use it with trainers that have their own loop and parameters, as
+  `nnx.Optimizer` or Tunix: it splits the host's tree along the rank, applies
+  `tx`, and joins the updates again. The model does not change.
 
   Args:
-    tx: a transformation of the partition, as `bilora(optimizer)`.
+    tx: a transformation of the partition, such as `bilora(optimizer)`.
     layout: how the host stores its pairs.
     primary_rank: r1.
 
@@ -231,7 +240,7 @@ def _name(path: Any) -> str:
     getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
     for key in path
   ]
-  # An nnx.Variable is a node whose one leaf is its value.
+  # An nnx.Variable is a node whose only leaf is its value.
   if keys and keys[-1] == "value":
     keys = keys[:-1]
   return "/".join(map(str, keys))

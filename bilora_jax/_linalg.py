@@ -1,11 +1,12 @@
-"""Decompositions of batches of matrices, as `jnp.linalg` has them.
+"""Decompositions of batches of matrices, as in `jnp.linalg`, without deadlocks.
 
-In jaxlib 0.10 and 0.11 those of a batch can wait for each other forever on the
-CPU: each is spread over the pool of threads that the program itself runs on,
-and holds one of them until its parts are done. As many at once as there are
-threads, as of a model's layers or under vmap, and none is left for the parts.
-One matrix is not spread. From 0.12 on no batch is (jax commit 859992407d), and
-when that is the oldest supported, this file can go.
+In jaxlib 0.10 and 0.11, decompositions of batches can deadlock on the CPU. Each
+decomposition splits its batch over the program's own thread pool, and holds one
+thread until its parts are done. If as many decompositions run at once as there
+are threads, as for the layers of a model or under vmap, no thread is left for
+the parts. A single matrix is not split, and from 0.12 on no batch is (jax
+commit 859992407d): when 0.12 is the oldest supported version, remove
+`_in_turn`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 
 
 def _in_turn(decompose: Callable[[jax.Array], Any]) -> Callable[..., Any]:
-  """Takes a batch's matrices in turn on the CPU, and at once elsewhere."""
-  # A map alone would be batched by a vmap around it.
+  """Decomposes a batch's matrices in turn on the CPU, and at once elsewhere."""
+  # A vmap around a map alone would batch it.
   single = jax.custom_batching.sequential_vmap(decompose)
 
   def on_cpu(x):
@@ -33,7 +34,7 @@ def _in_turn(decompose: Callable[[jax.Array], Any]) -> Callable[..., Any]:
   def decomposed(x):
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=decompose)
 
-  # Such a map has no reverse mode; the decomposition's own derivative has.
+  # The map has no reverse mode, but the decomposition's derivative has one.
   @decomposed.defjvp
   def _(primals, tangents):
     return jax.jvp(decompose, primals, tangents)
@@ -41,8 +42,8 @@ def _in_turn(decompose: Callable[[jax.Array], Any]) -> Callable[..., Any]:
   return functools.wraps(decompose)(decomposed)
 
 
-# Of a Gram matrix: what is added to its eigenvalues, over the largest. Above
-# their rounding, so that no direction is divided by it.
+# Shift of a Gram matrix's eigenvalues, as a share of the largest: above their
+# rounding errors, so that no direction is divided by a rounding error.
 _SHIFT = 1e-6
 # Three passes take singular values from 1e-6 of the largest to 1.
 _PASSES = 3
@@ -64,7 +65,7 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @_in_turn
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Eigenvalues of symmetric matrices, in ascending order, and vectors."""
+  """Eigenvalues of symmetric matrices, in ascending order, and eigenvectors."""
   values, vectors = jnp.linalg.eigh(x)
   return values, vectors
 
@@ -72,7 +73,7 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def orthonormal(
   matrices: Sequence[jax.Array], rows: Sequence[jax.Array] | None = None
 ) -> list[jax.Array]:
-  r"""Orthonormal bases of columns' spans, of many matrices at once.
+  r"""Orthonormal bases of the column spaces of many matrices at once.
 
   Each pass divides a matrix by the root of its shifted Gram matrix,
 
@@ -81,20 +82,20 @@ def orthonormal(
     X \leftarrow X\, V (\Lambda + \epsilon \lambda_1)^{-1/2}, \qquad
     X^\top X = V \Lambda V^\top,
 
-  as in shifted Cholesky QR, with an eigendecomposition in place of Cholesky's,
-  which fails where rounding leaves a Gram matrix indefinite. Only (r, r)
-  matrices are decomposed, those of one rank in one batch, whatever is sharded:
-  a GPU takes a tenth of a QR decomposition's time.
+  as in shifted Cholesky QR, but with an eigendecomposition in place of
+  Cholesky's, which fails if rounding makes a Gram matrix indefinite. Only (r,
+  r) matrices are decomposed, also if X is sharded, and all of one rank in one
+  batch: a GPU takes a tenth of the time of a QR decomposition.
 
   Args:
     matrices: `(*batch, n, r)`, float32.
-    rows: of each matrix those that a basis may use, bool `(n,)`; the others
-      are zero. By default all.
+    rows: for each matrix, the rows that a basis may use, bool `(n,)`; the other
+      rows are zero. By default all rows.
 
   Returns:
-    Matrices like them, :math:`Q`, with :math:`Q Q^\top X = X` and
-    :math:`Q^\top Q = I`, both to some 1e-5 of X or I. Where X has too few
-    directions, a fixed random matrix adds others; if r is above n,
+    Matrices of the same shapes, :math:`Q`, with :math:`Q Q^\top X = X` and
+    :math:`Q^\top Q = I`, both up to about 1e-5 of X or I. If X has a lower rank
+    than r, a fixed random matrix adds directions; if r is above n,
     :math:`Q Q^\top = I` instead.
 
   References:
@@ -111,7 +112,7 @@ def orthonormal(
 
 
 def _filled(x: jax.Array, rows: jax.Array) -> jax.Array:
-  """A matrix of size 1, with a little of a random one, which has all ranks."""
+  """A matrix scaled to size 1, plus a small random matrix of full rank."""
   largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
   fill = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
   fill = jnp.where(rows[:, None], _SHIFT * fill, 0)
@@ -119,7 +120,7 @@ def _filled(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _inverse_roots(grams: Sequence[jax.Array]) -> list[jax.Array]:
-  """For each X^T X: what X is multiplied by, `V (Lambda + shift)^(-1/2)`."""
+  """For each X^T X, the factor of X, `V (Lambda + shift)^(-1/2)`."""
   alike: dict[int, list[int]] = {}
   for i, gram in enumerate(grams):
     alike.setdefault(gram.shape[-1], []).append(i)
@@ -129,9 +130,9 @@ def _inverse_roots(grams: Sequence[jax.Array]) -> list[jax.Array]:
     values, vectors = eigh(jnp.concatenate(flat))
     values = jnp.maximum(values, 0)
     shifted = values + _SHIFT * values[..., -1:]
-    found = vectors * jax.lax.rsqrt(shifted)[..., None, :]
+    scaled = vectors * jax.lax.rsqrt(shifted)[..., None, :]
     ends = itertools.accumulate(len(x) for x in flat)
-    for i, x in zip(places, jnp.split(found, list(ends)[:-1])):
+    for i, x in zip(places, jnp.split(scaled, list(ends)[:-1])):
       roots[i] = x.reshape(grams[i].shape)
   return [roots[i] for i in range(len(grams))]
 
@@ -143,8 +144,8 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 def pinv(x: jax.Array) -> jax.Array:
   """The Moore-Penrose pseudo-inverse, `(*batch, n, m)` of `(*batch, m, n)`.
 
-  A singular value counts as zero where it is at most `max(m, n)` roundings of
-  the largest; the pseudo-inverse of zeros is zero.
+  A singular value counts as zero if it is at most `max(m, n)` times the machine
+  epsilon times the largest; the pseudo-inverse of zeros is zero.
   """
   u, sigma, vt = svd(x)
   rounding = max(x.shape[-2:]) * jnp.finfo(x.dtype).eps

@@ -1,4 +1,4 @@
-"""Marks on a model's products, while it is traced abstractly."""
+"""Marks a model's products while it is traced abstractly."""
 
 import inspect
 import json
@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from bilora_jax import _products
 
 MARK = "bilora_jax product "
-"""What the name of a marked product begins with; its axes follow, in JSON."""
+"""Beginning of the name of a marked product; its axes follow, in JSON."""
 
-# Of `flax.linen.Module`, where a model is entered.
+# Methods of `flax.linen.Module` that enter a model.
 _ENTRIES = ("apply", "init_with_output")
-# Where the frames of jitted functions are JAX's own.
+# The file of JAX whose frames show a jitted function.
 _PJIT = os.path.join(os.path.dirname(jax.__file__), "_src", "pjit.py")
 
 
 class Finder(_products.Products):
   """Marks the second operand of each product, with the product's axes.
 
-  Products in jitted functions have no mark: JAX keeps their traces.
+  Products in jitted functions have no mark, because JAX caches their traces.
   """
 
   def get_intercept_map(self):
@@ -34,7 +34,7 @@ class Finder(_products.Products):
     }
 
   def nn_param(self, module, name, *args, **kwargs):
-    # Flax traces each initializer for its shape, which takes as long as init.
+    # `Module.param` traces the initializer for its shape, as slowly as init.
     stored = module.get_variable("params", name)
     return module.param(name, *args, **kwargs) if stored is None else stored
 
@@ -75,7 +75,7 @@ class Finder(_products.Products):
       lhs.shape, rhs.shape, dimension_numbers
     )
     last = rhs.ndim - 1
-    # Of a grouped convolution, the groups would have to divide the rank, and
+    # In a grouped convolution, the groups would have to divide the rank, and
     # the adapter would not be a product of two factors.
     if (
       feature_group_count == batch_group_count == 1
@@ -98,7 +98,7 @@ class Finder(_products.Products):
 
 
 def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
-  """The second operand of a product, with a note in the traced program."""
+  """The second operand of a product, with a mark in the traced program."""
   if not isinstance(rhs, core.Tracer) or rhs.ndim < 2 or _in_jitted_function():
     return rhs
   (_, contracted), (_, batch) = axes
@@ -113,9 +113,10 @@ def _marked(lhs: Any, rhs: Any, axes: Any, convolution: bool = False) -> Any:
 
 
 def _in_jitted_function() -> bool:
-  """Whether JAX traces a jitted function that the model called.
+  """Whether JAX is tracing a jitted function that the model called.
 
-  A jitted method of an NNX module is none: its trace is the module's own.
+  A jitted method of an NNX module does not count: its trace belongs to the
+  module.
   """
   frame = inspect.currentframe()
   jitted = False

@@ -13,7 +13,7 @@ from bilora_jax._products import Products
 from bilora_jax._site import Path
 from bilora_jax._stand_in import StandInProducts
 
-# What Qwix leaves on each NNX module, for providers other than ours.
+# Attributes that Qwix sets on each NNX module, for other providers than ours.
 _QWIX_ATTRIBUTES = ("qwix_path", "qwix_rngs", "disable_quant_stats_update")
 
 
@@ -22,7 +22,7 @@ class NnxHost:
   """An `nnx.Module`; its variables are `nnx.state(model)`.
 
   Attributes:
-    evaluating: whether the model is one that `model.eval()` made.
+    evaluating: whether the model is in `model.eval()` mode.
   """
 
   graphdef: Any
@@ -37,7 +37,7 @@ class NnxHost:
   ) -> "NnxHost":
     if len(methods) != 1:
       raise ValueError(
-        "of an NNX model one method can have adapters; got "
+        "one method of an NNX model can have adapters; got "
         f"methods={list(methods)}."
       )
     graphdef, state = nnx.split(model)
@@ -73,14 +73,14 @@ class NnxHost:
     }
 
   def logical_axes(self, variables: Any) -> dict[Path, tuple[Any, ...]]:
-    found = {}
+    axes = {}
     for path, leaf in nnx.to_flat_state(variables):
       metadata = leaf.get_metadata()
       # Renamed in Flax 0.12.
       names = metadata.get("out_sharding") or metadata.get("sharding_names")
       if isinstance(leaf, nnx.Param) and names:
-        found[_strings(path)] = tuple(names)
-    return found
+        axes[_strings(path)] = tuple(names)
+    return axes
 
   def replace(self, variables: Any, new: _hosts.Flat) -> Any:
     return nnx.from_flat_state(
@@ -121,7 +121,7 @@ class NnxHost:
     changed = {
       path: leaf.get_raw_value()
       for path, leaf in _leaves(after).items()
-      # Parameters belong to the optimizer, and given keys to the caller.
+      # The optimizer owns the parameters, and the caller owns the given keys.
       if not isinstance(leaf, nnx.Param) and not _is_stream(leaf, rngs or {})
     }
     return output, self.replace(variables, changed)
@@ -135,25 +135,25 @@ class NnxHost:
       nnx.merge(self.graphdef, self.state),
       products,
       methods=(self.method,),
-      # Else Qwix runs the model once.
+      # Otherwise Qwix runs the model once.
       skip_nnx_init=True,
     )
     for _, module in nnx.iter_modules(model):
       if isinstance(module, nnx.bridge.ToNNX):
-        # It takes all attributes for variables of Linen, Qwix's too.
+        # ToNNX reads all attributes as Linen variables, also Qwix's.
         for name in set(vars(module)) & set(_QWIX_ATTRIBUTES):
           delattr(module, name)
     return nnx.graphdef(model)
 
 
 def _check_streams(state: Any, rngs: Mapping[str, Any]) -> None:
-  """Refuses keys that nothing would draw from."""
+  """Refuses keys of streams that the model does not have."""
   streams = {
     leaf.tag
     for leaf in _leaves(state).values()
     if isinstance(leaf, nnx.RngState)
   }
-  # Adapters draw from this one.
+  # Adapters draw from `dropout`.
   unknown = sorted(set(rngs) - streams - {"dropout"})
   if unknown:
     raise ValueError(
@@ -168,8 +168,8 @@ def _check_unchanged(
   """Refuses a call whose changes to the model's state would be lost.
 
   Args:
-    given: the values before the call.
-    after: the state after it.
+    given: values before the call.
+    after: state after the call.
     rngs: new keys of streams, whose counts may change.
   """
   streams, state = set(), set()
@@ -198,7 +198,7 @@ def _check_unchanged(
 
 
 def _is_stream(leaf: Any, rngs: Mapping[str, Any]) -> bool:
-  """Whether a variable belongs to a stream of keys that is among these."""
+  """Whether a variable belongs to a stream with a key in `rngs`."""
   return isinstance(leaf, nnx.RngState) and leaf.tag in rngs
 
 

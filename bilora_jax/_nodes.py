@@ -1,4 +1,4 @@
-"""Adapters as nodes of a tree: what a ball, and a file, has to know of one."""
+"""Adapters as nodes of a tree: the interface for balls and files."""
 
 from collections.abc import Callable
 import dataclasses
@@ -19,22 +19,23 @@ _EXPONENT = 0x7F800000
 
 
 class Adapter(Protocol):
-  """What a node of the parameters needs to have, to be kept in a ball.
+  """The interface of a node of the parameters that a ball can hold.
 
-  A node is a pytree, as `jax.tree_util.register_dataclass` makes one. Fields
-  that are stacked, as layers under `nn.scan` are, share leading batch axes.
-  Three attributes are optional:
+  A node is a pytree, as made by `jax.tree_util.register_dataclass`. Stacked
+  fields, such as layers under `nn.scan`, share leading batch axes. Three
+  attributes are optional:
 
   - `held`, names of fields that no step moves and no clip scales: they shape
-    the perturbation, and are not learned.
-  - `kept`, names of fields that stay where a radius of 0 sets the perturbation
-    to zero. Of degree 2 or more, nothing climbs again from all zeros.
-  - `scaled_square()`, the square over a power of two squared, and that power,
-    `(*batch)` each, for a node whose fields may be of very different sizes.
+    the perturbation, but are not trained.
+  - `kept`, names of fields that do not change if a radius of 0 sets the
+    perturbation to zero. At degree 2 or more, the gradient is zero if all
+    fields are zero.
+  - `scaled_square()`, the square of `norm / p` for a power of two p, and p,
+    `(*batch)` each, for a node whose fields may have very different sizes.
 
   Attributes:
-    degree: k; the perturbation is multiplied by `t**k` where all fields that
-      are not held are multiplied by `t`.
+    degree: k; if all fields that are not held are multiplied by `t`, the
+      perturbation is multiplied by `t**k`.
   """
 
   degree: ClassVar[int]
@@ -42,62 +43,62 @@ class Adapter(Protocol):
   def squared_norm(self) -> jax.Array:
     """The square of the perturbation's norm, `(*batch)`, in float32.
 
-    It may be infinite, NaN or zero where squares leave float32: the ball takes
-    it of fields that are divided by their magnitude, or takes `scaled_square`.
+    It may be infinite, NaN or zero if squares leave the range of float32: the
+    ball divides fields by their magnitude first, or calls `scaled_square`.
     """
     ...
 
 
 def is_adapter(node: Any) -> bool:
-  """Whether a node is an adapter; the `is_leaf` of maps over adapters."""
+  """Whether a node is an adapter; use as `is_leaf` in maps over adapters."""
   kind = type(node)
   return hasattr(kind, "degree") and hasattr(kind, "squared_norm")
 
 
 def is_masked(node: Any) -> bool:
-  """Whether a mask of Optax hides what was here."""
+  """Whether a node is masked by Optax."""
   return isinstance(node, optax.MaskedNode)
 
 
 def is_seen(node: Any) -> bool:
-  """Whether a node is an adapter that no mask hides."""
+  """Whether a node is an adapter that is not masked."""
   return is_adapter(node) and not any(map(is_masked, moving(node)))
 
 
 def map_fields(f: Callable[..., Any], node: Any, *rest: Any) -> Any:
-  """Maps `f(name, x, *xs)` over arrays and masks, by their fields' names."""
+  """Maps `f(name, x, *xs)` over arrays and masks, with their fields' names."""
 
   def named(path, *xs):
-    # Of nodes whose fields JAX has no names of, none is held or kept.
+    # If JAX has no names for a node's fields, no field is held or kept.
     return f(getattr(path[0], "name", None), *xs)
 
   return jax.tree_util.tree_map_with_path(named, node, *rest, is_leaf=is_masked)
 
 
 def is_held(node: Any, name: str) -> bool:
-  """Whether a field is one that no step moves."""
+  """Whether a field is in `held`: no step moves it."""
   return name in getattr(node, "held", ())
 
 
 def is_kept(node: Any, name: str) -> bool:
-  """Whether a field is one that stays where the radius is 0."""
+  """Whether a field is in `kept`: it does not change at a radius of 0."""
   return name in getattr(node, "kept", ())
 
 
 def moving(node: Any) -> list[Any]:
-  """The arrays of a node that steps move, or the masks that hide them."""
+  """The arrays of a node that steps move, or masks in their place."""
   moved = map_fields(lambda name, x: None if is_held(node, name) else x, node)
   return jax.tree.leaves(moved, is_leaf=is_masked)
 
 
 def scaled_square(node: Any) -> tuple[jax.Array, jax.Array]:
-  """The square of a node's norm over a power of two squared, and that power.
+  """The square of `norm / p` of a node for a power of two p, and p.
 
-  Both are in float32's range wherever the norm is: fields are divided by their
-  magnitude before anything is squared.
+  Both are in float32's range if the norm is: fields are divided by their
+  magnitude before they are squared.
 
   Args:
-    node: an adapter, as `bilora_jax.Factors` is one.
+    node: an adapter, such as `bilora_jax.Factors`.
 
   Returns:
     Two arrays `(*batch)`, for each index of the batch axes.
@@ -119,11 +120,11 @@ def scaled_square(node: Any) -> tuple[jax.Array, jax.Array]:
 def norm(node: Any) -> jax.Array:
   """The norm of a node's perturbation, `(*batch)`, in float32.
 
-  It is in float32's range wherever the norm is. The derivative at a norm of 0
-  is 0.
+  The result is right for any norm in float32's range, even if its square is not
+  in the range. The derivative at a norm of 0 is 0.
 
   Args:
-    node: an adapter, as `bilora_jax.Factors` is one.
+    node: an adapter, such as `bilora_jax.Factors`.
   """
   square, power = scaled_square(node)
   return power * safe_sqrt(square)
@@ -132,17 +133,17 @@ def norm(node: Any) -> jax.Array:
 def without_held(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """The optimizer, to which what nodes hold is hidden: it stays as it is.
+  """Hides fields in `held` from an optimizer, so that they do not change.
 
-  `bilora` does this by itself. Use it around the optimizer of a run without an
+  `bilora` wraps its optimizers itself. Wrap the optimizer of a run without an
   auxiliary.
 
   Args:
-    optimizer: of any tree with nodes in it.
+    optimizer: an optimizer of a tree that contains nodes.
 
   Returns:
-    A transformation of that tree. There is no state of what is held; of trees
-    where nothing is, the state and the updates are those of the optimizer.
+    A transformation of this tree, without a state for fields in `held`. For
+    trees without such fields, state and updates are those of the optimizer.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -172,7 +173,7 @@ def without_held(
 
 
 def _hidden(tree: Any) -> Any:
-  """The tree with masks in place of what nodes hold."""
+  """The tree with masks in place of fields in `held`."""
 
   def one(node):
     if not is_adapter(node):
@@ -185,9 +186,9 @@ def _hidden(tree: Any) -> Any:
 
 
 def magnitude(x: jax.Array, batch: int) -> jax.Array:
-  """The largest power of two below each array's largest entry; 1 for zeros.
+  """The largest power of two up to each array's largest entry; 1 for zeros.
 
-  It is a scale, `(*batch)` float32, and no gradient goes through it.
+  It is a scale, `(*batch)` float32, without a gradient.
   """
   x = jax.lax.stop_gradient(jnp.abs(x.astype(jnp.float32)))
   size = jnp.max(x, axis=tuple(range(batch, x.ndim)), initial=0.0)
@@ -195,40 +196,40 @@ def magnitude(x: jax.Array, batch: int) -> jax.Array:
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
-  """The largest power of two that is at most x; 1 of zeros, infinities, NaN."""
+  """The largest power of two up to x; 1 for zeros, infinities and NaN."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
   # A float without its fraction.
   power = jax.lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
-  # Infinite entries have an infinite norm, and not infinity over infinity.
+  # With 1, infinite entries give an infinite norm, and not NaN.
   return jnp.where((power > 0) & jnp.isfinite(x), power, 1.0)
 
 
 def over(x: jax.Array, size: jax.Array) -> jax.Array:
-  """Each array of a batch over a number, in float32."""
+  """Divides each array of a batch by a number, in float32."""
   return x.astype(jnp.float32) / expanded(size, x.ndim)
 
 
 def expanded(x: jax.Array, ndim: int) -> jax.Array:
-  """An array `(*batch)` with axes of size 1 behind, to have `ndim`."""
+  """An array `(*batch)` with trailing axes of size 1, up to `ndim` axes."""
   return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
 
 
 def safe_sqrt(square: jax.Array) -> jax.Array:
-  """The root, whose derivative at 0 is 0 here and not infinity."""
+  """The square root, with the derivative 0 at 0 instead of infinity."""
   some = square > 0
   return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), square)
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-  """A field of a node that is no array, and part of the tree's structure."""
+  """A field of a node that is part of the tree's structure, not an array."""
   return dataclasses.field(default=default, metadata={"static": True})
 
 
 def register(node: _Class) -> _Class:
-  """Makes a dataclass a node of trees, for JAX, `jax.export` and Flax's files.
+  """Registers a dataclass as a pytree node with JAX, `jax.export` and Flax.
 
-  Use as a decorator of a frozen dataclass, whose fields are arrays, or
-  `static`: numbers and strings.
+  Use as a decorator of a frozen dataclass. Its fields are arrays, or numbers
+  and strings that are `static`.
   """
   names = {True: [], False: []}
   for field in dataclasses.fields(node):
@@ -258,7 +259,7 @@ def register(node: _Class) -> _Class:
     if missing or other:
       faults = [f"{n} is missing" for n in missing] + other
       raise ValueError(
-        f"the state is not of this {node.__name__}, at "
+        f"the state does not fit the {node.__name__} at "
         f"{serialization.current_path()}: {'; '.join(faults)}."
       )
     return dataclasses.replace(

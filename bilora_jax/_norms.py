@@ -1,4 +1,4 @@
-"""The norm over a tree of nodes: the nodes in it, and what they add up to."""
+"""The norm over a tree of nodes."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -14,52 +14,54 @@ from bilora_jax._factors import Factors, batch_axes, is_factors
 def norms(
   tree: Any, specs: Any = None, *, user: str = "keep_in_ball"
 ) -> tuple[jax.Array, list[jax.Array], list[tuple[str, ...]]]:
-  """The norm over all nodes of a tree, and what it is made of.
+  """The norm over all nodes of a tree, and the norm of each node.
 
   Args:
-    tree: of nodes; those that a mask hides do not count.
+    tree: a tree of nodes; masked nodes do not count.
     specs: as in `keep_in_ball`.
-    user: who asks, for the error's message.
+    user: name of the calling function, for error messages.
 
   Returns:
-    The norm, the nodes' own, `(*batch)` each, and the mesh axes to add the
-    squares of these up over.
+    The norm over all nodes, the norm of each node, `(*batch)`, and for each
+    node the mesh axes over which its squared norms are summed.
   """
-  found = nodes(tree, user)
+  seen = nodes(tree, user)
   known = _node_specs(specs, tree)
-  norm, each = _norms(tuple(found), known, _stacks.alike(tree, known))
-  return norm, each, _shards(found, known)
+  norm, each = _norms(tuple(seen), known, _stacks.alike(tree, known))
+  return norm, each, _shards(seen, known)
 
 
 def nodes(tree: Any, user: str = "keep_in_ball") -> list[Any]:
-  """The nodes of a tree, without those that a mask hides.
+  """The nodes of a tree that are not masked.
 
   Raises:
-    ValueError: if anything else is in the tree, or a mask hides half a node.
+    ValueError: if the tree has a leaf outside of nodes, or a mask hides a part
+      of a node.
   """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  for path, node in leaves:
     where = jax.tree_util.keystr(path) or "the root"
     if not _nodes.is_adapter(node):
       raise ValueError(
         f"{user} needs a tree of Factors; got {type(node).__name__} at "
-        f"{where}. Other nodes have a degree and a squared_norm, as those of "
-        "bilora_jax.adapters."
+        f"{where}. Other nodes must have a degree and a squared_norm, like "
+        "those of bilora_jax.adapters."
       )
     hidden = [_nodes.is_masked(x) for x in _nodes.moving(node)]
     if any(hidden) and not all(hidden):
       raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
+  return [node for _, node in leaves if _nodes.is_seen(node)]
 
 
 def pairs(tree: Any, user: str) -> list[Factors]:
-  """The pairs of a tree that has nothing else, without the hidden ones.
+  """The pairs of a tree that are not masked.
 
   Raises:
-    ValueError: if anything else is in the tree, or a mask hides half a pair.
+    ValueError: if the tree has a leaf outside of pairs, or a mask hides one
+      factor of a pair.
   """
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  for path, node in found:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  for path, node in leaves:
     where = jax.tree_util.keystr(path) or "the root"
     if not is_factors(node):
       raise ValueError(
@@ -67,7 +69,7 @@ def pairs(tree: Any, user: str) -> list[Factors]:
       )
     if _nodes.is_masked(node.a) != _nodes.is_masked(node.b):
       raise ValueError(_half_hidden(user, node, where))
-  return [node for _, node in found if _nodes.is_seen(node)]
+  return [node for _, node in leaves if _nodes.is_seen(node)]
 
 
 def _half_hidden(user: str, node: Any, where: str) -> str:
@@ -78,12 +80,12 @@ def _half_hidden(user: str, node: Any, where: str) -> str:
 
 
 def is_pair(node: Any) -> bool:
-  """Whether a node is a pair that no mask hides."""
+  """Whether a node is a pair that is not masked."""
   return is_factors(node) and _nodes.is_seen(node)
 
 
 def map_pairs(f: Callable[..., Any], *trees: Any) -> Any:
-  """Applies f to the pairs; what a mask hides stays as it is."""
+  """Applies f to all pairs; masked nodes do not change."""
   return jax.tree.map(
     lambda *nodes: f(*nodes) if is_pair(nodes[0]) else nodes[0],
     *trees,
@@ -97,10 +99,10 @@ def _norms(
   specs: tuple[Factors | None, ...],
   stacks: _stacks.Stacks,
 ) -> tuple[jax.Array, list[jax.Array]]:
-  """The norm over all nodes, and each node's.
+  """The norm over all nodes, and the norm of each node.
 
-  Squares leave float32 long before norms do, so all of them are over powers of
-  two squared, which round nothing.
+  Squares leave the range of float32 long before norms do, so all values are
+  divided by powers of two before they are squared, which is exact.
   """
   firsts = [group[0] for group in stacks.groups]
   scaled = []
@@ -135,19 +137,19 @@ def _scaled_square(
 
 
 def _size(square: jax.Array, power: jax.Array) -> jax.Array:
-  """The power, where there is something to scale."""
+  """The power, or 0 where the square is 0."""
   return jnp.where(square > 0, power, 0.0)
 
 
 def _node_specs(specs: Any, tree: Any) -> tuple[Factors | None, ...]:
-  """The specs of a tree's nodes, in the order of `nodes`."""
+  """The specs of a tree's nodes, in the order of `nodes`; None for no specs."""
   if specs is None:
     return (None,) * len(nodes(tree))
   known = dict(
     jax.tree_util.tree_leaves_with_path(specs, is_leaf=_nodes.is_adapter)
   )
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
-  seen = [(path, node) for path, node in found if _nodes.is_seen(node)]
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_nodes.is_adapter)
+  seen = [(path, node) for path, node in leaves if _nodes.is_seen(node)]
   missing = [path for path, _ in seen if not _nodes.is_adapter(known.get(path))]
   if missing:
     raise ValueError(
@@ -157,7 +159,7 @@ def _node_specs(specs: Any, tree: Any) -> tuple[Factors | None, ...]:
   for path, node in seen:
     if not is_factors(node) and any(map(_splits, _nodes.moving(known[path]))):
       raise ValueError(
-        f"specs may shard pairs alone; got {known[path]} at "
+        f"specs may shard only pairs; got {known[path]} at "
         f"{jax.tree_util.keystr(path)}."
       )
   return tuple(known[path] if is_factors(node) else None for path, node in seen)
@@ -170,7 +172,7 @@ def _splits(spec: Any) -> bool:
 def _shards(
   found: Any, specs: Sequence[Factors | None]
 ) -> list[tuple[str, ...]]:
-  """The mesh axes that the nodes' batch axes are sharded over."""
+  """The mesh axes that shard the nodes' batch axes."""
   return [
     () if spec is None else batch_axes(node, spec)
     for node, spec in zip(found, specs)
@@ -178,5 +180,5 @@ def _shards(
 
 
 def across(reduce: Any, axes: tuple[str, ...], x: jax.Array) -> jax.Array:
-  """A reduction over mesh axes, if there are any."""
+  """Reduces x over mesh axes, if there are any."""
   return reduce(x, axes) if axes else x

@@ -1,4 +1,4 @@
-"""The partition of what is trained: primary, auxiliary and extra."""
+"""The partition of the trained parameters: primary, auxiliary and extra."""
 
 from collections.abc import Mapping
 import functools
@@ -32,7 +32,7 @@ def check_parts(adapters: Any) -> None:
 
 
 def without_auxiliary(adapters: Any) -> dict[str, Any]:
-  """Drops the auxiliary: what to evaluate, merge, and keep after training.
+  """Drops the auxiliary, to evaluate, merge or keep the trained adapters.
 
   Args:
     adapters: `{'primary': ..., 'auxiliary': ..., 'extra': ...}`, the last two
@@ -50,11 +50,11 @@ def without_auxiliary(adapters: Any) -> dict[str, Any]:
 
 
 primary = without_auxiliary
-"""`without_auxiliary`, by its shorter name."""
+"""A shorter name of `without_auxiliary`."""
 
 
 def is_placeholder(params: Any) -> bool:
-  """Whether it is what `optax.tree.map_params` gives in place of parameters."""
+  """Whether params is the placeholder that `optax.tree.map_params` passes."""
   return isinstance(params, _placeholder())
 
 
@@ -71,14 +71,14 @@ def _placeholder() -> type:
 
 
 def labels(adapters: Mapping[str, Any]) -> dict[str, str]:
-  """Labels for `optax.partition`: what descends the loss, and what climbs.
+  """Labels for `optax.partition`: parts that descend the loss, and that climb.
 
-  `primary` and `extra` share one label, so that their optimizer sees just what
-  it would see in plain LoRA: a global-norm clip inside it spans both.
+  `primary` and `extra` share one label, so that their optimizer sees the same
+  parameters as in plain LoRA: a global-norm clip inside it spans both.
 
   Returns:
     A prefix tree, `{'primary': 'primary', 'auxiliary': 'auxiliary',
-    'extra': 'primary'}`, of the parts that are there.
+    'extra': 'primary'}`, without the parts that are missing.
   """
   if is_placeholder(adapters):
     return {}
@@ -92,7 +92,7 @@ def count_parameters(adapters: Any) -> dict[str, int]:
   """The number of trained scalars in each part.
 
   Args:
-    adapters: the partition, of arrays or `jax.ShapeDtypeStruct`.
+    adapters: the partition, with arrays or `jax.ShapeDtypeStruct` as leaves.
 
   Examples:
     >>> import jax.numpy as jnp

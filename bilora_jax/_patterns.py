@@ -1,10 +1,10 @@
-"""Regular expressions of files that anyone may have written.
+"""Matches regular expressions from untrusted files, in bounded time.
 
-`re` tries one way after another, so that `(a+)+$` takes a year for a path of
-fifty letters. Here all ways are followed at once, as sets of places in the
-text: the time is at most the pattern's length times the cube of the text's. The
-syntax and the meaning are those of `re`, whose own are the classes, escapes and
-anchors; what refers to what was matched before, as `\\1`, is not there.
+`re` backtracks, so that `(a+)+$` takes a year for a path of fifty letters. Here
+all alternatives are followed at once, as sets of positions in the text: the
+time is at most the pattern's length times the cube of the text's length. Syntax
+and meaning are those of `re`, which also matches classes, escapes and anchors;
+references to earlier matches, as `\\1`, are not supported.
 """
 
 from collections.abc import Iterable
@@ -30,18 +30,20 @@ _FLAGS = re.compile(r"\(\?([aimsu]+)\)")
 
 
 def check(pattern: str) -> None:
-  """Refuses what is no pattern, or none that is matched here.
+  """Refuses a pattern that is not a regular expression or not supported here.
 
   Raises:
-    ValueError: that says why.
+    ValueError: if it is refused; the message says why.
   """
   if not isinstance(pattern, str):
-    raise ValueError(f"{pattern!r} is not a regular expression: it is no text.")
+    raise ValueError(
+      f"{pattern!r} is not a regular expression: it is no string."
+    )
   _compiled(pattern)
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-  """As `re.fullmatch`; see the module.
+  """Whether the pattern matches the whole text, as in `re.fullmatch`.
 
   Raises:
     ValueError: as `check`.
@@ -50,7 +52,7 @@ def fullmatch(pattern: str, text: str) -> bool:
 
 
 def ends(pattern: str, text: str, starts: Iterable[int]) -> bool:
-  """Whether the pattern matches from one of some places to the text's end.
+  """Whether the pattern matches from one of `starts` to the text's end.
 
   Raises:
     ValueError: as `check`.
@@ -60,21 +62,21 @@ def ends(pattern: str, text: str, starts: Iterable[int]) -> bool:
 
 
 class _Match:
-  """A text, and how far what parts of a pattern match from where in it."""
+  """A text, with a cache of the matches of a pattern's parts in it."""
 
   def __init__(self, text: str):
     self.text = text
     self._known: dict[tuple[int, int], frozenset[int]] = {}
 
   def ends(self, node: "_Node", start: int) -> frozenset[int]:
-    """Where matches end that begin at a place."""
+    """The ends of all matches that begin at `start`."""
     key = id(node), start
     if key not in self._known:
       self._known[key] = frozenset(node.ends(self, start))
     return self._known[key]
 
   def after(self, node: "_Node", starts: Iterable[int]) -> set[int]:
-    """Where matches end that begin at one of some places."""
+    """The ends of all matches that begin at one of `starts`."""
     return {end for start in starts for end in self.ends(node, start)}
 
 
@@ -86,7 +88,7 @@ class _Node(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Atoms:
-  """Characters, classes and anchors in a row, of which `re` tries one way."""
+  """Characters, classes and anchors in a row, which `re` matches in one way."""
 
   pattern: re.Pattern[str]
 
@@ -116,14 +118,14 @@ class _Either:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Many:
-  """A part `least` times or more, up to `most`."""
+  """A part that is repeated `least` times or more, up to `most` times."""
 
   part: _Node
   least: int
   most: int | None
 
   def ends(self, match: _Match, start: int) -> Iterable[int]:
-    # Each time a place moves on, or stays for good.
+    # With each repetition a position moves on, or stays from then on.
     enough = len(match.text) + 1
     places = {start}
     for _ in range(min(self.least, enough)):
@@ -139,7 +141,7 @@ class _Many:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Look:
-  """What must, or must not, follow or precede."""
+  """A look ahead or behind, positive or negative."""
 
   part: _Node
   behind: bool
@@ -158,7 +160,7 @@ def _compiled(pattern: str) -> _Node:
   if len(pattern) > _LONGEST:
     raise ValueError(
       f"{pattern:.40}... is not a regular expression that is matched here: it "
-      f"has {len(pattern):,} characters, of {_LONGEST:,} at most."
+      f"has {len(pattern):,} characters, more than {_LONGEST:,}."
     )
   try:
     re.compile(pattern)
@@ -169,13 +171,13 @@ def _compiled(pattern: str) -> _Node:
   except RecursionError as error:
     raise ValueError(
       f"{pattern!r:.200} is not a regular expression that is matched here: it "
-      f"has more than {_DEEPEST} groups in each other."
+      f"has more than {_DEEPEST} nested groups."
     ) from error
   return _Parser(pattern).whole()
 
 
 class _Parser:
-  """Takes a pattern apart that `re` takes."""
+  """Parses a pattern that `re` accepts."""
 
   def __init__(self, pattern: str):
     self._pattern = pattern
@@ -203,7 +205,7 @@ class _Parser:
     return ValueError(
       f"{self._pattern!r:.200} is not a regular expression that is matched "
       f"here: it has {part!r}. Groups, classes, quantifiers, anchors and looks "
-      "ahead or behind are; what refers to an earlier match is not."
+      "ahead or behind are; references to an earlier match are not."
     )
 
   def _either(self, flags: int) -> _Node:
@@ -247,14 +249,14 @@ class _Parser:
       self._place = start
       raise self._unknown()
     node = self._either(flags | _flags(found[1] or ""))
-    self._place += 1  # the bracket that closes it
+    self._place += 1  # the closing bracket
     self._depth -= 1
     if found[0][-1] in "=!":
       return _Look(node, "<" in found[0], found[0][-1] == "=")
     return node
 
   def _count(self) -> tuple[int, int | None] | None:
-    """How often what was read last may be there; None: once, as it stands."""
+    """How often the last part may be repeated; None without a quantifier."""
     start = self._place
     found = self._take(_MANY)
     if found is None:

@@ -1,4 +1,4 @@
-"""What a PEFT folder makes of the weights of a base, and its copies of some."""
+"""Applies a PEFT folder's changes to a base, and checks the folder's copies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,45 +11,45 @@ from bilora_jax._peft_folder import Stored
 def extra(
   stored: Stored, base: Mapping[str, Any] | None, prefix: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """The parameters that are trained as they are, by path, and what is wrong.
+  """The parameters that are trained whole, by path, and a list of faults.
 
   Args:
-    stored: what is in a folder.
-    base: the base's tensors by Hugging Face's names, with the prefix or
-      without; None if they are not at hand.
-    prefix: what names of a bare model lack.
+    stored: the content of a folder.
+    base: the base's tensors by Hugging Face's names, with or without the
+      prefix; None if there are none.
+    prefix: beginning of names that the names of a bare model lack.
   """
   faults: list[str] = []
   tensors = _Base(base, prefix)
   for name, (there, copy) in stored.copies.items():
     faults += _copied(there, copy, tensors.get(name), base is None)
-  found = dict(stored.whole)
+  parameters = dict(stored.whole)
   paths = stored.places.paths()
   for path in dict.fromkeys(paths[name] for name in stored.changes):
     values = {}
     for name in stored.places.tensor_names(path):
-      own = tensors.get(name)
-      if own is None:
+      tensor = tensors.get(name)
+      if tensor is None:
         faults.append(
-          f"{name} is changed, and not read as trained whole without the "
-          "base's own, which is not in base="
+          f"the folder changes {name}, and reading it needs the base's own "
+          f"tensor, which is not in base="
         )
         continue
-      own = own.astype(np.float32)
+      tensor = tensor.astype(np.float32)
       try:
-        values[name] = stored.changes.get(name, np.asarray)(own)
+        values[name] = stored.changes.get(name, np.asarray)(tensor)
       except ValueError as error:
         faults.append(
-          f"what is done to {name} does not fit the base's, of the shape "
-          f"{own.shape}: {error}"
+          f"the change of {name} does not fit the base's tensor of the shape "
+          f"{tensor.shape}: {error}"
         )
     if len(values) == len(stored.places.tensor_names(path)):
-      found[path] = stored.places.parameter(path, values)
-  return found, faults
+      parameters[path] = stored.places.parameter(path, values)
+  return parameters, faults
 
 
 class _Base:
-  """Tensors of a base, whole and by names that may lack a prefix."""
+  """Tensors of a base, by names that may lack a prefix."""
 
   def __init__(self, base: Mapping[str, Any] | None, prefix: str):
     self._base, self._prefix = base or {}, prefix
@@ -57,43 +57,48 @@ class _Base:
   def get(self, name: str) -> np.ndarray | None:
     for key in (name, self._prefix + name, name.removeprefix(self._prefix)):
       if key in self._base:
-        found = self._base[key]
-        # Of a file, nothing is read until it is indexed.
-        return np.asarray(found[(slice(None),) * len(found.shape)])
+        tensor = self._base[key]
+        # Slices of safetensors files are read when they are indexed.
+        return np.asarray(tensor[(slice(None),) * len(tensor.shape)])
     return None
 
 
 def misfit(
   name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]
 ) -> str:
-  """A sentence's part for a weight whose shape is not the base's."""
+  """What to say of a weight whose shape is not that of the base's weight."""
   resized = ""
   if shape[1:] == base_shape[1:]:
     resized = (
-      ": the base's vocabulary was resized; do it here as well, by "
-      f"resize_token_embeddings({shape[0]}) of transformers, and take the "
-      "folder that it is saved in as the base"
+      ": the vocabulary was resized before training; resize the base with "
+      f"resize_token_embeddings({shape[0]}) of transformers, save it, and use "
+      "the saved folder as the base"
     )
-  return f"{name} has the shape {shape}, and the base's {base_shape}{resized}"
+  return (
+    f"{name} has the shape {shape}, but the base's weight has "
+    f"{base_shape}{resized}"
+  )
 
 
 def _copied(
   there: str, copy: np.ndarray, own: np.ndarray | None, unknown: bool
 ) -> list[str]:
-  """What is wrong with a copy of a weight of the base."""
+  """The faults of a copy of a base's weight."""
   if own is None:
     why = (
-      "base= is not given, with which it is compared"
+      "base=, to compare it with, is not given"
       if unknown
-      else "the base has none"
+      else "the base has no such weight"
     )
-    return [f"{there} is there and not among modules_to_save, and {why}"]
+    return [
+      f"the folder has {there}, which is not among modules_to_save, and {why}"
+    ]
   if copy.shape != own.shape:
     return [misfit(there, copy.shape, own.shape)]
-  # Of a base in fewer bits, or saved in fewer.
+  # In the copy's dtype, as the base or the copy may have fewer bits.
   if not (copy == own.astype(copy.dtype)).all():
     return [
-      f"{there} is a copy of another base's weight than this one's: take the "
-      "base that the adapter was trained on"
+      f"{there} is a copy of another base's weight: use the base that the "
+      "adapter was trained on"
     ]
   return []

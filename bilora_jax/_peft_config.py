@@ -1,4 +1,4 @@
-"""What of PEFT's `adapter_config.json` counts here, and how it is written."""
+"""The keys of PEFT's `adapter_config.json` that are used and written here."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -17,30 +17,30 @@ _PLAIN = re.compile(r"[\w.]+")
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-  """The part of an `adapter_config.json` that counts here.
+  """The part of an `adapter_config.json` that this package uses.
 
   Attributes:
-    rank: `r`, of the modules that `rank_pattern` does not name.
-    alpha: `lora_alpha`, likewise.
+    rank: `r`, for modules that `rank_pattern` does not match.
+    alpha: `lora_alpha`, for modules that `alpha_pattern` does not match.
     rslora: whether the scale is `alpha / sqrt(rank)`.
     dora: whether the adapted weights have magnitudes.
     dropout: `lora_dropout`.
-    rank_pattern: from regular expressions for the ends of module names, the
-      first that matches counts, to ranks.
-    alpha_pattern: likewise.
-    target_modules: names or ends of names; or one regular expression.
-    exclude_modules: likewise, of modules that have no adapter.
+    rank_pattern: ranks by regular expressions for the ends of module names; the
+      first expression that matches counts.
+    alpha_pattern: alphas, likewise.
+    target_modules: names or ends of names, or one regular expression.
+    exclude_modules: likewise, for modules that have no adapter.
     layers: `layers_to_transform`, the only layers with adapters; None for all.
-    layers_pattern: what the numbers of layers come behind, if not anything.
+    layers_pattern: names that precede the numbers of layers; empty for any.
     modules_to_save: ends of names of modules that are trained whole.
-    bias: which biases are trained as they are: 'none', 'all' or 'lora_only',
+    bias: which biases are trained whole: 'none', 'all', or 'lora_only' for
       those of the modules with adapters.
     lora_bias: whether `lora_B` has a bias.
-    tied: `ensure_weight_tying`, whether what is done to an embedding is done to
-      the head that is tied to it.
-    token_indices: the tokens whose rows of an embedding are trained, by the
-      end of its name; "" for that of the inputs.
-    task_type: as 'CAUSAL_LM'; None if it does not say.
+    tied: `ensure_weight_tying`, whether changes of an embedding also change the
+      head that is tied to it.
+    token_indices: the tokens whose rows of an embedding are trained, by the end
+      of the embedding's name; "" for the input embedding.
+    task_type: such as 'CAUSAL_LM'; None if the file has none.
   """
 
   rank: int
@@ -71,15 +71,15 @@ class PeftConfig:
     )
 
   def scale(self, module: str) -> float:
-    """What the product of a module's factors is multiplied by."""
+    """The scale of a module's pair."""
     rank, alpha = self.sizes(module)
     return alpha / (math.sqrt(rank) if self.rslora else rank)
 
   def targeted(self, modules: Iterable[str]) -> list[str]:
-    """Those of the modules that must have an adapter, as far as it is said.
+    """The modules that must have an adapter, as far as the file tells.
 
-    As PEFT chooses them: `check_target_module_exists` of
-    peft/tuners/tuners_utils.py. Names that no module has are nothing to it.
+    PEFT chooses them in `check_target_module_exists` of
+    peft/tuners/tuners_utils.py; it ignores names that no module has.
     """
     return [
       module
@@ -91,9 +91,9 @@ class PeftConfig:
     ]
 
   def is_saved(self, module: str) -> bool:
-    """Whether a module is trained whole, alone or with what it is part of.
+    """Whether a module, or a module that contains it, is trained whole.
 
-    The ends of names need not begin at a dot: `_set_trainable` of
+    The ends of names need not begin at a dot, as in `_set_trainable` of
     peft/utils/other.py.
     """
     parts = module.split(".")
@@ -116,9 +116,9 @@ class PeftConfig:
     if self.layers is None or isinstance(self.target_modules, str):
       return True
     if not all(map(_PLAIN.fullmatch, self.layers_pattern)):
-      return False  # which layers is not said
+      return False  # the layers are unknown
     parts = module.split(".")
-    # Behind a number comes what is in the layer; the first number counts.
+    # A module's name follows the layer's number; the first number counts.
     for i in range(1, len(parts) - 1):
       before = ".".join(parts[:i])
       known = (
@@ -131,7 +131,7 @@ class PeftConfig:
     return False
 
   def to_json(self, base_model: str) -> str:
-    """As PEFT reads it."""
+    """The text of the file, for PEFT."""
     config = {
       "peft_type": "LORA",
       "task_type": self.task_type,
@@ -160,12 +160,12 @@ def of(
   modules_to_save: Iterable[str],
   **fields: Any,
 ) -> PeftConfig:
-  """The configuration of modules by their ranks and alphas.
+  """Makes a configuration from the modules' ranks and alphas.
 
   Args:
     sizes: `(rank, alpha)` of each module.
-    modules_to_save: that are trained whole.
-    **fields: others of `PeftConfig`.
+    modules_to_save: the modules that are trained whole.
+    **fields: other fields of `PeftConfig`.
   """
   ranks = {module: rank for module, (rank, _) in sizes.items()}
   alphas = {module: alpha for module, (_, alpha) in sizes.items()}
@@ -173,7 +173,7 @@ def of(
   return PeftConfig(
     rank=rank,
     alpha=alpha,
-    # Of the whole name, which is no other module's end.
+    # The pattern is the whole name, which no other module's name ends with.
     rank_pattern={re.escape(k): r for k, r in ranks.items() if r != rank},
     alpha_pattern={re.escape(k): a for k, a in alphas.items() if a != alpha},
     target_modules=tuple(sizes),
@@ -183,7 +183,7 @@ def of(
 
 
 def ends_with(module: str, end: str) -> bool:
-  """Whether a module has a name, or a name that ends so at a dot."""
+  """Whether a module's name is `end`, or ends with a dot and `end`."""
   return f".{module}".endswith(f".{end}")
 
 
@@ -193,13 +193,13 @@ def _named(
   """Whether a module is among names, or matches one regular expression.
 
   Args:
-    module: its name.
+    module: name of the module.
     names: names or ends of names, or an expression.
-    unknown: the answer where an expression is not one that is matched here.
+    unknown: the answer if an expression is not supported here.
   """
   if not isinstance(names, str):
     return any(ends_with(module, end) for end in names)
-  # Of all linear layers PEFT writes the names.
+  # PEFT itself writes the names of all linear layers instead.
   if names.lower() == _ALL_LINEAR:
     return False
   try:
@@ -209,7 +209,7 @@ def _named(
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  # As PEFT matches, by `(.*\.)?({pattern})$`: `get_pattern_key` of
+  # PEFT matches `(.*\.)?({pattern})$` in `get_pattern_key` of
   # peft/utils/other.py.
   starts = [0, *(i for i, x in enumerate(module, 1) if x == ".")]
   for pattern, value in patterns.items():
@@ -223,5 +223,5 @@ def _most_common(sizes: Mapping[str, Any]) -> Any:
 
 
 def _plain(number: float) -> float | int:
-  """Integers without a point, as other readers expect them."""
+  """Converts whole floats to integers, as other readers expect."""
   return int(number) if float(number).is_integer() else number

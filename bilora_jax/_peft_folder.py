@@ -1,4 +1,4 @@
-"""What is in a PEFT folder: its tensors, sorted by what they do to a model."""
+"""The content of a PEFT folder: its tensors, sorted by their use in a model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
@@ -20,23 +20,23 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 _MOST = 8
 
 Change = Callable[[np.ndarray], np.ndarray]
-"""From a weight of the base to what it is with the adapter."""
+"""A function from a weight of the base to the weight with the adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """What is in a folder.
+  """The content of a folder.
 
   Attributes:
-    config: how it was made.
-    places: the model's names, without the prefix if the folder's lack it.
+    config: the folder's configuration.
+    places: the model's names, without the prefix if the folder's names lack it.
     pairs: `a` (in, r) and `b` (r, out) of each module.
-    magnitudes: DoRA's, (out,), of each module.
+    magnitudes: DoRA's magnitude, (out,), of each module.
     whole: parameters that were trained whole, by path.
-    changes: what is done to other tensors of the base, by their names.
+    changes: changes of other tensors of the base, by the tensors' names.
     copies: tensors of the base that were saved beside the adapter, by their
-      names in the base, with their names in the folder.
-    left_out: modules that the model lacks, and may lack.
+      names in the base: the name in the folder, and the tensor.
+    left_out: modules of the folder that the caller chose to ignore.
   """
 
   config: _peft_config.PeftConfig
@@ -49,12 +49,12 @@ class Stored:
   left_out: Sequence[str]
 
   def paths(self) -> list[str]:
-    """The weights of which a module has an adapter."""
+    """The paths of the weights that have adapters."""
     known = self.places.adaptable()
     return list(dict.fromkeys(known[module][0] for module in self.pairs))
 
   def extra(self) -> list[str]:
-    """The parameters that are trained as they are."""
+    """The paths of the parameters that are trained whole."""
     paths = self.places.paths()
     changed = (paths[name] for name in self.changes)
     return sorted({*self.whole, *changed})
@@ -63,16 +63,16 @@ class Stored:
 def read(
   folder: pathlib.Path, names: Names, prefix: str, left_out: Sequence[str]
 ) -> Stored:
-  """Reads a folder, and checks it against its configuration and the names.
+  """Reads a folder and checks it against its configuration and the names.
 
   Raises:
     ValueError: as `peft.load`.
   """
   config = _peft_keys.read(folder)
-  found = _peft_tensors.read(folder)
-  bare = not any(name.startswith(prefix) for name in found)
+  tensors = _peft_tensors.read(folder)
+  bare = not any(name.startswith(prefix) for name in tensors)
   places = Places.of(names, prefix if bare else "")
-  reading = _Reading(config, places, found)
+  reading = _Reading(config, places, tensors)
   gone = reading.leave_out(left_out)
   reading.check_floats()
   reading.share_ties()
@@ -80,7 +80,7 @@ def read(
   changes = reading.changes(pairs)
   copies = reading.copies()
   whole = reading.whole(pairs)
-  reading.faults += [f"{name} has no place in this model" for name in found]
+  reading.faults += [f"{name} has no place in this model" for name in tensors]
   if not pairs and not reading.faults:
     reading.faults.append("no tensor is a lora_A or a lora_B")
   refuse(reading.faults, f"{folder} holds no adapter of this model")
@@ -88,9 +88,9 @@ def read(
 
 
 def refuse(faults: Sequence[str], sentence: str) -> None:
-  """Raises a ValueError of a few of the faults, if there are any."""
+  """Raises a ValueError that lists some of the faults, if there are any."""
   if len(faults) > _MOST:
-    # The last are of another kind than the first.
+    # The last faults are of another kind than the first.
     more = f"... ({len(faults)} in all)"
     faults = [*faults[: _MOST - 2], more, *faults[-2:]]
   if faults:
@@ -99,10 +99,10 @@ def refuse(faults: Sequence[str], sentence: str) -> None:
 
 @dataclasses.dataclass
 class _Reading:
-  """A folder's tensors, of which each step takes those that it knows.
+  """A folder's tensors; each step removes the tensors that it can interpret.
 
   Attributes:
-    faults: what is wrong, a phrase each.
+    faults: a phrase for each fault.
   """
 
   config: _peft_config.PeftConfig
@@ -111,7 +111,11 @@ class _Reading:
   faults: list[str] = dataclasses.field(default_factory=list)
 
   def leave_out(self, ends: Sequence[str]) -> list[str]:
-    """Takes what belongs to modules whose names end so; returns the modules."""
+    """Removes tensors of modules whose names have these ends.
+
+    Returns:
+      The modules.
+    """
     gone: dict[str, None] = {}
     for name in list(self.tensors):
       parts = name.split(".")
@@ -127,15 +131,15 @@ class _Reading:
 
   def check_floats(self) -> None:
     self.faults += [
-      f"{name} is of {tensor.dtype}, and weights are floats"
+      f"{name} is of {tensor.dtype}, but weights are floats"
       for name, tensor in self.tensors.items()
       if not jnp.issubdtype(tensor.dtype, jnp.floating)
     ]
 
   def share_ties(self) -> None:
-    """Takes what is of a module that is tied to an embedding, as it should be.
+    """Removes tensors of modules tied to an embedding, if they equal its own.
 
-    PEFT leaves the two apart, unless `ensure_weight_tying` is on or the rows of
+    PEFT trains the two apart, unless `ensure_weight_tying` is on or the rows of
     single tokens are trained.
     """
     for other, table in self.places.ties().items():
@@ -161,12 +165,12 @@ class _Reading:
 
   def _apart(self, table: str, other: str) -> None:
     self.faults.append(
-      f"{table} and {other} are trained apart, and this model ties them; train "
-      "with ensure_weight_tying=True, or give a base whose head is its own"
+      f"{table} and {other} are trained apart, but this model ties them; train "
+      "with ensure_weight_tying=True, or use a base whose head is not tied"
     )
 
   def pairs(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Factors and magnitudes of the modules that have them, or should."""
+    """Factors and magnitudes of the modules that have or need adapters."""
     known = self.places.adaptable()
     pairs: dict[str, Any] = {}
     magnitudes: dict[str, np.ndarray] = {}
@@ -185,20 +189,20 @@ class _Reading:
       if pair is None or pair[0].shape[1] != rank:
         self.faults.append(
           f"{module} has lora_A of the shape {a.shape} and lora_B of "
-          f"{b.shape}, which are not of the rank {rank} that "
+          f"{b.shape}, which do not have the rank {rank} that "
           f"{_peft_config.NAME} gives it"
         )
         continue
       pairs[module] = tuple(x.astype(np.float32) for x in pair)
       if magnitude is not None:
-        # Those of convolutions are (1, out, 1, 1).
+        # Magnitudes of convolutions are (1, out, 1, 1).
         magnitudes[module] = magnitude.astype(np.float32).reshape(-1)
     return pairs, magnitudes
 
   def _modules(
     self, ends: Iterable[str], known: Mapping[str, Any]
   ) -> list[str]:
-    """The known modules that have tensors whose names end so."""
+    """The known modules that have tensors with these ends of names."""
     return [
       name.removesuffix(end)
       for end in ends
@@ -207,8 +211,8 @@ class _Reading:
     ]
 
   def changes(self, pairs: Mapping[str, Any]) -> dict[str, Change]:
-    """What is done to embeddings, and to biases by `lora_bias`."""
-    found: dict[str, Change] = {}
+    """The changes of embeddings, and of biases by `lora_bias`."""
+    changes: dict[str, Change] = {}
     paths = self.places.paths()
     embeddings = self.places.embeddings()
     for module in dict.fromkeys(
@@ -232,12 +236,12 @@ class _Reading:
         )
       elif self.tensors.pop(module + MAGNITUDE, None) is not None:
         self.faults.append(
-          f"{module} is an embedding with a magnitude of DoRA's, which is of "
-          "linear layers here; merge the adapter in PEFT"
+          f"{module} is an embedding with a magnitude of DoRA's, which only "
+          "linear layers have here; merge the adapter in PEFT"
         )
       else:
         scale = self.config.scale(module)
-        found[f"{module}.weight"] = _plus(scale, _product(b, a).T)
+        changes[f"{module}.weight"] = _plus(scale, _product(b, a).T)
     trained = self._modules((_ROWS,), _weights(paths))
     if self.config.token_indices and not trained:
       self.faults.append(f"an embedding{_ROWS} is missing")
@@ -246,11 +250,11 @@ class _Reading:
       tokens = self.config.tokens_of(module)
       if rows.ndim != 2 or len(rows) != len(tokens):
         self.faults.append(
-          f"{module} has rows of the shape {rows.shape}, and "
-          f"trainable_token_indices {len(tokens)} tokens for it"
+          f"{module} has rows of the shape {rows.shape}, but "
+          f"trainable_token_indices has {len(tokens)} tokens for it"
         )
         continue
-      found[f"{module}.weight"] = _with_rows(tokens, rows)
+      changes[f"{module}.weight"] = _with_rows(tokens, rows)
     for module in pairs if self.config.lora_bias else ():
       bias = self.tensors.pop(module + BIAS, None)
       if bias is None:
@@ -258,17 +262,17 @@ class _Reading:
         continue
       if f"{module}.bias" not in paths:
         self.faults.append(
-          f"{module} has a lora_bias and, in this model, no bias that it could "
-          "be added to; merge the adapter in PEFT"
+          f"{module} has a lora_bias and, in this model, no bias to add it to; "
+          "merge the adapter in PEFT"
         )
         continue
-      found[f"{module}.bias"] = _plus(self.config.scale(module), bias)
-    return found
+      changes[f"{module}.bias"] = _plus(self.config.scale(module), bias)
+    return changes
 
   def copies(self) -> dict[str, tuple[str, np.ndarray]]:
     """Weights of the base that PEFT writes beside an adapter."""
     paths, ties = self.places.paths(), self.places.ties()
-    found: dict[str, tuple[str, np.ndarray]] = {}
+    copies: dict[str, tuple[str, np.ndarray]] = {}
     for name in list(self.tensors):
       module, _, leaf = name.rpartition(".")
       inner = module.removesuffix(BASE[:-1])
@@ -279,8 +283,8 @@ class _Reading:
         continue
       original = f"{ties.get(inner, inner)}.{leaf}"
       if original in paths:
-        found[original] = name, self.tensors.pop(name)
-    return found
+        copies[original] = name, self.tensors.pop(name)
+    return copies
 
   def _is_trained(self, module: str, leaf: str) -> bool:
     return self.config.is_saved(module) or (
@@ -290,7 +294,7 @@ class _Reading:
   def whole(self, pairs: Mapping[str, Any]) -> Tensors:
     """Parameters that were trained whole, by path."""
     self._unwrap_biases(pairs)
-    found: Tensors = {}
+    parameters: Tensors = {}
     for path in self.places.names:
       names = self.places.tensor_names(path)
       saved = [n for n in names if self.config.is_saved(n.rpartition(".")[0])]
@@ -298,18 +302,18 @@ class _Reading:
       self.faults += [f"{n} is missing" for n in saved if n not in self.tensors]
       if len(there) == len(names):
         try:
-          found[path] = self.places.parameter(path, self.tensors)
+          parameters[path] = self.places.parameter(path, self.tensors)
         except ValueError as error:
           self.faults.append(str(error))
       elif there and len(saved) < len(names):
         lost = ", ".join(n for n in names if n not in there)
-        self.faults.append(f"{lost} are missing, and scanned with {there[0]}")
+        self.faults.append(f"{lost} are missing, but scanned with {there[0]}")
       for name in there:
         del self.tensors[name]
-    return found
+    return parameters
 
   def _unwrap_biases(self, pairs: Mapping[str, Any]) -> None:
-    """Names the trained biases of adapted modules as those of any other."""
+    """Renames trained biases of adapted modules like those of other modules."""
     for module in pairs:
       wrapped = f"{module}{BASE}bias"
       if wrapped in self.tensors:
@@ -329,7 +333,7 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _plus(scale: float, added: np.ndarray) -> Change:
   def change(base: np.ndarray) -> np.ndarray:
     if added.shape != base.shape:
-      raise ValueError(f"it is of the shape {added.shape}")
+      raise ValueError(f"the change has the shape {added.shape}")
     return base + np.float32(scale) * added.astype(np.float32)
 
   return change
@@ -339,11 +343,11 @@ def _with_rows(tokens: Sequence[int], rows: np.ndarray) -> Change:
   def change(base: np.ndarray) -> np.ndarray:
     if max(tokens, default=0) >= len(base):
       raise ValueError(
-        f"trainable_token_indices has the token {max(tokens)}, and the base "
-        f"{len(base)} tokens"
+        f"trainable_token_indices has the token {max(tokens)}, but the base "
+        f"has {len(base)} tokens"
       )
     if rows.shape[1:] != base.shape[1:]:
-      raise ValueError(f"its rows are of the shape {rows.shape[1:]}")
+      raise ValueError(f"the new rows have the shape {rows.shape[1:]}")
     new = base.copy()
     new[list(tokens)] = rows.astype(np.float32)
     return new

@@ -1,7 +1,7 @@
-"""`adapter_config.json` of Hugging Face PEFT, read: each key is checked.
+"""Reads Hugging Face PEFT's `adapter_config.json` and checks each key.
 
 A LoRA of PEFT adds `lora_alpha / r * B A`, or `lora_alpha / sqrt(r) * B A` with
-`use_rslora`, to weights (out, in). What goes beyond is refused by name.
+`use_rslora`, to weights (out, in). Keys that ask for more are refused by name.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from bilora_jax._peft_config import NAME, PeftConfig
 NEWEST = "0.21.2"
 """The newest PEFT whose keys are known here."""
 
-# Keys that say nothing about what the adapter computes.
+# Keys that do not change what the adapter computes.
 _NEUTRAL = {
   "arrow_config",
   "auto_mapping",
@@ -32,7 +32,7 @@ _NEUTRAL = {
   "qalora_group_size",
   "revision",
   "runtime_config",
-  "target_parameters",  # whose tensors are named as those of modules
+  "target_parameters",  # their tensors are named like those of modules
   "task_type",
   "velora_config",  # of the backward pass
 }
@@ -55,7 +55,7 @@ _READ = {
   "use_dora",
   "use_rslora",
 }
-# What the others that are known make of a LoRA.
+# The effect of the other known keys.
 _BEYOND = {
   "alora_invocation_tokens": "an adapter of the tokens after some others",
   "kasa_config": "a base without its least singular values",
@@ -65,10 +65,10 @@ _BEYOND = {
   "use_bdlora": "factors in blocks",
   "use_qalora": "an adapter of pooled inputs",
 }
-# Each is matched with each module.
+# The most patterns, as each pattern is matched with each module.
 _MOST = 4096
-# Others change the weights that the adapter is added to.
 _FLAGS: tuple[Any, ...] = (True, False, None)
+# Other initialisations change the weights to which the adapter is added.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _BIASES = (None, "none", "all", "lora_only")
 
@@ -77,13 +77,13 @@ def read(folder: pathlib.Path) -> PeftConfig:
   """Reads and checks a folder's `adapter_config.json`.
 
   Raises:
-    ValueError: if it is missing or damaged, or asks for what is not there,
-      each such key named.
+    ValueError: if the file is missing or damaged, or has unsupported keys; the
+      message lists each of them.
   """
   path = folder / NAME
   if not path.is_file():
     raise ValueError(
-      f"{folder} is no PEFT adapter: it has no {NAME}, which tells its ranks "
+      f"{folder} is not a PEFT adapter: it has no {NAME}, which holds ranks "
       "and scales."
     )
   config = _files.read_json(path)
@@ -94,7 +94,7 @@ def read(folder: pathlib.Path) -> PeftConfig:
   faults = _faults(config)
   if faults:
     raise ValueError(
-      f"{path} asks for what this package does not have: {'; '.join(faults)}."
+      f"{path} has values that are not supported: {'; '.join(faults)}."
     )
   layers = config.get("layers_to_transform")
   return PeftConfig(
@@ -123,7 +123,7 @@ def read(folder: pathlib.Path) -> PeftConfig:
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
-  """What cannot be read, a phrase each."""
+  """A phrase for each key that cannot be read."""
   faults = []
   if config.get("peft_type") != "LORA":
     faults.append(
@@ -137,7 +137,7 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
   init = config.get("init_lora_weights")
   if not any(init is x or init == x for x in _INITS):
     faults.append(
-      "init_lora_weights is one that leaves the base's weights alone; got "
+      "init_lora_weights must leave the base's weights unchanged; got "
       f"{_files.shown(init)}, so convert the adapter to a plain LoRA with PEFT "
       "first"
     )
@@ -184,15 +184,15 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     )
     if not _is_names(config.get(key), text)
   ]
-  # A newer PEFT writes keys of features that are off.
+  # A newer PEFT also writes keys of features that are off.
   beyond = {
     key: value
     for key, value in config.items()
     if key not in _NEUTRAL | _READ and value
   }
   faults += [
-    f"{key}={_files.shown(beyond[key])} is {what}, and no LoRA of the model "
-    "alone; if PEFT can merge it, load the merged model"
+    f"{key}={_files.shown(beyond[key])} is {what}, which is more than a LoRA; "
+    "if PEFT can merge the adapter, load the merged model"
     for key, what in _BEYOND.items()
     if key in beyond
   ]
@@ -217,7 +217,7 @@ def _is_rank(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
   number = isinstance(value, int | float) and not isinstance(value, bool)
-  # Not infinity: a whole number may be above all floats.
+  # Not infinity, as an integer may be above all floats.
   return number and 0 < value <= sys.float_info.max
 
 

@@ -1,4 +1,4 @@
-"""Where the parameters of a model are in Hugging Face's, by their names."""
+"""Maps the parameters of a model to modules of Hugging Face models, by name."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -10,14 +10,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Wider:
-  """A linear module with inputs beyond ours, which have weights of zero.
+  """A linear module with more inputs than ours; the others have zero weights.
 
-  As a head that is given more than ours looks at.
+  An example is a head that has more input features than our head.
 
   Attributes:
-    module: its name.
-    own: how many inputs are ours; they come first.
-    others: how many come after them.
+    module: name of the module.
+    own: number of our inputs, which come first.
+    others: number of the other inputs, which follow.
   """
 
   module: str
@@ -29,13 +29,13 @@ class Wider:
 class Convolution:
   """A convolution, (out, in, height, width) in PyTorch.
 
-  Ours has a kernel (height, width, in, out), or is a product with patches whose
-  pixels come row by row, channels last.
+  Our layer has a kernel (height, width, in, out), or multiplies patches whose
+  pixels are in row order, channels last.
 
   Attributes:
-    module: its name.
-    height: of the kernel.
-    width: of the kernel.
+    module: name of the module.
+    height: height of the kernel.
+    width: width of the kernel.
   """
 
   module: str
@@ -47,11 +47,11 @@ class Convolution:
 class Tied:
   """An embedding whose table is also the weight of other modules.
 
-  As that of a language model whose head is tied to it.
+  An example is the embedding of a language model with a tied head.
 
   Attributes:
-    module: its name.
-    others: the names of the others.
+    module: name of the embedding.
+    others: names of the other modules.
   """
 
   module: str
@@ -61,7 +61,8 @@ class Tied:
 Module = str | Wider | Convolution | Tied
 Names = Mapping[str, Module | Sequence[Module]]
 
-# The last part of a parameter's path in Flax -> that of PyTorch's tensor.
+# The last part of a parameter's path in Flax -> the last part of its name in
+# PyTorch.
 _LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -72,11 +73,12 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-  """Names, checked.
+  """Checked names.
 
   Attributes:
-    names: the modules of each path; several, if it has leading axes of them.
-    stacked: the paths that have such axes.
+    names: the modules of each path; several modules if the parameter has
+      leading axes.
+    stacked: the paths of parameters with such axes.
   """
 
   names: Mapping[str, tuple[Module, ...]]
@@ -84,7 +86,7 @@ class Places:
 
   @classmethod
   def of(cls, names: Names, prefix: str = "") -> "Places":
-    """Checks names, and takes `prefix` off those that begin with it.
+    """Checks names, and removes `prefix` from names that begin with it.
 
     Raises:
       ValueError: if two parameters have the same place.
@@ -111,16 +113,17 @@ class Places:
     """Refuses paths that have no name.
 
     Raises:
-      ValueError: that lists them.
+      ValueError: if there are any; the message lists them.
     """
     lost = [path for path in paths if path not in self.names]
     if lost:
       raise ValueError(
-        f"names has no module for {', '.join(lost)}; what is trained needs one."
+        f"names has no module for {', '.join(lost)}; each trained parameter "
+        "needs one."
       )
 
   def adaptable(self) -> dict[str, tuple[str, Module]]:
-    """By name, what could have an adapter, and the path of its weight."""
+    """The modules that can have adapters and their weights' paths, by name."""
     return {
       name_of(module): (path, module)
       for path, modules in self.names.items()
@@ -130,7 +133,7 @@ class Places:
     }
 
   def embeddings(self) -> dict[str, str]:
-    """By name, the embeddings, and the paths of their tables."""
+    """The paths of the embeddings' tables, by the embeddings' names."""
     return {
       name_of(module): path
       for path, modules in self.names.items()
@@ -139,13 +142,13 @@ class Places:
     }
 
   def paths(self) -> dict[str, str]:
-    """By the name of a tensor, the path of the parameter that it is of."""
+    """The path of each tensor's parameter, by the tensor's name."""
     return {
       name: path for path in self.names for name in self.tensor_names(path)
     }
 
   def ties(self) -> dict[str, str]:
-    """From modules to the embeddings whose tables are their weights."""
+    """The embedding of each tied module, by the module's name."""
     return {
       other: module.module
       for modules in self.names.values()
@@ -155,30 +158,31 @@ class Places:
     }
 
   def modules(self, path: str, batch: Sequence[int]) -> tuple[Module, ...]:
-    """Of an adapted weight: as many as its batch axes hold, row by row.
+    """The modules of an adapted weight, one for each index of its batch axes.
 
     Raises:
-      ValueError: if there are others, or the weight is trained whole.
+      ValueError: if the number of modules differs, or a module is `Wider`,
+        which is for weights that are trained whole.
     """
     found = self._checked(path, batch)
     wider = [module for module in found if isinstance(module, Wider)]
     if wider:
       raise ValueError(
-        f"names has {wider[0]} for {path}, which has an adapter; only what is "
-        "trained whole may be Wider."
+        f"names has {wider[0]} for {path}, which has an adapter; only a module "
+        "that is trained whole may be Wider."
       )
     return found
 
   def tensor_names(self, path: str) -> list[str]:
-    """Of a parameter that is trained whole."""
+    """The tensors' names of a parameter that is trained whole."""
     end = _LEAVES.get(_leaf(path), "weight")
     return [f"{name_of(module)}.{end}" for module in self.names[path]]
 
   def tensors(self, path: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The modules, and in PyTorch's form the values, of a whole parameter.
+    """The modules of a whole parameter, with their values in PyTorch's form.
 
     Raises:
-      ValueError: if a module of PyTorch would have no such parameter.
+      ValueError: if PyTorch's modules have no such parameter.
     """
     value = np.asarray(value, np.float32)
     stacked = path in self.stacked
@@ -189,8 +193,8 @@ class Places:
       wide = leaf == "bias" and one.ndim > 1
       if leaf not in _LEAVES or (leaf == "kernel" and not linear) or wide:
         raise ValueError(
-          f"{path}, of shape {one.shape}, is trained whole, and what can be "
-          "written so are linear kernels, biases (out,), scales and embeddings."
+          f"{path}, of shape {one.shape}, is trained whole, but only linear "
+          "kernels, biases (out,), scales and embeddings can be written whole."
         )
       if leaf == "kernel":
         one = one.T
@@ -204,11 +208,14 @@ class Places:
     """Undoes `tensors`.
 
     Args:
-      path: of the parameter.
-      tensors: with all of its `tensor_names`.
+      path: path of the parameter.
+      tensors: tensors by name, with all of its `tensor_names`.
+
+    Returns:
+      The value, float32.
 
     Raises:
-      ValueError: if inputs that are not ours have weights.
+      ValueError: if inputs beyond ours have nonzero weights.
     """
     values = []
     for module, name in zip(self.names[path], self.tensor_names(path)):
@@ -219,7 +226,7 @@ class Places:
           if others.any():
             raise ValueError(
               f"{name} looks at {others.shape[-1]} inputs beyond the "
-              f"{module.own} that this model's head is given"
+              f"{module.own} inputs of this model's head"
             )
         value = value.T
       values.append(value.astype(np.float32))
@@ -250,7 +257,7 @@ def to_torch(
 def from_torch(
   module: Module, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """Undoes `to_torch`; None if the shapes are of no such module."""
+  """Undoes `to_torch`; None if the shapes do not fit the module."""
   if isinstance(module, Convolution):
     sizes = (module.height, module.width)
     if (a.ndim, a.shape[2:], b.shape[2:]) != (4, sizes, (1, 1)):
@@ -262,14 +269,14 @@ def from_torch(
 
 
 def magnitude_to_torch(module: Module, magnitude: np.ndarray) -> np.ndarray:
-  """DoRA's magnitude (out,) as PEFT has it of a module."""
+  """DoRA's magnitude (out,) in PEFT's shape for a module."""
   if isinstance(module, Convolution):
     return magnitude.reshape(1, -1, 1, 1)
   return magnitude
 
 
 def name_of(module: Module) -> str:
-  """The name alone."""
+  """The name of a module."""
   return module if isinstance(module, str) else module.module
 
 

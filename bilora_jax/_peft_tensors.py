@@ -1,4 +1,4 @@
-"""The tensors of a PEFT folder, by the names that PEFT writes now."""
+"""Reads the tensors of a PEFT folder, by the names that current PEFT writes."""
 
 import pathlib
 import re
@@ -13,7 +13,7 @@ BASE = ".base_layer."  # of a module that PEFT has wrapped
 _PICKLE = "adapter_model.bin"
 _MOST = 8
 
-# Names may hold that of the adapter, and that of what PEFT wraps a module in.
+# Names may contain the adapter's name and the names of PEFT's wrappers.
 _SPELLINGS = (
   (re.compile(r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$"), r"\1\2"),
   (
@@ -26,7 +26,7 @@ _SPELLINGS = (
   (re.compile(r"\.modules_to_save\.(?:(?=[^.]+$)|[^.]+\.)"), "."),
   (re.compile(r"\.token_adapter\.base_layer\."), BASE),
 )
-# What takes no part in what PEFT computes: what stands behind a module that was
+# Tensors that PEFT does not compute with: the originals of modules that were
 # trained whole, and a part of a backward pass.
 _UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed")
 
@@ -37,8 +37,8 @@ def read(folder: pathlib.Path) -> Tensors:
   """The tensors of a folder, by names without the prefix.
 
   Raises:
-    ValueError: it holds a pickle, another maker's names, several adapters, or
-      numbers that are not finite.
+    ValueError: if the folder holds a pickle, names that are not PEFT's, several
+      adapters, or numbers that are not finite.
   """
   path = folder / FILE
   if not path.is_file() and (folder / _PICKLE).is_file():
@@ -50,7 +50,7 @@ def read(folder: pathlib.Path) -> Tensors:
   other = [name for name in found if not name.startswith(PREFIX)]
   if other:
     raise ValueError(
-      f"{path} is not PEFT's, whose names begin with {PREFIX}; got "
+      f"{path} is not by PEFT, whose names begin with {PREFIX}; got "
       f"{', '.join(other[:_MOST])}."
     )
   _files.require_finite(path, found)
@@ -63,12 +63,13 @@ def read(folder: pathlib.Path) -> Tensors:
       now = pattern.sub(new, now)
     if not equal(found[spelt.setdefault(now, name)], found[name]):
       raise ValueError(
-        f"{path} holds several adapters, and one is read: {spelt[now]} and "
-        f"{name} are of the same module. Save each in a folder of its own."
+        f"{path} holds several adapters, but only one can be read: "
+        f"{spelt[now]} and {name} belong to the same module. Save each in its "
+        "own folder."
       )
   return {now: found[name] for now, name in spelt.items()}
 
 
 def equal(x: np.ndarray, y: np.ndarray) -> bool:
-  """Whether two tensors are of one shape and equal everywhere."""
+  """Whether two tensors have the same shape and equal values."""
   return x.shape == y.shape and bool((x == y).all())

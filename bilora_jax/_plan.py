@@ -1,4 +1,4 @@
-"""`Plan`: what `adapt` decided, and whether variables and adapters fit it."""
+"""`Plan`: the decisions of `adapt`, and checks of variables and adapters."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -15,10 +15,10 @@ from bilora_jax._spec import LoraSpec
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
-  """One adapted weight: where it is, and the sizes of its modules.
+  """One adapted weight: its site, and the ranks and scale of its pairs.
 
   Attributes:
-    form: in what its kernel is stored; None for floats.
+    form: storage of its kernel; None for floats.
   """
 
   site: Site
@@ -29,11 +29,11 @@ class AdaptedWeight:
   form: _quantised.Form | None
 
   def rank_in(self, part: str) -> int:
-    """The rank of its pair in `primary` or `auxiliary`."""
+    """The rank of the weight's pair in `primary` or `auxiliary`."""
     return self.rank if part == "primary" else self.auxiliary_rank
 
   def matrices(self, kernel: Any) -> jax.Array:
-    """Its kernel as floats, `(*batch, in, out)`."""
+    """The weight's kernel as floats, `(*batch, in, out)`."""
     if self.form is not None:
       kernel = _quantised.dequantise(kernel)
     return self.site.matrices(kernel)
@@ -41,11 +41,11 @@ class AdaptedWeight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """What `adapt` decided.
+  """The decisions of `adapt`.
 
   Attributes:
-    spec: what was asked for.
-    weights: those with adapters, by path.
+    spec: the spec that `adapt` was called with.
+    weights: the weights with adapters, by path.
     parameters: shapes of all parameters of the model, by path.
   """
 
@@ -55,14 +55,14 @@ class Plan:
 
   @property
   def extra(self) -> list[Path]:
-    """The parameters that are trained as they are."""
+    """The paths of the parameters that are trained whole."""
     return [p for p in self.parameters if self.spec.is_extra("/".join(p))]
 
   def shapes(self, part: str) -> dict[Path, Any]:
-    """What a part of the adapters holds, by path.
+    """The shapes in a part of the adapters, by path.
 
     Returns:
-      Of `extra` the shapes; of a pair `(shape of a, shape of b, scale)`.
+      For `extra`, shapes; otherwise `(shape of a, shape of b, scale)`.
     """
     wanted: dict[Path, Any] = {}
     if part == "extra":
@@ -89,7 +89,7 @@ class Plan:
     _partition.check_parts(adapters)
     wrong = []
     for part, tree in adapters.items():
-      found = {p: _shape(x) for p, x in flatten(tree).items()}
+      got = {p: _shape(x) for p, x in flatten(tree).items()}
       wanted = self.shapes(part)
       if any_kind:
         wanted |= {
@@ -98,10 +98,10 @@ class Plan:
           if path in self.weights and hasattr(node, "outer_shape")
         }
       wrong += [
-        f"{part}/{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+        f"{part}/{'/'.join(path)}: {got.get(path, 'missing')}, expected "
         f"{wanted.get(path, 'nothing')}"
-        for path in ({**wanted, **found} if whole or part != "extra" else found)
-        if found.get(path) != wanted.get(path)
+        for path in ({**wanted, **got} if whole or part != "extra" else got)
+        if got.get(path) != wanted.get(path)
       ]
     if whole and "extra" not in adapters and self.shapes("extra"):
       wrong.append("extra: missing")
@@ -115,27 +115,27 @@ class Plan:
   def check_parameters(
     self, params: Mapping[Path, Any], *, as_floats: bool
   ) -> None:
-    """Refuses parameters that are not the model's, in the expected form.
+    """Refuses parameters that are not the model's, or have another form.
 
     Args:
-      params: by path.
-      as_floats: whether that form is floats, whatever the spec says.
+      params: parameters by path.
+      as_floats: whether the expected form is floats, for any spec.
 
     Raises:
-      ValueError: that names every mismatch.
+      ValueError: if there are mismatches; the message names each.
     """
     other = []
     for path, leaf in params.items():
       form = self.weights[path].form if path in self.weights else None
-      found = _quantised.form_of(leaf)
+      stored = _quantised.form_of(leaf)
       wanted = "floats" if form is None or as_floats else str(form)
-      if found != wanted and path in self.parameters:
-        other.append(f"{'/'.join(path)}: {found}, expected {wanted}")
+      if stored != wanted and path in self.parameters:
+        other.append(f"{'/'.join(path)}: {stored}, expected {wanted}")
     if other:
       raise ValueError(
-        f"the spec has base_dtype={self.spec.base_dtype!r}, and some of these "
-        f"variables are stored otherwise: {'; '.join(other)}. Quantised ones "
-        "are made by `quantize`, of the same spec, from floats."
+        f"the spec has base_dtype={self.spec.base_dtype!r}, but some of these "
+        f"variables are stored in another form: {'; '.join(other)}. `quantize` "
+        "of the same spec makes quantised variables from floats."
       )
     wrong = [
       f"{'/'.join(path)}: {_shape(params.get(path))}, expected {shape.shape}"
@@ -151,7 +151,7 @@ class Plan:
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
-  """A part of the adapters by path, each adapter whole."""
+  """A part of the adapters by path; adapters are leaves."""
   return traverse_util.flatten_dict(
     tree, is_leaf=lambda _, x: _nodes.is_adapter(x)
   )

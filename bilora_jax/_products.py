@@ -1,4 +1,4 @@
-"""The products of a model, as Qwix lets us see and replace them."""
+"""`Products`: sees and replaces the products of a model, by way of Qwix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ import qwix
 
 
 class Products(qwix.QuantizationProvider):
-  """A provider of Qwix that leaves all products as they are.
+  """A provider of Qwix that does not change any product.
 
-  Qwix calls these methods instead of the functions of JAX and Flax wherever
-  the model calls these. Inside of a method the functions are JAX's own.
+  Where the model calls a function of JAX or Flax, Qwix calls the method here
+  instead. Inside of a method the functions are JAX's own.
   """
 
   def __init__(self):
@@ -46,7 +46,7 @@ class Products(qwix.QuantizationProvider):
 
 
 def value(operand: Any) -> Any:
-  """What an operand holds, which may be a parameter of NNX itself."""
+  """The array of an operand, which may be an NNX parameter."""
   return operand[...] if isinstance(operand, nnx.Variable) else operand
 
 
@@ -56,7 +56,11 @@ def dot_as_product(a: Any, b: Any):
 
 
 def einsum_as_product(subscripts: Any, *operands: Any):
-  """An einsum of two operands as a `dot_general` and a transpose, or None."""
+  """Converts an einsum of two operands to a `dot_general` and a transpose.
+
+  Returns:
+    The dimension numbers and the order of axes, or None if there are none.
+  """
   if len(operands) != 2 or not isinstance(subscripts, str):
     return None
   inputs, out, _ = opt_einsum.parser.parse_einsum_input(

@@ -1,7 +1,7 @@
-"""Kernels of 4 or 8 bits: made, read and sharded.
+"""Kernels of 4 or 8 bits: quantise, dequantise and shard them.
 
-Users meet them as `qwix.QArray`, of codes that have the kernel's shape and
-float32 scales, one for each tile of it; layers, as a `StandIn`.
+Users see a `qwix.QArray` with codes, in the kernel's shape, and float32 scales,
+one for each tile of the kernel. Layers see a `StandIn`.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-# By itself Qwix makes the largest magnitude 127.5, which int8 has not.
+# By default Qwix maps the largest magnitude to 127.5, which int8 does not have.
 _CALIBRATION = {"int8": f"absmax,{127.5 / 127}"}
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 QTYPES = {"nf4": "nf4", "int8": "int8", "fp8": "float8_e4m3fn"}
-"""What a spec calls them -> what Qwix does."""
+"""Names in a spec -> names in Qwix."""
 
 
 def tile_sizes(sizes: Sequence[int], tile_size: int | None) -> tuple[int, ...]:
-  """How the axes that a kernel sums over are cut into tiles of one scale.
+  """Cuts the axes that a kernel's product sums over into tiles.
 
   Args:
-    sizes: of these axes.
-    tile_size: how many weights a tile should have; None for all.
+    sizes: sizes of these axes.
+    tile_size: wanted number of weights in a tile; None for all weights.
 
   Returns:
-    Sizes of a tile along the axes. The last are filled first, each by the
-    largest divisor of its size that there is room for; a tile that would come
-    out under half of `tile_size` is all of the axes instead.
+    Sizes of a tile along the axes. The last axes are filled first, each by the
+    largest divisor of its size that fits. If the tile has under half of
+    `tile_size` weights, it spans all of the axes instead.
   """
   if tile_size is None:
     return tuple(sizes)
@@ -46,7 +46,7 @@ def tile_sizes(sizes: Sequence[int], tile_size: int | None) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """In what a kernel is stored.
+  """The storage of a quantised kernel.
 
   Attributes:
     base_dtype: one of `QTYPES`.
@@ -60,16 +60,16 @@ class Form:
     return f"{self.base_dtype} in tiles of {'x'.join(map(str, self.tiles))}"
 
   def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """How many tiles there are along each axis of a kernel of this shape."""
+    """The number of tiles along each axis of a kernel of this shape."""
     return tuple(size // tile for size, tile in zip(shape, self.tiles))
 
   def array(self, codes: Any, scale: Any) -> qwix.QArray:
-    """A kernel of these codes and scales, or of what stands in for them."""
+    """A kernel of these codes and scales, arrays or other leaves."""
     return qwix.QArray(codes, scale, None, QTYPES[self.base_dtype])
 
 
 def form_of(leaf: Any) -> str:
-  """In what a parameter is stored, in words: of a `Form`, or `floats`."""
+  """The storage of a parameter in words: a `Form` as text, or `floats`."""
   if is_quantised(leaf):
     names = {qtype: name for name, qtype in QTYPES.items()}
     qtype = leaf.qtype
@@ -88,12 +88,12 @@ def is_quantised(node: Any) -> bool:
 def quantise(
   kernel: jax.Array, form: Form, shardings: tuple[Any, Any] | None = None
 ) -> qwix.QArray:
-  """The kernel in few bits, by the largest magnitude of each tile.
+  """Quantises a kernel by the largest magnitude of each tile.
 
   Args:
-    kernel: of floats.
-    form: in what to store it.
-    shardings: of the codes and the scales; None to leave them to XLA.
+    kernel: a float kernel.
+    form: storage of the result.
+    shardings: shardings of the codes and the scales; None to leave them to XLA.
   """
   sizes = dict(enumerate(form.tiles))
   array = qwix.quantize(
@@ -105,8 +105,8 @@ def quantise(
   )
   codes, scale = array.qvalue, array.scale
   if form.base_dtype == "nf4":
-    # Qwix looks for the nearest level with 8 bytes of memory a weight, and in
-    # a flattened array, which a mesh would have to gather.
+    # Qwix needs 8 bytes of memory for each weight to find the nearest level,
+    # and flattens the array, which a mesh would have to gather.
     values, levels = kernel / _spread(scale, kernel.shape), _nf4_levels()
     codes = jnp.zeros(kernel.shape, jnp.uint8)
     for middle in (levels[1:] + levels[:-1]) / 2:
@@ -120,10 +120,10 @@ def quantise(
 
 
 def dequantise(array: qwix.QArray) -> jax.Array:
-  """The float32 kernel that an array stands for."""
+  """The float32 kernel of a quantised array."""
   if array.qtype != "nf4":
     return qwix.dequantize(array)
-  # Not by Qwix, for the same reason as above.
+  # Without Qwix, for the same reason as in `quantise`.
   levels = _nf4_levels().at[array.qvalue.astype(jnp.int32)]
   spread = _spread(array.scale, array.shape)
   return levels.get(mode="promise_in_bounds") * spread
@@ -132,7 +132,7 @@ def dequantise(array: qwix.QArray) -> jax.Array:
 def shardings(
   sharding: Any, shape: Sequence[int], form: Form
 ) -> tuple[Any, Any] | None:
-  """Those of the codes and the scales of a kernel; None if not on a mesh."""
+  """Shardings of a kernel's codes and scales; None if it is not on a mesh."""
   if not isinstance(sharding, jax.sharding.NamedSharding) or not isinstance(
     sharding.mesh, jax.sharding.Mesh
   ):
@@ -149,7 +149,7 @@ def shardings(
 def scale_axes(
   names: Sequence[Any], scale_shape: Sequence[int]
 ) -> tuple[Any, ...]:
-  """Names of the scales' axes, given the kernel's: none where there is one."""
+  """Names of the scales' axes: the kernel's, but None for axes of size 1."""
   return tuple(
     None if size == 1 else name for name, size in zip(names, scale_shape)
   )

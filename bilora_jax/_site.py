@@ -17,14 +17,14 @@ class Site:
   """A weight, and how its layer multiplies by it.
 
   Attributes:
-    path: of the weight, as `('layers', 'query', 'kernel')`.
-    shape: of the weight, with leading scanned axes.
-    scanned: how many leading axes are scanned or mapped over, as layers.
-    batch: axes of the weight that are batched over, as experts.
-    contracted: axes of the weight that are summed over with the input.
-    remaining: axes of the weight that become the output's.
-    convolution: whether the layer convolves.
-    dtype: what the layer computes in.
+    path: path of the weight, as `('layers', 'query', 'kernel')`.
+    shape: shape of the weight, with leading scanned axes.
+    scanned: number of leading axes that are scanned or mapped over, as layers.
+    batch: batch axes of the weight, as experts.
+    contracted: axes of the weight that the product sums over.
+    remaining: axes of the weight that become axes of the output.
+    convolution: whether the layer is a convolution.
+    dtype: dtype in which the layer computes.
   """
 
   path: Path
@@ -46,14 +46,14 @@ class Site:
     )
 
   def is_used(self, batch: Sequence[int], contracted: Sequence[int]) -> bool:
-    """Whether a product has these axes of the weight, scanned ones gone."""
+    """Whether this weight's product has these axes, without scanned axes."""
     return (self.batch, self.contracted) == (
       tuple(self.scanned + axis for axis in batch),
       tuple(self.scanned + axis for axis in contracted),
     )
 
   def kernel(self, weight: jax.Array) -> jax.Array:
-    """A weight `(*batch, in, out)` with the axes of the kernel."""
+    """Converts a weight `(*batch, in, out)` to the axes of the kernel."""
     order = self._order
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return weight.reshape(self._sizes(order)).transpose(inverse)
@@ -71,7 +71,7 @@ class Site:
 
   @property
   def _order(self) -> tuple[int, ...]:
-    """The kernel's axes: those of the batch, of `in`, and of `out`."""
+    """The kernel's axes, in the order of batch, `in` and `out`."""
     batch = (*range(self.scanned), *self.batch)
     return (*batch, *self.contracted, *self.remaining)
 

@@ -1,4 +1,4 @@
-"""`LoraSpec`: which weights get adapters, of what rank and scale."""
+"""`LoraSpec`: which weights get adapters, and of which rank and scale."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -16,48 +16,48 @@ _OVERRIDES = ("rank", "alpha", "auxiliary_rank")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-  """What `adapt` puts where.
+  """Which weights `adapt` gives adapters, and which adapters.
 
   Attributes:
     rank: r1, the rank of the primary.
-    alpha: the weight of a module is `alpha / rank * a @ b`, the auxiliary's
-      too, whatever its own rank is.
+    alpha: a pair's weight is `alpha / rank * a @ b`. The auxiliary has the same
+      scale, for any auxiliary rank.
     auxiliary_rank: r2; 0 for plain LoRA.
     targets: the modules to adapt. A string is a regular expression for the
-      whole module path, as `layers/attention/(query|value)`; a sequence holds
-      the last parts of paths, as `('query', 'value')`; a mapping goes from
-      regular expressions, the first that matches counts, to what differs
-      there: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`. Each
+      whole module path, as `layers/attention/(query|value)`. A sequence holds
+      the last parts of paths, as `('query', 'value')`. A mapping goes from
+      regular expressions, of which the first that matches counts, to other
+      values: `{'.*query': {'rank': 16, 'alpha': 32.0}, '.*value': {}}`. Each
       entry and each key must match a module of the model.
-    exclude: a regular expression for module paths that are left out. It must
-      match a module of the model.
-    extra: a regular expression for the paths of parameters to train as they
-      are, as `head/.*`: a new head, norms, biases. Adapters leave those alone.
+    exclude: a regular expression for the paths of modules without adapters. It
+      must match a module of the model.
+    extra: a regular expression for the paths of parameters to train whole, as
+      `head/.*`: a new head, norms, biases. These parameters get no adapters.
     rslora: scale by `alpha / sqrt(rank)`, Kalajdzievski, arXiv 2312.03732.
-    dora: scale each column of the adapted weight to a magnitude of its own,
-      that is trained in `extra` as `kernel_magnitude` and starts at the
-      column's norm: `W = m * (W0 + s a b) / ||W0 + s a b||`, the norm held out
-      of the gradient, Liu et al., arXiv 2402.09353. The auxiliary, where it
-      takes part, is in the sum and in its norm. A step reads the adapted
-      kernels once more, and costs as much more as r1 + r2 tokens would. Not
-      where code sees shards of an input, as under `jax.shard_map`.
-    dropout: rate at the input of the adapters; active where `apply` is given a
+    dora: scale each column of the adapted weight to a trained magnitude, which
+      is in `extra` as `kernel_magnitude` and starts at the column's norm:
+      `W = m * (W0 + s a b) / ||W0 + s a b||`, with no gradient through the
+      norm, Liu et al., arXiv 2402.09353. The auxiliary, if it is present, is in
+      the sum and in its norm. A step reads the adapted kernels once more, at
+      the cost of r1 + r2 more tokens. Not where code sees shards of an input,
+      as under `jax.shard_map`.
+    dropout: dropout rate at the input of the adapters; active if `apply` gets a
       `dropout` rng.
-    dtype: the name of the dtype that adapters compute in, as 'bfloat16'; None
-      for that of the layer they adapt, which those of convolutions keep. They
-      are stored in float32 always.
-    base_dtype: in what the adapted kernels are stored, by `Adapted.quantize`:
+    dtype: name of the dtype in which adapters compute, as 'bfloat16'; None for
+      the dtype of the adapted layer, which adapters of convolutions always
+      use. Adapters are always stored in float32.
+    base_dtype: storage of the adapted kernels after `Adapted.quantize`:
       'nf4' (4-bit NormalFloat, Dettmers et al., arXiv 2305.14314), 'int8',
-      'fp8' (float8_e4m3fn), or None for the floats they come in. Layers compute
-      in the dtype that they compute in without.
-    tile_size: how many weights, neighbours along the input, have a scale of
-      their own; None for all that an output sums over. Where it does not divide
-      the input's size, the next lower number that does, or all, if it is under
-      half.
+      'fp8' (float8_e4m3fn), or None for unchanged floats. It does not change
+      the dtype in which layers compute.
+    tile_size: number of weights, neighbours along the input, that share one
+      quantisation scale; None for all weights that an output sums over. If it
+      does not divide the input's size, the next lower divisor is used, or the
+      whole input if this divisor is under half of `tile_size`.
 
-  Regular expressions are Python's, less what refers to an earlier match, as
-  `\\1`, and what never goes back, as `a*+`: files bring them, and so they are
-  matched in a time that no pattern can blow up.
+  Regular expressions are Python's, without references to an earlier match, as
+  `\\1`, and without possessive quantifiers, as `a*+`. They can come from files
+  of others, so the time to match any pattern is bounded.
 
   Raises:
     ValueError: if a rank, alpha, dropout, pattern, dtype or tile size is out of
@@ -119,7 +119,7 @@ class LoraSpec:
       for pattern, overrides in self.targets.items():
         if not isinstance(overrides, Mapping):
           raise ValueError(
-            "a mapping of targets goes from patterns to what differs there, "
+            "a mapping of targets goes from patterns to other values for them, "
             f"as {{'rank': 4}}; got {overrides!r} for {pattern!r}."
           )
         unknown = sorted(set(overrides) - set(_OVERRIDES))
@@ -144,10 +144,10 @@ class LoraSpec:
     return rank, alpha, auxiliary_rank
 
   def match(self, path: str) -> tuple[int, int, float] | None:
-    """Whether, and how, the module at `path` is adapted.
+    """How the module at `path` is adapted.
 
     Returns:
-      `(rank, auxiliary_rank, scale)`, or None.
+      `(rank, auxiliary_rank, scale)`, or None for no adapter.
     """
     sizes = self.sizes(path)
     if sizes is None:
@@ -156,7 +156,7 @@ class LoraSpec:
     return rank, auxiliary_rank, self.scale(rank, alpha)
 
   def scale(self, rank: int, alpha: float) -> float:
-    """What the product of a pair is multiplied by."""
+    """The scale of a pair."""
     return alpha / (math.sqrt(rank) if self.rslora else rank)
 
   def sizes(self, path: str) -> tuple[int, float, int] | None:
@@ -177,11 +177,11 @@ class LoraSpec:
     return f"/{path}".endswith(f"/{key}")
 
   def is_excluded(self, path: str) -> bool:
-    """Whether the module at `path` is left out."""
+    """Whether `exclude` matches the module at `path`."""
     return self.exclude is not None and _patterns.fullmatch(self.exclude, path)
 
   def is_extra(self, path: str) -> bool:
-    """Whether the parameter at `path` is trained as it is."""
+    """Whether the parameter at `path` is trained whole."""
     return self.extra is not None and _patterns.fullmatch(self.extra, path)
 
 
@@ -203,25 +203,25 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  """Whether a value is a finite float, or an integer that is one's."""
+  """Whether a value is a finite float, or an integer in the range of floats."""
   value = _plain(value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number and abs(value) <= sys.float_info.max
 
 
 def _plain(value: Any) -> Any:
-  """NumPy's numbers as Python's, which files and comparisons take."""
+  """Converts NumPy's numbers to Python's, for files and comparisons."""
   return value.item() if isinstance(value, np.number) else value
 
 
 def _float_name(dtype: Any) -> str:
   try:
-    found = jnp.dtype(dtype)
+    known = jnp.dtype(dtype)
   except TypeError:
-    found = None
-  if found is None or not jnp.issubdtype(found, jnp.floating):
+    known = None
+  if known is None or not jnp.issubdtype(known, jnp.floating):
     raise ValueError(
       "dtype is the name of a floating-point dtype, as 'bfloat16'; got "
       f"{dtype!r}."
     )
-  return found.name
+  return known.name

@@ -1,8 +1,8 @@
-"""Nodes that are alike, as one stack: few large operations, not many small.
+"""Stacks nodes that are alike: few large operations instead of many small ones.
 
-Layers that are written out have hundreds of small pairs. A GPU takes longer to
-launch a kernel than such a pair's own take to run, and a compiler takes minutes
-where each is for itself.
+Models without `nn.scan` have hundreds of small pairs. A GPU takes longer to
+launch a kernel than to compute a small pair, and a compiler takes minutes for
+hundreds of separate operations.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bilora_jax import _nodes
 
-# In the names of layers, as `layers_3` or `blocks.3`; not that of `w1`.
+# Numbers in the names of layers, as `layers_3` or `blocks.3`, but not in `w1`.
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])[0-9]+")
 
 
@@ -24,16 +24,16 @@ class Stacks:
   """Which nodes of a tree are stacked.
 
   Attributes:
-    groups: of each stack, the places of its nodes among those that no mask
-      hides, in the tree's order.
+    groups: for each stack, the indices of its nodes among the nodes that are
+      not masked, in the tree's order.
   """
 
   groups: tuple[tuple[int, ...], ...]
 
   def stack(self, nodes: Sequence[Any]) -> list[Any]:
-    """One node for each group, with an axis in front for its members.
+    """Stacks the nodes of each group along a new leading axis.
 
-    A node that is alone in its group has none, and stays as it is.
+    A node that is alone in its group gets no axis and does not change.
     """
     return [_stacked([nodes[i] for i in group]) for group in self.groups]
 
@@ -56,16 +56,17 @@ def _stacked(nodes: list[Any]) -> Any:
 
 
 def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
-  """Groups the nodes of one kind, shape and name, numbers in names apart.
+  """Groups nodes of the same kind, shape and name, except for numbers in names.
 
-  Nodes of one name are sharded alike, layer by layer, so that stacking moves
-  nothing between devices.
+  The layers of one name have the same sharding, so that stacking moves no data
+  between devices.
 
   Args:
-    tree: of nodes, of which those that a mask hides are left out.
-    others: of each node, what must be equal too within a group, as its specs.
+    tree: a tree of nodes; masked nodes are left out.
+    others: for each node, another value that must be equal within a group, such
+      as its specs.
   """
-  found = [
+  seen = [
     (path, node)
     for path, node in jax.tree_util.tree_leaves_with_path(
       tree, is_leaf=_nodes.is_adapter
@@ -73,7 +74,7 @@ def alike(tree: Any, others: Sequence[Any] | None = None) -> Stacks:
     if _nodes.is_seen(node)
   ]
   groups: dict[Any, list[int]] = {}
-  for i, (path, node) in enumerate(found):
+  for i, (path, node) in enumerate(seen):
     name = _NUMBER.sub("", jax.tree_util.keystr(path))
     arrays, structure = jax.tree.flatten(node)
     kinds = tuple(map(jax.typeof, arrays))

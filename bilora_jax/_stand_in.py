@@ -1,8 +1,8 @@
-"""Adapted weights, where a layer multiplies by them.
+"""Adapted weights inside of a model's layers.
 
-A model holds a `StandIn` where it expects an array; `StandInProducts`
-multiplies by what it stands for: a kernel of floats or of few bits, plus a
-low-rank pair, its outputs scaled or not.
+A model holds a `StandIn` in place of an array. `StandInProducts` multiplies by
+the weight that it stands for: a float or quantised kernel plus a low-rank pair,
+with or without scaled outputs.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,24 @@ from bilora_jax._site import Site
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class StandIn:
-  """A weight as the layers of a model have it.
+  """An adapted weight, in place of an array in a model's layers.
 
-  It stands for a float array that a layer may cast and multiply by. Its arrays
-  have the scanned axes first, so that scans and maps slice them all alike.
+  It stands for a float array that a layer may cast and multiply by. All its
+  arrays have the scanned axes first, so that scans and maps slice them alike.
 
   Attributes:
-    array: the kernel, of floats or quantised.
-    pair: what is added to it, in the dtype that it is computed in; None for
-      nothing.
-    gain: `(*batch, out)` float32, what each output is multiplied by, the
-      pair's part included; None for nothing.
-    key: for dropout at the input of the pair, `(*scanned,)`; None for none.
-    site: the weight.
-    dtype: that of the array it stands for.
-    dropout: the rate, where there is a key.
-    order: which axis of the array each of its axes is, where a model has
-      transposed it; None for all in order.
+    array: the kernel, float or quantised.
+    pair: the pair that is added to the kernel, in the dtype of its computation;
+      None for no pair.
+    gain: `(*batch, out)` float32, the factor of each output, including the
+      pair's part; None for no factor.
+    key: key for dropout at the input of the pair, `(*scanned,)`; None for no
+      dropout.
+    site: the weight's site.
+    dtype: dtype of the array that it stands for.
+    dropout: the dropout rate, if there is a key.
+    order: for each axis, its index in the array, after a model has transposed
+      it; None for all axes in order.
   """
 
   array: Any
@@ -77,22 +78,22 @@ class StandIn:
     return self.permuted(lambda x: x.transpose(*axes))
 
   def permuted(self, function: Any) -> "StandIn":
-    """With its axes in the order that a function puts those of arrays in."""
+    """Permutes the axes as a function permutes those of arrays."""
     if self._leading_axes:
       self._refuse()
     order = self.order or range(self.ndim)
-    # Sizes by which the axes are known again.
+    # Different sizes identify the axes after the function.
     named = jax.ShapeDtypeStruct(tuple(1 + i for i in order), self.dtype)
     sizes = jax.eval_shape(function, named).shape
     return dataclasses.replace(self, order=tuple(size - 1 for size in sizes))
 
   def __getitem__(self, index: Any) -> "StandIn":
-    if index is ...:  # so parameters of NNX are read
+    if index is ...:  # reads an NNX parameter
       return self
     if jnp.ndim(index) or not self._leading_axes or self.order:
       self._refuse()
     if isinstance(index, int) and not -len(self) <= index < len(self):
-      raise IndexError(index)  # which ends a `for`
+      raise IndexError(index)  # ends a `for` loop
     return jax.tree.map(lambda x: x[index], self)
 
   def __len__(self) -> int:
@@ -100,39 +101,39 @@ class StandIn:
 
   @property
   def _leading_axes(self) -> int:
-    """How many axes are left to be scanned, mapped or indexed."""
+    """The number of axes that are not yet scanned, mapped or indexed."""
     return self.site.scanned - (len(self.site.shape) - self.ndim)
 
   @property
   def __jax_array__(self) -> Any:
-    # Some of JAX, as `jax.typeof`, asks for it and does not call it.
+    # Some JAX functions, as `jax.typeof`, read this attribute without a call.
     self._refuse()
 
   def _refuse(self) -> NoReturn:
     raise ValueError(
       f"the adapted weight {'/'.join(self.site.path)}, here of shape "
-      f"{self.shape}, can be cast, transposed and multiplied by, by "
-      "dot_general, dot, einsum or a convolution, and nothing else. Leave its "
-      "module out with LoraSpec(exclude=...)."
+      f"{self.shape}, can only be cast, transposed, and used in dot_general, "
+      "dot, einsum or a convolution. Leave its module out with "
+      "LoraSpec(exclude=...)."
     )
 
   def dropped(self, x: jax.Array) -> jax.Array:
-    """The input of the pair, some of it dropped and the rest scaled."""
+    """Applies dropout to the input of the pair."""
     if self.key is None:
       return x
     kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
     return jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
 
   def check_use(self, batch: Sequence[int], contracted: Sequence[int]) -> None:
-    """Refuses a product of other axes than the pair is made for."""
+    """Refuses a product along other axes than those of the pair."""
     order = self.order or range(self.ndim)
     if not self.site.is_used(
       [order[i] for i in batch], [order[i] for i in contracted]
     ):
       raise ValueError(
-        f"the adapted weight {'/'.join(self.site.path)} is multiplied by along "
-        f"its axes {tuple(contracted)} here, and was not where adapt traced "
-        "the model. Give adapt inputs and methods that use it so, or leave "
+        f"a product contracts the axes {tuple(contracted)} of the adapted "
+        f"weight {'/'.join(self.site.path)}, but did not when adapt traced the "
+        "model. Give adapt inputs and methods with the same product, or leave "
         "its module out with LoraSpec(exclude=...)."
       )
 
@@ -148,9 +149,9 @@ _TRANSPOSES = (
 
 
 class StandInProducts(_products.Products):
-  """Multiplies by a `StandIn` as by the float array it stands for.
+  """Multiplies by a `StandIn` as by the float array that it stands for.
 
-  Quantised kernels become floats again in the backward pass: none is kept.
+  The backward pass dequantises kernels again, so that no float kernel is kept.
   """
 
   def get_intercept_map(self):
@@ -212,7 +213,7 @@ class StandInProducts(_products.Products):
       )
       result += delta * pair.scale
     result = _scaled(result, weight, len(batch), outputs)
-    # Adapters may compute in more bits than their layer, that is not to show.
+    # Adapters may compute in more bits than their layer; the output may not.
     return result.astype(
       preferred_element_type or jnp.result_type(lhs, weight.dtype)
     )
@@ -272,7 +273,7 @@ class StandInProducts(_products.Products):
 
     if not isinstance(x, StandIn):
       return constrained(x)
-    # Of quantised kernels the scales may be too few for it.
+    # A quantised kernel may have too few scales for this sharding.
     if _quantised.is_quantised(x.array) or x.order:
       return x
     return dataclasses.replace(x, array=constrained(x.array))
@@ -298,7 +299,7 @@ class StandInProducts(_products.Products):
 
 
 def _before(order: Sequence[int], out_sharding: Any) -> Any:
-  """How an einsum's product is split before its axes are put in order."""
+  """The sharding of an einsum's product before its axes are put in order."""
   if out_sharding is None:
     return None
   spec = getattr(out_sharding, "spec", out_sharding)
@@ -309,7 +310,7 @@ def _before(order: Sequence[int], out_sharding: Any) -> Any:
 
 
 def _of_stand_ins(function: Any) -> Any:
-  """A function that transposes arrays, which transposes stand-ins too."""
+  """Lets a function that transposes arrays transpose stand-ins too."""
 
   def transpose(x, *args, **kwargs):
     x = _products.value(x)
@@ -327,7 +328,7 @@ def _multiplied(multiply: Any, weight: StandIn) -> jax.Array:
   if not _quantised.is_quantised(weight.array):
     return multiply(transposed(weight.array))
 
-  # The backward pass needs the kernel too: it reads the codes again.
+  # The backward pass needs the kernel too, and dequantises the codes again.
   @jax.checkpoint
   def product(array):
     kernel = _quantised.dequantise(array).astype(weight.dtype)
@@ -339,17 +340,17 @@ def _multiplied(multiply: Any, weight: StandIn) -> jax.Array:
 def _scaled(
   result: jax.Array, weight: StandIn, batch: int, sizes: Sequence[int]
 ) -> jax.Array:
-  """A product's result with the gain of its weight, if that has one.
+  """Multiplies a product's result by the gain of its weight, if there is one.
 
   Args:
     result: `(*batch, *rows, *outputs)`.
-    weight: what was multiplied by.
-    batch: how many axes are batched over.
-    sizes: of the outputs' axes.
+    weight: the weight of the product.
+    batch: number of batch axes.
+    sizes: sizes of the output axes.
   """
   if weight.gain is None:
     return result
   rows = (1,) * (result.ndim - batch - len(sizes))
   gain = weight.gain.reshape(*result.shape[:batch], *rows, *sizes)
-  # In float32: a gain near 1 would lose what was learned of it.
+  # In float32, as half precision would round small changes of a gain near 1.
   return (result.astype(jnp.float32) * gain).astype(result.dtype)

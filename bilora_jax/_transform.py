@@ -30,33 +30,35 @@ def bilora(
       A_2 &\leftarrow A_2 + \eta\, B_2^\top G,
     \end{align*}
 
-  all from the values before the step; then all of :math:`(B_2, A_2)` are
-  scaled back into :math:`\sum_j \|B_{2,j} A_{2,j}\|_F^2 \le \rho^2`. The
-  auxiliary approximates the adversary of Sharpness-Aware Minimization, at the
-  cost of LoRA: nothing is evaluated twice.
+  All four updates use the values before the step. Then all pairs
+  :math:`(B_2, A_2)` are scaled back into the ball
+  :math:`\sum_j \|B_{2,j} A_{2,j}\|_F^2 \le \rho^2`. The auxiliary approximates
+  the perturbation of Sharpness-Aware Minimization at the cost of LoRA: a step
+  needs one gradient.
 
   Args:
-    optimizer: what the primary and the extra parameters descend with.
+    optimizer: optimizer of the primary and of the extra parameters.
     rho: radius of the auxiliary's ball, in units of the weights, or a schedule
-      of it; see `keep_in_ball`.
-    auxiliary_optimizer: what the auxiliary climbs with; by default
-      `optimizer`, with a state of its own. It is fed the negated gradient, so
-      weight decay still decays.
+      of the radius; see `keep_in_ball`.
+    auxiliary_optimizer: optimizer of the auxiliary; by default `optimizer`,
+      with a separate state. It receives the negated gradient, so weight decay
+      still decays.
     clip: see `keep_in_ball`.
     direction: `'ascent'`, or `'descent'` for the paper's ablation Dual-LoRA,
       in which the auxiliary descends too.
-    specs: of all parameters, as `Adapted.partition_specs` gives them; only
-      under `jax.shard_map` and `jax.pmap` with sharded factors, see
-      `keep_in_frobenius_ball`.
+    specs: `PartitionSpec` of all parameters, as `Adapted.partition_specs`
+      returns them; only under `jax.shard_map` and `jax.pmap` with sharded
+      factors, see `keep_in_ball`.
 
   Returns:
-    A transformation of the partition, a dict of `primary` and `auxiliary`,
-    trees of `Factors` or of other nodes, as `bilora_jax.adapters` has them, and
-    `extra`, any other parameters, which is optional. What nodes hold stays.
+    A transformation of the partition: a dict with `primary` and `auxiliary`,
+    which are trees of `Factors` or of the nodes in `bilora_jax.adapters`, and,
+    optionally, `extra`, a tree of any other parameters. Fields that a node
+    lists in `held` do not change.
 
   Raises:
-    ValueError: if rho is negative or not finite, clip or direction unknown; on
-      init, if the parameters are not so partitioned.
+    ValueError: if rho is negative or not finite, or clip or direction is
+      unknown; on init, if the parameters are not such a partition.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -79,9 +81,10 @@ def bilora(
     (8) to (10).
 
   .. note::
-    Wrap `bilora` in `optax.MultiSteps`, not the optimizer inside of it. Nothing
-    follows it in a chain: the auxiliary would leave its ball, which `hold_ball`
-    holds whatever follows. Evaluate with `without_auxiliary(adapters)`.
+    Wrap `bilora` in `optax.MultiSteps`, not the optimizer inside of it. In a
+    chain, `bilora` comes last: a later transformation would move the auxiliary
+    out of its ball. `hold_ball` allows later transformations. Evaluate with
+    `without_auxiliary(adapters)`.
   """
   if direction not in ("ascent", "descent"):
     raise ValueError(f"direction is 'ascent' or 'descent'; got {direction!r}.")

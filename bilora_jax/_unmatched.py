@@ -1,4 +1,4 @@
-"""Refuses a spec that names modules which the model does not have."""
+"""Refuses a spec that names modules that the model does not have."""
 
 from collections.abc import Iterable, Sequence
 import difflib
@@ -15,16 +15,16 @@ def check(
   """Refuses targets and an `exclude` that match no module.
 
   Each entry of a sequence and each key of a mapping has to match a module, even
-  if that is left out, or an earlier key takes it.
+  if the module is excluded, or an earlier key matches it too.
 
   Args:
-    spec: what is asked for.
+    spec: the spec of `adapt`.
     adaptable: paths of the modules that could have adapters.
     modules: paths of all modules that have parameters.
 
   Raises:
-    ValueError: that names what matches nothing, and lists what could match,
-      near names first.
+    ValueError: if a target or `exclude` matches no module; the message names
+      it, and lists modules that it could match, similar names first.
   """
   adaptable, modules = set(adaptable), set(modules)
   targets = spec.targets
@@ -50,11 +50,11 @@ def check(
 
 
 def listed(names: Iterable[str], keys: Sequence[str] = ()) -> str:
-  """Names for a sentence, the first eight: those near a key, then the others.
+  """Up to eight names for a sentence, names similar to a key first.
 
   Args:
-    names: of modules or parameters, as paths; in any order.
-    keys: what the spec has in their place.
+    names: paths of modules or parameters, in any order.
+    keys: the spec's entries that match none of them.
   """
   paths = sorted(set(names))
 

@@ -1,16 +1,16 @@
-"""Hugging Face PEFT's LoRA folders: written of a primary, read as one.
+"""Hugging Face PEFT's LoRA folders: saves a primary, and loads a primary.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT's
 `lora_A` is (r, in) and its `lora_B` (out, r), the transposes of `Factors`.
 
-The functions know nothing of a model but its names: `names` goes from paths of
-parameters to Hugging Face's modules, as from `encoder/layer_0/query/kernel` to
-`bert.encoder.layer.0.attention.self.query`. A parameter with leading axes of
-scanned layers or experts has a sequence of modules, row by row. Parameters that
-are trained whole, as a head's `head/kernel` and `head/bias`, are there as well.
-Names of weights without adapters do no harm. Kernels of several axes, as those
-of `nn.DenseGeneral`, are the two-dimensional ones of `nn.Linear`, reshaped; a
-module that is not linear in PyTorch is named as a `Convolution`.
+The argument `names` maps paths of parameters to Hugging Face's modules, as
+`encoder/layer_0/query/kernel` to `bert.encoder.layer.0.attention.self.query`. A
+parameter with leading axes of scanned layers or experts maps to a sequence of
+modules, row by row. `names` also needs parameters that are trained whole, such
+as `head/kernel` and `head/bias`; it may include weights without adapters.
+Kernels of several axes, as in `nn.DenseGeneral`, are reshaped to the
+two-dimensional weights of `nn.Linear`; a convolution in PyTorch is named as a
+`Convolution`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,34 +54,37 @@ def save(
   task_type: str | None = None,
   auxiliary: bool = False,
 ) -> None:
-  """Writes the primary, and what is trained as it is, as PEFT would.
+  """Writes the primary and `extra` in PEFT's format.
 
-  PEFT computes with it what `adapted.apply(variables, primary(adapters), ...)`
-  does. Ranks and alphas that differ by module become `rank_pattern` and
-  `alpha_pattern`. Of `extra`, DoRA's magnitudes stand beside their factors,
-  biases without their weights are PEFT's `bias`, and all else is
-  `modules_to_save`. Each file is whole or not there; the configuration is the
-  last.
+  With this folder, PEFT computes the same as
+  `adapted.apply(variables, primary(adapters), ...)`. Ranks and alphas that
+  differ by module become `rank_pattern` and `alpha_pattern`. Of `extra`, DoRA's
+  magnitudes become `lora_magnitude_vector`, biases without their weights become
+  PEFT's `bias`, and all other parameters become `modules_to_save`. A reader
+  never sees a part of a file; the configuration is written last.
 
   Args:
-    folder: is created; its files of these names are replaced.
-    adapted: the model that the adapters are for.
+    folder: where to write, created if it is missing; files of the same names
+      are replaced.
+    adapted: the model of the adapters.
     adapters: from `adapted.init`, with or without the auxiliary.
-    names: of all that is trained; see the module.
-    base_model: the name or folder of the base, for those who read the folder.
-    task_type: as 'CAUSAL_LM'; None lets PEFT's readers choose the model.
-    auxiliary: also write the auxiliary, joined with the primary along the
-      rank. It is not part of what Bi-LoRA trains, and does not leave otherwise.
+    names: names of all trained parameters; see the module's docstring.
+    base_model: the name or folder of the base, for readers of the folder.
+    task_type: such as 'CAUSAL_LM'; None lets PEFT's readers choose the model.
+    auxiliary: whether to write the auxiliary too, joined with the primary along
+      the rank. The auxiliary is not part of the trained model, so by default it
+      is not written.
 
   Raises:
-    ValueError: if the adapters are not of this model and spec, a name is
-      missing or does not fit, each named, or there is no auxiliary to write.
+    ValueError: if the adapters do not fit this model and spec, a name is
+      missing or does not fit (the message lists each), or there is no auxiliary
+      to write.
     OSError: if a file cannot be written.
   """
   adapted.check(adapters)
   if auxiliary and "auxiliary" not in adapters:
     raise ValueError(
-      "auxiliary=True writes the auxiliary too, and the adapters have none."
+      "auxiliary=True writes the auxiliary too, but the adapters have none."
     )
   pairs = _flatten(adapters["primary"])
   magnitudes, extra = _split(_flatten(adapters.get("extra", {})), pairs)
@@ -95,14 +98,14 @@ def save(
   for path, pair in pairs.items():
     modules = places.modules(path, pair.a.shape[:-2])
     a, b = (_rows(x) for x in (pair.a, pair.b))
-    for module, *own in zip(modules, a, b):
+    for module, *factors in zip(modules, a, b):
       name = _peft_names.name_of(module)
       sizes[name] = pair.rank, _alpha(adapted.spec, path, pair.rank)
-      found = _peft_names.to_torch(module, *own)
-      tensors[name + _peft_folder.A], tensors[name + _peft_folder.B] = found
+      both = _peft_names.to_torch(module, *factors)
+      tensors[name + _peft_folder.A], tensors[name + _peft_folder.B] = both
     if path in magnitudes:
-      own = np.asarray(magnitudes[path], np.float32)
-      for module, one in zip(modules, own.reshape(len(modules), -1)):
+      magnitude = np.asarray(magnitudes[path], np.float32)
+      for module, one in zip(modules, magnitude.reshape(len(modules), -1)):
         tensors[_peft_names.name_of(module) + _peft_folder.MAGNITUDE] = (
           _peft_names.magnitude_to_torch(module, one)
         )
@@ -141,14 +144,17 @@ def load_spec(
   left_out: Sequence[str] = (),
   auxiliary_rank: int = 8,
 ) -> LoraSpec:
-  """The spec that a folder's adapters fit: its ranks, alphas and targets.
+  """Reads the spec of a folder's adapters: ranks, alphas and targets.
 
   Args:
-    folder: that PEFT or `save` wrote.
-    names: of the model's weights; see the module.
+    folder: a folder that PEFT or `save` wrote.
+    names: names of the model's weights; see the module's docstring.
     prefix: as in `load`.
     left_out: as in `load`.
-    auxiliary_rank: r2 of an auxiliary to train beside them.
+    auxiliary_rank: r2, rank of an auxiliary to train with these adapters.
+
+  Returns:
+    A spec for `adapt`.
 
   Raises:
     ValueError: as `load`; or if scanned layers differ in rank or alpha, or some
@@ -163,11 +169,11 @@ def load_spec(
     sizes = {
       m: stored.config.sizes(m) if m in stored.pairs else None for m in modules
     }
-    lacking = [m for m, own in sizes.items() if own is None]
+    lacking = [m for m, size in sizes.items() if size is None]
     first = next(iter(sizes.values()))
     if first is None or len(set(sizes.values())) > 1:
       faults.append(
-        f"the layers of {path} are scanned, and so adapted alike: "
+        f"the layers of {path} are scanned, so they must be adapted alike: "
         + (
           f"{', '.join(lacking)} would have no adapter"
           if lacking
@@ -175,9 +181,9 @@ def load_spec(
         )
       )
       continue
-    own = dict(zip(default, first))
+    values = dict(zip(default, first))
     targets[re.escape(path.rpartition("/")[0])] = {
-      key: value for key, value in own.items() if value != default[key]
+      key: value for key, value in values.items() if value != default[key]
     }
   if faults:
     raise ValueError(
@@ -205,34 +211,35 @@ def load(
 ) -> dict[str, Any]:
   """Reads a folder that PEFT or `save` wrote, as a primary to train further.
 
-  What PEFT trains of an embedding, by factors or as the rows of some tokens,
-  and `lora_bias`, are read as parameters that are trained whole: they are added
-  to those of the base.
+  PEFT can train an embedding by factors or by the rows of some tokens, and can
+  add `lora_bias`. These changes are added to the base's parameters, which are
+  returned in `extra`, as parameters that are trained whole.
 
   Args:
-    folder: with `adapter_config.json` and `adapter_model.safetensors`.
+    folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
     adapted: the model, with the ranks, alphas and targets of the folder, as
-      `load_spec` gives them.
-    names: of all that is in the folder; see the module.
-    prefix: what names begin with that the folder may lack, as `bert.` where
+      `load_spec` returns them.
+    names: names of all parameters in the folder; see the module's docstring.
+    prefix: beginning of `names` that the folder's names may lack, as `bert.` if
       the adapters were trained on a bare `BertModel`.
-    base: the base's tensors by Hugging Face's names, with that prefix or
-      without, as `safetensors.numpy.load_file` reads them. It is looked at if
-      the folder holds copies of some, as PEFT writes them of embeddings and
-      heads, which have to be equal; and for what is added to some.
-    left_out: names, or ends of names, of modules that this model lacks and
-      computes the same without, or is not to have of the folder, as the
-      `pooler.dense` of a BERT. The folder's tensors for them are left out, with
-      a warning.
+    base: the base's tensors by Hugging Face's names, with or without the
+      prefix, as `safetensors.numpy.load_file` reads them. It is needed if the
+      folder changes tensors of the base, or holds copies of them, as PEFT
+      writes of embeddings and heads; the copies must be equal to the base.
+    left_out: names, or ends of names, of modules whose tensors in the folder
+      are ignored with a warning: modules that this model lacks without a change
+      of its output, as the `pooler.dense` of a BERT, or that it should not
+      take from the folder.
 
   Returns:
-    A dict of `primary` and `extra`, of NumPy arrays in float32; of `extra` what
-    the folder has. `adapted.init` makes what is missing.
+    A dict of `primary` and `extra`, of NumPy arrays in float32. `extra` holds
+    only the folder's parameters; `adapted.init` makes the others.
 
   Raises:
-    ValueError: if a file is missing, damaged or a pickle; the configuration
-      asks for what is not there; or tensors are missing, unknown, not the
-      base's, or of another shape, rank or scale than the model's, each named.
+    ValueError: if a file is missing, damaged or a pickle; the configuration has
+      unsupported values; or tensors are missing, unknown, different from the
+      base's, or of another shape, rank or scale than the model's. The message
+      lists each of them.
   """
   folder = pathlib.Path(folder)
   stored = _peft_folder.read(folder, names, prefix, left_out)
@@ -243,8 +250,8 @@ def load(
   )
   if stored.left_out:
     warnings.warn(
-      f"{folder} also has {', '.join(stored.left_out)}, which this model goes "
-      "without; it is left out.",
+      f"{folder} also has {', '.join(stored.left_out)}, which this model does "
+      "not use; these tensors are ignored.",
       stacklevel=2,
     )
   try:
@@ -267,7 +274,7 @@ def load(
 
 
 def _differences(stored: _peft_folder.Stored, adapted: Adapted) -> list[str]:
-  """How a folder's adapters are other than a spec's, a phrase for each."""
+  """The differences of a folder's adapters from a spec, a phrase for each."""
   wanted = {"/".join(p): x for p, x in adapted.shapes("primary").items()}
   stored.places.require(wanted)
   faults = []
@@ -280,17 +287,17 @@ def _differences(stored: _peft_folder.Stored, adapted: Adapted) -> list[str]:
   for path, (a_shape, _, scale) in wanted.items():
     for module in _names(stored, path, a_shape):
       if module not in stored.pairs:
-        faults.append(f"{module} has no adapter, and {path} is a target")
+        faults.append(f"{module} has no adapter, but {path} is a target")
         continue
       there.discard(module)
       rank = stored.pairs[module][0].shape[-1]
-      own = stored.config.scale(module)
-      if (rank, own) != (a_shape[-1], scale):
+      stored_scale = stored.config.scale(module)
+      if (rank, stored_scale) != (a_shape[-1], scale):
         faults.append(
-          f"{module} has rank {rank} and scale {own:g}, and {path} rank "
-          f"{a_shape[-1]} and scale {scale:g}"
+          f"{module} has rank {rank} and scale {stored_scale:g}, but {path} "
+          f"has rank {a_shape[-1]} and scale {scale:g}"
         )
-  faults += [f"{m} has an adapter, and is no target" for m in sorted(there)]
+  faults += [f"{m} has an adapter, but is no target" for m in sorted(there)]
   whole = {"/".join(p): shape for p, shape in adapted.shapes("extra").items()}
   faults += [
     _peft_base.misfit(path, value.shape, whole[path])
@@ -311,7 +318,7 @@ def _pair(
 ) -> Factors:
   modules = _names(stored, path, a_shape)
   a, b = (np.stack([stored.pairs[m][i] for m in modules]) for i in range(2))
-  # The inner sizes are as they came: they may be wrong.
+  # The inner sizes come from the folder: they may be wrong.
   return Factors(
     a.reshape(*a_shape[:-2], *a.shape[1:]),
     b.reshape(*b_shape[:-2], *b.shape[1:]),
@@ -322,21 +329,21 @@ def _pair(
 def _magnitudes(
   stored: _peft_folder.Stored, adapted: Adapted
 ) -> dict[str, np.ndarray]:
-  """DoRA's, by their paths in `extra`."""
+  """DoRA's magnitudes, by their paths in `extra`."""
   if not stored.config.dora:
     return {}
-  found = {}
+  by_path = {}
   for path, (a_shape, *_) in adapted.shapes("primary").items():
     modules = _names(stored, "/".join(path), a_shape)
-    own = np.stack([stored.magnitudes[module] for module in modules])
-    found["/".join(_dora.path_of(path))] = own.reshape(*a_shape[:-2], -1)
-  return found
+    stacked = np.stack([stored.magnitudes[module] for module in modules])
+    by_path["/".join(_dora.path_of(path))] = stacked.reshape(*a_shape[:-2], -1)
+  return by_path
 
 
 def _split(
   extra: dict[str, Any], pairs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """DoRA's magnitudes by their kernels' paths, and what else is in `extra`."""
+  """DoRA's magnitudes by their kernels' paths, and the rest of `extra`."""
   parts = _dora.split(
     {tuple(path.split("/")): x for path, x in extra.items()},
     [tuple(path.split("/")) for path in pairs],
@@ -353,10 +360,10 @@ def _write_extra(
   adapted: Mapping[str, Any],
   tensors: dict[str, Any],
 ) -> dict[str, Any]:
-  """Adds what is trained whole to the tensors.
+  """Adds parameters that are trained whole to the tensors.
 
   Returns:
-    What the configuration says of it.
+    The fields of the configuration that describe these parameters.
   """
   values = {
     name: (module, value)
@@ -372,7 +379,7 @@ def _write_extra(
     if module in weights:
       saved[module] = None
     elif module in adapted:
-      # PEFT has wrapped it.
+      # PEFT wraps an adapted module.
       name = f"{module}{_peft_tensors.BASE}bias"
       bias = "lora_only" if bias == "none" else bias
     else:
@@ -393,17 +400,19 @@ def _names(
 
 
 def _alpha(spec: LoraSpec, path: str, rank: int) -> float:
-  """The alpha that gives a module its scale at a rank, its own or a joined."""
+  """The alpha that keeps a module's scale at its own rank or a joined rank."""
   sizes = spec.sizes(path.rpartition("/")[0])
   assert sizes is not None  # it has a pair
-  own, alpha, _ = sizes
-  if rank == own:
+  own_rank, alpha, _ = sizes
+  if rank == own_rank:
     return alpha
-  return alpha * (math.sqrt(rank / own) if spec.rslora else rank / own)
+  return alpha * (
+    math.sqrt(rank / own_rank) if spec.rslora else rank / own_rank
+  )
 
 
 def _rows(x: Any) -> np.ndarray:
-  """Matrices (rows, ., .), of all leading axes."""
+  """Flattens all leading axes: matrices (rows, ., .)."""
   x = np.asarray(x, np.float32)
   return x.reshape(-1, *x.shape[-2:])
 

@@ -115,11 +115,13 @@ def check(folder: pathlib.Path, facts: dict[str, Any], scan: bool) -> Any:
     assert str(own) in str(error.value)
     return None
   if scan and facts["selective"]:
-    with pytest.raises(ValueError, match="are scanned, and so adapted alike"):
+    with pytest.raises(
+      ValueError, match="are scanned, so they must be adapted alike"
+    ):
       load(own, facts["base"], scan, facts["head"])
     return None
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", ".*goes without; it is left out")
+    warnings.filterwarnings("ignore", ".*not use; these tensors are ignored")
     loaded = load(own, facts["base"], scan, facts["head"])
   got = loaded.logits(loaded.adapters, tokens)
   if got.ndim < wanted.ndim:  # of a BERT, the mean over the tokens

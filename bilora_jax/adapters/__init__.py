@@ -1,16 +1,16 @@
-"""Adapters of other kinds than a low-rank pair, for the same ball.
+"""Other kinds of adapters than low-rank pairs, for the same ball.
 
-Each is a node of a tree, with a `degree` and a `squared_norm`, as
-`bilora_jax.Factors` is: `bilora` trains trees of any mixture of them. Those of
-kernels, LoKr, LoHa, VeRA and IA3, run by `adapt`::
+Each adapter is a node of a tree, with a `degree` and a `squared_norm`, like
+`bilora_jax.Factors`; `bilora` trains trees that mix them. `adapt` runs the
+adapters of kernels, LoKr, LoHa, VeRA and IA3::
 
   adapted = adapt(model, LoraSpec(), x)
   params = adapters.init(key, adapted, variables, adapters.loha(rank=4))
   y = adapted.apply(variables, params, x)
 
-Soft prompts and bottlenecks are small modules, `adapters.linen.SoftPrompt` and
-so on, whose parameters are a node. A node of your own is a dataclass with the
-attributes of `Adapter`.
+Soft prompts and bottlenecks are small modules, such as
+`adapters.linen.SoftPrompt`, whose parameters are a node. To write your own
+node, write a dataclass with the attributes of `Adapter`.
 """
 
 from bilora_jax._nodes import Adapter as Adapter

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network with one hidden layer, added."""
+"""Bottleneck adapters: a small network, added to its input."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,17 +15,17 @@ from bilora_jax import _nodes
 class Bottleneck:
   r"""The function :math:`x + \sigma(x D + d) U + u`.
 
-  It perturbs no weight, and there is no norm of what it adds that does not
-  depend on the inputs. Its norm in a ball is that of its parameters, all four
-  fields together: a radius bounds how far the parameters are from zero, and is
-  not in the units of the weights of other nodes.
+  A bottleneck perturbs no weight, and the norm of its output depends on the
+  inputs. Its norm in a ball is the norm of its parameters, all four fields
+  together: the radius bounds the distance of the parameters from zero, which
+  is not in the units of the weights of other nodes.
 
   Attributes:
     down: D, `(*batch, width, r)`; batch axes are stacked layers.
     down_bias: d, `(*batch, r)`.
     up: U, `(*batch, r, width)`.
     up_bias: u, `(*batch, width)`.
-    degree: 1, of the parameters.
+    degree: 1: the norm is linear in the parameters.
 
   References:
     Houlsby et al, `Parameter-Efficient Transfer Learning for NLP
@@ -44,14 +44,14 @@ class Bottleneck:
     x: jax.Array,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
   ) -> jax.Array:
-    """Adds the network's output.
+    """Adds the network's output to its input.
 
     Args:
       x: `(*rows, width)`.
-      activation: the hidden layer's.
+      activation: activation function of the hidden layer.
 
     Returns:
-      As `x`, in its dtype.
+      An array like `x`, in its dtype.
     """
     down, down_bias, up, up_bias = (
       p.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""(IA)^3: the outputs of a layer, each times a trained number."""
+"""(IA)^3: each output of a layer is multiplied by a trained number."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,20 +15,20 @@ from bilora_jax.adapters import _kind
 class IA3:
   r"""The weight :math:`W_0 \operatorname{diag}(g)`: outputs times `1 + g`.
 
-  Here `g` is 0 where the paper's vector is 1, so that the perturbation is
-  linear in it, and its norm is :math:`\sqrt{\sum_j g_j^2 \|w_j\|^2}` with
-  :math:`w_j` the columns of the kernel. A bias is not multiplied. The vectors
-  of two nodes add up.
+  The paper's vector is `1 + g`, so that the perturbation is linear in `g`; its
+  norm is :math:`\sqrt{\sum_j g_j^2 \|w_j\|^2}` with :math:`w_j` the columns of
+  the kernel. A bias is not multiplied. The vectors of two nodes add up.
 
   Attributes:
     gain: g, `(*batch, out)`.
-    norms: of the kernel's columns, `(*batch, out)`, held: no step moves them.
+    norms: norms of the kernel's columns, `(*batch, out)`; held: no step moves
+      them.
     size_in: static; `in` of the kernel.
-    degree: 1.
+    degree: 1: the weight is linear in g.
 
   References:
     Liu et al, `T-Few <https://arxiv.org/abs/2205.05638>`_, 2022, section 3.3.
-    What multiplies a layer's input there, is not here.
+    The paper's vectors for the inputs of layers are not implemented.
   """
 
   degree: ClassVar[int] = 1
@@ -51,10 +51,10 @@ class IA3:
 
 
 def ia3() -> _kind.Kind:
-  """(IA)^3, for `init`: all gains start at 0, which multiplies by 1.
+  """(IA)^3, for `init`: all gains start at 0, which multiplies outputs by 1.
 
   Returns:
-    A kind, that makes `IA3`.
+    A kind that makes `IA3`.
   """
 
   def new(key: jax.Array, kernel: jax.Array) -> IA3:

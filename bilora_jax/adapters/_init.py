@@ -1,4 +1,4 @@
-"""New adapters of any kinds, on the kernels that `adapt` found."""
+"""New adapters of any kind, for the kernels that `adapt` found."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,25 +18,25 @@ def init(
   variables: Any,
   kinds: _kind.Kind | Mapping[str, _kind.Kind],
 ) -> dict[str, Any]:
-  """New adapters, that leave the model as it is.
+  """Makes new adapters, which do not change the model's output.
 
-  `Adapted.apply` and `Adapted.merge` take them, as those of `Adapted.init`.
+  `Adapted.apply` and `Adapted.merge` take them like those of `Adapted.init`.
 
   Args:
     key: a JAX random key.
-    adapted: the model, by `adapt`.
-    variables: of the model.
+    adapted: the model, from `adapt`.
+    variables: the model's.
     kinds: a kind, as `loha(rank=4)`; or a mapping from regular expressions for
-      the paths in `adapted.targets` to kinds, of which the first that matches
-      counts: `{'.*query/kernel': ia3()}`. All other kernels have the pairs of
-      `Adapted.init`, as the spec says.
+      the paths in `adapted.targets` to kinds, as `{'.*query/kernel': ia3()}`.
+      The first expression that matches counts. Kernels that match none have the
+      pairs of `Adapted.init`.
 
   Returns:
     A dict of `primary`, `auxiliary`, and `extra`, if the spec has one.
 
   Raises:
-    ValueError: if a pattern is none, or no kernel has its kind; or variables
-      are not the model's.
+    ValueError: if a pattern is not a regular expression, or no kernel gets its
+      kind, or variables are not the model's.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -63,7 +63,7 @@ def init(
   idle = sorted(set(kinds) - set(chosen.values()))
   if idle:
     raise ValueError(
-      f"no kernel has the kinds of {idle}; there are "
+      f"no kernel gets the kinds of the patterns {idle}; the kernels are "
       f"{sorted(adapted.targets)}, and the first pattern that matches counts."
     )
   params = adapted._parameters(variables)

@@ -1,4 +1,4 @@
-"""What all kinds of kernels' adapters share: how one is made, and drawn."""
+"""Functions that all kinds of adapters of kernels share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 Kind: TypeAlias = Callable[[jax.Array, jax.Array], Any]
-"""From a random key and a kernel `(*batch, in, out)` to a node."""
+"""A function from a random key and a kernel `(*batch, in, out)` to a node."""
 
 
 def uniform(key: jax.Array, shape: Sequence[int], size_in: int) -> jax.Array:
-  """Uniform in `+-1/sqrt(size_in)`, as LoRA's `a`: float32."""
+  """Draws uniformly from `+-1/sqrt(size_in)`, as for LoRA's `a`, in float32."""
   bound = max(size_in, 1) ** -0.5
   return bound * jax.random.uniform(key, shape, jnp.float32, -1, 1)
 

@@ -14,14 +14,14 @@ from bilora_jax.adapters import _kind
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class LoHa:
-  r"""The weight `scale * (a1 @ b1) * (a2 @ b2)`, of a rank up to r squared.
+  r"""The weight `scale * (a1 @ b1) * (a2 @ b2)`, of rank up to r squared.
 
   .. math::
     \left(A_1 B_1 \odot A_2 B_2\right)_{ij}
     = \sum_{rs} (a_{1,ir}\, a_{2,is}) (b_{1,rj}\, b_{2,sj})
 
-  so it is a low-rank pair too, whose factors are the Khatri-Rao products of
-  these, and its norm comes from their Gram matrices.
+  so the weight is also a low-rank pair. The pair's factors are the Khatri-Rao
+  products of these fields, and the norm comes from their Gram matrices.
 
   Attributes:
     a1: `(*batch, in, r)`.
@@ -71,15 +71,16 @@ class LoHa:
 def loha(rank: int = 4, alpha: float = 8.0) -> _kind.Kind:
   """LoHa, for `init`.
 
-  `b1` starts at zero and `a1` as LoRA's `a`; the entries of `a2 @ b2` have
+  `b1` starts at zero, and `a1` like LoRA's `a`; the entries of `a2 @ b2` have
   variance 1.
 
   Args:
-    rank: r, of either product. The layer multiplies by a pair of rank r * r.
+    rank: r, the rank of both products. The layer multiplies by a pair of rank
+      r * r.
     alpha: the weight has the scale `alpha / rank`.
 
   Returns:
-    A kind, that makes `LoHa`.
+    A kind that makes `LoHa`.
 
   Raises:
     ValueError: if the rank is below 1.

@@ -14,15 +14,15 @@ from bilora_jax.adapters import _kind
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class LoKr:
-  r"""The weight `scale * kron(c, a @ b)`, of a rank up to p r.
+  r"""The weight `scale * kron(c, a @ b)`, of rank up to p r.
 
   .. math:: \|C \otimes AB\|_F = \|C\|_F\, \|AB\|_F
 
-  It is a low-rank pair too: :math:`C \otimes AB = (C \otimes A)(I_p \otimes
-  B)`.
+  The weight is also a low-rank pair: :math:`C \otimes AB = (C \otimes A)(I_p
+  \otimes B)`.
 
   Attributes:
-    c: `(*batch, u, p)`, of a weight `(u v, p q)`.
+    c: `(*batch, u, p)`, for a weight `(u v, p q)`.
     a: `(*batch, v, r)`.
     b: `(*batch, r, q)`.
     scale: static; `alpha / r`.
@@ -71,19 +71,19 @@ class LoKr:
 def lokr(rank: int = 8, alpha: float = 16.0, blocks: int = 8) -> _kind.Kind:
   """LoKr, for `init`.
 
-  `b` starts at zero, `a` as LoRA's, and `c` likewise in its own rows.
+  `b` starts at zero, `a` like LoRA's `a`, and `c` uniform in `+-1/sqrt(u)`.
 
   Args:
-    rank: r, of one block.
+    rank: r, the rank of one block.
     alpha: the weight has the scale `alpha / rank`.
-    blocks: u and p are the largest divisors of `in` and of `out` up to this.
-      The layer multiplies by a pair of rank p r.
+    blocks: u and p are the largest divisors of `in` and of `out` up to this
+      number. The layer multiplies by a pair of rank p r.
 
   Returns:
-    A kind, that makes `LoKr`.
+    A kind that makes `LoKr`.
 
   Raises:
-    ValueError: if the rank or blocks are below 1.
+    ValueError: if the rank or blocks is below 1.
   """
   _kind.check_rank(rank)
   if blocks < 1:

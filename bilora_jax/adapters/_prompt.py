@@ -12,9 +12,9 @@ from bilora_jax import _nodes
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class SoftPrompt:
-  """Vectors in the place of tokens, in front of an embedded sequence.
+  """Trained vectors in front of an embedded sequence, in place of tokens.
 
-  The perturbation is of the embedded input, and its norm is that of `tokens`.
+  A prompt perturbs the embedded input, and its norm is the norm of `tokens`.
 
   Attributes:
     tokens: `(*batch, length, width)`; batch axes are stacked layers.
@@ -30,10 +30,10 @@ class SoftPrompt:
   tokens: Any
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Puts the prompt in front.
+    """Puts the prompt in front of a sequence.
 
     Args:
-      x: `(*rows, length, width)`, embedded.
+      x: the embedded sequence, `(*rows, length, width)`.
 
     Returns:
       `(*rows, prompt's length + length, width)`, in the dtype of `x`.

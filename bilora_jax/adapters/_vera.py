@@ -1,4 +1,4 @@
-"""VeRA: a frozen random pair, of which two vectors are trained."""
+"""VeRA: a frozen random pair, scaled by two trained vectors."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -14,15 +14,15 @@ from bilora_jax.adapters import _kind
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class VeRA:
-  """The weight `(a * d) @ (b * g)`: vectors `d` and `g` of a frozen pair.
+  """The weight `(a * d) @ (b * g)`: vectors `d` and `g` scale a frozen pair.
 
   Attributes:
-    d: `(*batch, r)`, what is between the two.
-    g: `(*batch, out)`, of the outputs.
+    d: `(*batch, r)`, scales the rank axis between `a` and `b`.
+    g: `(*batch, out)`, scales the outputs.
     a: `(in, r)`, held: no step moves it, and no optimizer has a state of it.
-      Stacked layers have one.
+      Stacked layers share `a` and `b`.
     b: `(r, out)`, held.
-    degree: 2, in `d` and `g`.
+    degree: 2, in `d` and `g` together.
 
   References:
     Kopiczko et al, `VeRA <https://arxiv.org/abs/2310.11454>`_, 2024, equation
@@ -56,14 +56,14 @@ def vera(rank: int = 256, seed: int = 0) -> _kind.Kind:
   """VeRA, for `init`.
 
   `g` starts at zero and `d` at 0.1, as in the paper. Layers of one shape have
-  the same `a` and `b`, as in the paper; each keeps them.
+  equal `a` and `b`, as in the paper, but each stores its own copy.
 
   Args:
     rank: r.
-    seed: of `a`, uniform in `+-1/sqrt(in)`, and `b`, in `+-1/sqrt(r)`.
+    seed: seed of `a`, uniform in `+-1/sqrt(in)`, and of `b`, in `+-1/sqrt(r)`.
 
   Returns:
-    A kind, that makes `VeRA`.
+    A kind that makes `VeRA`.
 
   Raises:
     ValueError: if the rank is below 1.
@@ -71,7 +71,7 @@ def vera(rank: int = 256, seed: int = 0) -> _kind.Kind:
   _kind.check_rank(rank)
 
   def new(key: jax.Array, kernel: jax.Array) -> VeRA:
-    del key  # what is drawn is of all layers
+    del key  # all layers draw from the seed
     *batch, size_in, size_out = kernel.shape
     keys = jax.random.split(jax.random.key(seed))
     return VeRA(

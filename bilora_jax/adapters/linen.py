@@ -1,7 +1,7 @@
 """Soft prompts and bottlenecks as modules of `flax.linen`.
 
-Their node is a variable of the collection `adapters`, so the model's parameters
-stay as they are::
+Each module's node is a variable of the collection `adapters`, so the model's
+parameters do not change::
 
   variables = model.init(key, x)
   primary = variables['adapters']
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 from bilora_jax.adapters import _bottleneck, _prompt
 
 COLLECTION = "adapters"
-"""Of the variables: where the nodes are."""
+"""The collection of the variables that holds the nodes."""
 
 
 class SoftPrompt(nn.Module):
   """Trained vectors in front of an embedded sequence.
 
   Attributes:
-    length: of the prompt.
-    initializer: of its tokens, `(length, width)` float32.
+    length: length of the prompt.
+    initializer: initializer of its tokens, `(length, width)` float32.
   """
 
   length: int
@@ -38,7 +38,7 @@ class SoftPrompt(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`(*rows, n, width)` to `(*rows, length + n, width)`."""
+    """Maps `(*rows, n, width)` to `(*rows, length + n, width)`."""
 
     def new():
       shape = (self.length, x.shape[-1])
@@ -53,10 +53,10 @@ class Bottleneck(nn.Module):
   """A small network with one hidden layer, added to its input.
 
   Attributes:
-    width: of the hidden layer.
-    activation: of the hidden layer.
-    initializer: of the kernel before it; all else starts at zero, and nothing
-      is added at first.
+    width: size of the hidden layer.
+    activation: activation function of the hidden layer.
+    initializer: initializer of the first kernel; all other parameters start at
+      zero, so that the module adds zero at first.
   """
 
   width: int
@@ -65,7 +65,7 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`(*rows, n)` to the same."""
+    """Maps `(*rows, n)` to the same shape."""
 
     def new() -> Any:
       outer, inner = x.shape[-1], self.width

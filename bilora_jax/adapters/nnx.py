@@ -1,7 +1,7 @@
 """Soft prompts and bottlenecks as modules of `flax.nnx`.
 
-Their node is the value of an `AdapterVariable`, which is no `nnx.Param`, so the
-model's parameters stay as they are::
+Each module's node is the value of an `AdapterVariable`, which is not an
+`nnx.Param`, so the model's parameters do not change::
 
   graphdef, primary, rest = nnx.split(model, adapters.nnx.AdapterVariable, ...)
   auxiliary = optax.tree.zeros_like(primary)
@@ -23,17 +23,17 @@ _KERNEL = jax.nn.initializers.lecun_normal()
 
 
 class AdapterVariable(nnx.Variable):
-  """What holds an adapter's node."""
+  """A variable that holds an adapter's node."""
 
 
 class SoftPrompt(nnx.Module):
   """Trained vectors in front of an embedded sequence.
 
   Args:
-    length: of the prompt.
-    width: of an embedded token.
-    initializer: of the tokens, `(length, width)` float32.
-    rngs: with a stream `params`.
+    length: length of the prompt.
+    width: size of an embedded token.
+    initializer: initializer of the tokens, `(length, width)` float32.
+    rngs: random keys, with a stream `params`.
   """
 
   def __init__(
@@ -48,7 +48,7 @@ class SoftPrompt(nnx.Module):
     self.prompt = AdapterVariable(_prompt.SoftPrompt(tokens))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`(*rows, n, width)` to `(*rows, length + n, width)`."""
+    """Maps `(*rows, n, width)` to `(*rows, length + n, width)`."""
     return self.prompt.get_value()(x)
 
 
@@ -56,12 +56,12 @@ class Bottleneck(nnx.Module):
   """A small network with one hidden layer, added to its input.
 
   Args:
-    outer: the size of the input.
-    width: of the hidden layer.
-    activation: of the hidden layer.
-    initializer: of the kernel before it; all else starts at zero, and nothing
-      is added at first.
-    rngs: with a stream `params`.
+    outer: size of the input.
+    width: size of the hidden layer.
+    activation: activation function of the hidden layer.
+    initializer: initializer of the first kernel; all other parameters start at
+      zero, so that the module adds zero at first.
+    rngs: random keys, with a stream `params`.
   """
 
   def __init__(
@@ -84,5 +84,5 @@ class Bottleneck(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`(*rows, outer)` to the same."""
+    """Maps `(*rows, outer)` to the same shape."""
     return self.bottleneck.get_value()(x, self.activation)

@@ -1,4 +1,4 @@
-"""What Bi-LoRA is compared with: other gradients, and other updates."""
+"""Methods that Bi-LoRA is compared with: gradient estimators and updates."""
 
 from bilora_jax.baselines._balance import balanced as balanced
 from bilora_jax.baselines._eflat_lora import eflat_lora as eflat_lora

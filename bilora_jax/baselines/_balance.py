@@ -1,4 +1,4 @@
-"""oBAR and nBAR: SAM's pull towards balanced factors, without its cost.
+"""oBAR and nBAR: SAM's pull towards balanced factors, without SAM's cost.
 
 With `loss_fn(params, batch)`,
 
@@ -28,7 +28,7 @@ class BalancedState(NamedTuple):
 
   Attributes:
     count: number of updates so far, int32 scalar; the argument of a schedule.
-    inner_state: of the optimizer.
+    inner_state: state of the optimizer.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,8 +43,8 @@ def balanced(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Balancedness-aware regularization: oBAR by factors, nBAR by gradients.
 
-  SAM draws the norms of two factors together. This does so at no cost: in each
-  pair, before the optimizer's step,
+  SAM draws the norms of two factors together. BAR does the same without a
+  second gradient: in each pair, before the optimizer's step,
 
   .. math::
 
@@ -57,24 +57,25 @@ def balanced(
     \end{cases}
 
   where x is `a`, y is `b`, :math:`g_x` and :math:`g_y` are their gradients
-  before, and norms are Frobenius norms. Each index of the batch axes is a pair
-  of its own. Whatever the optimizer does to the parameters themselves, as
-  weight decay, it does to the new ones.
+  before this change, and norms are Frobenius norms. Each index of the batch
+  axes is a separate pair. The optimizer sees the changed parameters, for weight
+  decay for example.
 
   Args:
-    optimizer: what takes the step.
+    optimizer: optimizer of the parameters.
     rate: :math:`\alpha_t \eta_t`, a number below 1 or a schedule: the
-      optimizer's learning rate times a coefficient that starts between 0.05 and
-      2 in the paper and stays or falls, linearly or by a cosine.
-    by: `'factors'` is oBAR, after the overparametrised problems that it is
-      exact for; `'gradients'` is nBAR, after the others, such as LoRA.
+      optimizer's learning rate times a coefficient. In the paper, the
+      coefficient starts between 0.05 and 2, and is constant or decays linearly
+      or by a cosine.
+    by: `'factors'` is oBAR, named after the overparametrised problems for which
+      it is exact; `'gradients'` is nBAR, for the other problems, such as LoRA.
 
   Returns:
-    A transformation of any tree; of it only `Factors` are balanced.
+    A transformation of any tree, which balances only its `Factors`.
 
   Raises:
-    ValueError: if rate is negative or 1 or more, or `by` unknown; on update, if
-      params are missing.
+    ValueError: if rate is negative or 1 or more, or `by` is unknown; on update,
+      if params are missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -92,8 +93,8 @@ def balanced(
     algorithms 2 (nBAR) and 3 (oBAR).
 
   .. note::
-    As printed, equal norms are no exception: without any gradient nBAR goes on
-    growing `a`.
+    As in the paper, equal norms are not an exception: if all gradients are
+    zero, nBAR still makes `a` larger.
   """
   if by not in ("factors", "gradients"):
     raise ValueError(
@@ -128,18 +129,18 @@ def balanced(
 
 
 def _check_rate(rate: optax.ScalarOrSchedule) -> None:
-  # Under optax.inject_hyperparams it is traced, and its value unknown.
+  # Under optax.inject_hyperparams rate is traced, and its value is unknown.
   if callable(rate) or isinstance(rate, jax.core.Tracer):
     return
   if not (math.isfinite(rate) and 0 <= rate < 1):
     raise ValueError(
-      "rate, by which factors grow and shrink, is at least 0 and below 1; got "
+      "rate, by which factors grow or shrink, is at least 0 and below 1; got "
       f"{rate}."
     )
 
 
 def _shift(params: Any, grads: Any, step: jax.Array, by: str) -> Any:
-  """What balancing adds to one node of the tree: zeros outside of pairs."""
+  """The change of one node of the tree by balancing: zeros outside of pairs."""
   if not (is_factors(params) and _norms.is_pair(params)):
     return jax.tree.map(jnp.zeros_like, params)
   if by == "factors":

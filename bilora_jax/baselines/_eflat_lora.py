@@ -1,4 +1,4 @@
-"""EFlat-LoRA: the whole weights' perturbation, carried by one factor.
+"""EFlat-LoRA: a perturbation of the whole weights, carried by the factor `b`.
 
 With `loss_fn(params, batch)` and any optimizer `tx`,
 
@@ -32,8 +32,8 @@ class EFlatLoRAState(NamedTuple):
 
   Attributes:
     count: number of steps so far, int32 scalar.
-    average: the average perturbation: like params, float32, at each perturbed
-      `b`; None at all else.
+    average: the average perturbation of each perturbed `b`: like params,
+      float32, and None at all other leaves.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,17 +43,17 @@ class EFlatLoRAState(NamedTuple):
 def eflat_lora(
   rho: float, beta: float = 0.1, mask: Any = True
 ) -> GradientEstimator:
-  r"""EFlat-LoRA, later named EFMLoRA: a SAM of whole weights, one gradient.
+  r"""EFlat-LoRA, later named EFMLoRA: SAM of the whole weights, one gradient.
 
   A pair has the weight :math:`s\,ab`. Step t takes its one gradient at
-  :math:`\tilde b = b + \hat E_{t-1}`, and from that gradient estimates the one
-  by the whole weight,
+  :math:`\tilde b = b + \hat E_{t-1}`. From this gradient it estimates the
+  gradient in the whole weight,
 
   .. math::
 
     \bar G = \frac{1}{2s} \left( (a^\top)^+ g_b + g_a (\tilde b^\top)^+ \right),
 
-  whose perturbation `b` alone can carry, and averages what it carries:
+  then the part of SAM's perturbation that `b` alone can carry, and its average:
 
   .. math::
 
@@ -64,21 +64,21 @@ def eflat_lora(
   is formed: the estimate is a pair of rank 2r.
 
   The paper's weights are (out, in): its A and B are the transposed `a` and `b`.
-  Four points are this implementation's reading. The paper multiplies the
-  perturbation of equation (9) by the gradient's sign, which would lose the
-  sign; equation (16) and its proofs do not, nor does this. It writes the norm
-  for one weight; here one norm is over all pairs, as the SAM that it starts
-  from has it. It does not say in which `b` the estimate is taken; here it is
-  that of the gradient. It lets rho fall over the training, by no stated rule
-  but its Theorem 2's :math:`\rho_0 / \sqrt t`; here rho is what is given.
+  This implementation interprets the paper at four points. Equation (9) of the
+  paper multiplies the perturbation by the gradient's sign, which would lose the
+  sign; equation (16) and the proofs do not, and neither does this function. The
+  paper writes the norm for one weight; here one norm is over all pairs, as in
+  SAM. The paper does not say at which `b` the estimate is taken; here it is the
+  `b` of the gradient. The paper lets rho fall during training, without a rule
+  except :math:`\rho_0 / \sqrt t` in Theorem 2; here rho is the argument.
 
   Args:
     rho: radius of the perturbation of all whole weights together, in units of
       the weights.
-    beta: weight of the newest perturbation in the average, in (0, 1]; with 1
-      only the last step's counts. The paper's value was not to be had.
-    mask: which pairs are perturbed, as in `sam`: those of which both factors
-      are selected. What is in no pair is not perturbed.
+    beta: weight of the newest perturbation in the average, in (0, 1]; with 1,
+      only the last step counts. The paper's value could not be found.
+    mask: which pairs are perturbed, as in `sam`: a pair is perturbed if both
+      its factors are selected. Parameters outside of pairs are not perturbed.
 
   Returns:
     A `GradientEstimator` whose state has the size of the perturbed `b`, of one
@@ -135,9 +135,9 @@ def eflat_lora(
 
 
 def _carried(rho: Any, params: Any, grads: Any) -> Any:
-  """What each `b` carries of the perturbation that the gradient asks for."""
+  """The perturbation of each `b`, from the gradients."""
   estimates = _of_pairs(_estimate, params, grads)
-  # As SAM's: one norm over all weights.
+  # One norm over all weights, as in SAM.
   norm = optax.tree.norm(
     [x.frobenius_norm() for x in jax.tree.leaves(estimates, is_leaf=is_factors)]
   )
@@ -146,7 +146,7 @@ def _carried(rho: Any, params: Any, grads: Any) -> Any:
   def carried(pair, estimate):
     inverse = jnp.swapaxes(estimate.a[..., : pair.rank], -1, -2)
     inner = _matmul(inverse, estimate.a)
-    # The scale of the estimate itself, and the pair's of what `b` is part of.
+    # The scale of the estimate, over that of the pair whose part `b` is.
     scale = size * estimate.scale / pair.scale
     return Factors(None, scale * _matmul(inner, estimate.b), pair.scale)
 
@@ -154,14 +154,14 @@ def _carried(rho: Any, params: Any, grads: Any) -> Any:
 
 
 def _estimate(pair: Factors, grad: Factors) -> Factors:
-  """The gradient by the whole weight, of rank 2r, from those by the factors."""
+  """The whole weight's gradient, of rank 2r, from the factors' gradients."""
   half = 0.5 / pair.scale
   a, b = (jnp.swapaxes(_linalg.pinv(x), -1, -2) for x in (pair.a, pair.b))
   return Factors(a, grad.b, half).join(Factors(grad.a, b, half))
 
 
 def _of_pairs(function: Callable[..., Factors], *trees: Any) -> Any:
-  """A function of the whole pairs of trees, with None at all else."""
+  """Applies a function to whole pairs; all other leaves become None."""
   return jax.tree.map(
     lambda node, *others: (
       function(node, *others)

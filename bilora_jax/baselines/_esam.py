@@ -1,6 +1,6 @@
-"""ESAM: SAM on a random part of the weights and the samples that matter.
+"""ESAM: SAM on random weights and on the samples whose loss rises most.
 
-With `losses(params, batch)` the loss of each row,
+With `losses(params, batch)`, the loss of each row,
 
   def take(args, index):
     return (jax.tree.map(lambda rows: rows[index], args[0]),)
@@ -38,49 +38,51 @@ def esam(
   sample_fraction: float = 0.5,
   mask: Any = True,
 ) -> GradientEstimator:
-  r"""ESAM: SAM on a random part of the weights and the samples that matter.
+  r"""ESAM: SAM on random weights and on the samples whose loss rises most.
 
-  With :math:`\ell_i` the loss of sample i of B and g the gradient of their
-  mean, a fraction b of the weights is perturbed, each by a draw of its own,
+  Let :math:`\ell_i` be the loss of sample i of B, and g the gradient of the
+  mean loss. A fraction b of the weights is perturbed, drawn independently,
 
   .. math::
 
     \epsilon = \frac{\rho}{b}\, m \odot \frac{g(w)}{\|g(w)\|_2}, \qquad
     m_j \sim \mathrm{Bernoulli}(b),
 
-  and the gradient is that at :math:`w + \epsilon` of the :math:`\lceil
+  The gradient is then taken at :math:`w + \epsilon`, of the :math:`\lceil
   \gamma B \rceil` samples whose :math:`\ell_i(w + \epsilon) - \ell_i(w)` is
   largest.
 
   Args:
     rho: radius of the perturbation before the draw, in units of the parameters.
-    losses: `(params, *args, **kwargs)` to the loss of each sample, (B,). Their
-      mean is the value that is returned.
-    take: `(args, index)` to the args with the rows `index`, (n,), int32, of
-      each sample's data; keyword arguments are passed on as they are.
+    losses: function of `(params, *args, **kwargs)` that returns the loss of
+      each sample, (B,). The mean loss is the value of the estimate.
+    take: function of `(args, index)` that returns the args with only the rows
+      `index`, (n,), int32; keyword arguments are passed on unchanged.
     weight_fraction: b, above 0 and at most 1.
     sample_fraction: gamma, above 0 and at most 1.
     mask: which parameters are perturbed, as in `sam`.
 
   Returns:
-    A `GradientEstimator` without state. A step takes one gradient of all
-    samples, of `losses`, one forward pass of all, and `value_and_grad` once, of
-    those selected; as a gradient costs about three forward passes, 4/3 + gamma
-    gradients. The value is that of all samples at `params`; auxiliary output is
-    that of the selected samples at the perturbed parameters.
+    A `GradientEstimator` without state. A step takes one gradient of `losses`
+    of all samples, one forward pass of all samples, and one `value_and_grad` of
+    the selected samples: about 4/3 + gamma gradients, as a gradient costs about
+    three forward passes. The value is that of all samples at `params`;
+    auxiliary output is that of the selected samples at the perturbed
+    parameters.
 
   Raises:
     ValueError: if rho is negative or not finite, or a fraction is not in
-      (0, 1]; on estimate, if losses gives not one number for each sample.
+      (0, 1]; on estimate, if losses does not return one number for each sample.
 
   References:
     Du et al, `Efficient Sharpness-aware Minimization for Improved Training of
     Neural Networks <https://arxiv.org/abs/2110.03141>`_, 2022, algorithm 1.
 
   .. note::
-    What the paper saves of the backward pass by perturbing few weights, a
-    gradient of all parameters does not: the draw is made for each entry, as in
-    its equations, and the saving here is that of the samples.
+    The paper perturbs few weights to save a part of the backward pass. Here the
+    gradient of all parameters is needed, because the draw is made for each
+    entry, as in the paper's equations: only the selection of samples saves
+    time.
   """
   _estimator.check_size("rho", "the radius of the perturbation", rho)
   _check_fraction("weight_fraction", weight_fraction)

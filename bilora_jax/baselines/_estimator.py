@@ -1,4 +1,4 @@
-"""What every gradient estimator shares: its protocol, masks and norms."""
+"""The protocol of gradient estimators, and their masks and norms."""
 
 from collections.abc import Callable
 import math
@@ -13,19 +13,21 @@ Draw: TypeAlias = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 class GradientEstimator(NamedTuple):
-  """A way to take the gradient, as a pair of pure functions.
+  """An estimator of the gradient, as a pair of pure functions.
 
-  An estimator is to `jax.value_and_grad` what an
-  `optax.GradientTransformation` is to the gradient: state is passed, never
+  An estimator transforms `jax.value_and_grad` as an
+  `optax.GradientTransformation` transforms the gradient: state is passed, never
   kept. Both functions work under `jax.jit`.
 
   Attributes:
-    init: `(params) -> state`. Trees in it have the paths of params, in
-      float32, with None where nothing is perturbed; `()` for the stateless.
+    init: `(params) -> state`. Trees in the state have the paths of params, in
+      float32, with None where nothing is perturbed; an estimator without state
+      has `()`.
     estimate: `(value_and_grad, state, key, params, *args, **kwargs) ->
       ((value, grads), state)`. `value_and_grad` takes `(params, *args,
-      **kwargs)` and gives the value, or `(value, aux)`, and the gradient, as
-      `jax.value_and_grad` makes it. `key` is this step's PRNG key.
+      **kwargs)` and returns the value, or `(value, aux)`, and the gradient, as
+      a function made by `jax.value_and_grad`. `key` is the PRNG key of this
+      step.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -52,7 +54,7 @@ def stateless(init_params: Any) -> tuple[()]:
 
 
 def gradient() -> GradientEstimator:
-  """The gradient as it is: one a step, value and gradient at `params`."""
+  """The plain gradient: one a step, value and gradient at `params`."""
 
   def estimate(value_and_grad, state, key, params, *args, **kwargs):
     del key
@@ -62,21 +64,21 @@ def gradient() -> GradientEstimator:
 
 
 def check_size(name: str, what: str, size: float) -> None:
-  """Refuses a radius or a deviation that cannot be, if it is known."""
+  """Refuses a negative or infinite radius or deviation that is not traced."""
   if isinstance(size, jax.core.Tracer):
     return
   if callable(size):
     raise ValueError(
-      f"{name}, {what}, is a number; got the function {size!r}. Of a schedule, "
-      "give the value at the step: the estimator may be made inside the jitted "
-      "step, and its state be kept between."
+      f"{name}, {what}, is a number; got the function {size!r}. Give the value "
+      "of a schedule at the step: the estimator may be made inside the jitted "
+      "step, and its state be kept between steps."
     )
   if not (math.isfinite(size) and size >= 0):
     raise ValueError(f"{name}, {what}, is finite and at least 0; got {size}.")
 
 
 def check_steps(name: str, what: str, steps: int) -> None:
-  """Refuses a number of steps that cannot be."""
+  """Refuses a number of steps below 1."""
   if steps < 1:
     raise ValueError(f"{name}, the steps {what}, is at least 1; got {steps}.")
 
@@ -86,12 +88,13 @@ def selected(tree: Any, mask: Any, params: Any) -> Any:
 
   Args:
     tree: like params.
-    mask: a tree of bools like params, or of their upper levels, or one bool; or
-      a function from params to it.
-    params: what a function is given.
+    mask: a tree of bools like params, or like their upper levels, or one bool,
+      or a function from params to such a mask.
+    params: argument of the mask, if the mask is a function.
 
   Returns:
-    A tree like params, with None, which is no leaf, at what is not perturbed.
+    A tree like params, with None, which is not a leaf, in place of parameters
+    that are not perturbed.
   """
   where = mask(params) if callable(mask) else mask
   return jax.tree.map(
@@ -106,31 +109,31 @@ def selected(tree: Any, mask: Any, params: Any) -> Any:
 
 
 def zeros_of_selected(mask: Any, params: Any) -> Any:
-  """Where an estimator's state starts: `selected` of zeros."""
+  """The initial state of an estimator: zeros like the perturbed parameters."""
   return jax.tree.map(jnp.zeros_like, selected(params, mask, params))
 
 
 def drawn(draw: Draw, key: jax.Array, tree: Any) -> Any:
-  """A random tree; the leaves, in order, have the keys that `key` splits in."""
+  """A random tree; `key` is split into one key for each leaf, in order."""
   leaves, structure = jax.tree.flatten(tree)
   keys = jax.random.split(key, len(leaves))
   return structure.unflatten([draw(k, x.shape) for k, x in zip(keys, leaves)])
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draws from N(0, 1), in float32 whatever the default is."""
+  """Draws from N(0, 1) in float32, even if JAX's default is float64."""
   return jax.random.normal(key, shape, jnp.float32)
 
 
 def scaled_to(length: float | jax.Array, tree: Any) -> Any:
-  """The tree with another norm, one over all leaves; zero stays zero."""
+  """Scales the tree to a norm, taken over all leaves; zero stays zero."""
   scale = quotient(length, optax.tree.norm(tree))
   return jax.tree.map(lambda x: scale * x, tree)
 
 
 def quotient(numerator: Any, norm: jax.Array) -> jax.Array:
   """`numerator / norm`, and 0 where the norm is 0."""
-  # At b = 0, where every adapter starts, the gradient of a is zero.
+  # At b = 0, as every adapter starts, the gradient of a is zero.
   return jnp.where(norm > 0, numerator / jnp.where(norm > 0, norm, 1), 0)
 
 

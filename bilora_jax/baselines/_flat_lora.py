@@ -1,4 +1,4 @@
-"""Flat-LoRA: noise on the whole weights, while the adapters are trained.
+"""Flat-LoRA: noise on the whole weights while the adapters are trained.
 
 With a loss of `{'trained': adapters, 'weights': weights}`,
 
@@ -54,8 +54,8 @@ def flat_lora(
 ) -> GradientEstimator:
   r"""Flat-LoRA: random perturbation of whole weights, in proportion to them.
 
-  With :math:`W'` the merged weights, (in, out) as JAX's kernels are, in step t
-  of T the gradient is that at :math:`W' + e`,
+  Let :math:`W'` be the merged weights, (in, out) like JAX's kernels. In step t
+  of T, the gradient is taken at :math:`W' + e`,
 
   .. math::
 
@@ -63,24 +63,24 @@ def flat_lora(
       0,\, \Big(f_t\, \rho\, \frac{\|W'_{:j}\|_2}{\sqrt n}\Big)^2\right),
     \qquad f_t = \frac{1 - \cos(\pi t / T)}{2}
 
-  where n is the length of column j, the weights of one output: the paper's
-  row, as its weights are (out, in). The noise is added to the frozen weights,
-  drawn from the step's key and never stored; the first step's is zero.
+  where n is the length of column j, the weights of one output; in the paper a
+  row, as its weights are (out, in). The noise is drawn from the step's key,
+  added to the frozen weights and never stored; it is zero in the first step.
 
   Args:
-    rho: size of the noise, as a share of the weights'.
-    steps: T, all steps of the run; later ones have all of the noise.
-    merged: from params to the weights that the layers really have, as
-      `W0 + scale * a @ b`: their leaves are those that `mask` selects, in order
-      and shape.
+    rho: size of the noise, relative to the weights.
+    steps: T, number of steps of the run; later steps have the full noise.
+    merged: function from params to the weights that the layers compute with,
+      `W0 + scale * a @ b`: one for each leaf that `mask` selects, in the same
+      order and of the same shape.
     mask: which parameters the noise is added to, as in `sam`. To train
       adapters, differentiate `{'trained': adapters, 'weights': kernels}` with
       the mask `{'trained': False, 'weights': True}` and use the gradient of
-      `'trained'` only: under `jax.jit` the other is never computed.
-    input_axes: the axes that one output's weights lie along: a tuple of ints, a
-      tree of tuples like params, or of their upper levels (None where there is
-      no noise), or a function from params to it. By default all but the last;
-      for layers stacked along a first axis, `(-2,)`.
+      `'trained'` only: under `jax.jit` the other gradient is never computed.
+    input_axes: the axes of a weight that belong to one output: a tuple of ints,
+      or a tree of tuples like params or like their upper levels (None where
+      there is no noise), or a function from params to either. By default all
+      axes but the last; for layers stacked along a first axis, `(-2,)`.
 
   Returns:
     A `GradientEstimator` with a counter as state, of one gradient a step: value
@@ -88,7 +88,8 @@ def flat_lora(
 
   Raises:
     ValueError: if rho is negative or not finite, or steps is below 1; on
-      estimate, if the merged weights are not shaped as what is perturbed.
+      estimate, if the merged weights do not have the shapes of the perturbed
+      parameters.
 
   References:
     Li et al, `Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape
@@ -109,7 +110,7 @@ def flat_lora(
     size = rho * (1 - jnp.cos(math.pi * done)) / 2
 
     def noise(weight, draw, axis):
-      # The root of the mean square is the norm over the root of n.
+      # The root mean square is the norm over the root of n.
       square = jnp.mean(weight.astype(jnp.float32) ** 2, axis, keepdims=True)
       return size * jnp.sqrt(square) * draw
 
@@ -123,20 +124,20 @@ def flat_lora(
 
 
 def _like(kernels: Any, merged: Any) -> Any:
-  """The merged weights in the structure of what is perturbed."""
+  """The merged weights in the structure of the perturbed parameters."""
   leaves, structure = jax.tree.flatten(kernels)
   weights = jax.tree.leaves(merged)
   wanted, got = [x.shape for x in leaves], [jnp.shape(x) for x in weights]
   if wanted != got:
     raise ValueError(
-      "merged gives one weight, of the same shape, for each parameter that the "
-      f"mask selects; these are {wanted}, and it gave {got}."
+      "merged returns one weight, of the same shape, for each parameter that "
+      f"the mask selects; expected the shapes {wanted}, got {got}."
     )
   return structure.unflatten(weights)
 
 
 def _axes(input_axes: Any, params: Any, kernels: Any) -> Any:
-  """The axes that one output's weights lie along, of each kernel."""
+  """The axes of each kernel that belong to one output."""
   prefix = input_axes(params) if callable(input_axes) else input_axes
   return jax.tree.map(
     lambda axes, part: jax.tree.map(

@@ -1,4 +1,4 @@
-"""LookSAM: SAM every few steps, and what it found in between.
+"""LookSAM: SAM every k steps, and its direction reused in between.
 
 With `loss_fn(params, batch)` and any optimizer `tx`,
 
@@ -38,39 +38,39 @@ class LookSAMState(NamedTuple):
 def looksam(
   rho: float, every: int = 5, alpha: float = 0.7, mask: Any = True
 ) -> GradientEstimator:
-  r"""LookSAM: SAM every k steps, its new direction reused in between.
+  r"""LookSAM: SAM every k steps, and its direction reused in between.
 
-  With :math:`g = g(w)`, in the first step and every k-th after it
+  With :math:`g = g(w)`, the first step and every k-th step after it compute
 
   .. math::
 
     g_s = g(w + \rho\, g / \|g\|_2), \qquad
     g_v = g_s - \frac{\langle g_s, g \rangle}{\|g\|_2^2}\, g,
 
-  and the gradient is :math:`g_s`; in the others it is
-  :math:`g + \alpha\, (\|g\|_2 / \|g_v\|_2)\, g_v`, and plain if :math:`g_v` is
+  and their gradient is :math:`g_s`. The gradient of the other steps is
+  :math:`g + \alpha\, (\|g\|_2 / \|g_v\|_2)\, g_v`, or plain if :math:`g_v` is
   zero. As in the paper, products and norms are those of one vector of all
-  perturbed parameters; those that are not perturbed have in between the plain
-  gradient.
+  perturbed parameters. In the other steps, parameters that are not perturbed
+  have the plain gradient.
 
   Args:
     rho: radius of the perturbation, in units of the parameters.
-    every: k, steps from one of SAM to the next; the paper's is 5.
-    alpha: weight of the direction that is reused; the paper's is 0.7.
+    every: k, number of steps from one SAM step to the next; 5 in the paper.
+    alpha: weight of the reused direction; 0.7 in the paper.
     mask: which parameters are perturbed, as in `sam`.
 
   Returns:
-    A `GradientEstimator` with a vector of the perturbed parameters' size as
-    state, of 1 + 1/k gradients a step: only one branch of a `jax.lax.cond`
-    runs. The value is that at `params`.
+    A `GradientEstimator` whose state has the size of the perturbed parameters,
+    of 1 + 1/k gradients a step, as only one branch of a `jax.lax.cond` runs.
+    The value is that at `params`.
 
   Raises:
     ValueError: if rho or alpha is negative or not finite, or every is below 1.
 
   References:
     Liu et al, `Towards Efficient and Scalable Sharpness-Aware Minimization
-    <https://arxiv.org/abs/2203.02714>`_, 2022, algorithm 1. Its layer-wise
-    form, Look-LayerSAM, is another.
+    <https://arxiv.org/abs/2203.02714>`_, 2022, algorithm 1. The layer-wise
+    form, Look-LayerSAM, is a different algorithm.
   """
   _estimator.check_size("rho", "the radius of the perturbation", rho)
   _estimator.check_size("alpha", "the weight of the reused direction", alpha)

@@ -1,4 +1,4 @@
-"""LoRA+: a rate of its own for the factor that starts at zero.
+"""LoRA+: a larger learning rate for the factor that starts at zero.
 
 With `loss_fn(params, batch)`,
 
@@ -22,23 +22,23 @@ from bilora_jax._factors import Factors, is_factors
 def lora_plus(
   optimizer: optax.GradientTransformation, ratio: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-  r"""LoRA+: the learning rate of B is a multiple of that of A.
+  r"""LoRA+: the learning rate of B is a multiple of the learning rate of A.
 
   With :math:`u_A, u_B` the updates of an optimizer at the learning rate
   :math:`\eta`, and :math:`\lambda` the ratio,
 
   .. math:: A \leftarrow A + u_A, \qquad B \leftarrow B + \lambda\, u_B
 
-  What the optimizer multiplies by its learning rate, as AdamW does decoupled
-  weight decay, is multiplied here too.
+  The ratio multiplies the whole update, also AdamW's decoupled weight decay.
 
   Args:
-    optimizer: with the learning rate of A, and of what is no pair.
-    ratio: of the rates of `b` and `a` of each `Factors`, above 0; the paper has
-      1 or more, and begins at 16.
+    optimizer: an optimizer with the learning rate of A, which is also the
+      learning rate of parameters outside of pairs.
+    ratio: learning rate of `b` over that of `a`, above 0; 1 or more in the
+      paper, where 16 is the value to begin with.
 
   Returns:
-    A transformation of any tree; only the `b` of its `Factors` are touched.
+    A transformation of any tree; it scales only the `b` of `Factors`.
 
   Raises:
     ValueError: if the ratio is not finite and positive.
@@ -57,19 +57,19 @@ def lora_plus(
     Hayou et al, `LoRA+: Efficient Low Rank Adaptation of Large Models
     <https://arxiv.org/abs/2402.12354>`_, 2024, section 4.
   """
-  # Under optax.inject_hyperparams the ratio is traced, and its value unknown.
+  # Under optax.inject_hyperparams ratio is traced, and its value is unknown.
   if not isinstance(ratio, jax.core.Tracer) and not (
     math.isfinite(ratio) and ratio > 0
   ):
     raise ValueError(
-      "ratio, of the learning rate of b over that of a, is finite and above "
-      f"0; got {ratio}."
+      "ratio, the learning rate of b over that of a, is finite and above 0; "
+      f"got {ratio}."
     )
 
   def faster(node):
     if not is_factors(node):
       return node
-    # A map, as a mask may hide b.
+    # jax.tree.map, as b may be masked.
     b = jax.tree.map(lambda u: (ratio * u).astype(u.dtype), node.b)
     return Factors(node.a, b, node.scale)
 

@@ -27,8 +27,9 @@ def weight_noise(sigma: float, mask: Any = True) -> GradientEstimator:
 
     w \leftarrow w - \eta\, g(w + e), \qquad e_i \sim N(0, \sigma^2)
 
-  Of low-rank factors, or of `{'trained': adapters, 'weights': kernels}` with
-  the mask `{'trained': False, 'weights': True}`, of the whole weights.
+  The parameters are low-rank factors, or, to perturb the whole weights,
+  `{'trained': adapters, 'weights': kernels}` with the mask
+  `{'trained': False, 'weights': True}`.
 
   Args:
     sigma: standard deviation of the noise, in units of the parameters.

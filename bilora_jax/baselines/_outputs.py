@@ -28,17 +28,17 @@ def output_noise(
 
   .. math:: L(z + e), \qquad e_i \sim N(0, \sigma^2)
 
-  One gradient a step. The noise is in the loss, not in the parameters, so this
-  is no `GradientEstimator`: pass the step's key to the loss instead, and leave
-  it out where the model is evaluated.
+  A step takes one gradient. The noise is in the loss, not in the parameters, so
+  this is not a `GradientEstimator`: pass the step's key to the noisy loss, and
+  use the plain loss to evaluate the model.
 
   Args:
-    loss: `(logits, *args, **kwargs)` to anything.
+    loss: a function of `(logits, *args, **kwargs)`.
     sigma: standard deviation of the noise, in units of the logits.
 
   Returns:
-    `(key, logits, *args, **kwargs)` to what `loss` gives at the noisy logits;
-    these are float32 at least.
+    A function of `(key, logits, *args, **kwargs)` that returns `loss` of the
+    noisy logits, which are float32 at least.
 
   Raises:
     ValueError: if sigma is negative or not finite.
@@ -50,8 +50,8 @@ def output_noise(
     0.10
 
   References:
-    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, compares
-    with it as ROP.
+    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, where the
+    method is named ROP.
   """
   _estimator.check_size("sigma", "the noise's standard deviation", sigma)
 

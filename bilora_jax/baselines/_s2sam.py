@@ -19,7 +19,7 @@ from bilora_jax.baselines._estimator import GradientEstimator
 
 
 def s2sam(rho: float, mask: Any = True) -> GradientEstimator:
-  r"""S2-SAM: one gradient a step, perturbed along the last step's.
+  r"""S2-SAM: one gradient a step, perturbed along the last step's gradient.
 
   .. math::
 
@@ -27,16 +27,16 @@ def s2sam(rho: float, mask: Any = True) -> GradientEstimator:
     w_{t+1} = w_t - \eta\, g_t
 
   with one norm over all perturbed parameters. The first gradient is plain, and
-  so is one after a zero gradient.
+  so is a gradient after a zero gradient.
 
   Args:
     rho: radius of the perturbation, in units of the parameters.
     mask: which parameters are perturbed, as in `sam`.
 
   Returns:
-    A `GradientEstimator` whose state is the last gradient, of the perturbed
-    parameters, of one gradient a step: value and gradient are those at the
-    perturbed parameters.
+    A `GradientEstimator` of one gradient a step, whose state is the last
+    gradient of the perturbed parameters. Value and gradient are those at the
+    perturbed point.
 
   Raises:
     ValueError: if rho is negative or not finite.

@@ -32,18 +32,19 @@ def sam(
     w \leftarrow w - \eta\, g(w + \epsilon)
 
   with one norm over all perturbed parameters, and :math:`T_w = 1`, or
-  :math:`T_w = |w|` elementwise for adaptive SAM; without gradient there is no
-  perturbation. Of low-rank factors this is LoRA-SAM, whose two gradients a step
-  Bi-LoRA does without. Of `{'trained': adapters, 'weights': kernels}` with the
-  mask `{'trained': False, 'weights': True}` it is SAM of the whole weights, of
-  which only the adapters are trained.
+  :math:`T_w = |w|` elementwise for adaptive SAM. If all gradients are zero,
+  there is no perturbation. With low-rank factors as parameters, this is
+  LoRA-SAM, which needs two gradients a step, where Bi-LoRA needs one. With
+  `{'trained': adapters, 'weights': kernels}` and the mask
+  `{'trained': False, 'weights': True}`, it is SAM of the whole weights that
+  trains only the adapters.
 
   Args:
     rho: radius of the perturbation, in units of the parameters; for adaptive
-      SAM, of :math:`\epsilon / |w|`, without units.
-    mask: which parameters are perturbed: a tree of bools like params, or of
-      their upper levels, or one bool; or a function from params to it. The
-      others count in no norm.
+      SAM, radius of :math:`\epsilon / |w|`, without units.
+    mask: which parameters are perturbed: a tree of bools like params, or like
+      their upper levels, or one bool, or a function from params to such a mask.
+      Norms are those of the perturbed parameters only.
     adaptive: whether the ball is scaled by the parameters' magnitudes.
 
   Returns:
@@ -56,8 +57,8 @@ def sam(
   References:
     Foret et al, `Sharpness-Aware Minimization
     <https://arxiv.org/abs/2010.01412>`_, 2021, equation (3); Kwon et al, `ASAM
-    <https://arxiv.org/abs/2102.11600>`_, 2021, which for stability adds a
-    constant to :math:`|w|`; here nothing is added.
+    <https://arxiv.org/abs/2102.11600>`_, 2021, which adds a constant to
+    :math:`|w|` for stability; this function adds nothing.
   """
   _estimator.check_size("rho", "the radius of the perturbation", rho)
 
@@ -74,7 +75,7 @@ def sam(
 def ascent(
   grads: Any, rho: float, mask: Any, params: Any, *, adaptive: bool = False
 ) -> Any:
-  """SAM's perturbation, in float32, with None at what is not perturbed."""
+  """SAM's perturbation in float32, with None for unperturbed parameters."""
   direction = _estimator.selected(grads, mask, params)
   if not adaptive:
     return _estimator.scaled_to(rho, direction)

@@ -1,4 +1,4 @@
-"""WSAM: the loss, and its sharpness with a weight of its own.
+"""WSAM: the loss plus its sharpness times a weight.
 
 With `loss_fn(params, batch)` and any optimizer `tx`,
 
@@ -24,16 +24,16 @@ from bilora_jax.baselines._estimator import GradientEstimator
 def wsam(rho: float, weight: float, mask: Any = True) -> GradientEstimator:
   r"""WSAM: sharpness as a regularisation term with a weight.
 
-  The loss :math:`L(w) + \frac{c}{1 - c} (L(w + \epsilon) - L(w))` has, with
-  SAM's :math:`\epsilon` held fixed, the gradient
+  With SAM's :math:`\epsilon` held fixed, the gradient of the loss
+  :math:`L(w) + \frac{c}{1 - c} (L(w + \epsilon) - L(w))` is
 
   .. math::
 
     \frac{1 - 2c}{1 - c}\, g(w) + \frac{c}{1 - c}\, g(w + \epsilon),
     \qquad \epsilon = \rho\, \frac{g(w)}{\|g(w)\|_2}
 
-  which is the plain gradient at c = 0, SAM's at c = 1/2, and beyond it weighs
-  the flatness more than the loss.
+  It is the plain gradient at c = 0 and SAM's gradient at c = 1/2. For larger c,
+  flatness has more weight than the loss.
 
   Args:
     rho: radius of the perturbation, in units of the parameters.
@@ -42,7 +42,7 @@ def wsam(rho: float, weight: float, mask: Any = True) -> GradientEstimator:
 
   Returns:
     A `GradientEstimator` without state, of two gradients a step; the value is
-    that at `params`.
+    the loss at `params`.
 
   Raises:
     ValueError: if rho is negative or not finite, or weight is not in [0, 1).
@@ -53,14 +53,14 @@ def wsam(rho: float, weight: float, mask: Any = True) -> GradientEstimator:
 
   .. note::
     Here both terms pass through the optimizer and its moments. The form that
-    the paper prefers keeps the sharpness term out of them, and takes it off
-    the parameters as plain gradient descent would; under SGD without momentum
-    the two are one.
+    the paper prefers keeps the sharpness term out of the optimizer, and
+    subtracts it from the parameters as plain gradient descent does. Under SGD
+    without momentum, the two forms are equal.
   """
   _estimator.check_size("rho", "the radius of the perturbation", rho)
   if not 0 <= weight < 1:
     raise ValueError(
-      f"weight, that of the sharpness, is at least 0 and below 1; got {weight}."
+      f"weight, of the sharpness term, is at least 0 and below 1; got {weight}."
     )
 
   def estimate(value_and_grad, state, key, params, *args, **kwargs):

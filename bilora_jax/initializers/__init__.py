@@ -1,8 +1,9 @@
-"""Where the primary starts: instead of LoRA's own start, and before training.
+"""Initialisations of the primary, to use before training in place of LoRA's.
 
-All leave the adapted model as it is at the first step. What starts at a weight
-other than zero takes that weight out of the base, so that variables change too;
-`on_original` puts what was trained back beside the weights as they came.
+All of them leave the output of the adapted model unchanged. An initialisation
+with a weight other than zero subtracts this weight from the base, so that the
+variables change too; after training, `on_original` converts the adapters to
+adapters for the original weights.
 """
 
 from bilora_jax.initializers._decompositions import olora as olora

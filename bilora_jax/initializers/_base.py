@@ -1,4 +1,4 @@
-"""What all starts from matrices share: pairs, and the base without them."""
+"""Initialisations from matrices: new pairs, and the base without them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,29 +12,29 @@ from bilora_jax._factors import Factors, is_factors
 from bilora_jax._site import Path
 
 Start = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
-"""From a matrix `(in, out)` and a rank to `a` and `b`, all float32."""
+"""A function from a float32 matrix `(in, out)` and a rank to `a` and `b`."""
 
 
 def kernels(adapted: Adapted, variables: Any) -> dict[Path, jax.Array]:
-  """The adapted kernels, as they are stored, by their paths.
+  """The adapted kernels, in their stored shapes, by their paths.
 
   Raises:
-    ValueError: if the variables are not the model's, or not floats.
+    ValueError: if the variables are not the model's, or are not floats.
   """
   params = adapted._parameters(variables, as_floats=True)
   return {path: params[path] for path in adapted._plan.weights}
 
 
 def check_ranks(name: str, adapted: Adapted, times: int) -> None:
-  """Refuses ranks that a decomposition of their weights does not reach.
+  """Refuses ranks above the number of singular vectors of their weights.
 
   Args:
-    name: of the initializer, for the message.
+    name: name of the initializer, for the message.
     adapted: the model.
-    times: how many ranks' worth of singular vectors it takes.
+    times: the initializer takes `times * rank` singular vectors.
 
   Raises:
-    ValueError: that names every such weight.
+    ValueError: if a weight has too few; the message names every such weight.
   """
   wrong = [
     f"{'/'.join(path)}: rank {x.rank}, sides {size_in} and {size_out}"
@@ -45,8 +45,8 @@ def check_ranks(name: str, adapted: Adapted, times: int) -> None:
   if wrong:
     raise ValueError(
       f"{name} takes {'the rank' if times == 1 else f'{times} x the rank'} in "
-      "singular vectors, of which there are as many as the smaller side of a "
-      f"weight has: {'; '.join(wrong)}."
+      "singular vectors, and a weight has only as many as its smaller side: "
+      f"{'; '.join(wrong)}."
     )
 
 
@@ -59,16 +59,20 @@ def start_from(
   *,
   rescale: bool,
 ) -> tuple[Any, dict[str, Any]]:
-  """The base without new pairs, and the adapters with them.
+  """Makes new pairs for the primary and subtracts their weights from the base.
 
   Args:
     adapted: the model.
-    variables: of the model, as floats, whatever the spec's `base_dtype`.
-    adapters: from `adapted.init`; all but the primary stays.
-    matrices: what the pairs are made from, by the path and of its shape.
-    start: the factors of a matrix.
-    rescale: whether `scale * a @ b` is to be the product that `start` gives;
-      else that is scaled too.
+    variables: the model's, as floats, also if the spec has a `base_dtype`.
+    adapters: from `adapted.init`; only the primary changes.
+    matrices: the matrix from which each pair is made, by the path of its kernel
+      and with the kernel's shape.
+    start: function that makes the factors of a matrix.
+    rescale: whether `scale * a @ b`, rather than `a @ b`, is the product of the
+      factors that `start` returns.
+
+  Returns:
+    The new variables and the new adapters.
 
   Raises:
     ValueError: if variables or adapters are not the model's.
@@ -82,7 +86,7 @@ def start_from(
   for path, x in adapted._plan.weights.items():
     one = jax.jit(_over_batches(start, primary[path]), static_argnums=1)
     a, b = one(x.site.matrices(matrices[path]).astype(jnp.float32), x.rank)
-    # Half of it on either side, so that none of the factors is the larger.
+    # Both factors take the same share, so that neither is the larger.
     share = abs(x.scale) ** -0.5 if rescale else 1.0
     pairs[path] = Factors(share * a, share * b, x.scale)
     kernel = params[path]

@@ -1,4 +1,4 @@
-"""Starts from the weights themselves: PiSSA and OLoRA."""
+"""Initialisations from the weights themselves: PiSSA and OLoRA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,26 +16,26 @@ def pissa(
 ) -> tuple[Any, dict[str, Any]]:
   r"""PiSSA: the primary starts at each weight's principal part.
 
-  With the singular values and vectors of the largest r1,
-  :math:`W_0 = U S V^\top`, in the letters of the paper,
+  With the singular value decomposition :math:`W_0 = U S V^\top`, cut to the r1
+  largest singular values, and in the paper's notation,
 
   .. math::
     B = U_r S_r^{1/2} / \sqrt s, \qquad A = S_r^{1/2} V_r^\top / \sqrt s,
     \qquad W_0 \leftarrow W_0 - s B A
 
-  so that s B A is the best approximation of the weight whatever s is. (The
-  paper has s = 1.)
+  so that s B A is the best approximation of the weight for any s. (The paper
+  has s = 1.)
 
   Args:
-    adapted: the model; of a spec with `base_dtype` too: the base that is
-      returned is then the one to `quantize`.
-    variables: of the model, as floats.
-    adapters: from `adapted.init`; the auxiliary and extra stay as they are.
+    adapted: the model. If its spec has a `base_dtype`, call `quantize` on the
+      returned variables.
+    variables: the model's, as floats.
+    adapters: from `adapted.init`; the auxiliary and extra do not change.
 
   Returns:
-    The variables to train on, whose adapted kernels are what is left of them
-    (in float32, cast once), and the adapters. What is trained belongs to these
-    variables: merge it into them.
+    The variables to train on, with s B A subtracted from the adapted kernels
+    (in float32, cast once), and the adapters. The trained adapters belong to
+    these variables: merge them into these.
 
   Raises:
     ValueError: if variables or adapters are not the model's, or a rank is
@@ -75,8 +75,7 @@ def olora(
 ) -> tuple[Any, dict[str, Any]]:
   r"""OLoRA: the primary starts at the first part of a QR decomposition.
 
-  With :math:`W_0 = Q R` in the letters of the paper, whose weights are (out,
-  in),
+  With :math:`W_0 = Q R` in the paper's notation, with weights (out, in),
 
   .. math::
     B = Q_{:, :r}, \qquad A = R_{:r, :}, \qquad W_0 \leftarrow W_0 - s B A

@@ -1,4 +1,4 @@
-"""LoRA-GA: a start whose first step is nearest to full fine-tuning's."""
+"""LoRA-GA: an initialisation whose first step approximates full fine-tuning."""
 
 from collections.abc import Mapping
 import math
@@ -23,36 +23,37 @@ def lora_ga(
 ) -> tuple[Any, dict[str, Any]]:
   r"""LoRA-GA: the primary starts along the gradient's singular vectors.
 
-  With the gradient of the loss by an (m x n) weight, :math:`G = U S V^\top`,
-  in the letters of the paper,
+  Let :math:`G = U S V^\top` be the gradient of the loss in an (m x n) weight.
+  In the paper's notation,
 
   .. math::
     A = \frac{m^{1/4}}{\sqrt\gamma} V_{:, 1:r}^\top, \qquad
     B = \frac{m^{1/4}}{\sqrt\gamma} U_{:, r+1:2r}, \qquad
     W_0 \leftarrow W_0 - s B A
 
-  so that the first step of the product is the best approximation, of rank 2r,
-  of the gradient.
+  so that the first step of the product is the best rank-2r approximation of the
+  gradient.
 
   Args:
-    adapted: the model, of a spec with `rslora=True` as in the paper, or of any.
-      Of one with `base_dtype` too: what is returned is then to `quantize`.
-    variables: of the model, as floats.
-    adapters: from `adapted.init`; the auxiliary and extra stay as they are.
-    gradients: by the adapted kernels, as `jax.grad` gives them of the model's
-      `params`, boxes of `nn.Partitioned` or none, or as `nnx.grad` does, an
-      `nnx.State`; the mean over a few batches. Those of others are ignored.
-    gamma: of the scale; 16 in the paper. Smaller starts larger.
+    adapted: the model. The paper has `rslora=True` in the spec; any spec works.
+      If it has a `base_dtype`, call `quantize` on the returned variables.
+    variables: the model's, as floats.
+    adapters: from `adapted.init`; the auxiliary and extra do not change.
+    gradients: gradients in the adapted kernels, averaged over a few batches:
+      from `jax.grad` in the model's `params`, with or without `nn.Partitioned`
+      boxes, or from `nnx.grad`, an `nnx.State`. Gradients of other parameters
+      are ignored.
+    gamma: 16 in the paper; a smaller gamma makes larger factors.
 
   Returns:
-    The variables to train on, whose adapted kernels are what is left of them
-    (in float32, cast once), and the adapters. What is trained belongs to these
-    variables: merge it into them.
+    The variables to train on, with s B A subtracted from the adapted kernels
+    (in float32, cast once), and the adapters. The trained adapters belong to
+    these variables: merge them into these.
 
   Raises:
-    ValueError: if gamma is not finite and positive; a gradient is missing or
-      not of its kernel's shape; variables or adapters are not the model's; or
-      twice a rank is above the smaller side of its weight.
+    ValueError: if gamma is not finite and positive, a gradient is missing or
+      does not have its kernel's shape, variables or adapters are not the
+      model's, or twice a rank is above the smaller side of its weight.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -79,15 +80,15 @@ def lora_ga(
   if not (math.isfinite(gamma) and gamma > 0):
     raise ValueError(f"gamma is finite and above 0; got {gamma}.")
   _base.check_ranks("lora_ga", adapted, times=2)
-  found = _by_path(gradients)
+  by_path = _by_path(gradients)
   wanted = {
     tuple(path.split("/")): shape for path, shape in adapted.targets.items()
   }
   wrong = [
     f"{'/'.join(path)}: {shape}, got "
-    + (str(tuple(found[path].shape)) if path in found else "none")
+    + (str(tuple(by_path[path].shape)) if path in by_path else "none")
     for path, shape in wanted.items()
-    if path not in found or tuple(found[path].shape) != shape
+    if path not in by_path or tuple(by_path[path].shape) != shape
   ]
   if wrong:
     raise ValueError(
@@ -99,14 +100,14 @@ def lora_ga(
     size_out = gradient.shape[1]
     u, _, vt = _linalg.svd(gradient)
     size = size_out**0.25 / math.sqrt(gamma)
-    # The paper's weights are the transposed: its V is this u.
+    # The paper's weights are transposed: its V is this u.
     return size * u[:, :rank], size * vt[rank : 2 * rank]
 
   return _base.start_from(
     adapted,
     variables,
     adapters,
-    {path: found[path] for path in wanted},
+    {path: by_path[path] for path in wanted},
     start,
     rescale=False,
   )

@@ -1,4 +1,4 @@
-"""What was trained from a start with a base of its own, for the first base."""
+"""Converts adapters of a changed base to adapters of the original base."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,29 +17,30 @@ from bilora_jax._spec import LoraSpec
 def on_original(
   spec: LoraSpec, adapters: Mapping[str, Any], start: Any
 ) -> tuple[LoraSpec, dict[str, Any]]:
-  r"""Adapters of twice the rank, for the weights before `pissa` and its like.
+  r"""Makes adapters for the original weights, of twice the rank.
 
-  With the factors at the start, a0 and b0, that were taken out of the base,
+  `pissa`, `olora` and `lora_ga` subtract the initial factors, a0 and b0, from
+  the base. Since
 
   .. math::
     (W_0 - s a_0 b_0) + s a b
     = W_0 + s \begin{pmatrix} a & a_0 \end{pmatrix}
       \begin{pmatrix} b \\ -b_0 \end{pmatrix}
 
-  so that what was trained can be saved, merged or handed to PEFT beside the
-  published weights, as PEFT converts its own such starts.
+  the trained adapters can be saved, merged or given to PEFT with the published
+  weights. PEFT converts its own adapters in the same way.
 
   Args:
-    spec: of the adapters.
-    adapters: what was trained; the auxiliary and extra stay as they are.
+    spec: the spec of the adapters.
+    adapters: the trained adapters; the auxiliary and extra do not change.
     start: the primary that `pissa`, `olora` or `lora_ga` returned.
 
   Returns:
     The spec of rank 2 r1, for `adapt`, and its adapters.
 
   Raises:
-    ValueError: if `start` is not like the primary, or the spec's weights have
-      magnitudes (`dora`), which belong to the one base.
+    ValueError: if `start` does not have the primary's pairs and shapes, or the
+      spec has `dora`, whose magnitudes belong to the changed base.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -66,20 +67,20 @@ def on_original(
   _partition.check_parts(adapters)
   if spec.dora:
     raise ValueError(
-      "dora's magnitudes scale the base that was trained on, so that these "
-      "adapters have no form for another; got a spec with dora=True."
+      "dora's magnitudes scale the base that was trained on, so these adapters "
+      "cannot be converted to another base; got a spec with dora=True."
     )
-  wanted, found = map(_shapes, (adapters["primary"], start))
+  wanted, got = map(_shapes, (adapters["primary"], start))
   wrong = [
-    f"{'/'.join(path)}: {found.get(path, 'missing')}, expected "
+    f"{'/'.join(path)}: {got.get(path, 'missing')}, expected "
     f"{wanted.get(path, 'nothing')}"
-    for path in {**wanted, **found}
-    if found.get(path) != wanted.get(path)
+    for path in {**wanted, **got}
+    if got.get(path) != wanted.get(path)
   ]
   if wrong:
     raise ValueError(
-      "start is the primary at the start of what was trained, with the same "
-      f"pairs and shapes: {'; '.join(wrong)}."
+      "start is the primary before training, with the pairs and shapes of the "
+      f"trained primary: {'; '.join(wrong)}."
     )
 
   def joined(pair: Factors, first: Factors) -> Factors:
@@ -90,15 +91,15 @@ def on_original(
     )
 
   pairs = jax.tree.map(joined, adapters["primary"], start, is_leaf=is_factors)
-  own = _doubled(spec)
+  doubled = _doubled(spec)
   parts = {**adapters, "primary": pairs}
   for part in {"primary", "auxiliary"} & set(parts):
-    parts[part] = _scaled(own, parts[part])
-  return own, parts
+    parts[part] = _scaled(doubled, parts[part])
+  return doubled, parts
 
 
 def _shapes(part: Mapping[str, Any]) -> dict[Any, Any]:
-  """Of each pair, by its path."""
+  """The shapes of each pair, by its path."""
   pairs: dict[Any, Any] = traverse_util.flatten_dict(
     part, is_leaf=lambda _, x: is_factors(x)
   )
@@ -106,7 +107,7 @@ def _shapes(part: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def _scaled(spec: LoraSpec, part: Mapping[str, Any]) -> Any:
-  """The pairs with the spec's own scales, that differ in their last bit."""
+  """The pairs with the spec's scales, which may differ in the last bit."""
   pairs: dict[Any, Any] = traverse_util.flatten_dict(
     part, is_leaf=lambda _, x: is_factors(x)
   )
@@ -118,7 +119,7 @@ def _scaled(spec: LoraSpec, part: Mapping[str, Any]) -> Any:
 
 
 def _doubled(spec: LoraSpec) -> LoraSpec:
-  """Of twice the rank, and the same scale."""
+  """The spec with twice the ranks and the same scales."""
   more = math.sqrt(2) if spec.rslora else 2.0
 
   def sizes(rank: int, alpha: float) -> dict[str, Any]:
@@ -128,10 +129,12 @@ def _doubled(spec: LoraSpec) -> LoraSpec:
   if isinstance(targets, Mapping):
     targets = {
       pattern: {
-        **own,
-        **sizes(own.get("rank", spec.rank), own.get("alpha", spec.alpha)),
+        **overrides,
+        **sizes(
+          overrides.get("rank", spec.rank), overrides.get("alpha", spec.alpha)
+        ),
       }
-      for pattern, own in targets.items()
+      for pattern, overrides in targets.items()
     }
   return dataclasses.replace(
     spec, targets=targets, **sizes(spec.rank, spec.alpha)

@@ -1,4 +1,4 @@
-"""Starts at zero from other draws than LoRA's uniform one."""
+"""Initialisations at zero, with other distributions than LoRA's uniform one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from bilora_jax._factors import Factors, is_factors
 
 
 def gaussian(key: jax.Array, adapters: Mapping[str, Any]) -> dict[str, Any]:
-  r"""Gaussian starts: :math:`A_{ij} \sim N(0, 1 / r^2)` and B = 0.
+  r"""Gaussian initialisation: :math:`A_{ij} \sim N(0, 1 / r^2)` and B = 0.
 
-  As PEFT's `init_lora_weights="gaussian"` draws. Primary and auxiliary draw
-  from different keys.
+  The distribution is that of PEFT's `init_lora_weights="gaussian"`. Primary and
+  auxiliary draw from different keys.
 
   Args:
     key: a JAX random key.
     adapters: from `adapted.init`; only shapes and scales of the pairs matter.
 
   Returns:
-    The adapters with new pairs, and `extra` as it is.
+    The adapters with new pairs and an unchanged `extra`.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -41,19 +41,19 @@ def gaussian(key: jax.Array, adapters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def orthogonal(key: jax.Array, adapters: Mapping[str, Any]) -> dict[str, Any]:
-  r"""Orthogonal starts: :math:`A A^\top = I / 3` and B = 0.
+  r"""Orthogonal initialisation: :math:`A A^\top = I / 3` and B = 0.
 
-  The rows of A are orthogonal, uniform over all such, and as long as those of
-  LoRA's own draw are in the mean, whose entries are uniform in
-  :math:`\pm 1 / \sqrt{n}`. Of a rank above the weight's input, the columns
-  are orthogonal instead, of that length.
+  A is uniformly distributed among matrices with orthogonal rows. The rows have
+  the root-mean-square length of LoRA's rows, whose entries are uniform in
+  :math:`\pm 1 / \sqrt{n}`. If the rank is above the weight's input size, the
+  columns are orthogonal instead, with the same length.
 
   Args:
     key: a JAX random key.
     adapters: from `adapted.init`; only shapes and scales of the pairs matter.
 
   Returns:
-    The adapters with new pairs, and `extra` as it is.
+    The adapters with new pairs and an unchanged `extra`.
 
   References:
     Saxe et al, `Exact solutions to the nonlinear dynamics of learning in deep
@@ -77,13 +77,13 @@ def _drawn(
 ) -> dict[str, Any]:
   _partition.check_parts(adapters)
   new = dict(adapters)
-  for part, own in zip(("primary", "auxiliary"), jax.random.split(key)):
+  for part, part_key in zip(("primary", "auxiliary"), jax.random.split(key)):
     if part not in adapters:
       continue
     tree = adapters[part]
-    # A leaf in place of each pair.
+    # The tree with one leaf in place of each pair.
     bare = jax.tree.map(lambda _: 0, tree, is_leaf=is_factors)
-    keys = optax.tree.split_key_like(own, bare)
+    keys = optax.tree.split_key_like(part_key, bare)
     new[part] = jax.tree.map(
       lambda pair, key: Factors(
         draw(key, pair), jnp.zeros_like(pair.b), pair.scale

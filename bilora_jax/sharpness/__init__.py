@@ -1,10 +1,10 @@
-"""How flat a minimum is, and what the auxiliary does.
+"""Diagnostics: how flat a minimum is, and what the auxiliary does.
 
-Diagnostics: functions of a loss `params -> scalar` and of a tree of floats, for
-`jax.jit` where they are called more than once. Flatness was found to correlate
-weakly with generalisation (Andriushchenko et al, `A Modern Look at the
-Relationship between Sharpness and Generalization
-<https://arxiv.org/abs/2302.07011>`_, 2023): report it, do not select by it.
+The functions take a loss `params -> scalar` and a tree of floats; wrap them in
+`jax.jit` if they are called more than once. Flatness correlates weakly with
+generalisation (Andriushchenko et al, `A Modern Look at the Relationship between
+Sharpness and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023): report
+flatness, but do not select models by it.
 """
 
 from bilora_jax.sharpness._alignment import Overlap as Overlap

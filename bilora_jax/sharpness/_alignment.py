@@ -1,9 +1,9 @@
-"""What the auxiliary does during training: where it points, how fast it turns.
+"""The auxiliary during training: where it points, and how fast it turns.
 
-Trees of `Factors` are compared with each other, or with a tree that mirrors
-theirs of dense gradients, `(*batch, in, out)` for a pair with these axes. No
-product of a pair's factors is formed. A pair that is zero, as every auxiliary
-is at the start, overlaps with nothing and points nowhere: each function is 0.
+Trees of `Factors` are compared with each other, or with a tree of dense
+gradients of the same structure, `(*batch, in, out)` for a pair with these axes.
+No product of a pair's factors is formed. For a pair that is zero, as every
+auxiliary is at the start, each function returns 0.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from bilora_jax import _linalg
 from bilora_jax._factors import is_factors
 
-# A TPU's matmuls are of bfloat16, a recent GPU's of 10 bits, unless asked.
+# By default, TPUs multiply in bfloat16, and recent GPUs with 10 mantissa bits.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Overlap(NamedTuple):
-  """How far pairs of subspaces coincide, from 0, orthogonal, to 1.
+  """How far subspaces coincide, from 0 (orthogonal) to 1 (one holds the other).
 
   Attributes:
-    inputs: between column spaces, in R^in: a tree with an array `(*batch)` for
-      each weight, float32.
-    outputs: between row spaces, in R^out: likewise.
-    mean: over all of both, float32 scalar.
+    inputs: overlap of the column spaces, in R^in: a tree with an array
+      `(*batch)` for each weight, float32.
+    outputs: overlap of the row spaces, in R^out: likewise.
+    mean: mean of all inputs and outputs, float32 scalar.
   """
 
   inputs: Any
@@ -35,7 +35,7 @@ class Overlap(NamedTuple):
 
 
 class _Spaces(NamedTuple):
-  """Orthonormal bases of a weight's spaces, zero beyond its rank."""
+  """Orthonormal bases of a weight's spaces, zero in columns beyond its rank."""
 
   inputs: jax.Array  # (*batch, in, r)
   outputs: jax.Array  # (*batch, out, r)
@@ -48,14 +48,14 @@ def subspace_overlap(left: Any, right: Any) -> Overlap:
   .. math:: \frac{\|Q_1^\top Q_2\|_F^2}{\min(r_1, r_2)}
 
   with orthonormal bases :math:`Q` of the two column spaces, or row spaces, and
-  the ranks as they are numerically: 1 where one space holds the other. Between
-  random subspaces of n dimensions it is :math:`\max(r_1, r_2) / n` in the mean.
-  The cost is a QR decomposition of each factor, of a dense weight a singular
-  value decomposition.
+  their numerical ranks. The overlap is 1 if one space contains the other. Its
+  mean for random subspaces in n dimensions is :math:`\max(r_1, r_2) / n`. The
+  cost is a QR decomposition of each factor, or a singular value decomposition
+  of each dense weight.
 
   Args:
     left: a tree of `Factors`, or of arrays `(*batch, in, out)`.
-    right: the same tree of either; the ranks may differ.
+    right: a tree of the same structure, of either kind; the ranks may differ.
 
   Returns:
     The overlap of each weight, and the mean.
@@ -64,8 +64,8 @@ def subspace_overlap(left: Any, right: Any) -> Overlap:
     ValueError: if the trees or the weights' shapes differ.
 
   References:
-    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025: whether the
-    auxiliary leaves the primary's subspace, its argument against LoRA-SAM.
+    Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, which argues
+    that LoRA-SAM, unlike the auxiliary, stays in the primary's subspace.
   """
   return _overlap(left, right, _spaces)
 
@@ -75,15 +75,15 @@ def gradient_overlap(
 ) -> Overlap:
   """How far the auxiliary lies in the gradient's largest singular directions.
 
-  `subspace_overlap` with the spaces of the gradient's best approximation of a
+  This is `subspace_overlap` with the gradient's best approximation of a given
   rank. The cost is an eigendecomposition of the smaller Gram matrix of each
   gradient, a tenth of a singular value decomposition on a CPU.
 
   Args:
     auxiliary: a tree of `Factors`.
-    dense_gradients: of the weights that the pairs stand for, the same tree of
-      arrays `(*batch, in, out)`.
-    rank: how many singular directions count.
+    dense_gradients: gradients in the pairs' weights, a tree of the same
+      structure, of arrays `(*batch, in, out)`.
+    rank: number of singular directions to compare with.
 
   Returns:
     The overlap of each weight, and the mean.
@@ -109,16 +109,16 @@ def cosine(auxiliary: Any, dense_gradients: Any) -> jax.Array:
     {\sqrt{\sum_l \|G_l\|_F^2} \sqrt{\sum_l \|s_l a_l b_l\|_F^2}}, \qquad
     \langle G, ab \rangle = \sum_{ij} (a^\top G)_{ij}\, b_{ij}
 
-  The perturbation of a step comes from the gradients of earlier ones; SAM's,
-  from the present one, has a cosine of 1.
+  The auxiliary of a step comes from the gradients of earlier steps. SAM's
+  perturbation comes from the gradient of the same step and has a cosine of 1.
 
   Args:
     auxiliary: a tree of `Factors`.
-    dense_gradients: of the weights that the pairs stand for, the same tree of
-      arrays `(*batch, in, out)`.
+    dense_gradients: gradients in the pairs' weights, a tree of the same
+      structure, of arrays `(*batch, in, out)`.
 
   Returns:
-    The cosine, float32 scalar; 0 if either is zero.
+    The cosine, float32 scalar; 0 if the auxiliary or the gradient is zero.
 
   Raises:
     ValueError: if the trees or shapes differ.
@@ -137,7 +137,7 @@ def cosine(auxiliary: Any, dense_gradients: Any) -> jax.Array:
 
 
 def turnover(before: Any, after: Any) -> jax.Array:
-  r"""How far the auxiliary's weights turned between two times.
+  r"""How far the auxiliary's weights turned between two steps.
 
   One minus the cosine between them, over all weights, from
 
@@ -146,11 +146,11 @@ def turnover(before: Any, after: Any) -> jax.Array:
 
   Args:
     before: a tree of `Factors`.
-    after: the same tree at another time; the ranks may differ.
+    after: the same tree at a later step; the ranks may differ.
 
   Returns:
-    0 for the same direction, 1 for a right angle, 2 for the opposite; 0 if
-    either is zero. Float32 scalar, with errors of some 1e-7.
+    0 for the same direction, 1 for a right angle, 2 for the opposite direction;
+    0 if either tree is zero. Float32 scalar, with errors of about 1e-7.
 
   Raises:
     ValueError: if the trees or shapes differ.
@@ -214,15 +214,15 @@ def _top_spaces(weight: jax.Array, rank: int) -> _Spaces:
   # In ascending order of the eigenvalues.
   _, vectors = _linalg.eigh(gram)
   top = vectors[..., -rank:]
-  # The roots of a Gram matrix's eigenvalues are no singular values where these
-  # are small; the projection's own are.
+  # The square roots of a Gram matrix's small eigenvalues are inaccurate
+  # singular values; those of the projection are accurate.
   return _thin_spaces(
     top, jnp.matmul(_transposed(top), weight, precision=_HIGHEST)
   )
 
 
 def _thin_spaces(a: jax.Array, b: jax.Array) -> _Spaces:
-  """The spaces of a product, from a decomposition of one of r x r."""
+  """The spaces of a product, from the decomposition of an r x r matrix."""
   left, right = _linalg.qr(a), _linalg.qr(_transposed(b))
   core = jnp.matmul(left[1], _transposed(right[1]), precision=_HIGHEST)
   u, sigma, vt = _linalg.svd(core)
@@ -234,7 +234,7 @@ def _thin_spaces(a: jax.Array, b: jax.Array) -> _Spaces:
 
 
 def _cut(u: jax.Array, sigma: jax.Array, v: jax.Array) -> _Spaces:
-  # Where numpy.linalg.matrix_rank and scipy.linalg.orth end the rank.
+  # The tolerance of numpy.linalg.matrix_rank and scipy.linalg.orth.
   size = max(u.shape[-2], v.shape[-2])
   least = sigma[..., :1] * size * jnp.finfo(jnp.float32).eps
   kept = sigma > least
@@ -250,7 +250,7 @@ def _total(scalars: Iterable[jax.Array]) -> jax.Array:
 def _cosine(
   inner: jax.Array, left_square: jax.Array, right_square: jax.Array
 ) -> jax.Array:
-  # Roots before the product, which could underflow.
+  # Roots first, as the product of the squares could underflow.
   norms = jnp.sqrt(left_square) * jnp.sqrt(right_square)
   return jnp.where(
     norms > 0, jnp.clip(inner / jnp.where(norms > 0, norms, 1), -1, 1), 0
@@ -258,7 +258,7 @@ def _cosine(
 
 
 def _matched(left: Any, right: Any) -> tuple[list[Any], list[Any]]:
-  """The weights of two trees, in float32, one beside the other."""
+  """The weights of two trees, in float32 and in the same order."""
   nodes = jax.tree_util.tree_leaves_with_path(left, is_leaf=is_factors)
   structures = [
     jax.tree.structure(tree, is_leaf=is_factors) for tree in (left, right)

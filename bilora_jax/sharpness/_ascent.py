@@ -1,4 +1,4 @@
-"""The worst loss nearby: one gradient step away, and anywhere in the ball."""
+"""The highest loss nearby: one gradient step away, or anywhere in the ball."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class Ascent(NamedTuple):
   """The highest point found.
 
   Attributes:
-    rise: of the loss, over that at the parameters, float32 scalar.
-    perturbation: to add to the parameters, a float32 tree like them.
+    rise: the loss there minus the loss at the parameters, float32 scalar.
+    perturbation: what to add to the parameters, a float32 tree like them.
   """
 
   rise: jax.Array
@@ -35,23 +35,23 @@ def one_step(
 
   .. math:: L\left(w + r\, \frac{g}{\|g\|_2}\right) - L(w)
 
-  One gradient, and one loss for each radius. For another metric at the same
-  points see `direction` and `move`.
+  The cost is one gradient, and one loss for each radius. To evaluate another
+  metric at the same points, see `direction` and `move`.
 
   Args:
     loss: `params` to a scalar; see `over` for a mean over batches.
     params: a tree of floats: adapters for LoRA space, merged kernels for the
       full space.
     radii: r, `[n]`, in units of the parameters.
-    mask: which parameters move, and count in the norm; see `direction`.
-    adaptive: whether the step is ASAM's, see `direction`.
+    mask: which parameters move and count in the norm; see `direction`.
+    adaptive: whether the step is that of ASAM; see `direction`.
 
   Returns:
     The rises, `[n]`, float32.
 
   Raises:
-    ValueError: if the mask does not fit, or radii are not one axis of finite
-      numbers of at least 0.
+    ValueError: if the mask does not fit, or radii are not a one-dimensional
+      array of finite numbers of at least 0.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -90,27 +90,27 @@ def projected_ascent(
       \epsilon_t + \eta_t \frac{g(w + \epsilon_t)}{\|g(w + \epsilon_t)\|_2}
     \right), \quad \eta_t = \eta \left(1 - \frac{t}{T}\right)
 
-  and, adaptive, :math:`\|T_w^{-1} \epsilon\|_2 \le r` with
-  :math:`T_w = |w|`, by the same steps in :math:`T_w^{-1} \epsilon`. Of all
-  points passed the highest counts, w itself included: a lower bound of the
-  maximum, never negative, and never below `one_step`.
+  If `adaptive`, the ball is :math:`\|T_w^{-1} \epsilon\|_2 \le r` with
+  :math:`T_w = |w|`, and the same steps are taken in :math:`T_w^{-1} \epsilon`.
+  The result is the highest of all points visited, including w itself: a lower
+  bound of the maximum that is never negative and never below `one_step`.
 
   Args:
-    loss: `params` to a scalar. For m-sharpness, that of m rows; take the mean
-      of the rises over many.
+    loss: `params` to a scalar. For m-sharpness, use the loss of m rows, and
+      take the mean of the rises over many such losses.
     params: a tree of floats.
     radius: r, scalar, in units of the parameters.
-    key: random key of the starts.
-    steps: T, gradients of each start.
-    restarts: how many starts, one after the other. The first is the point of
-      `one_step`, or random if there is no gradient; the others are uniform in
-      the ball.
+    key: random key of the starting points.
+    steps: T, number of gradients from each starting point.
+    restarts: number of starting points, used one after the other. The first is
+      the point of `one_step`, or random if the gradient is zero; the others are
+      uniform in the ball.
     step_size: eta, scalar, by default `radius`.
-    mask: which parameters move, and count in the norm; see `direction`.
+    mask: which parameters move and count in the norm; see `direction`.
     adaptive: whether the ball is an ellipsoid with half axes `radius * abs(w)`.
 
   Returns:
-    The rise, and where it is.
+    The rise, and the perturbation with this rise.
 
   Raises:
     ValueError: if the mask does not fit, the radius is negative or not finite,
@@ -164,7 +164,7 @@ def projected_ascent(
 def _in_ball(
   key: jax.Array, like: list[jax.Array], radius: jax.Array
 ) -> list[jax.Array]:
-  """A point of the ball, all being equally likely."""
+  """A point drawn uniformly from the ball."""
   where, how_far = jax.random.split(key)
   size = sum(x.size for x in like)
   share = jax.random.uniform(how_far, dtype=jnp.float32) ** (1 / size)
@@ -184,7 +184,7 @@ def _checked_radii(radii: Any) -> jax.Array:
     known = np.asarray(radii, np.float32)
     if known.ndim != 1 or not np.all(np.isfinite(known) & (known >= 0)):
       raise ValueError(
-        "radii are one axis of finite numbers of at least 0; got "
+        "radii are a list of finite numbers of at least 0; got "
         f"{known.tolist()}."
       )
   return jnp.asarray(radii, jnp.float32)

@@ -1,4 +1,4 @@
-"""How far the loss rises on average over directions."""
+"""How far the loss rises on average over random directions."""
 
 from typing import Any
 
@@ -18,26 +18,26 @@ def average(
   mask: Any = True,
   adaptive: bool = False,
 ) -> Estimate:
-  r"""How far the loss rises at a distance, in a random direction.
+  r"""How far the loss rises on average at a distance, in random directions.
 
   .. math::
 
     \mathbb{E}\, L\left(w + r\, \frac{z}{\|z\|_2}\right) - L(w), \qquad
     z \sim \mathcal{N}(0, I)
 
-  The norm of each perturbation is exactly r, so that the result compares with
-  `one_step` at the same radius; with n numbers moved it is, to second order,
-  :math:`r^2 / (2n)` times the Hessian's trace.
+  The norm of each perturbation is exactly r, so that the result is comparable
+  with `one_step` at the same radius. If n numbers move, the result is, to
+  second order, :math:`r^2 / (2n)` times the Hessian's trace.
 
   Args:
     loss: `params` to a scalar.
     params: a tree of floats.
     radius: r, scalar, in units of the parameters.
     key: random key.
-    draws: how many directions, one after the other.
-    mask: which parameters move, and count in the norm; see `direction`.
+    draws: number of directions, evaluated one after the other.
+    mask: which parameters move and count in the norm; see `direction`.
     adaptive: whether the perturbation is multiplied, element by element, by
-      abs(w), so that its norm is r only before.
+      abs(w); its norm is r before this product.
 
   Returns:
     Mean and standard error of the rise.
@@ -49,7 +49,7 @@ def average(
   References:
     Andriushchenko et al, `A Modern Look at the Relationship between Sharpness
     and Generalization <https://arxiv.org/abs/2302.07011>`_, 2023, where the
-    noise is Gaussian with standard deviation r for each number.
+    noise of each number is Gaussian with standard deviation r.
   """
   _space.check_radius(radius)
   _space.check_at_least(2, draws=draws)

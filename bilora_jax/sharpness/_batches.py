@@ -1,4 +1,4 @@
-"""The mean loss of many batches in the memory of one."""
+"""The mean loss of many batches, with the memory of one batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from bilora_jax.sharpness._space import Loss
 
 
 def over(batch_loss: Callable[[Any, Any], jax.Array], batches: Any) -> Loss:
-  """The mean of a loss over batches, as a function of the parameters alone.
+  """Returns the mean loss over batches, as a function of the parameters alone.
 
-  One batch after the other, and each computed again for its gradient: what is
-  kept is what one batch needs.
+  Batches are computed one after the other, and again for the gradient, so that
+  the memory is that of one batch.
 
   Args:
-    batch_loss: `(params, batch)` to the loss, a scalar; a mean, over as many
-      rows in each batch, if the result is to be the mean over rows.
+    batch_loss: `(params, batch)` to the loss, a scalar. If it is a mean over
+      rows and all batches have as many rows, the result is the mean over rows.
     batches: a tree of arrays `[batches, ...]`.
 
   Returns:

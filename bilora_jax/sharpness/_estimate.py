@@ -1,4 +1,4 @@
-"""Means over random draws, with what is known of their error."""
+"""Means over random draws, with their standard errors."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ class Estimate(NamedTuple):
   """The mean of independent draws.
 
   Attributes:
-    mean: float32 scalar.
-    standard_error: of the mean: the draws' standard deviation (with Bessel's
-      correction) over the square root of their number, float32 scalar.
+    mean: mean of the draws, float32 scalar.
+    standard_error: standard error of the mean: the draws' standard deviation
+      (with Bessel's correction) over the square root of their number, float32
+      scalar.
   """
 
   mean: jax.Array
@@ -20,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(draws: jax.Array) -> Estimate:
-  """Of draws `[n]`."""
+  """The estimate from draws `[n]`."""
   return Estimate(
     jnp.mean(draws), jnp.std(draws, ddof=1) / jnp.sqrt(draws.shape[0])
   )

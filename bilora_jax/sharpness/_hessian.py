@@ -1,4 +1,4 @@
-"""The Hessian's largest eigenvalues and trace, by its products with vectors."""
+"""The Hessian's largest eigenvalues and trace, from Hessian-vector products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,25 +25,25 @@ def hessian_eigenvalues(
 ) -> jax.Array:
   """The largest eigenvalues of the loss's Hessian, by the Lanczos iteration.
 
-  Largest is meant with the sign: the first is what worst-case sharpness sees at
-  a minimum. Each result is, up to rounding, a lower bound, which more
-  iterations raise.
+  Eigenvalues are ordered with their signs: the first determines worst-case
+  sharpness at a minimum. Each result is, up to rounding, a lower bound, which
+  rises with more iterations.
 
   Args:
     loss: `params` to a scalar, twice differentiable; see `over`.
     params: a tree of floats.
     key: random key of the first vector.
-    count: how many eigenvalues.
-    iterations: products of the Hessian with a vector, no more than there are
-      numbers to move; the memory is that of as many float32 copies of what
-      moves, and one Hessian-vector product's.
+    count: number of eigenvalues.
+    iterations: number of Hessian-vector products, cut to the number of numbers
+      that move. The memory is one float32 copy of these numbers for each
+      iteration, plus the memory of one Hessian-vector product.
     mask: which parameters the Hessian is taken in; see `direction`.
 
   Returns:
     The eigenvalues, descending, `[count]`, float32.
 
   Raises:
-    ImportError: without matfree, of the extra `sharpness`.
+    ImportError: if matfree is missing; the extra `sharpness` installs it.
     ValueError: if the mask does not fit, `count` is below 1, or above
       `iterations` or the number of numbers that move.
 
@@ -58,8 +58,8 @@ def hessian_eigenvalues(
   iterations = min(iterations, size)
   if count > iterations:
     raise ValueError(
-      "count is at most the number of iterations and that of the parameters' "
-      f"numbers, here {iterations}; got {count}."
+      "count is at most the number of iterations and the number of numbers "
+      f"that move, here {iterations}; got {count}."
     )
   start, noise = jax.random.split(key)
   # Lanczos vectors lose their orthogonality in less than float32.
@@ -87,15 +87,15 @@ def hessian_trace(
     loss: `params` to a scalar, twice differentiable; see `over`.
     params: a tree of floats.
     key: random key.
-    draws: products of the Hessian with a vector, one after the other.
+    draws: number of Hessian-vector products, computed one after the other.
     mask: which parameters the Hessian is taken in; see `direction`.
 
   Returns:
-    Mean and standard error. The error comes from the Hessian's elements off
-    the diagonal only.
+    Mean and standard error. Only the Hessian's off-diagonal elements cause an
+    error.
 
   Raises:
-    ImportError: without matfree, of the extra `sharpness`.
+    ImportError: if matfree is missing; the extra `sharpness` installs it.
     ValueError: if the mask does not fit, or there are fewer than 2 draws.
 
   References:
@@ -105,7 +105,7 @@ def hessian_trace(
   _space.check_at_least(2, draws=draws)
   *_, stochtrace = _matfree()
   product, zero = _hessian(loss, params, mask)
-  # One draw a sample: matfree would hold the products of all at once.
+  # One draw at a time: matfree would hold the products of all draws at once.
   one = stochtrace.estimator_monte_carlo(
     stochtrace.monte_carlo_trace(), stochtrace.sampler_signs(zero, num=1)
   )
@@ -117,7 +117,7 @@ def hessian_trace(
 def _hessian(
   loss: _space.Loss, params: Any, mask: Any
 ) -> tuple[Callable[[Vector], Vector], Vector]:
-  """The Hessian's product with a vector, forward over reverse, and zero."""
+  """The Hessian-vector product, forward over reverse, and a zero vector."""
   value, _, zero = _space.objective(loss, params, mask)
   return lambda v: jax.jvp(jax.grad(value), (zero,), (v,))[1], zero
 
@@ -125,20 +125,20 @@ def _hessian(
 def _never_stuck(
   product: Callable[[Vector], Vector], key: jax.Array
 ) -> Callable[[Vector], Vector]:
-  """Adds noise of the size of rounding to a product.
+  """Adds noise of the size of rounding errors to a Hessian-vector product.
 
-  Where the product leaves the space spanned so far, as it does for a Hessian of
-  low rank or with equal eigenvalues, Lanczos divides by zero. The noise is then
-  the next vector, and the iteration goes on in what is left.
+  Lanczos divides by zero if a product stays in the space spanned so far, as for
+  a Hessian of low rank or with equal eigenvalues. Then the noise is the next
+  vector, and the iteration continues in the rest of the space.
   """
 
   def noisy(v):
     exact = product(v)
-    # A vector of its own for each product, of which matfree gives no count.
+    # The key depends on v: matfree does not tell which iteration it is.
     total = sum(jnp.sum(x) for x in v)
     bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
     noise = _space.gaussian(jax.random.fold_in(key, bits), v)
-    # Of zero too there is some left, whose squares do not underflow.
+    # At least 1e-15, whose square does not underflow, if the product is zero.
     epsilon = 4 * jnp.finfo(jnp.float32).eps
     size = epsilon * optax.tree.norm(exact) / optax.tree.norm(noise) + 1e-15
     return optax.tree.add_scale(exact, size, noise)

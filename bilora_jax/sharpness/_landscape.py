@@ -1,4 +1,4 @@
-"""The loss along random directions that weights' own scales do not distort."""
+"""The loss along random directions that have the scales of the weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -18,20 +18,20 @@ def filter_normalized(
   input_axes: Axes | Callable[[str, tuple[int, ...]], Axes] | None = None,
   mask: Any = True,
 ) -> Any:
-  r"""A random direction in which each filter has the norm of the weights'.
+  r"""A random direction in which each filter has the norm of the same weights.
 
   .. math:: d_{l,j} \leftarrow \frac{d_{l,j}}{\|d_{l,j}\|} \|w_{l,j}\|
 
-  with :math:`d` Gaussian and filter j of layer l all weights into one output.
-  Parameters of one axis, biases and scales, do not move.
+  with Gaussian :math:`d`; filter j of layer l is all weights of one output.
+  Parameters of one axis, such as biases and scales, do not move.
 
   Args:
     key: random key.
     params: a tree of floats; kernels are (in, out).
-    input_axes: the axes that a filter spans, of each array of two axes or more:
-      by default all but the last. -2 where leading axes are scanned layers. A
-      function gets a leaf's path, as `jax.tree_util.keystr` writes it, and its
-      shape.
+    input_axes: the axes that a filter spans, in each array of two or more axes:
+      by default all axes but the last; -2 if leading axes are scanned layers. A
+      function receives the path of a leaf, as `jax.tree_util.keystr` writes it,
+      and its shape, and returns the axes.
     mask: which parameters move; see `direction`.
 
   Returns:
@@ -54,10 +54,10 @@ def filter_normalized(
       axes = input_axes(name, w.shape)
     else:
       axes = tuple(range(w.ndim - 1)) if input_axes is None else input_axes
-    own, drawn = (
+    wanted, drawn = (
       jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True)) for x in (w, d)
     )
-    return d * (own / drawn)
+    return d * (wanted / drawn)
 
   weights = _space.as_float32(chosen.moved)
   return chosen.tree(
@@ -75,16 +75,17 @@ def landscape(
   Args:
     loss: `params` to a scalar.
     params: a tree of floats.
-    directions: a list of one or two trees like `params`, as `filter_normalized`
-      and `direction` make them.
-    steps: s, `[n]`, in units of the directions; the same along both.
+    directions: a list of one or two trees like `params`, made by
+      `filter_normalized` or `direction`.
+    steps: s, `[n]`, in units of the directions; the same for both directions.
 
   Returns:
-    The losses, `[n]` or `[n, n]`, first direction first, float32.
+    The losses, `[n]` or `[n, n]`, float32; the first axis is that of the first
+    direction.
 
   Raises:
-    ValueError: if there are not one or two directions, or steps are not one
-      axis.
+    ValueError: if there are not one or two directions, or steps are not a
+      one-dimensional array.
 
   References:
     Li et al, `Visualizing the Loss Landscape of Neural Nets
@@ -97,10 +98,10 @@ def landscape(
       f"{type(directions).__name__} of {len(directions)}."
     )
   if steps.ndim != 1:
-    raise ValueError(f"steps are one axis; got the shape {steps.shape}.")
+    raise ValueError(f"steps have one axis; got the shape {steps.shape}.")
 
   def value(coordinates):
-    # In one sum, for half precision to be rounded to once.
+    # In one sum, so that half precision rounds once.
     ahead = jax.tree.map(
       lambda *leaves: sum(s * x for s, x in zip(coordinates, leaves)),
       *directions,

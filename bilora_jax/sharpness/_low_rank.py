@@ -1,4 +1,4 @@
-"""The worst perturbation of low rank: the best that an auxiliary could do."""
+"""The worst perturbation of low rank: the best possible auxiliary."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class LowRank(NamedTuple):
 
   Attributes:
     linearised: the rise of the linearised loss there, float32 scalar.
-    rise: that of the loss itself, float32 scalar.
-    perturbation: to add to the parameters, a float32 tree like them.
+    rise: the rise of the loss itself there, float32 scalar.
+    perturbation: what to add to the parameters, a float32 tree like them.
   """
 
   linearised: jax.Array
@@ -32,7 +32,7 @@ def low_rank(
   *,
   mask: Any = True,
 ) -> LowRank:
-  r"""How far the loss rises at the auxiliary's best perturbation.
+  r"""How far the loss rises at the best possible auxiliary.
 
   Over matrices :math:`W_l` with :math:`\sum_l \|W_l\|_F^2 \le \rho^2` and rank
   at most r each,
@@ -50,19 +50,19 @@ def low_rank(
 
   Args:
     loss: `params` to a scalar.
-    params: a tree of floats. Matrices are the last two axes, `(*batch, in,
-      out)`, each index of the batch axes being a matrix of its own; leaves of
-      fewer axes do not move.
+    params: a tree of floats. The last two axes of a leaf are a matrix,
+      `(*batch, in, out)`, with one matrix for each index of the batch axes;
+      leaves of fewer axes do not move.
     radius: rho, scalar, in units of the weights.
-    rank: r; a matrix of lower rank is taken whole.
+    rank: r; a gradient of lower rank is not truncated.
     mask: which parameters move; see `direction`.
 
   Returns:
-    The linearised rise, the rise of the loss, and where they are.
+    The linearised rise, the rise of the loss, and the perturbation.
 
   Raises:
     ValueError: if the mask does not fit or leaves no matrix, the radius is
-      negative or not finite, or the rank below 1.
+      negative or not finite, or the rank is below 1.
 
   References:
     Liu et al, `Bi-LoRA <https://arxiv.org/abs/2508.19564>`_, 2025, proposition
@@ -74,19 +74,19 @@ def low_rank(
   value, as_tree, zero = _space.objective(loss, params, mask)
   if not any(leaf.ndim >= 2 for leaf in zero):
     raise ValueError(
-      "low_rank moves matrices, of 2 or more axes; those that the mask lets "
-      f"move have shapes {[leaf.shape for leaf in zero]}."
+      "low_rank moves matrices, of 2 or more axes; the parameters that the "
+      f"mask selects have the shapes {[leaf.shape for leaf in zero]}."
     )
   start, grads = jax.value_and_grad(value)(zero)
   nearest = [_truncated(g, rank) for g in grads]
-  # <G, G_r> / ||G_r|| = ||G_r||: the tail is orthogonal to what is kept.
+  # <G, G_r> / ||G_r|| = ||G_r||, as G - G_r is orthogonal to G_r.
   linearised = jnp.asarray(radius * optax.tree.norm(nearest))
   worst = optax.tree.scale(radius, _space.unit(nearest))
   return LowRank(linearised, value(worst) - start, as_tree(worst))
 
 
 def _truncated(g: jax.Array, rank: int) -> jax.Array:
-  """The best approximation of a rank, of each matrix; zero for a vector."""
+  """The best approximation of rank `rank` of each matrix; zero for a vector."""
   if g.ndim < 2:
     return jnp.zeros_like(g)
   u, sigma, vt = _linalg.svd(g)

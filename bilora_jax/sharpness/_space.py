@@ -1,4 +1,4 @@
-"""The parameters that move: their norm, directions, and points nearby."""
+"""The parameters that move: their norms, directions, and points nearby."""
 
 from collections.abc import Callable
 import math
@@ -14,13 +14,15 @@ Loss = Callable[[Any], jax.Array]
 
 
 class Space(NamedTuple):
-  """The parameters that a mask lets move, as a list of arrays.
+  """The parameters that a mask selects to move, as a list of arrays.
 
   Attributes:
     names: their paths, as `jax.tree_util.keystr` writes them.
     moved: their values, in their dtypes.
-    at: a list of float32 perturbations to the parameters there, in theirs.
-    tree: the same list to a tree like the parameters, zero where none moves.
+    at: function from a list of float32 perturbations to the perturbed
+      parameters, in the dtypes of the parameters.
+    tree: function from such a list to a tree like the parameters, which is zero
+      at parameters that do not move.
   """
 
   names: list[str]
@@ -36,7 +38,8 @@ def space(params: Any, mask: Any = True) -> Space:
   """Splits parameters by a mask.
 
   Raises:
-    ValueError: if the mask fits them not, moves none, or one that is no float.
+    ValueError: if the mask does not fit, or selects no parameter or one that is
+      not a float.
   """
   leaves, treedef = jax.tree.flatten(params)
   names = [
@@ -49,19 +52,19 @@ def space(params: Any, mask: Any = True) -> Space:
     if not isinstance(moves, (bool, np.bool_)):
       raise ValueError(
         "mask is a bool, a tree of bools like the parameters or their upper "
-        f"levels, or a function to it; it holds a {type(moves).__name__} at "
-        f"{name}."
+        f"levels, or a function that returns one of these; it holds a "
+        f"{type(moves).__name__} at {name}."
       )
     if moves and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise ValueError(
         f"only floats can be perturbed; got {jnp.result_type(leaf)} at "
-        f"{name}: leave it out by mask."
+        f"{name}: exclude it by mask."
       )
   chosen = [i for i, moves in enumerate(where) if moves]
   if not chosen:
     raise ValueError(
       f"mask leaves none of the {len(leaves)} parameters free to move; at "
-      "least one has to."
+      "least one has to move."
     )
   moved = [jnp.asarray(leaves[i]) for i in chosen]
 
@@ -81,26 +84,26 @@ def space(params: Any, mask: Any = True) -> Space:
 
 
 def direction(grads: Any, mask: Any = True, *, scale: Any = None) -> Any:
-  r"""The unit direction of steepest ascent, with one norm over all that moves.
+  r"""The unit direction of steepest ascent, with one norm over all that move.
 
   .. math::
 
     d = \frac{g}{\|g\|_2}, \qquad
     \text{adaptive: } d = \frac{T^2 g}{\|T g\|_2}, \quad \|T^{-1} d\|_2 = 1
 
-  `move(params, direction(grads), radius)` is the worst point that SAM takes the
-  gradient at, and with `scale=jax.tree.map(jnp.abs, params)` that of ASAM:
-  where to measure an accuracy, say.
+  `move(params, direction(grads), radius)` is the point at which SAM takes its
+  second gradient; with `scale=jax.tree.map(jnp.abs, params)`, it is the point
+  of ASAM. Use it to measure another metric there, such as accuracy.
 
   Args:
     grads: a tree of floats.
-    mask: which parameters move: a tree of bools like them, or like their upper
-      levels, or one bool; or a function from the tree to it.
+    mask: which parameters move: a tree of bools like `grads`, or like its upper
+      levels, or one bool, or a function from `grads` to such a mask.
     scale: T, a tree like `grads`; by default all ones.
 
   Returns:
-    A tree like `grads`, in float32; zero where the mask is, and everywhere if
-    there is no gradient.
+    A tree like `grads`, in float32; zero at parameters that do not move, and
+    everywhere if all gradients are zero.
 
   Raises:
     ValueError: if the mask does not fit, or nothing moves.
@@ -130,13 +133,13 @@ def move(
   """The point `params + radius * direction`, in the parameters' dtypes.
 
   Args:
-    params: a tree; what is no float stays.
-    direction: a tree like it.
+    params: a tree; leaves that are not floats do not move.
+    direction: a tree like `params`.
     radius: scalar, in units of the parameters if the direction has norm 1.
 
   .. note::
-    Half precision rounds small steps away: give float32 parameters to a loss
-    that casts them.
+    Half precision rounds small steps to zero: use float32 parameters, and a
+    loss that casts them.
   """
 
   def one(p, d):
@@ -155,11 +158,11 @@ def objective(
   Callable[[list[jax.Array]], Any],
   list[jax.Array],
 ]:
-  """The loss over a ball around zero, that adaptive scaling makes an ellipsoid.
+  """The loss over a ball around zero, an ellipsoid with adaptive scaling.
 
   Returns:
-    The loss in float32 as a function of a list u of arrays; that from u to the
-    perturbation as a tree like the parameters; and u = 0.
+    The loss in float32 as a function of a list u of arrays; a function from u
+    to the perturbation, a tree like the parameters; and u = 0.
   """
   chosen = space(params, mask)
   factors = [jnp.abs(w) for w in as_float32(chosen.moved)] if adaptive else None
@@ -182,7 +185,7 @@ def times(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
 
 
 def gaussian(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-  """Float32 arrays of the same shapes, of independent standard normals."""
+  """Float32 arrays like `like`, of independent standard normals."""
   keys = jax.random.split(key, len(like))
   return [
     jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, like)
@@ -190,7 +193,7 @@ def gaussian(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
 
 
 def unit(leaves: list[jax.Array]) -> list[jax.Array]:
-  """The leaves over their norm; zero has no direction and stays zero."""
+  """The leaves divided by their joint norm; zero stays zero."""
   norm = optax.tree.norm(leaves)
   inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
   return optax.tree.scale(inverse, leaves)
@@ -199,12 +202,12 @@ def unit(leaves: list[jax.Array]) -> list[jax.Array]:
 def on_sphere(
   key: jax.Array, like: list[jax.Array], radius: jax.typing.ArrayLike
 ) -> list[jax.Array]:
-  """A point of norm `radius`, all directions being equally likely."""
+  """A point of norm `radius` in a uniformly random direction."""
   return optax.tree.scale(radius, unit(gaussian(key, like)))
 
 
 def check_radius(radius: Any) -> None:
-  """Refuses a radius below zero or not finite, unless it is traced."""
+  """Refuses a radius that is negative or not finite, unless it is traced."""
   if isinstance(radius, jax.core.Tracer):
     return
   if not (math.isfinite(radius) and radius >= 0):
@@ -215,7 +218,7 @@ def check_radius(radius: Any) -> None:
 
 
 def check_at_least(least: int, **counts: int) -> None:
-  """Refuses counts below the least that is allowed."""
+  """Refuses counts below `least`."""
   for name, count in counts.items():
     if count < least:
       raise ValueError(

@@ -1,7 +1,7 @@
-"""Our own questions about Bi-LoRA: initialisations, radii and ways to climb.
+"""Variants of Bi-LoRA beyond the paper: initialisations, radii and ascents.
 
-What Optax has needs nothing here: another auxiliary optimizer, as
-`bilora(adam, rho, optax.sign_sgd(rate))`, and a radius by the step, as
+Optax itself provides some variants: another auxiliary optimizer, as
+`bilora(adam, rho, optax.sign_sgd(rate))`, and a schedule of the radius, as
 `bilora(adam, optax.linear_schedule(0.0, 0.05, steps))`.
 """
 

@@ -1,4 +1,4 @@
-"""Pairs of which `b` alone is trained."""
+"""Pairs whose `b` alone is trained."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,10 +13,10 @@ from bilora_jax._factors import Factors, sharded_sides
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class HeldA(Factors):
-  """A pair whose `a` no step moves and no clip scales.
+  """A pair whose `a` is frozen: no step moves it, and no clip scales it.
 
   Attributes:
-    degree: 1, in `b`.
+    degree: 1: the weight is linear in `b`.
   """
 
   degree: ClassVar[int] = 1
@@ -26,7 +26,7 @@ class HeldA(Factors):
 @_nodes.register
 @dataclasses.dataclass(frozen=True)
 class OrthonormalA(HeldA):
-  r"""A pair whose `a` has orthonormal columns: its norm is that of `b`.
+  r"""A pair whose `a` has orthonormal columns: its norm is the norm of `b`.
 
   .. math:: \|s\, a\, b\|_F = |s|\, \|b\|_F, \qquad a^\top a = 1
   """
@@ -38,7 +38,7 @@ class OrthonormalA(HeldA):
   def scaled_square(
     self, specs: Factors | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """As that of `Factors`."""
+    """As `Factors.scaled_square`."""
     axes = sharded_sides(self, specs)[1]
     size = _nodes.magnitude(self.b, self.b.ndim - 2)
     size = jax.lax.pmax(size, axes) if axes else size

@@ -1,4 +1,4 @@
-"""Adam's moments of the auxiliary, after the clip."""
+"""Rescales Adam's moments of the auxiliary after the clip."""
 
 from typing import Any
 
@@ -14,31 +14,31 @@ def rescale_moments(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Bi-LoRA whose clip rescales Adam's moments with the factors.
 
-  The gradient of one factor is proportional to the other. So when the clip
-  multiplies :math:`B_2` by f, the moments of :math:`A_2` are of gradients that
-  were 1/f times too large, and
+  The gradient of one factor is proportional to the other factor. So when the
+  clip multiplies :math:`B_2` by f, the moments of :math:`A_2` belong to
+  gradients that were 1/f times too large. They become
 
   .. math:: m_A \leftarrow f\, m_A, \qquad v_A \leftarrow f^2\, v_A
 
-  and as well for :math:`B_2` by the factor of :math:`A_2`. Both factors are f
-  of equation (10), but where rho is 0, which leaves :math:`A_2` as it is. The
-  primary's moments stay.
+  The moments of :math:`B_2` are rescaled likewise, by the factor of
+  :math:`A_2`. Both factors are f of equation (10), except at rho = 0, where the
+  clip leaves :math:`A_2` unchanged. The primary's moments do not change.
 
   Args:
-    tx: made by `bilora`, or by `adaptive_radius` of that, with Adam or AdamW
-      for the auxiliary; other optimizers keep other moments, and are refused.
+    tx: made by `bilora`, or by `adaptive_radius` around it, with Adam or AdamW
+      for the auxiliary; other optimizers have other moments and are refused.
 
   Returns:
-    The transformation; its state is that of `tx`.
+    The transformation, with the state of `tx`.
 
   Raises:
     ValueError: on init, if there is no `optax.ScaleByAdamState` for the
       auxiliary; on update, if params are missing.
 
   .. note::
-    Each factor's f is measured, for any `clip`, against the update with rho
-    infinite: under `jax.jit` the optimizer's arithmetic in both is one. Not
-    for factors that `jax.shard_map` shards.
+    Each factor's f is measured, for any `clip`, against a second update with
+    infinite rho; `jax.jit` computes the optimizer's arithmetic of both updates
+    once. Not for factors that `jax.shard_map` shards.
   """
   inner = optax.with_extra_args_support(tx)
 
@@ -46,8 +46,8 @@ def rescale_moments(
     state = inner.init(params)
     if not _moments(state):
       raise ValueError(
-        "rescale_moments needs Adam for the auxiliary, in what bilora makes; "
-        "the transformation that it got has no optax.ScaleByAdamState there."
+        "rescale_moments needs a transformation made by bilora, with Adam for "
+        "the auxiliary; got one without optax.ScaleByAdamState there."
       )
     return state
 
@@ -79,7 +79,7 @@ def rescale_moments(
 
 
 def _shrinkage(proposed: jax.Array, clipped: jax.Array) -> jax.Array:
-  """What the clip multiplied a factor by, `(*batch, 1, 1)`."""
+  """The number that the clip multiplied a factor by, `(*batch, 1, 1)`."""
   before, after = (
     jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
     for x in (proposed, clipped)
@@ -88,7 +88,7 @@ def _shrinkage(proposed: jax.Array, clipped: jax.Array) -> jax.Array:
 
 
 def _times(moments: Any, factors: Any, power: int) -> Any:
-  """The moments of each factor times what the other was multiplied by."""
+  """Multiplies the moments of each factor by the other factor's shrinkage."""
 
   def one(moment, factor):
     def scaled(x, f):
@@ -115,9 +115,9 @@ def _is_partition(node: Any) -> bool:
 
 def _moments(state: Any) -> list[optax.ScaleByAdamState]:
   """Adam's states under the label 'auxiliary'."""
-  found = []
-  _map_moments(lambda adam: found.append(adam) or adam, state)
-  return found
+  states = []
+  _map_moments(lambda adam: states.append(adam) or adam, state)
+  return states
 
 
 def _map_moments(change: Any, state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The auxiliary as the adversary of the batch that it meets, which is shown."""
+"""The auxiliary as SAM's perturbation of the current batch, shown twice."""
 
 import functools
 from typing import NamedTuple
@@ -10,8 +10,8 @@ import optax
 from bilora_jax import _norms
 from bilora_jax.variants import _sketches
 
-# The norm that comes out, which the ball then brings down to rho. Far outside
-# of any ball, and its square far from float32's ends.
+# Norm of the result, which the ball then brings down to rho. It is far outside
+# of any ball, and its square is far from the limits of float32.
 _OUTSIDE = 1e4
 
 
@@ -28,21 +28,23 @@ class NystroemAscentState(NamedTuple):
 def nystroem_ascent(
   core_rank: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Climbs to a batch's own adversary, if each batch comes twice in a row.
+  r"""Climbs to SAM's perturbation of a batch; each must come twice in a row.
 
-  At the first visit of a batch the auxiliary perturbs next to nothing: its
+  At the first visit of a batch, the auxiliary perturbs next to nothing: its
   factors are orthonormal, times a small number, and their gradients are two
-  thin sketches of :math:`G`, the gradient in the weight. The update makes of
-  it the generalised Nystroem approximation of :math:`G` from those sketches,
+  thin sketches of :math:`G`, the gradient in the weight. From these sketches,
+  the update moves the auxiliary to the generalised Nystroem approximation of
+  :math:`G`,
 
   .. math::
 
     W' \propto \hat G = (G b^\top)\, (a^\top G b^\top)_k^+\, (a^\top G),
 
-  with one constant over all pairs. In the ball that is SAM's perturbation of
-  the whole weights, but for its rank, k, and for one step of the primary. At
-  the second visit the batch meets it, and the update makes the next sketches,
-  along its k directions and random ones. The primary descends at both visits.
+  with one constant over all pairs. In the ball, this is SAM's perturbation of
+  the whole weights, except that its rank is k and that the primary has moved by
+  one step. At the second visit, the gradient is taken at this perturbation, and
+  the update makes the next sketches, along its k directions and along random
+  directions. The primary descends at both visits.
 
   Args:
     core_rank: k; by default half of the auxiliary's rank. The core has as many
@@ -51,10 +53,10 @@ def nystroem_ascent(
 
   Returns:
     An optimizer of trees of `Factors` without a learning rate, for `bilora` as
-    `auxiliary_optimizer`. What comes out of a first visit has a norm of 1e4, so
-    that the clip always acts; without a clip it is of no use. An extra argument
-    `step` to its update, an int32 scalar, counts in place of its own count:
-    first visits are at even ones. The two differ where steps are skipped.
+    `auxiliary_optimizer`. After a first visit the auxiliary has a norm of 1e4
+    before the clip, so that the clip always acts; use it with a clip only. An
+    extra argument `step` of its update, an int32 scalar, overrides its own
+    count, which differs if steps are skipped; first visits are at even counts.
 
   Raises:
     ValueError: on init, if core_rank is not from 1 to each pair's rank, or the
@@ -66,12 +68,13 @@ def nystroem_ascent(
     sketching algorithms for low-rank matrix approximation
     <https://arxiv.org/abs/1609.00048>`_, 2017, for the approximation; Foret et
     al, `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_,
-    2021, for what it stands in for.
+    2021, for the perturbation that it approximates.
 
   .. note::
-    From LoRA's start, b = 0, the first batch meets no adversary. Beside the
-    gradient, a step costs a pair three decompositions of (r, r) matrices and
-    four thin products. Not for factors that `jax.shard_map` shards.
+    With LoRA's initialisation, b = 0, the first batch meets no perturbation.
+    Besides the gradient, a step costs three decompositions of (r, r) matrices
+    and four thin products for each pair. Not for factors that `jax.shard_map`
+    shards.
   """
 
   def init_fn(params):
@@ -87,9 +90,9 @@ def nystroem_ascent(
       )
     step = state.count if step is None else step
     key = jax.random.fold_in(jax.random.key(0), step)
-    # What comes in is to be descended.
+    # Where the auxiliary ascends, the updates are negated gradients.
     gradient = jax.tree.map(jnp.negative, updates)
-    # No `lax.cond`: on a GPU the host would wait to know which branch it is.
+    # No `lax.cond`: on a GPU the host would wait to know which branch to take.
     new = jax.tree.map(
       functools.partial(jnp.where, step % 2 == 0),
       _sketches.ascent(params, gradient, core_rank, _OUTSIDE),

@@ -1,4 +1,4 @@
-"""An auxiliary with a frozen orthonormal `a`, redrawn now and then."""
+"""An auxiliary with a frozen orthonormal `a`, redrawn every k steps."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -17,7 +17,7 @@ class RedrawState(NamedTuple):
 
   Attributes:
     count: number of updates so far, int32 scalar.
-    inner_state: of what is wrapped.
+    inner_state: state of the wrapped transformation.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -32,22 +32,22 @@ def orthonormal_a(
   .. math:: \|s\, a\, b\|_F = |s|\, \|b\|_F
 
   The perturbation is linear in `b`, so the projection onto the ball is exact:
-  it is the nearest point. The optimizer has a state of `b` alone, half of what
-  it has otherwise where the sides of the weights are equal. What is lost: the
-  auxiliary climbs in r2 random directions of the input, and nowhere else.
+  it is the nearest point. The optimizer needs a state for `b` only, half of the
+  usual state if the weights are square. The drawback: the auxiliary climbs only
+  in r2 random directions of the input.
 
   Args:
-    key: of the draws.
-    adapters: the partition, with an auxiliary; of that only shapes, dtypes and
+    key: random key of the draws.
+    adapters: the partition, with an auxiliary, of which only shapes, dtypes and
       scales matter.
 
   Returns:
-    The adapters with a new auxiliary, of `OrthonormalA` with b = 0, and all
-    else as it is. `bilora` and `Adapted.apply` take them.
+    The adapters, with a new auxiliary of `OrthonormalA` nodes with b = 0.
+    `bilora` and `Adapted.apply` take them.
 
   Raises:
-    ValueError: if there is no auxiliary, or it holds an array outside of a
-      pair, or a rank is above the input's size.
+    ValueError: if there is no auxiliary, or the auxiliary holds an array
+      outside of a pair, or a rank is above the input's size.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -91,20 +91,20 @@ def orthonormal_a(
 def redraw_a(
   tx: optax.GradientTransformation, every: int, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Bi-LoRA whose auxiliary gets another orthonormal `a` every k steps.
+  r"""Bi-LoRA whose auxiliary gets a new orthonormal `a` every k steps.
 
-  At each k-th step, after the clip, with a' the new one,
+  At each k-th step, after the clip, a' is drawn, and
 
   .. math:: b' = a'^\top a\, b, \qquad a' b' = a' a'^\top a\, b
 
-  which is what the new span keeps of the perturbation. It is smaller, and so in
-  the ball: a random span keeps about r / n of its square. The optimizer's state
-  stays, as in GaLore.
+  which projects the perturbation onto the span of a'. The projection is smaller
+  than the perturbation, so it is in the ball: a random span keeps about r / n
+  of the squared norm. The optimizer's state stays, as in GaLore.
 
   Args:
     tx: made by `bilora`, for adapters made by `orthonormal_a`.
     every: k, in updates.
-    seed: of the draws.
+    seed: seed of the draws.
 
   Returns:
     The transformation.
@@ -114,8 +114,8 @@ def redraw_a(
       `orthonormal_a`; on update, if params are missing.
 
   References:
-    Zhao et al, `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, for the
-    state that stays while its span changes.
+    Zhao et al, `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, which also
+    keeps the optimizer's state when the span changes.
 
   .. note::
     Not for factors that `jax.shard_map` shards.
@@ -164,7 +164,7 @@ def redraw_a(
 
 
 def _moved(old: Any, update: Any, a: Any) -> Any:
-  """The update that ends at `a`, and at what it keeps of the perturbation."""
+  """The update that gives a pair a new `a` and projects its weight onto it."""
   if not _norms.is_pair(old):
     return update
   within = jnp.einsum(
@@ -179,7 +179,7 @@ def _moved(old: Any, update: Any, a: Any) -> Any:
 
 
 def _drawn(key: jax.Array, tree: Any) -> Any:
-  """For each pair an orthonormal `a`, uniformly drawn, in float32."""
+  """An orthonormal `a` for each pair, uniformly drawn, in float32."""
   keys = optax.tree.split_key_like(
     key, jax.tree.map(lambda _: 0, tree, is_leaf=is_factors)
   )

@@ -1,4 +1,4 @@
-"""The auxiliary as the present gradient's best direction, one step late."""
+"""The auxiliary as the best ascent direction of the last gradient."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ import optax
 from bilora_jax import _linalg, _norms, _stacks
 from bilora_jax._factors import Factors
 
-# The norm that comes out, which the ball then brings down to rho. Far outside
-# of any ball, and its square far from float32's ends.
+# Norm of the result, which the ball then brings down to rho. It is far outside
+# of any ball, and its square is far from the limits of float32.
 _OUTSIDE = 1e4
 _USER = "power_ascent"
 
@@ -21,8 +21,8 @@ class PowerAscentState(NamedTuple):
   """State of `power_ascent`.
 
   Attributes:
-    count: number of updates with a gradient so far, int32 scalar: `b` is
-      renewed at even ones, `a` at odd ones.
+    count: number of updates with a nonzero gradient so far, int32 scalar: `b`
+      is renewed at even counts, `a` at odd counts.
   """
 
   count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -33,35 +33,36 @@ def power_ascent(
 ) -> optax.GradientTransformation:
   r"""Climbs at an infinite rate: subspace iteration towards the gradient.
 
-  Of each pair :math:`W = s\,a\,b` one factor is orthonormal. For :math:`G`, the
-  gradient in the weight, the gradient of the other is :math:`G` on its span,
-  and the next weight is the projection onto that span,
+  In each pair :math:`W = s\,a\,b`, one factor is orthonormal. Let :math:`G` be
+  the gradient in the weight. The gradient of the other factor is :math:`G` on
+  the span of the orthonormal factor, and the next weight is the projection of
+  :math:`G` onto that span,
 
   .. math::
 
     W' \propto a a^\top G \;\; (t \text{ even}), \qquad
     W' \propto G\, b^\top b \;\; (t \text{ odd}),
 
-  with one constant over all pairs, so that :math:`W'` is the direction in
-  which the linearised loss rises most, among those in the spans. The new factor
-  is then made the orthonormal one. Where the gradient stays, this is block
-  power iteration: from almost any start :math:`W'` tends to :math:`G_r`, the
-  gradient's best rank-r approximation, as
-  :math:`(\sigma_{r+1} / \sigma_r)^t` in each layer, and in the ball to
-  :math:`\rho\, G_r / \|G_r\|_F` with one norm over all layers, which is what
-  proposition 3 is about. Both factors at once, as in gradient ascent, would
-  square the singular values in each step and be left with the largest alone.
+  with one constant over all pairs, so that :math:`W'` is the direction in the
+  spans in which the linearised loss rises most. Then the new factor is made
+  orthonormal instead. If the gradient is constant, this is block power
+  iteration: from almost any start, :math:`W'` tends to :math:`G_r`, the
+  gradient's best rank-r approximation, with the error
+  :math:`(\sigma_{r+1} / \sigma_r)^t` in each layer. In the ball, it tends to
+  :math:`\rho\, G_r / \|G_r\|_F` with one norm over all layers, the maximiser of
+  proposition 3. An update of both factors at once, as in gradient ascent, would
+  square the singular values in each step, until the largest alone was left.
 
   Args:
-    decay: of an average of directions: the share, from 0 to below 1, that the
-      old :math:`W / \|W\|` has in the new, on its span. With 0 the first-order
-      gain :math:`\langle G, W' \rangle` is never negative.
+    decay: weight, from 0 to below 1, of the old :math:`W / \|W\|` in an average
+      with the new direction, on its span. With 0, the first-order gain
+      :math:`\langle G, W' \rangle` is never negative.
 
   Returns:
     An optimizer of trees of `Factors` without a learning rate, for `bilora` as
-    `auxiliary_optimizer`. What comes out has a norm of some 1e4, so that the
-    clip always acts; without a clip it is of no use. Without any gradient
-    nothing moves.
+    `auxiliary_optimizer`. The auxiliary has a norm of about 1e4 before the
+    clip, so that the clip always acts; use it with a clip only. If all
+    gradients are zero, nothing moves.
 
   Raises:
     ValueError: if decay is negative, or 1 or more; on init, if the tree holds
@@ -73,14 +74,14 @@ def power_ascent(
     2025, proposition 3, corrected: as printed the maximiser leaves the ball.
 
   .. note::
-    Whatever the start, the first step climbs, and from the second on one factor
-    is orthonormal; while b = 0, as LoRA starts, it is b that is renewed. Beside
-    the gradient each step costs an orthonormal basis of one (in, r) or (out, r)
-    matrix a pair, some 14 r^2 operations a row: matrix products, and
-    decompositions of (r, r) matrices alone. Not for factors that
-    `jax.shard_map` shards.
+    From any initialisation, the first step climbs, and one factor is
+    orthonormal from the second step on. While b = 0, as LoRA starts, b is
+    renewed. Besides the gradient, each step costs an orthonormal basis of one
+    (in, r) or (out, r) matrix for each pair, about 14 r^2 operations a row:
+    matrix products, and decompositions of (r, r) matrices only. Not for factors
+    that `jax.shard_map` shards.
   """
-  # Under optax.inject_hyperparams it is an array, of unknown value.
+  # Under optax.inject_hyperparams decay is an array of unknown value.
   if not isinstance(decay, jax.Array) and not (
     math.isfinite(decay) and 0 <= decay < 1
   ):
@@ -104,9 +105,9 @@ def power_ascent(
     )
     size = optax.tree.norm(ascent)
     moves = size != 0
-    # What comes in is to be descended. Of size 1, as squares underflow.
+    # Where the auxiliary ascends, the updates are negated gradients. At norm 1 no square underflows.
     ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), ascent)
-    # No `lax.cond`: on a GPU the host would wait to know which branch it is.
+    # No `lax.cond`: on a GPU the host would wait to know which branch to take.
     new = _renewed(old, ascent, decay=decay, of_b=state.count % 2 == 0)
     moved = jax.tree.map(lambda x, y: jnp.where(moves, y - x, 0), old, new)
     in_order = iter(stacks.unstack(moved))
@@ -123,10 +124,10 @@ def power_ascent(
 
 
 def _renewed(old: Any, ascent: Any, *, decay: Any, of_b: jax.Array) -> Any:
-  """The pairs with one factor renewed, and then orthonormal."""
+  """The pairs with one factor renewed and then made orthonormal."""
   scales = _norms.map_pairs(lambda p: _scale(p, of_b), old)
   old = _norms.map_pairs(_rescaled, old, scales)
-  # The gradients are of the new factors.
+  # The gradients are now those in the rescaled factors.
   ascent = _norms.map_pairs(
     lambda g, scale: _rescaled(g, 1 / scale), ascent, scales
   )
@@ -151,10 +152,10 @@ def _renews_b(pair: Factors, of_b: jax.Array) -> jax.Array:
 
 
 def _scale(pair: Factors, of_b: jax.Array) -> jax.Array:
-  """What to divide `a` by, and multiply `b` by, `(*batch, 1, 1)`.
+  """The number to divide `a` by and to multiply `b` by, `(*batch, 1, 1)`.
 
-  The factor that stays then has the norm of an orthonormal one, which it is
-  but for the clip: else the gradients of pairs could not be compared.
+  It gives the factor that stays the norm of an orthonormal factor: the clip
+  has scaled it, and gradients of pairs could not be compared otherwise.
   """
 
   def size(x):
@@ -169,16 +170,16 @@ def _rescaled(pair: Factors, scale: jax.Array) -> Factors:
 
 
 def _projected(pair: Factors, ascent: Factors) -> Factors:
-  """For each factor, G on the span of the other: as if it were renewed.
+  """G on the span of the other factor, for each factor as if it were renewed.
 
-  The gradient is s times that, and so is the weight.
+  The gradient has the scale s as a factor, and so has the weight.
   """
   c = 1 / pair.scale**2
   return Factors(c * ascent.a, c * ascent.b, pair.scale)
 
 
 def _normalised(old: Any, new: Any, of_b: jax.Array, share: Any) -> Any:
-  """The renewed factors at a share of `_OUTSIDE`, the others orthonormal."""
+  """The renewed factors, scaled to weights of the norm `share * _OUTSIDE`."""
 
   def square(pair, x):
     a, b = (jnp.sum(f**2, (-2, -1), keepdims=True) for f in (x.a, x.b))
@@ -194,18 +195,19 @@ def _sum(x: Factors, y: Factors) -> Factors:
 
 
 def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
-  """The same weights with an orthonormal `b`, or else `a`, but for a scale.
+  """The same weights with an orthonormal `b`, or else `a`, up to one scale.
 
-  That is the same for all pairs, and gives both factors about one size: from
-  step to step they change places, and differences would round them off.
+  The scale is the same for all pairs and gives both factors about the same
+  size: they change roles at each step, and a difference of unequal sizes would
+  lose the smaller to rounding.
   """
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   size = math.sqrt(_OUTSIDE)
   pairs = _norms.pairs(tree, user=_USER)
-  # All at once: of some hundred pairs each would wait for kernels of its own.
-  found = [_factor(pair, of_b) for pair in pairs]
+  # All at once: hundreds of pairs would each launch kernels of their own.
+  factors = [_factor(pair, of_b) for pair in pairs]
   bases = iter(
-    _linalg.orthonormal([x for x, _ in found], [r for _, r in found])
+    _linalg.orthonormal([x for x, _ in factors], [r for _, r in factors])
   )
 
   def one(pair):
@@ -225,7 +227,7 @@ def _orthonormal(tree: Any, of_b: jax.Array) -> Any:
 
 
 def _factor(pair: Factors, of_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The transpose of `b`, or else `a`, zeros added to be as long; its rows."""
+  """The transpose of `b`, or else `a`, padded to one length; its true rows."""
   both = pair.a, pair.b.mT
   longest = max(x.shape[-2] for x in both)
   a, b = (

@@ -1,4 +1,4 @@
-"""A ball that grows with the primary."""
+"""A ball whose radius grows with the primary."""
 
 import math
 
@@ -11,34 +11,34 @@ from bilora_jax import _ball, _norms
 def adaptive_radius(
   tx: optax.GradientTransformation, ratio: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Bi-LoRA in a ball as large as the primary, times a ratio.
+  r"""Bi-LoRA whose radius is the primary's norm times a ratio.
 
   .. math:: \rho_t = \gamma \sqrt{\sum_j \|s_j B_{1,j} A_{1,j}\|_F^2}
 
-  of the primary before the step. It starts at zero, where the primary does:
-  the first step perturbs nothing.
+  with the primary before the step. If the primary starts at zero, so does the
+  radius: the first step perturbs nothing.
 
   Args:
-    tx: made by `bilora`, of which the clip is kept; its rho is not used.
-    ratio: :math:`\gamma`, of the radius and the primary's norm.
+    tx: made by `bilora`; its clip is kept, its rho is not used.
+    ratio: :math:`\gamma`, the radius over the primary's norm.
 
   Returns:
-    The transformation with that radius; its state is that of `tx`. An extra
-    argument `radius` to its update overrides it.
+    The transformation with this radius and the state of `tx`. An extra argument
+    `radius` of its update overrides the radius.
 
   Raises:
     ValueError: if ratio is negative or not finite; on init, if tx has no ball.
 
   .. note::
-    Norms are those of what the code sees: not for factors that `jax.shard_map`
+    Norms are computed from local arrays: not for factors that `jax.shard_map`
     shards.
   """
-  # Under optax.inject_hyperparams it is an array, and a ball clamps its radius.
+  # Under optax.inject_hyperparams ratio is an array; a ball clamps its radius.
   if not isinstance(ratio, jax.Array) and not (
     math.isfinite(ratio) and ratio >= 0
   ):
     raise ValueError(
-      "ratio, of the radius and the primary's norm, is finite and at least 0; "
+      "ratio, the radius over the primary's norm, is finite and at least 0; "
       f"got {ratio}."
     )
   inner = optax.with_extra_args_support(tx)
@@ -47,8 +47,8 @@ def adaptive_radius(
     state = inner.init(params)
     if optax.tree.get(state, "auxiliary_norm") is None:
       raise ValueError(
-        "adaptive_radius sets the radius of what bilora makes; the "
-        "transformation that it got has no ball."
+        "adaptive_radius sets the radius of a transformation made by bilora; "
+        "got a transformation without a ball."
       )
     return state
 

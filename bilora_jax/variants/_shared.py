@@ -1,4 +1,4 @@
-"""An auxiliary that has the primary's `a`, and a `b` of its own."""
+"""An auxiliary that shares the primary's `a` and has its own `b`."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
@@ -16,8 +16,8 @@ class SharedAState(NamedTuple):
   """State of `shared_a`.
 
   Attributes:
-    inner_state: of the optimizers.
-    ball: of the ball, as `keep_in_ball` has it.
+    inner_state: state of the optimizers.
+    ball: state of `keep_in_ball`.
   """
 
   inner_state: Any
@@ -25,15 +25,15 @@ class SharedAState(NamedTuple):
 
 
 def share_a(adapters: Mapping[str, Any]) -> dict[str, Any]:
-  """Adapters whose auxiliary has the primary's `a`: it is `b` alone, at zero.
+  """Makes an auxiliary of `b` alone, at zero, for the primary's `a`.
 
   Args:
-    adapters: the partition; an auxiliary in it is dropped.
+    adapters: the partition; its auxiliary, if any, is dropped.
 
   Returns:
     The adapters with an auxiliary of arrays `(*batch, r1, out)`, one in place
-    of each pair. `shared_a` trains them, and `with_shared_a` gives what
-    `Adapted.apply` takes.
+    of each pair. `shared_a` trains them; `with_shared_a` makes pairs from them
+    for `Adapted.apply`.
 
   Raises:
     ValueError: if the primary holds an array outside of a pair.
@@ -51,17 +51,17 @@ def share_a(adapters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_shared_a(adapters: Mapping[str, Any]) -> dict[str, Any]:
-  """The adapters with pairs as their auxiliary, for the forward pass.
+  """Makes pairs from the shared `a` and the auxiliary, for the forward pass.
 
-  The primary's gradient is that of equation (9): it does not go through the
-  auxiliary, which is an adversary and no part of what is learned.
+  The primary's gradient is that of equation (9): it does not flow through the
+  auxiliary, which is a perturbation and not a part of the trained model.
 
   Args:
     adapters: as `share_a` makes them.
 
   Returns:
-    Adapters for a model with an auxiliary of rank r1, as `Adapted.apply` takes
-    them where the spec has `auxiliary_rank=rank`.
+    Adapters with an auxiliary of rank r1, for `Adapted.apply` if the spec has
+    `auxiliary_rank=rank`.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -87,29 +87,28 @@ def shared_a(
   clip: _ball.Clip = "global",
   direction: Literal["ascent", "descent"] = "ascent",
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Bi-LoRA whose auxiliary has the primary's `a`.
+  r"""Bi-LoRA whose auxiliary shares the primary's `a`.
 
   With :math:`W_1 = s\, a\, b_1` and :math:`W_2 = s\, a\, b_2`, the auxiliary
-  climbs in :math:`b_2` alone, and after the step, at the new a,
+  climbs in :math:`b_2` alone. After the step, with the new a,
 
   .. math::
 
     c = \sqrt{\sum_j \|s_j\, a_j\, b_{2,j}\|_F^2}, \qquad
     b_{2,j} \leftarrow (\rho / c)\, b_{2,j} \text{ if } c > \rho
 
-  It is half the auxiliary's parameters and half of their state, where the sides
-  of the weights are equal.
+  For square weights, this halves the auxiliary's parameters and their state.
 
   Args:
-    optimizer: what the primary and the extra parameters descend with.
+    optimizer: optimizer of the primary and of the extra parameters.
     rho: radius of the ball, as in `bilora`.
-    auxiliary_optimizer: what the auxiliary climbs with; by default `optimizer`.
+    auxiliary_optimizer: optimizer of the auxiliary; by default `optimizer`.
     clip: as in `bilora`.
     direction: as in `bilora`.
 
   Returns:
-    A transformation of adapters as `share_a` makes them. `'auxiliary_norm'`,
-    `'clip_factor'` and `'radius'` are in its state, as in that of `bilora`.
+    A transformation of adapters as `share_a` makes them. Its state has
+    `'auxiliary_norm'`, `'clip_factor'` and `'radius'`, as in `bilora`.
 
   Raises:
     ValueError: as `bilora`.
@@ -156,7 +155,7 @@ def shared_a(
       updates, state.inner_state, params, **extra_args
     )
     parts, old = cast(dict[str, Any], updates), cast(dict[str, Any], params)
-    # The norm is that at the primary's new `a`.
+    # The norm is taken with the primary's new `a`.
     primary = optax.apply_updates(old["primary"], parts["primary"])
     moved, ball_state = ball.update(
       _pairs(HeldA, optax.tree.zeros_like(primary), parts["auxiliary"]),
@@ -186,9 +185,9 @@ def _check(params: Any) -> None:
   wanted = jax.tree.map(
     lambda pair: jnp.shape(pair.b), params["primary"], is_leaf=is_factors
   )
-  found = jax.tree.map(jnp.shape, params.get("auxiliary"))
-  if wanted != found:
+  got = jax.tree.map(jnp.shape, params.get("auxiliary"))
+  if wanted != got:
     raise ValueError(
       "shared_a trains adapters that share_a makes, whose auxiliary has an "
-      f"array b for each pair of the primary; wanted {wanted}, got {found}."
+      f"array b for each pair of the primary; wanted {wanted}, got {got}."
     )

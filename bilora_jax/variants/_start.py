@@ -1,4 +1,4 @@
-"""Where the auxiliary starts."""
+"""Initialisations of the auxiliary."""
 
 from collections.abc import Mapping
 import math
@@ -15,28 +15,29 @@ from bilora_jax._factors import Factors, is_factors
 def scattered(
   key: jax.Array, adapters: Mapping[str, Any], radius: float
 ) -> dict[str, Any]:
-  r"""Starts the auxiliary on the sphere, in a random direction.
+  r"""Initialises the auxiliary on the sphere, in a random direction.
 
-  Both factors of each pair are Gaussian, of one size, so that every entry of
-  every weight has the same variance; then all are scaled alike to
+  Both factors of each pair are Gaussian, with one standard deviation, so that
+  every entry of every weight has the same variance. Then all factors are scaled
+  by one number, so that
 
   .. math:: \sum_j \|s_j B_{2,j} A_{2,j}\|_F^2 = \rho^2
 
-  LoRA's own start, b = 0, perturbs nothing and is not symmetric: only b moves
-  in the first step.
+  LoRA's initialisation, b = 0, perturbs nothing and is not symmetric: only b
+  moves in the first step.
 
   Args:
-    key: of the draws.
-    adapters: the partition, with an auxiliary; of that only shapes, dtypes and
+    key: random key of the draws.
+    adapters: the partition, with an auxiliary, of which only shapes, dtypes and
       scales matter.
-    radius: the norm over all pairs, in units of the weights.
+    radius: rho, the norm over all pairs, in units of the weights.
 
   Returns:
-    The adapters with a new auxiliary, and all else as it is.
+    The adapters with a new auxiliary; the other parts do not change.
 
   Raises:
     ValueError: if radius is not positive and finite, or there is no auxiliary,
-      or it holds an array outside of a pair.
+      or the auxiliary holds an array outside of a pair.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -47,10 +48,10 @@ def scattered(
     >>> print(f"{start['auxiliary']['w'].frobenius_norm():.3f}")
     0.050
   """
-  # At zero both factors would be, and stay there for ever.
+  # At radius 0 both factors would be zero, and so would their gradients.
   if not (math.isfinite(radius) and radius > 0):
     raise ValueError(
-      "radius, where the auxiliary starts, is positive and finite; got "
+      "radius, the norm of the new auxiliary, is positive and finite; got "
       f"{radius}."
     )
   _partition.check_parts(adapters)
@@ -82,5 +83,5 @@ def scattered(
 
 
 def _leaves_of_pairs(tree: Any) -> Any:
-  """The tree with a leaf in place of each pair."""
+  """The tree with one leaf in place of each pair."""
   return jax.tree.map(lambda _: 0, tree, is_leaf=is_factors)

@@ -301,7 +301,7 @@ def test_one_other_method_can_have_the_adapters(full):
     np.testing.assert_allclose(output, wanted, **CLOSE)
   with pytest.raises(ValueError, match="in the method 'encode'; got '__call"):
     adapted.apply(variables, adapters, x, method="__call__")
-  with pytest.raises(ValueError, match="of an NNX model one method"):
+  with pytest.raises(ValueError, match="one method of an NNX model"):
     adapt(model, SPEC, x, methods=("encode", "__call__"))
 
 

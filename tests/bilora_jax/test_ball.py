@@ -293,7 +293,7 @@ def test_no_step_waits_for_a_branch():
 
 def test_what_has_no_ball_and_bad_arguments_are_refused():
   adapters, _ = problems.make(problems.SMALL)
-  with pytest.raises(ValueError, match=r"of one bilora; .* that it got has 0"):
+  with pytest.raises(ValueError, match=r"contains one bilora; .* contains 0"):
     hold_ball(optax.adam(0.1)).init(adapters)
   tx = hold_ball(bilora(optax.sgd(0.1)))
   with pytest.raises(ValueError, match=r"hold_ball needs params, .*; got None"):

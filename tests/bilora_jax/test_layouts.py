@@ -243,7 +243,9 @@ def _error(call, *args):
 @pytest.mark.parametrize("rank", [0, RANK, 7, -1])
 def test_a_rank_that_leaves_no_auxiliary_is_refused(rank):
   layout, make = TREES["gemma"]
-  wanted = "primary_rank is between 0 and the rank of the host's LoRA, 5 at "
+  wanted = (
+    "primary_rank is above 0 and below the rank of the host's LoRA, 5 at "
+  )
   assert wanted in _error(layout.split, make(), rank)
   tx = joined(bilora(optax.sgd(0.1)), layout, rank)
   assert f"got {rank}." in _error(tx.init, make())

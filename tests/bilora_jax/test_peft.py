@@ -454,7 +454,7 @@ def test_targets_that_are_not_the_specs_are_refused(folder):
     LoraSpec(rank=2, alpha=0.3, targets="out|query", extra=SPEC.extra),
     X,
   )
-  with pytest.raises(ValueError, match=r"layers\.0\.up has an adapter, and is"):
+  with pytest.raises(ValueError, match=r"layers\.0\.up has an adapter, but is"):
     peft.load(folder, fewer, NAMES)
 
 

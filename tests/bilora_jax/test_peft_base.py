@@ -135,12 +135,14 @@ def test_rows_of_tokens_replace_the_base_s(bare):
   for names in (NAMES, UNTIED):
     np.testing.assert_array_equal(_table(bare, names), wanted)
   _configure(bare, trainable_token_indices=[3])
-  with pytest.raises(ValueError, match=r"shape \(2, 4\), and .* 1 tokens"):
+  with pytest.raises(ValueError, match=r"shape \(2, 4\), but .* 1 tokens"):
     peft.load_spec(bare, NAMES)
   _configure(bare, trainable_token_indices=[3, 5])
-  with pytest.raises(ValueError, match="has the token 5, and the base 5 tok"):
+  with pytest.raises(ValueError, match="has the token 5, but the base has 5 t"):
     _table(bare, NAMES)
-  with pytest.raises(ValueError, match=r"net\.embed\.weight is changed, and"):
+  with pytest.raises(
+    ValueError, match=r"folder changes net\.embed\.weight, and"
+  ):
     _table(bare, NAMES, base=None)
 
 
@@ -154,10 +156,12 @@ def test_a_bias_of_the_second_factor_is_added_to_the_layer_s(bare):
     found["extra"]["up"]["bias"], 1 + 1.5 * np.array([1, 2, 3, 4])
   )
   _change(bare, {"net.up.lora_B.bias": np.ones(1)})
-  with pytest.raises(ValueError, match=r"of the shape \(4,\): it is of the sh"):
+  with pytest.raises(
+    ValueError, match=r"of the shape \(4,\): the change has the sh"
+  ):
     peft.load(bare, adapt(_Language(), spec, X), UNTIED, base=BASE)
   names = {k: x for k, x in UNTIED.items() if k != "up/bias"}
-  with pytest.raises(ValueError, match="in this model, no bias that it could"):
+  with pytest.raises(ValueError, match="in this model, no bias to add it"):
     peft.load_spec(bare, names)
 
 
@@ -166,7 +170,10 @@ def test_a_bias_of_the_second_factor_is_added_to_the_layer_s(bare):
   [
     (TABLE + 1, "is a copy of another base's weight"),
     (np.zeros((7, 4)), r"resize_token_embeddings\(7\)"),
-    (np.zeros((5, 3)), r"has the shape \(5, 3\), and the base's \(5, 4\)"),
+    (
+      np.zeros((5, 3)),
+      r"has the shape \(5, 3\), but the base's weight has \(5, 4\)",
+    ),
   ],
 )
 @pytest.mark.parametrize("name", ["net.embed.base_layer", "head"])
@@ -175,9 +182,11 @@ def test_copies_of_the_base_are_compared_with_it(bare, name, copy, part):
   plain = adapt(_Language(), spec, X)
   _change(bare, {f"{name}.weight": TABLE})
   peft.load(bare, plain, NAMES, prefix="net.", base=BASE)
-  with pytest.raises(ValueError, match="base= is not given, with which it"):
+  with pytest.raises(
+    ValueError, match="base=, to compare it with, is not given"
+  ):
     peft.load(bare, plain, NAMES)
-  with pytest.raises(ValueError, match="and the base has none"):
+  with pytest.raises(ValueError, match="and the base has no such weight"):
     peft.load(bare, plain, NAMES, base={})
   _change(bare, {f"{name}.weight": copy})
   with pytest.raises(ValueError, match=part):

@@ -230,7 +230,7 @@ def test_half_a_node_and_sharded_kinds_are_refused():
   split = jax.sharding.PartitionSpec("model")
   specs = jax.tree.map(lambda _: split, node)
   tx = keep_in_ball(0.1, specs={"w": specs})
-  with pytest.raises(ValueError, match=r"specs may shard pairs alone; got"):
+  with pytest.raises(ValueError, match=r"specs may shard only pairs; got"):
     tx.update({"w": node}, tx.init({"w": node}), {"w": node})
 
 

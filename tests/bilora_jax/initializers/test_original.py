@@ -65,7 +65,7 @@ def test_what_is_no_start_of_it_is_refused():
     (one, "layers_1/kernel: missing, expected"),
     (narrow, r"layers_0/kernel: \(\(1, 1\), \(1, 1\)\), expected"),
   ):
-    message = f"with the same pairs and shapes: {fault}"
+    message = f"shapes of the trained primary: {fault}"
     with pytest.raises(ValueError, match=message):
       initializers.on_original(adapted.spec, adapters, wrong)
   dora = dataclasses.replace(adapted.spec, dora=True)

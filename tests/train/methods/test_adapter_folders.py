@@ -52,7 +52,9 @@ def test_what_a_model_goes_without_is_said():
 def test_without_the_base_what_needs_it_is_said():
   loaded = adapter_folders.load(FOLDER / "head" / "adapter", "qwen2", False)
   names = loaded.kind.names
-  with pytest.raises(ValueError, match="base= is not given, with which it is"):
+  with pytest.raises(
+    ValueError, match="base=, to compare it with, is not given"
+  ):
     peft.load(FOLDER / "head" / "adapter", loaded.adapted, names)
 
 
