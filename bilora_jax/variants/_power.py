@@ -105,7 +105,8 @@ def power_ascent(
     )
     size = optax.tree.norm(ascent)
     moves = size != 0
-    # Where the auxiliary ascends, the updates are negated gradients. At norm 1 no square underflows.
+    # Where the auxiliary ascends, the updates are negated gradients. At norm 1
+    # no square underflows.
     ascent = optax.tree.scale(-1 / jnp.where(moves, size, 1), ascent)
     # No `lax.cond`: on a GPU the host would wait to know which branch to take.
     new = _renewed(old, ascent, decay=decay, of_b=state.count % 2 == 0)
