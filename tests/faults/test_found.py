@@ -216,9 +216,9 @@ _FOUND: list[tuple[str, str, Any, str]] = [
   ),
   ("yaml", "run.yaml", b"[" * 5000, "nested too deeply"),
   ("yaml", "run.yaml", f"seed: 0x{'f' * 9999}".encode(), "seed is below"),
-  ("yaml", "run.yaml", b"seed: 2026-13-45", "is no YAML"),
+  ("yaml", "run.yaml", b"seed: 2026-13-45", "is not YAML"),
   ("yaml", "run.yaml", b"seed: 2026-01-01", "seed is a whole number; got"),
-  ("yaml", "run.yaml", b"? [a]\n: 1", "is no YAML"),
+  ("yaml", "run.yaml", b"? [a]\n: 1", "is not YAML"),
   ("conversations", "rows.jsonl", _DEEP.encode(), "more than 100 values"),
   (
     "conversations",

@@ -50,11 +50,12 @@ _WRITTEN = ("adapter_config.json", "config.json")
 class Options:
   """Writes a run's adapters for PEFT, or its model for transformers.
 
-  PEFT and transformers then compute what the run was tested with: of a language
-  model the same logits; of an encoder of texts a token classifier, whose mean
-  over the real tokens is ours; of one of images an image classifier. A run
-  without adapters is always a whole model. README.md is a card of the model,
-  with lines of Python that load it.
+  PEFT and transformers then compute the same as the run's test. A language
+  model has the same logits. An encoder of texts becomes a token classifier, and
+  the mean of its logits over the real tokens is the run's answer. An encoder of
+  images becomes an image classifier. A run without adapters is always written
+  as a whole model. README.md is a model card, with lines of Python that load
+  the model.
   """
 
   run: str
@@ -62,22 +63,23 @@ class Options:
   out: str
   """The folder to write."""
   merged: bool = False
-  """Write the whole model, the adapters added to its weights."""
+  """Write the whole model, with the adapters added to its weights."""
   gguf: bool = False
-  """Also write adapter.gguf, the adapters for llama.cpp (Llama, Mistral, Qwen 2
-  and 3, without DoRA or heads of their own)."""
+  """Also write adapter.gguf, the adapters for llama.cpp (for Llama, Mistral,
+  Qwen 2 and Qwen 3, without DoRA and without a trained head)."""
   base_model: str = ""
-  """What readers are told that the model was made of, as a name on the hub;
-  empty: what is known of the run's --model."""
+  """Name on the hub of the model that the run started from. The model card
+  tells it to readers. Empty means the name that the program knows for the run's
+  --model."""
   overwrite: bool = False
-  """Replace --out if an export is there."""
+  """Replace --out if it is an older export."""
   push_to_hub: str = ""
-  """Upload the folder to this repository of the Hugging Face hub, as
-  user/name."""
+  """Upload the folder to this repository of the Hugging Face hub, named as
+  user/name. Empty means no upload."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
   private: bool = False
-  """If the repository is new, only you and your organisation see it."""
+  """Make a new repository private: only you and your organisation see it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

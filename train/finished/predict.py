@@ -26,14 +26,15 @@ _Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Of --data, where they are not named as in the run."""
+  """Columns of --data, if they have other names than in the run."""
 
   text_column: str = ""
-  """Column of the text, or several, as title,body; empty: the run's."""
+  """Column with the text, or several columns separated by commas, such as
+  title,body. Empty means the run's column."""
   text_pair_column: str = ""
-  """Column of the second text of a pair; empty: the run's."""
+  """Column with the second text of a pair. Empty means the run's column."""
   label_column: str = ""
-  """Column of the label, where one is needed; empty: the run's."""
+  """Column with the label, if one is needed. Empty means the run's column."""
 
   def named(self, task: Task) -> Task:
     """The task, with these columns in place of its own."""
@@ -61,29 +62,33 @@ class Columns:
 class Options:
   """Labels new rows by a finished run of any method.
 
-  Rows keep their order. Of each there are the likeliest label and the
-  probability of every label; of a regression, the value.
+  Rows keep their order. For each row the result has the most likely label and
+  the probability of every label. For a regression it has the value.
   """
 
   run: str
   """The folder of a finished run."""
   data: str = ""
-  """Rows: a .csv, .tsv, .jsonl or .parquet file, a folder of images or of
-  Hugging Face datasets, or tfds:NAME."""
+  """Rows to label: a .csv, .tsv, .jsonl or .parquet file, a folder of images or
+  of Hugging Face datasets, or tfds:NAME."""
   text: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """In place of --data, a text; again for another."""
+  """A text to label, in place of --data. Give the option again for another
+  text."""
   text_pair: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """The second text of each --text, of a run on pairs."""
+  """The second text of each --text, if the run was trained on pairs."""
   image: Annotated[_Repeated, tyro.conf.arg(metavar="FILE")] = ()
-  """In place of --data, an image; again for another."""
+  """An image to label, in place of --data. Give the option again for another
+  image."""
   out: str = ""
-  """File to write: .csv, .jsonl or .parquet; empty: printed."""
+  """File to write, which ends in .csv, .jsonl or .parquet. Empty means that the
+  labels are printed."""
   overwrite: bool = False
-  """Replace --out if it is there."""
+  """Replace --out if the file exists."""
   batch_size: int = option(0, least=0, below=2**20)
-  """Rows that are labelled together; 0: as in the run."""
+  """Number of rows that are labelled together. 0 means the number of the
+  run."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
   columns: tyro.conf.OmitArgPrefixes[Columns] = dataclasses.field(
     default_factory=Columns
   )
