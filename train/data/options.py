@@ -119,9 +119,9 @@ def check(options: DataOptions) -> None:
   needs = options.task in (*_COLUMNS, INSTRUCTIONS)
   if needs is not bool(options.path):
     raise UsageError(
-      "--data names the rows of --task classification, regression or"
-      " instructions, and belongs to no other task; got"
-      f" {options.path!r} with --task {options.task}."
+      "--data gives the rows of --task classification, regression or "
+      "instructions; these tasks need it, and no other task takes it; got "
+      f"{options.path!r} with --task {options.task}."
     )
   _check_regime(options)
   allowed = {
@@ -134,18 +134,18 @@ def check(options: DataOptions) -> None:
     for name in names:
       if getattr(options, name) and options.task not in takers:
         raise UsageError(
-          f"{spelt(name)} is of --task {' or '.join(takers)}; got it with"
-          f" --task {options.task}."
+          f"{spelt(name)} is only for --task {' or '.join(takers)}; got it "
+          f"with --task {options.task}."
         )
   if options.text_pair and not options.text:
     raise UsageError(
-      "--text-pair is the second text of a pair, whose first is --text; got"
-      f" --text-pair {options.text_pair} alone."
+      "--text-pair is the second text of a pair and needs --text, the first; "
+      f"got --text-pair {options.text_pair} alone."
     )
   if options.held_out and options.validation and options.test:
     raise UsageError(
-      "--held-out is for a --data without a --validation or a --test of their"
-      " own; got all three."
+      "--held-out has no use if both --validation and --test are given; got "
+      "all three."
     )
 
 
@@ -155,18 +155,18 @@ def _check_regime(options: DataOptions) -> None:
     value = getattr(options, name)
     if value and task.kind != "classification":
       raise UsageError(
-        f"{spelt(name)} is of classes; got {value:g} with --task {task.name},"
-        f" of {task.kind}."
+        f"{spelt(name)} is only for classification; got {value:g} with --task "
+        f"{task.name}, which is for {task.kind}."
       )
   if options.one_rater and not task.votes:
     able = [x for x in registry.names() if registry.get(x).votes]
     raise UsageError(
-      f"--one-rater is of --task {' or '.join(able)}, whose rows have several"
-      f" raters; got it with --task {task.name}."
+      f"--one-rater is only for --task {' or '.join(able)}, whose rows have "
+      f"several raters; got it with --task {task.name}."
     )
   if options.noisy_validation and not (
     options.label_noise or options.one_rater
   ):
     raise UsageError(
-      "--noisy-validation goes with --label-noise or --one-rater; got neither."
+      "--noisy-validation needs --label-noise or --one-rater; got neither."
     )

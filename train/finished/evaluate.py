@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options.columns)
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
-    raise UsageError(f"--json {out} is there; --overwrite replaces it.")
+    raise UsageError(f"--json {out} exists; --overwrite replaces it.")
   if options.json:
     files.check_place("--json", out)
   finished = open_run(options.run, accept_changes=options.accept_changes)
@@ -74,7 +74,9 @@ def _evaluation(options: Options, finished: Finished) -> Evaluation:
     rows = predict.read(finished, options.data, options.columns, labelled=True)
     return rows.evaluate(finished.items(), size)
   if options.columns != predict.Columns():
-    raise UsageError("columns are of a --data with labels; leave them out.")
+    raise UsageError(
+      "options for columns are only for a --data with labels; leave them out."
+    )
   data = _own(options, finished, size)
   return data.evaluate(finished.items(), "test")
 

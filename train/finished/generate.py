@@ -94,19 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Options) -> None:
   if not options.model and not options.run:
-    raise UsageError("--model or --run names the weights; got neither.")
+    raise UsageError("--model or --run must name the weights; got neither.")
   if bool(options.prompt) is bool(options.questions):
     raise UsageError(
-      "--prompt or --questions says what to answer; got "
+      "either --prompt or --questions must say what to answer; got "
       f"{'both' if options.prompt else 'neither'}."
     )
   if options.score != "none" and not options.questions:
     raise UsageError(
-      f"--score {options.score} needs --questions, with the answers."
+      f"--score {options.score} needs --questions, a file with the answers."
     )
   options_lib.check(options)
   if options.top_p > 1:
-    raise UsageError(f"--top-p is in (0, 1]; got {options.top_p}.")
+    raise UsageError(f"--top-p must be in (0, 1]; got {options.top_p}.")
 
 
 def _scored(right: int, count: int) -> str:
@@ -177,7 +177,7 @@ def _check_generates(pretrained: Pretrained) -> None:
   if pretrained.family.generate is None:
     raise UsageError(
       f"an encoder does not generate; got {pretrained.path}, a "
-      f"{pretrained.family.name} (predict tells a run's labels)."
+      f"{pretrained.family.name} (for a run's labels use predict)."
     )
 
 

@@ -43,7 +43,9 @@ class Columns:
       return dataclasses.replace(task, label=self.label_column or task.label)
     if task.image:
       if self.text_pair_column:
-        raise UsageError("--text-pair-column is of texts; the run read images.")
+        raise UsageError(
+          "--text-pair-column is only for texts; the run read images."
+        )
       return dataclasses.replace(task, image=self.text_column)
     if len(given) != len(task.texts) or not self.text_column:
       raise UsageError(
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = sum(map(bool, (options.data, options.text, options.image)))
   if given != 1:
     raise UsageError(
-      "--data, --text or --image says what to label; got "
+      "one of --data, --text and --image must say what to label; got "
       f"{'several of them' if given else 'none of them'}."
     )
   options_lib.check(options)
@@ -136,7 +138,7 @@ def check_labelled(finished: Finished) -> None:
   if finished.task.kind == "conversations":
     raise UsageError(
       f"{finished.folder} learned to respond in conversations, and has no "
-      "labels for rows; generate --run is for it."
+      "labels for rows; use generate --run."
     )
 
 
@@ -153,7 +155,7 @@ def read(finished: Finished, data: str, columns: Columns, labelled: bool):
     if named and getattr(rows.task, name) != getattr(task, name):
       flag = "--label-column" if name == "label" else "--text-column"
       raise UsageError(
-        f"{flag} names a column that {data} has not; got "
+        f"{flag} names a column that {data} does not have; got "
         f"{columns.label_column if name == 'label' else columns.text_column}."
       )
   return rows
@@ -179,11 +181,11 @@ def _out(options: Options) -> pathlib.Path | None:
   out = pathlib.Path(options.out).expanduser()
   if out.suffix not in _SUFFIXES:
     raise UsageError(
-      f"--out ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; got "
+      f"--out must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; got "
       f"{out}."
     )
   if out.exists() and not options.overwrite:
-    raise UsageError(f"--out {out} is there; --overwrite replaces it.")
+    raise UsageError(f"--out {out} exists; --overwrite replaces it.")
   files.check_place("--out", out)
   return out
 
@@ -192,11 +194,11 @@ def _rows(options: Options, finished: Finished) -> Given:
   if options.data:
     return read(finished, options.data, options.columns, labelled=False)
   if options.columns != Columns():
-    raise UsageError("columns are of --data; leave them out.")
+    raise UsageError("options for columns are only for --data; leave them out.")
   if bool(options.image) is not bool(finished.task.image):
     kind = "image" if finished.task.image else "text"
     raise UsageError(
-      f"{finished.folder} reads {kind}s: --{kind}, or --data with {kind}s."
+      f"{finished.folder} reads {kind}s; give --{kind}, or --data with {kind}s."
     )
   return finished.rows(options.image or _texts(options), finished.task)
 
@@ -206,8 +208,8 @@ def _texts(options: Options) -> list[Text]:
     return list(options.text)
   if len(options.text) != len(options.text_pair):
     raise UsageError(
-      "each --text has a --text-pair; got "
-      f"{len(options.text)} and {len(options.text_pair)}."
+      f"each --text needs a --text-pair; got {len(options.text)} and "
+      f"{len(options.text_pair)}."
     )
   return list(zip(options.text, options.text_pair))
 

@@ -148,16 +148,17 @@ def _check(
     options.clip == "none"
   ):
     raise UsageError(
-      "--auxiliary-optimizer power needs a ball to be scaled into; got --clip "
-      "none."
+      "--auxiliary-optimizer power scales the auxiliary into a ball and needs "
+      "one; got --clip none."
     )
   if options.auxiliary_start == "scattered" and not options.rho:
     raise UsageError(
-      "--auxiliary-start scattered is on the surface of a ball; got --rho 0."
+      "--auxiliary-start scattered puts the auxiliary on the surface of a "
+      "ball and needs a --rho above 0; got --rho 0."
     )
   if getattr(options, "keep_auxiliary", False) and adapter.dora:
     raise UsageError(
-      "--keep-auxiliary is for adapters without norms of their own; got it "
+      "--keep-auxiliary is only for adapters without trained norms; got it "
       "with --dora."
     )
 

@@ -55,7 +55,7 @@ def _check(
   del adapter, optimisation
   if options.core_rank > options.auxiliary_rank:
     raise UsageError(
-      "--core-rank is at most --auxiliary-rank, which is "
+      "--core-rank must be at most --auxiliary-rank, which is "
       f"{options.auxiliary_rank}; got {options.core_rank}."
     )
 

@@ -74,11 +74,13 @@ def _check_esam(
   for name in ("weight_fraction", "sample_fraction"):
     value = getattr(options, name)
     if not 0 < value <= 1:
-      raise UsageError(f"--{name.replace('_', '-')} is in (0, 1]; got {value}.")
+      raise UsageError(
+        f"--{name.replace('_', '-')} must be in (0, 1]; got {value}."
+      )
   if optimisation.accumulate > 1:
     raise UsageError(
-      "--method esam chooses rows of the whole batch, which --accumulate runs "
-      f"in parts; got --accumulate {optimisation.accumulate}."
+      "--method esam chooses rows of the whole batch, so --accumulate must be "
+      f"1; got --accumulate {optimisation.accumulate}."
     )
 
 
@@ -169,8 +171,8 @@ SPECS = (
   ),
   MethodSpec(
     name="eflat_lora",
-    summary="one adapter; SAM over the whole weights, its perturbation averaged "
-    "in one factor",
+    summary="one adapter; SAM over the whole weights, its perturbation "
+    "averaged in one factor",
     options=EFlatLoraOptions,
     estimator=lambda x: baselines.eflat_lora(
       x.options.rho, x.options.perturbation_beta, primary

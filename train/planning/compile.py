@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   for method, needed in too_large.items():
     print(
       f"{method} does not fit: it needs {needed}, and a program may use "
-      f"{figures.gib(memory) if memory else 'less'} of a device. More devices "
-      "along fsdp, --remat full, a greater --accumulate and a smaller "
-      "--batch-size need less."
+      f"{figures.gib(memory) if memory else 'less'} of a device. To need "
+      "less, use more devices along fsdp, --remat full, a greater "
+      "--accumulate or a smaller --batch-size."
     )
   if memory is None:
     print(f"The memory of a {used[0].device_kind} is not known here.")
@@ -178,13 +178,13 @@ def _sizes(options: Options) -> tuple[Family, Any]:
       raise UsageError(f"--model {name}: {error}") from error
   else:
     raise UsageError(
-      f"--model is one of {', '.join(known)}, or a folder with a "
+      f"--model must be one of {', '.join(known)}, or a folder with a "
       f"config.json; got {name!r}."
     )
   if options.max_length > sizes.max_positions:
     raise UsageError(
-      f"--max-length is at most {sizes.max_positions}, the positions that "
-      f"{name} was made for; got {options.max_length}."
+      f"--max-length must be at most {sizes.max_positions}, the positions "
+      f"that {name} was made for; got {options.max_length}."
     )
   return family, sizes
 

@@ -80,6 +80,7 @@ def after(evaluation: EvaluationOptions) -> tuple[str, ...]:
   for name in names:
     if name not in AFTER:
       raise UsageError(
-        f"--after is some of {listed(AFTER)}, with commas; got {shown(name)}."
+        f"--after must be some of {listed(AFTER)}, separated by commas; got "
+        f"{shown(name)}."
       )
   return tuple(dict.fromkeys(names))

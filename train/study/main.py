@@ -93,7 +93,7 @@ def _run(
     cores = [core for core in place.cores.split(",") if core]
     if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
       raise UsageError(
-        f"--cores is a list of numbers of cores; got {place.cores!r}."
+        f"--cores must be a list of numbers of cores; got {place.cores!r}."
       )
     workers.bind([int(core) for core in cores])
     from . import runs
@@ -136,7 +136,7 @@ def select(study: Study, only: str) -> list[Cell]:
         break
     else:
       raise UsageError(
-        "--only names some of "
+        "--only must name some of "
         f"{', '.join(cell.name for cell in study.cells)}; got "
         f"{rest[0].strip()!r}."
       )

@@ -206,15 +206,15 @@ def test_a_batch_that_the_mesh_cannot_share_is_refused():
 @pytest.mark.parametrize(
   ("arguments", "part"),
   [
-    (["--coordinator", "here:1"], "are given together"),
-    (["--process-id", "0", "--num-processes", "2"], "are given together"),
+    (["--coordinator", "here:1"], "must be given together"),
+    (["--process-id", "0", "--num-processes", "2"], "must be given together"),
     (
       ["--coordinator", "here", "--process-id", "0", "--num-processes", "2"],
       "HOST:PORT, the address of process 0, or auto; got 'here'",
     ),
     (
       ["--coordinator", "here:1", "--process-id", "2", "--num-processes", "2"],
-      "from 0 to --num-processes less 1, of which there are at most",
+      "from 0 to --num-processes - 1, and --num-processes at most",
     ),
   ],
 )
