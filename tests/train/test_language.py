@@ -287,7 +287,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
   (error,) = capsys.readouterr().err.splitlines()
   # Two layers, three kernels of width 16, in float32.
   size = 2 * 3 * 16 * 2**21 * 4 / 2**30
-  assert f"the model does not fit: its weights are {size:,.2f} GiB" in error
+  assert f"the model does not fit: its weights take {size:,.2f} GiB" in error
   assert not (tmp_path / "run").exists()
 
 

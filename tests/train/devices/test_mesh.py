@@ -234,7 +234,7 @@ def test_where_jax_finds_no_cluster_auto_is_refused(
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)
   assert run(tmp_path / "run", "--coordinator", "auto") == 2
-  assert "JAX knows, and it finds none" in capsys.readouterr().err
+  assert "JAX knows, and JAX finds none" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
 
 
