@@ -29,7 +29,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     b'{"a": ' + _LONG.encode() + b"}",
     "Exceeds the limit",
   ),
-  ("bert", "config.json", _DEEP.encode(), "more than 100 values in each"),
+  ("bert", "config.json", _DEEP.encode(), "more than 100 levels"),
   ("bert", "config.json", [], "must hold an object .* got"),
   ("decoder", "config.json", {"layer_types": 3}, "layer_types must be a list"),
   ("decoder", "config.json", {"layer_types": [[]]}, "layer_types must be a l"),
@@ -42,7 +42,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     "decoder",
     "tokenizer_config.json",
     {"chat_template": 5},
-    "chat_template is",
+    "chat_template must be",
   ),
   ("decoder", "tokenizer_config.json", {"chat_template": [5]}, "a list of obj"),
   (
@@ -97,7 +97,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     "peft",
     "adapter_config.json",
     {"use_rslora": "yes"},
-    "use_rslora must be true",
+    "use_rslora is true",
   ),
   ("peft", "adapter_config.json", {"task_type": [3]}, "task_type is a name or"),
   (
@@ -113,7 +113,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     "rank_pattern goes from",
   ),
   ("texts of a run", "results.json", [], "results.json must hold an object"),
-  ("texts of a run", "results.json", {"test": 3}, "test is an object"),
+  ("texts of a run", "results.json", {"test": 3}, "test must be an object"),
   ("texts of a run", "results.json", {"test": {}}, "test, lacks loss"),
   ("texts of a run", "results.json", {"metric": "x"}, "test, lacks x"),
   ("texts of a run", "results.json", {"baseline": {"a": 1}}, "baseline, lacks"),
@@ -146,7 +146,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     "texts of a run",
     "metrics.jsonl",
     b'{"step": "a"}\n',
-    "step is a whole num",
+    "step must be a whole",
   ),
   (
     "texts of a run",
@@ -185,7 +185,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
     {"adapter": {"alpha": 0}},
     "config.json: --al",
   ),
-  ("texts of a run", "config.json", {"method": 3}, "method is"),
+  ("texts of a run", "config.json", {"method": 3}, "method must be"),
   ("saved", "dataset_dict.json", {"splits": 3}, "splits must be a list"),
   ("saved", "dataset_dict.json", {"splits": ["/"]}, "in the same folder by"),
   (
@@ -234,7 +234,7 @@ _FOUND: list[tuple[str, str, Any, str]] = [
   ("yaml", "run.yaml", b"seed: 2026-13-45", "is not YAML"),
   ("yaml", "run.yaml", b"seed: 2026-01-01", "seed must be a whole number; got"),
   ("yaml", "run.yaml", b"? [a]\n: 1", "is not YAML"),
-  ("conversations", "rows.jsonl", _DEEP.encode(), "more than 100 values"),
+  ("conversations", "rows.jsonl", _DEEP.encode(), "more than 100 levels"),
   (
     "conversations",
     "rows.jsonl",

@@ -26,7 +26,7 @@ _Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Columns of --data, if they have other names than in the run."""
+  """Columns of --data, if their names differ from those of the run."""
 
   text_column: str = ""
   """Column with the text, or several columns separated by commas, such as

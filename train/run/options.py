@@ -28,8 +28,8 @@ class EvaluationOptions:
   eval_first: bool = option(False)
   """Also validate before the first step."""
   after: str = option("")
-  """More tests at the end of the run, separated by commas. calibration: whether
-  the probabilities of the test rows can be trusted. last: the weights of the
+  """More tests at the end of the run, separated by commas. calibration: the
+  calibration of the probabilities on the test rows. last: the weights of the
   last step, beside the best weights. shifted: rows with errors in them, and
   rows of other domains. quantised: the merged model in int8, NF4 and 3 bits.
   pruned: the merged model without the smallest 30 and 50% of its weights. Empty

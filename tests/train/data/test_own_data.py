@@ -159,7 +159,7 @@ def test_labels_that_cannot_be_classes_are_refused(tmp_path):
     _fit(_csv(tmp_path, many))
   new = _csv(tmp_path, [{"text": "a", "label": "new"}], "test.csv")
   with pytest.raises(
-    ValueError, match=r"test\.csv, line 2: label is 'new'; .* training rows, bad, g"
+    ValueError, match=r"test\.csv, line 2: label is 'new'; .* rows, bad, g"
   ):
     _fit(_csv(tmp_path, _rows()), test=str(new))
 
