@@ -25,7 +25,10 @@ _COMMANDS = {
   "study": ".study.main",
 }
 """The modules whose `main` takes the rest of the command line."""
-_LONG = {"": command.RESUMES, "study": "the same command runs what is left."}
+_LONG = {
+  "": command.RESUMES,
+  "study": "the same command runs the unfinished part.",
+}
 """Those that train, and what comes of them after they were stopped."""
 
 
@@ -38,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
       hint = f" Did you mean {near[0]}?" if near else ""
       raise UsageError(
-        f"There is no command {argv[0]!r}; the commands are"
-        f" {', '.join(_COMMANDS)}, and options alone train.{hint}"
+        f"There is no command {argv[0]!r}; the commands are "
+        f"{', '.join(_COMMANDS)}. Options without a command train a "
+        f"model.{hint}"
       )
     if not name:
       return _train(argv)

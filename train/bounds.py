@@ -26,9 +26,9 @@ def check(path: str | os.PathLike[str], size: int) -> None:
   stored = os.path.getsize(path)
   if size > max(_FREE, _RATIO * stored):
     raise UsageError(
-      f"{os.fspath(path)} has {stored:,} bytes, and becomes more than"
-      f" {max(_FREE, _RATIO * stored):,} where it is unpacked, as no file of"
-      " data does; it is not read."
+      f"{os.fspath(path)} has {stored:,} bytes, and more than "
+      f"{max(_FREE, _RATIO * stored):,} after unpacking, which no file of "
+      "data has; it is not read."
     )
 
 

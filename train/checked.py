@@ -45,7 +45,7 @@ def open_file(path: Path) -> BinaryIO:
       f"{_told(path)} cannot be read: {error.strerror}."
     ) from error
   except ValueError as error:  # a NUL, or half of a surrogate pair
-    raise UsageError(f"{_told(path)} is no path: {error}.") from error
+    raise UsageError(f"{_told(path)} is not a valid path: {error}.") from error
   mode = os.fstat(descriptor).st_mode
   if not stat.S_ISREG(mode):
     os.close(descriptor)
@@ -123,10 +123,10 @@ def parse_json(text: str | bytes, where: str, kind: Any = object) -> Any:
       raise RecursionError
   except RecursionError as error:
     raise UsageError(
-      f"{where} has more than {_DEEPEST} values in each other."
+      f"{where} is nested more than {_DEEPEST} levels deep."
     ) from error
   except ValueError as error:
-    raise UsageError(f"{where} is no JSON in UTF-8: {error}.") from error
+    raise UsageError(f"{where} is not JSON in UTF-8: {error}.") from error
   if r"\u" in text:
     _check_pairs(value, where)
   if not options.fits(value, kind):
@@ -158,7 +158,9 @@ def field(
   if name in table:
     return options.checked(where, name, table[name], kind)
   if default is _REQUIRED:
-    raise UsageError(f"{where} lacks {name}, which is {options.wanted(kind)}.")
+    raise UsageError(
+      f"{where} lacks {name}, which must be {options.wanted(kind)}."
+    )
   return default
 
 
@@ -248,7 +250,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) < len(pairs):
     for name, value in pairs:
       if found[name] != value:
-        raise ValueError(f"the key {options.shown(name)} is there twice")
+        raise ValueError(f"the key {options.shown(name)} occurs twice")
   return found
 
 

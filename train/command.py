@@ -10,7 +10,7 @@ PACKAGE = __package__ or "train"
 NAME = "python -m train" if PACKAGE == "train" else "bilora"
 """What a command line starts with."""
 RESUMES = (
-  "the same command resumes from the last checkpoint, or begins anew where "
+  "the same command resumes from the last checkpoint, or starts again if "
   "there is none."
 )
 """What is true of a run however it was ended."""

@@ -25,26 +25,31 @@ examples:
   {program} --task classification --data reviews.csv --run-dir runs/reviews
   {program} --method lora_sam --rho 0.01 --help
 
-{program} --help lists the options of the method that --method names, and each
-of these commands has a --help of its own:
-  predict    labels for new rows, by a finished run
-  evaluate   a finished run on labelled rows
-  generate   what a decoder says, with a run's adapters
-  export     adapters for PEFT, models for transformers, a model card
-  compile    what a step takes, before chips are rented
-  study      methods x tasks x seeds
+{program} --help lists the options of the method that --method names. Each of
+these commands has its own --help:
+  predict    label new rows with a finished run
+  evaluate   test a finished run on labelled rows
+  generate   print what a model answers to prompts
+  export     write adapters for PEFT or a model for transformers
+  compile    compute what a training step needs, without the devices
+  study      compare methods on tasks, over several seeds
 
 --preset NAME starts from a preset: {presets}.
-The first is the default, unless --task names another task than its own.
---config FILE.yaml starts from a file with options by name, or in the groups of
-a run's config.json. --from-run DIR repeats a run with its own configuration, in
-DIR-repeat unless --run-dir is given. Options on the command line change what
-these set. The same command resumes a run.
+Without --preset, --config and --from-run the program uses the first preset,
+unless --task names another task than that of this preset.
+--config FILE.yaml starts from a file, whose options stand alone or in the
+groups of a run's config.json.
+--from-run DIR repeats a run with the same configuration, in the folder
+DIR-repeat unless --run-dir is given.
 
-On several machines, each starts the same command with --coordinator HOST:PORT
-(of the first), --num-processes N and --process-id I (from 0). Under srun,
-mpirun and on TPU pods of Kubernetes none of these is needed; --coordinator auto
-is for other TPU pods. --run-dir and --data-dir are folders that all see."""
+Options on the command line change what the preset, the file or the run sets.
+The same command resumes a run that was interrupted.
+
+On several machines, start the same command on each, with --num-processes N and
+with --process-id I (from 0) and --coordinator HOST:PORT (address of process 0).
+Under srun, under mpirun and on TPU pods of Kubernetes these options are not
+needed. Other TPU pods need --coordinator auto. All machines must see the
+folders of --run-dir and --data-dir."""
 
 
 def start() -> argparse.ArgumentParser:
@@ -80,7 +85,7 @@ def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
     prog=program,
     description=(
       "Fine-tunes a pretrained model with Bi-LoRA or another method, tests it"
-      " and reports.\n\n"
+      " and writes a report.\n\n"
       + _EXAMPLES.format(program=program, presets=presets.listed())
     ),
     config=(
@@ -110,7 +115,7 @@ def _base(known: argparse.Namespace, rest: Sequence[str]) -> Config:
   }
   several = [name for name, value in given.items() if value]
   if len(several) > 1:
-    raise UsageError(f"{' and '.join(several)} exclude each other.")
+    raise UsageError(f"{' and '.join(several)} cannot be given together.")
   if known.preset:
     return presets.get(known.preset)
   if known.config:
@@ -145,7 +150,7 @@ def from_file(path: pathlib.Path) -> Config:
     raise UsageError(f"--config {path} is nested too deeply.") from error
   except (yaml.YAMLError, ValueError) as error:
     raise UsageError(
-      f"--config {path} is no YAML: {' '.join(str(error).split())}."
+      f"--config {path} is not YAML: {' '.join(str(error).split())}."
     ) from error
   where = f"--config {path}"
   if isinstance(tables, dict):
@@ -191,8 +196,9 @@ def _cli_type(method: str) -> Any:
   every = methods.every()
   name = tyro.conf.arg(
     name="method",
-    help="What is trained, and how; gradients a step in brackets. "
-    + "; ".join(
+    help="Training method. The number in brackets is the number of gradients "
+    "that a step takes. "
+    + ". ".join(
       f"{spec.name} [{spec.gradients(spec.options()):g}]: {spec.summary}"
       for spec in every.values()
     )

@@ -69,11 +69,13 @@ def check_place(flag: str, path: pathlib.Path) -> None:
     UsageError: that names the option.
   """
   if path.is_dir():
-    raise UsageError(f"{flag} is a file; got {path}, which is a folder.")
+    raise UsageError(f"{flag} must be a file; got {path}, which is a folder.")
   if not path.parent.is_dir():
-    raise UsageError(f"{flag} {path} is in a folder that is not there.")
+    raise UsageError(f"{flag} {path} is in a folder that does not exist.")
   if not os.access(path.parent, os.W_OK):
-    raise UsageError(f"{flag} {path} is in a folder that cannot be written to.")
+    raise UsageError(
+      f"{flag} {path} is in a folder that the program cannot write to."
+    )
 
 
 def _remove_unheld(path: pathlib.Path) -> None:

@@ -50,7 +50,7 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
       ) from error
     if not mine:
       raise UsageError(
-        f"{what} is in use by {_holder(path)}. Wait for its end, or give "
+        f"{what} is in use by {_holder(path)}. Wait until it ends, or give "
         "another folder."
       )
     yield
@@ -104,7 +104,7 @@ def take(path: pathlib.Path) -> int | None:
         raise
       print(
         f"warning: {path.parent} is on a file system without locks "
-        f"({error.strerror}); see that no other command writes there.",
+        f"({error.strerror}); make sure that no other command writes there.",
         file=sys.stderr,
       )
     # Its last holder may have removed the file after it was opened here.

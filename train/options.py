@@ -96,7 +96,7 @@ def check(group: Any) -> None:
     for text in value if isinstance(value, tuple | list) else [value]:
       if isinstance(text, str) and not is_text(text):
         raise UsageError(
-          f"{spelt(name)} is a text of Unicode's characters without NUL; got "
+          f"{spelt(name)} must be a Unicode text without NUL; got "
           f"{shown(text)}."
         )
 
@@ -114,7 +114,7 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     allowed = f"in ({above:g}, {below:g})"
   else:
     allowed = f"in [{least:g}, {below:g})"
-  raise UsageError(f"{spelt(name)} is {allowed}; got {shown(value)}.")
+  raise UsageError(f"{spelt(name)} must be {allowed}; got {shown(value)}.")
 
 
 def is_text(text: str) -> bool:
@@ -195,7 +195,9 @@ def checked(where: str, name: str, value: Any, kind: Any) -> Any:
     UsageError: if it is of another type.
   """
   if not fits(value, kind):
-    raise UsageError(f"{where}: {name} is {wanted(kind)}; got {shown(value)}.")
+    raise UsageError(
+      f"{where}: {name} must be {wanted(kind)}; got {shown(value)}."
+    )
   if get_origin(kind) is tuple:
     inner = get_args(kind)[0]
     return tuple(float(x) if inner is float else x for x in value)
@@ -211,7 +213,7 @@ def known(
     UsageError: with the names that are nearest.
   """
   if not isinstance(row, Mapping):
-    raise UsageError(f"{where} is a table; got {shown(row)}.")
+    raise UsageError(f"{where} must be a table; got {shown(row)}.")
   names = list(names)
   for key in row:
     if key not in names:

@@ -15,8 +15,8 @@ class PluginOptions:
   """What is added to the program."""
 
   plugins: str = option("")
-  """Python files, or modules by name, with commas, that register models, tasks,
-  methods or loggers; see docs/extending.md."""
+  """Python files, or names of modules, separated by commas. They register
+  models, tasks, methods or loggers (see docs/extending.md)."""
 
 
 def load(names: str) -> None:

@@ -162,6 +162,6 @@ def listed() -> str:
   """The names, in a sentence's part, for `--help`."""
   ours = [name for name in _PAPER if PRESETS[name].method.name == "bilora"]
   return (
-    f"{', '.join(_OWN)}; or, as in the paper's experiments (each also with"
-    f" -lora or -lora-sam behind), {', '.join(ours)}"
+    f"{', '.join(_OWN)}; or, for the paper's experiments, one of these names, "
+    f"alone or followed by -lora or -lora-sam: {', '.join(ours)}"
   )

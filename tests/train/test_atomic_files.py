@@ -57,8 +57,8 @@ def test_a_file_within_a_folder_is_called_by_the_folder_s_own_name(tmp_path):
 @pytest.mark.parametrize(
   ("name", "part"),
   [
-    ("", "is a file; got"),
-    ("no/x.json", "in a folder that is not there"),
+    ("", "must be a file; got"),
+    ("no/x.json", "in a folder that does not exist"),
   ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(

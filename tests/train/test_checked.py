@@ -24,18 +24,18 @@ def _write(path, content: str | bytes):
 @pytest.mark.parametrize(
   ("content", "told"),
   [
-    ("", "is no JSON in UTF-8: Expecting value"),
-    ("{", "is no JSON in UTF-8"),
-    (b"\xff\xfe{}", "is no JSON in UTF-8"),
-    (b'{"a": "\xe9"}', "is no JSON in UTF-8"),
+    ("", "is not JSON in UTF-8: Expecting value"),
+    ("{", "is not JSON in UTF-8"),
+    (b"\xff\xfe{}", "is not JSON in UTF-8"),
+    (b'{"a": "\xe9"}', "is not JSON in UTF-8"),
     ("[]", r"must hold an object .*; got \[\]"),
     ("5", "must hold an object .*; got 5"),
     ("null", "must hold an object .*; got None"),
-    ('{"a": 1, "a": 2}', ".*the key 'a' is there twice"),
+    ('{"a": 1, "a": 2}', ".*the key 'a' occurs twice"),
     ('{"a": "\\ud83d"}', r"has '\\ud83d', half of a surrogate pair"),
-    ('{"a": ' + "9" * 5000 + "}", "is no JSON in UTF-8: Exceeds the limit"),
-    ("[" * 100_000, "has more than 100 values in each other"),
-    ("[" * 150 + "]" * 150, "has more than 100 values in each other"),
+    ('{"a": ' + "9" * 5000 + "}", "is not JSON in UTF-8: Exceeds the limit"),
+    ("[" * 100_000, "is nested more than 100 levels"),
+    ("[" * 150 + "]" * 150, "is nested more than 100 levels"),
   ],
 )
 def test_json_that_is_none_is_a_sentence(content, told, tmp_path):
@@ -114,7 +114,7 @@ def test_a_file_beyond_the_most_there_may_be_is_not_read_on(tmp_path):
   ids=lambda value: "" if value is _LARGE else None,
 )
 def test_a_field_is_of_its_type(value, kind, told):
-  with pytest.raises(UsageError, match=f"^f: a is .*{told}") as error:
+  with pytest.raises(UsageError, match=f"^f: a must be .*{told}") as error:
     checked.field("f", {"a": value}, "a", kind)
   assert len(str(error.value)) < 300
 
@@ -123,7 +123,9 @@ def test_a_missing_field_is_at_its_default_or_is_asked_for():
   assert checked.field("f", {}, "a", int, 3) == 3
   assert checked.field("f", {"a": 1}, "a", float) == 1.0
   assert checked.field("f", {"a": None}, "a", int | None) is None
-  with pytest.raises(UsageError, match="f lacks a, which is a whole number"):
+  with pytest.raises(
+    UsageError, match="f lacks a, which must be a whole number"
+  ):
     checked.field("f", {}, "a", int)
 
 

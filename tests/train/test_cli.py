@@ -257,12 +257,12 @@ def test_a_run_s_configuration_is_a_file_for_the_next(tmp_path):
 @pytest.mark.parametrize(
   ("text", "parts"),
   [
-    ("rank: [", ["no YAML"]),
-    ("- rank", ["is a table"]),
+    ("rank: [", ["not YAML"]),
+    ("- rank", ["must be a table"]),
     ("rankk: 4", ["'rankk'", "rank"]),
-    ("rank: four", ["rank is a whole number", "'four'"]),
+    ("rank: four", ["rank must be a whole number", "'four'"]),
     ("method: lora\nrho: 0.1", ["--rho", "got --method lora"]),
-    ("method: magic", ["--method is one of", "'magic'"]),
+    ("method: magic", ["--method must be one of", "'magic'"]),
   ],
 )
 def test_a_yaml_file_that_cannot_be_is_refused(tmp_path, capsys, text, parts):

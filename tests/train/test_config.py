@@ -71,19 +71,19 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
   [
     (
       {"auxiliary_optimizer": "power", "clip": "none"},
-      "power needs a ball to be scaled into; got --clip none",
+      "scales the auxiliary into a ball and needs one; got --clip none",
     ),
     (
       {"auxiliary_start": "scattered", "rho": 0.0},
-      "on the surface of a ball; got --rho 0",
+      "surface of a ball and needs a --rho above 0; got --rho 0",
     ),
     (
       {"method": "esam", "accumulate": 2},
-      "--accumulate runs in parts; got --accumulate 2",
+      "so --accumulate must be 1; got --accumulate 2",
     ),
     (
       {"method": "lora", "diagnose_every": 5},
-      "or nystroem_bilora, on a base of floats; got --method lora",
+      "or nystroem_bilora, and a base that is not quantised; got --method lora",
     ),
     (
       {"diagnose_every": 5, "base_dtype": "nf4"},
@@ -91,7 +91,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
     ),
     (
       {"method": "flat_lora", "dora": True},
-      "leave the whole weights as they are; got --method flat_lora",
+      "do not perturb the whole weights; got --method flat_lora",
     ),
     (
       {"method": "bilora", "keep_auxiliary": True},
@@ -99,7 +99,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, wrong, allowed):
     ),
     (
       {"method": "full_sam", "base_dtype": "bfloat16"},
-      "those that --method full_sam trains are float32; got bfloat16",
+      "trains the weights and does not freeze them; got bfloat16",
     ),
   ],
   ids=str,
@@ -206,9 +206,9 @@ def test_a_run_has_a_folder_of_its_own(fields, folder):
     ),
     (
       {"method": "full", "rank": 64},
-      "--rank is of adapters, which --method full does not train",
+      "--rank is an option of adapters, which --method full does not train",
     ),
-    ({"method": "head", "start": "pissa"}, "--start is of adapters"),
+    ({"method": "head", "start": "pissa"}, "--start is an option of adapters"),
     ({"colour": "blue"}, "there is no option --colour"),
   ],
   ids=str,

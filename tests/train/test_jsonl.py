@@ -22,5 +22,5 @@ def test_a_log_is_read_to_its_last_whole_line(tmp_path):
   assert jsonl.read_log(path) == []
   path.write_text('{"a": 1}\n{"a": 2')
   assert jsonl.read_log(path) == [{"a": 1}]
-  with pytest.raises(UsageError, match="line 2, is no JSON"):
+  with pytest.raises(UsageError, match="line 2, is not JSON"):
     list(jsonl.read(path))

@@ -199,7 +199,7 @@ def test_what_is_held_out_can_be_few_rows_and_seen_before_training(of_snippets):
 @pytest.mark.parametrize(
   ("line", "part"),
   [
-    ("{", "line 3, is no JSON"),
+    ("{", "line 3, is not JSON"),
     ('{"prompt": "a"}', "line 3"),
     ('{"prompt": "a", "response": ""}', "line 3"),
   ],
@@ -219,15 +219,15 @@ def test_a_row_that_cannot_be_is_named_by_its_line(
 @pytest.mark.parametrize(
   ("more", "part"),
   [
-    (("--data", ""), "--data names the rows"),
-    (("--task", "snippets"), "belongs to no other task"),
+    (("--data", ""), "--data gives the rows"),
+    (("--task", "snippets"), "no other task takes it"),
     (("--data", "no/such.jsonl"), "no/such.jsonl"),
-    (("--method", "full"), "--rank is of adapters"),
+    (("--method", "full"), "--rank is an option of adapters"),
     (
       ("--max-length", "24", "--on-long", "error"),
       "tokens, but --max-length is 24",
     ),
-    (("--max-length", "8"), "160 were left out, as they have more than 8"),
+    (("--max-length", "8"), "160 were left out because they have more than 8"),
     (("--accumulate", "3"), "multiple of --accumulate; got 8 and 3"),
     (("--max-length", "2048"), "2048"),
   ],
@@ -287,7 +287,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
   (error,) = capsys.readouterr().err.splitlines()
   # Two layers, three kernels of width 16, in float32.
   size = 2 * 3 * 16 * 2**21 * 4 / 2**30
-  assert f"the model does not fit: its weights are {size:,.2f} GiB" in error
+  assert f"the model does not fit: its weights take {size:,.2f} GiB" in error
   assert not (tmp_path / "run").exists()
 
 
@@ -311,12 +311,12 @@ def test_a_run_is_heard_with_its_adapters(finished, tiny_decoder, capsys):
 @pytest.mark.parametrize(
   ("arguments", "part"),
   [
-    ((), "--model or --run names the weights"),
-    (("--run", "no/such"), "no/such is not there"),
+    ((), "--model or --run must name the weights"),
+    (("--run", "no/such"), "no/such does not exist"),
     (("--model", "no-such"), "There is no folder 'no-such'"),
     (
       ("--model", "{model}", "--top-p", "0", "--max-new-tokens", "4"),
-      "--top-p is in (0",
+      "--top-p must be in (0",
     ),
     (("--model", "{model}", "--max-new-tokens", "1000"), "positions"),
     (("--model", "{encoder}"), "an encoder does not generate"),

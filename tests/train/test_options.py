@@ -80,22 +80,30 @@ def test_an_extreme_value_is_taken_or_refused_by_its_option(data):
     (
       "seed",
       2**63,
-      "--seed is below 9223372036854775808; got 92233",
+      "--seed must be below 9223372036854775808; got 92233",
     ),
-    ("epochs", 10**12, "--epochs is below 1000000; got 1000000000000"),
-    ("batch_size", 10**12, "--batch-size is below 1048576"),
-    ("max_length", 10**9, "--max-length is below 2097152"),
-    ("rank", 10**9, "--rank is below 65536"),
-    ("log_every", 2**31, "--log-every is below 2147483648"),
-    ("alpha", 1e300, r"--alpha is in \(0, 1e\+06\); got 1e\+300"),
-    ("alpha", 0.0, r"--alpha is in \(0, 1e\+06\); got 0.0"),
-    ("alpha", -1.0, r"--alpha is in \(0, 1e\+06\); got -1.0"),
-    ("learning_rate", 1e300, r"--learning-rate is in \[0, 1e\+06\)"),
-    ("learning_rate", float("nan"), r"--learning-rate is in .* got nan"),
-    ("rho", 1e300, r"--rho is in \[0, 1e\+06\)"),
-    ("max_grad_norm", float("inf"), r"--max-grad-norm is in \[0, 1e\+09\)"),
-    ("run_dir", "a\0b", r"--run-dir is a text .* without NUL; got 'a\\x00b'"),
-    ("run_dir", "a\ud800", "--run-dir is a text of Unicode's characters"),
+    ("epochs", 10**12, "--epochs must be below 1000000; got 1000000000000"),
+    ("batch_size", 10**12, "--batch-size must be below 1048576"),
+    ("max_length", 10**9, "--max-length must be below 2097152"),
+    ("rank", 10**9, "--rank must be below 65536"),
+    ("log_every", 2**31, "--log-every must be below 2147483648"),
+    ("alpha", 1e300, r"--alpha must be in \(0, 1e\+06\); got 1e\+300"),
+    ("alpha", 0.0, r"--alpha must be in \(0, 1e\+06\); got 0.0"),
+    ("alpha", -1.0, r"--alpha must be in \(0, 1e\+06\); got -1.0"),
+    ("learning_rate", 1e300, r"--learning-rate must be in \[0, 1e\+06\)"),
+    ("learning_rate", float("nan"), r"--learning-rate must be in .* got nan"),
+    ("rho", 1e300, r"--rho must be in \[0, 1e\+06\)"),
+    (
+      "max_grad_norm",
+      float("inf"),
+      r"--max-grad-norm must be in \[0, 1e\+09\)",
+    ),
+    (
+      "run_dir",
+      "a\0b",
+      r"--run-dir must be a Unicode text without NUL; got 'a\\x00b'",
+    ),
+    ("run_dir", "a\ud800", "--run-dir must be a Unicode text"),
   ],
 )
 def test_what_a_run_cannot_hold_is_refused(name, value, told):
@@ -106,10 +114,10 @@ def test_what_a_run_cannot_hold_is_refused(name, value, told):
 @pytest.mark.parametrize(
   ("given_", "told"),
   [
-    (("--seed", str(2**63)), "--seed is below"),
+    (("--seed", str(2**63)), "--seed must be below"),
     (("--seed", "9" * 5000), ""),  # what reads the command line refuses it
-    (("--run-dir", "a\0b"), "--run-dir is a text"),
-    (("--config", "a\0b"), "is no path"),
+    (("--run-dir", "a\0b"), "--run-dir must be a Unicode text"),
+    (("--config", "a\0b"), "is not a valid path"),
     (("--from-run", "a\0b"), "cannot be read"),
     (("--run-dir", "r" * 5000), "cannot be written: File name too long"),
     (("--run-dir", "/dev/null"), "cannot be written"),
@@ -117,11 +125,11 @@ def test_what_a_run_cannot_hold_is_refused(name, value, told):
     (_PLACE[:-1], "given together"),
     (
       (*_PLACE, "h:\uff11\uff12"),
-      "--coordinator is HOST:PORT",
+      "--coordinator must be HOST:PORT",
     ),
-    ((*_PLACE, "h:65536"), "--coordinator is HOST:PORT"),
-    ((*_PLACE, "h:0"), "--coordinator is HOST:PORT"),
-    ((*_PLACE, "h\0:1"), "--coordinator is HOST:PORT"),
+    ((*_PLACE, "h:65536"), "--coordinator must be HOST:PORT"),
+    ((*_PLACE, "h:0"), "--coordinator must be HOST:PORT"),
+    ((*_PLACE, "h\0:1"), "--coordinator must be HOST:PORT"),
   ],
 )
 def test_a_command_line_of_extremes_is_a_sentence(given_, told, capsys):
@@ -138,7 +146,9 @@ def test_a_command_line_of_extremes_is_a_sentence(given_, told, capsys):
 
 def test_a_warm_up_leaves_steps_to_fall_in():
   made = OptimisationOptions(warmup_ratio=0.999999)
-  with pytest.raises(UsageError, match=r"--warmup-ratio leaves a step .* 24"):
+  with pytest.raises(
+    UsageError, match=r"--warmup-ratio must leave at least one step .* 24"
+  ):
     optimizers.schedule(made, 24)
   optimizers.schedule(made, 0)
   optimizers.schedule(OptimisationOptions(warmup_ratio=0.9), 24)

@@ -74,8 +74,9 @@ def tokenize(
       lengths.append(len(ids))
   if not lengths:
     raise ValueError(
-      f"There are no conversations to learn from: {skipped} were left out, as"
-      f" they have more than {max_length} tokens; at least one is needed."
+      f"There are no conversations to learn from: {skipped} were left out "
+      f"because they have more than {max_length} tokens; at least one is "
+      "needed."
     )
   return Sequences(
     tokens=np.concatenate(tokens),
@@ -197,9 +198,10 @@ def _fitted(
   loss[:1] = [False]  # nothing precedes it that it could be predicted from
   if len(ids) > max_length and on_long == "error":
     raise ValueError(
-      f"A conversation has {len(ids)} tokens, but --max-length is {max_length};"
-      " give a larger one, or let such be cut or skipped with --on-long. It"
-      f" begins {conversation[0].content[:100]!r}."
+      f"A conversation has {len(ids)} tokens, but --max-length is "
+      f"{max_length}; give a larger --max-length, or cut or skip long "
+      "conversations with --on-long. The conversation begins "
+      f"{conversation[0].content[:100]!r}."
     )
   if len(ids) > max_length and on_long == "skip":
     return None
@@ -220,8 +222,9 @@ def _check_tools(told: Sequence[str], text: str) -> None:
   for part in told:
     if part.strip() not in text:
       raise ValueError(
-        f"The chat template writes nothing of the tools of a conversation"
-        f" ({part[:100]!r}); give one that does with --chat-template."
+        "The chat template leaves out a part of a conversation with tools "
+        f"({part[:100]!r}); give a template that writes it with "
+        "--chat-template."
       )
 
 
@@ -233,10 +236,10 @@ def _called(call: Any) -> str:
 def _appended(before: str, text: str) -> str:
   if not text.startswith(before):
     raise ValueError(
-      "The chat template changes what it wrote before as a conversation goes"
-      " on, so that its responses cannot be told from its prompts; it must"
-      f" only append. It wrote ...{before[-100:]!r}, which is not how"
-      f" {text[: len(before)][-100:]!r} begins."
+      "The chat template changes its earlier text when a conversation goes "
+      "on, so the program cannot tell responses from prompts; a template must "
+      f"only append. It first wrote ...{before[-100:]!r}, and then "
+      f"...{text[: len(before)][-100:]!r} in its place."
     )
   return text[len(before) :]
 

@@ -100,13 +100,13 @@ def fit(task: Task, options: DataOptions) -> tuple[Task, list[str]]:
       spread = statistics.pstdev(values)
     except OverflowError as error:
       raise UsageError(
-        f"{found['train'].path} has labels in {task.label} that are too large"
-        " to have a spread: their squares are no numbers."
+        f"{found['train'].path} has labels in {task.label} that are too "
+        "large: their squares are not finite."
       ) from error
     if not spread:
       raise UsageError(
-        f"{found['train'].path} has the one label {values[0]:g} in all rows; a"
-        " regression needs at least two."
+        f"{found['train'].path} has the one label {values[0]:g} in all rows; "
+        "a regression needs at least two different labels."
       )
     task = dataclasses.replace(
       task, centre=statistics.fmean(values), spread=spread
@@ -167,8 +167,8 @@ def _columns(task: Task, options: DataOptions, table: Table) -> Task:
   label = options.label or _first(LABELS, table)
   if not label:
     raise UsageError(
-      f"--label names the column of the labels, which is not obvious in"
-      f" {table.path}; its columns are {tables.shown(table.columns)}."
+      "--label must name the column of the labels, which is not obvious; "
+      f"{table.path} has the columns {tables.shown(table.columns)}."
     )
   _has(table, label, "--label")
   task = dataclasses.replace(task, label=label)
@@ -200,8 +200,8 @@ def _texts(task: Task, table: Table, label: str) -> Task:
   if len(others) == 1:
     return dataclasses.replace(task, texts=((others[0],),))
   raise UsageError(
-    f"--text names the column of the texts, which is not obvious in"
-    f" {table.path}; its columns are {tables.shown(table.columns)}."
+    "--text must name the column of the texts, which is not obvious; "
+    f"{table.path} has the columns {tables.shown(table.columns)}."
   )
 
 
@@ -277,9 +277,10 @@ def _labels(task: Task, table: Table) -> Task:
     labels = tuple(sorted(different, key=int if whole else None))
     if len(labels) > max(10, len(values) // 2):
       raise UsageError(
-        f"{table.path} has {len(labels)} different values of {task.label} in"
-        f" {len(values)} rows, too many for classes ({tables.shown(labels)});"
-        " --label names another column, and --task regression is for numbers."
+        f"{table.path} has {len(labels)} different values of {task.label} in "
+        f"{len(values)} rows, too many for classes ({tables.shown(labels)}); "
+        "name another column with --label, or use --task regression for "
+        "numbers."
       )
   if len(labels) < 2:
     raise UsageError(
@@ -303,8 +304,8 @@ def _name(value: Any, column: str, where: str) -> str:
   if value is None or value == "" or value != value:
     raise UsageError(f"{where}: {column} is empty; every row needs a label.")
   raise UsageError(
-    f"{where}: {column} is {options_lib.shown(value)}; labels are words or"
-    " whole numbers (--task regression is for other numbers)."
+    f"{where}: {column} is {options_lib.shown(value)}; labels must be words "
+    "or whole numbers (--task regression is for other numbers)."
   )
 
 
@@ -316,8 +317,8 @@ def _label(task: Task, value: Any, table: Table, where: str) -> int | float:
       number = math.nan
     if not math.isfinite(number):
       raise UsageError(
-        f"{where}: {task.label} is {options_lib.shown(value)}; of a regression"
-        " it must be a finite number."
+        f"{where}: {task.label} is {options_lib.shown(value)}; for a "
+        "regression it must be a finite number."
       )
     return number
   names = table.names.get(task.label)
@@ -327,8 +328,8 @@ def _label(task: Task, value: Any, table: Table, where: str) -> int | float:
     name = _name(value, task.label, where)
   if name not in task.labels:
     raise UsageError(
-      f"{where}: {task.label} is {name!r}; the labels of the training rows are"
-      f" {tables.shown(task.labels)}."
+      f"{where}: {task.label} is {name!r}; it must be one of the labels of "
+      f"the training rows, {tables.shown(task.labels)}."
     )
   return task.labels.index(name)
 
@@ -354,8 +355,8 @@ def _image(value: Any, table: Table, where: str) -> Any:
   if value is None or isinstance(value, bytes | np.ndarray):
     return value
   raise UsageError(
-    f"{where}: an image is the path of a file, or what is in one; got "
-    f"{options_lib.shown(value)}."
+    f"{where}: an image must be the path of a file, or the content of one; "
+    f"got {options_lib.shown(value)}."
   )
 
 
@@ -388,7 +389,7 @@ def _divided(
       again = sum(key(task, row) in seen for row in part.rows)
       if again:
         notes.append(
-          f"{again} of the {len(part.rows)} rows of {name} are in train, too."
+          f"{again} of the {len(part.rows)} rows of {name} are also in train."
         )
   if not missing:
     return dict(parts), notes

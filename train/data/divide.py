@@ -76,6 +76,6 @@ def note(
     if split in divided
   )
   return (
-    f"Of {count:,} rows, {counts} are held out, {how}by a hash of {hashed};"
-    f" {len(divided['train']):,} are to train on."
+    f"Of {count:,} rows, {counts} are held out, {how}by a hash of {hashed}; "
+    f"{len(divided['train']):,} remain for training."
   )

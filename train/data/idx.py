@@ -45,15 +45,15 @@ def read(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
       continue
     if images is None or labels is None:
       raise UsageError(
-        f"{path} must have {name}-images-idx3-ubyte with"
-        f" {name}-labels-idx1-ubyte, each maybe with .gz; one is missing."
+        f"{path} must have {name}-images-idx3-ubyte with "
+        f"{name}-labels-idx1-ubyte (with or without .gz); one is missing."
       )
     found[split] = _array(images, 3), _array(labels, 1)
     first, second = map(len, found[split])
     if first != second:
       raise UsageError(
-        f"{images} has {first:,} images, and {labels} {second:,} labels; they"
-        " must be as many."
+        f"{images} has {first:,} images, and {labels} {second:,} labels; each "
+        "image must have one label."
       )
   return found
 
@@ -88,13 +88,13 @@ def _array(path: pathlib.Path, axes: int) -> np.ndarray:
   start = 4 + 4 * axes
   if len(content) < start or content[:4] != _BYTES + bytes([axes]):
     raise UsageError(
-      f"{path} is no IDX file of bytes with {axes} axes: it begins with"
-      f" {content[:4].hex(' ') or 'nothing'}."
+      f"{path} is not an IDX file of bytes with {axes} axes: it begins with "
+      f"{content[:4].hex(' ') or 'nothing'}."
     )
   shape = np.frombuffer(content, ">u4", axes, 4).tolist()
   if len(content) - start != math.prod(shape):
     raise UsageError(
-      f"{path} has {len(content) - start:,} bytes after its head, which says"
-      f" that it is of {' x '.join(map(str, shape))}."
+      f"{path} has {len(content) - start:,} bytes after its header, which "
+      f"promises {' x '.join(map(str, shape))}."
     )
   return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

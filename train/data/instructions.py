@@ -26,14 +26,15 @@ _FORMS = (
   ("instruction", "context", "response"),
 )
 _ALLOWED = (
-  "a row has messages, or conversations, or prompt and response or completion,"
-  " or query and response or answer, or question and answer, or instruction,"
-  " output and perhaps input, or instruction, response and perhaps context, or"
-  " a text alone"
+  "a row must have messages, or conversations, or prompt and response or "
+  "completion, or query and response or answer, or question and answer, or "
+  "instruction, output and perhaps input, or instruction, response and "
+  "perhaps context, or a text alone"
 )
 _ALLOWED_ROLES = (
-  "allowed are one system message or none, then user and assistant in turns,"
-  " and tool after the assistant's tool_calls, the assistant last"
+  "a conversation may begin with one system message; then user and assistant "
+  "must take turns, tool must follow the assistant's tool_calls, and the "
+  "assistant must be last"
 )
 # ShareGPT's names of roles.
 _ROLES = {

@@ -395,7 +395,9 @@ def load(
     rows, said = regimes.rows(task, split, options, seed)
     notes += said
     if not rows:
-      raise UsageError(f"{task.name} has no rows in {split}; one is needed.")
+      raise UsageError(
+        f"{task.name} has no rows in {split}; at least one is needed."
+      )
     if not (split == "train" and options.imbalance):
       notes += _capped(options, split, len(rows))
     examples[split] = found.examples(rows)
@@ -456,8 +458,8 @@ def _named(task: Task, text: Text) -> dict[str, str]:
   texts = (text,) if isinstance(text, str) else text
   if len(texts) != len(task.texts):
     raise UsageError(
-      f"{task.name} is of {len(task.texts)} text(s) a row; got {len(texts)}:"
-      f" {text!r:.100}."
+      f"{task.name} has {len(task.texts)} text(s) in a row; got {len(texts)}: "
+      f"{text!r:.100}."
     )
   return dict(zip(_NAMES, texts))
 
@@ -472,8 +474,8 @@ def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
   if not task.image or family.reads != "images" or task.side:
     if size:
       raise UsageError(
-        f"--image-size is of images whose task leaves it open; got {size} with"
-        f" --task {task.name} and a model that reads {family.reads}."
+        f"--image-size is only for tasks with images of any size; got {size} "
+        f"with --task {task.name} and a model that reads {family.reads}."
       )
     return task
   patch, grid = pretrained.config.patch_size, pretrained.config.grid
@@ -481,8 +483,8 @@ def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
   side = size or named
   if side % patch:
     raise UsageError(
-      f"--image-size is a multiple of the {patch} pixels of a patch of"
-      f" {pretrained.path}; got {size}."
+      f"--image-size must be a multiple of {patch}, the pixels along a patch "
+      f"of {pretrained.path}; got {size}."
     )
   return dataclasses.replace(task, side=side)
 
@@ -497,8 +499,9 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
   if task.kind == "regression":
     if not family.has_new_head:
       raise UsageError(
-        f"--task {task.name} needs a new head on an encoder; {pretrained.path}"
-        " answers in words, of which there is none for every number."
+        f"--task {task.name} needs an encoder with a new head; "
+        f"{pretrained.path} answers in words, and there is not a word for "
+        "every number."
       )
     objective = objectives.regression(task.centre, task.spread)
   else:
@@ -506,8 +509,8 @@ def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
   if task.image:
     if family.reads != "images":
       raise UsageError(
-        f"--task {task.name} is of images, for a --model that reads them; got"
-        f" {pretrained.path}, which reads {family.reads}."
+        f"--task {task.name} has images, and needs a --model that reads "
+        f"images; got {pretrained.path}, which reads {family.reads}."
       )
     return Reader(
       examples=functools.partial(images.decoded, task, side=task.side),
@@ -623,7 +626,10 @@ def _capped(options: DataOptions, split: str, count: int) -> list[str]:
   if count >= limit:
     return []
   flag = "--train-rows" if split == "train" else "--eval-rows"
-  return [f"{flag} is {limit:,}; {split} has {count:,} rows: all are taken."]
+  return [
+    f"{flag} is {limit:,}; {split} has only {count:,} rows, and all of "
+    "them are used."
+  ]
 
 
 def _fitted(
@@ -640,7 +646,7 @@ def _fitted(
       " rows); give more rows."
     )
   note = (
-    f"--batch-size is {order.batch_size}; there are {rows} {what} to train on:"
-    f" a batch has {size}."
+    f"--batch-size is {order.batch_size}, but there are only {rows} {what} to "
+    f"train on, so a batch has {size}."
   )
   return dataclasses.replace(order, batch_size=size), [note]

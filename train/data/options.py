@@ -21,69 +21,82 @@ class DataOptions:
   """What is learned from."""
 
   task: str = "snippets"
-  """The data set: snippets, rated-sentences or one of its domains,
-  rated-sentences/{movies,products,tweets}, glue/{cola,sst2,mrpc,qnli,mnli,rte}
-  or super_glue/{boolq,cb,copa,wic}, which decoders and T5s answer in words;
-  digits, of images; or of your own --data: classification, regression, or
-  instructions, for a decoder to respond to."""
+  """The data set. Texts: snippets; rated-sentences, or one of its domains,
+  rated-sentences/{movies,products,tweets}; glue/{cola,sst2,mrpc,qnli,mnli,rte};
+  super_glue/{boolq,cb,copa,wic}. Decoders and T5s answer these tasks in words.
+  Images: digits. For your own --data: classification, regression, or
+  instructions, from which a decoder learns to respond."""
   path: str = option("", flag="data")
-  """Your own rows: a .csv, .tsv or .jsonl file (or .gz of one), a .parquet
-  file, a folder of images (CLASS/*.png, or train/CLASS/*.png, or MNIST's IDX
+  """Your own rows: a .csv, .tsv or .jsonl file (also with .gz), a .parquet
+  file, a folder of images (CLASS/*.png, train/CLASS/*.png, or MNIST's IDX
   files), a folder that Hugging Face datasets saved, or tfds:NAME."""
   text: str = ""
-  """Column of the text, or several, as title,body; empty: text, sentence,
-  review and their like."""
+  """Column with the text, or several columns separated by commas, such as
+  title,body. Empty means a column named text, sentence, review or similar."""
   text_pair: str = ""
-  """Column of the second text of a pair; empty: the second of sentence1 and
-  sentence2, premise and hypothesis and their like."""
+  """Column with the second text of a pair. Empty means the second column of a
+  known pair, such as sentence1 and sentence2, or premise and hypothesis."""
   label: str = ""
-  """Column of the label; empty: label, class, target and their like."""
+  """Column with the label. Empty means a column named label, class, target or
+  similar."""
   validation: str = ""
-  """Rows to validate on, as --data; empty: some of --data are held out."""
+  """Rows for validation, in any format of --data. Empty means the validation
+  split of --data, or held-out rows of --data if it has no such split."""
   test: str = ""
-  """Rows to test on, as --data; empty: some of --data are held out."""
+  """Rows for the test, in any format of --data. Empty means the test split of
+  --data, or held-out rows of --data if it has no such split."""
   held_out: float = option(0.0, least=0, below=0.45)
-  """Share of --data that is held out for validation, and again for the test; 0:
-  0.1, and of instructions 0.02 where that is a row."""
+  """Share of the rows of --data that is held out for validation, and the same
+  share again for the test. 0 means 0.1. For instructions 0 means 0.02, or 0.1
+  if a split would have no rows."""
   data_dir: str = ""
-  """Where data sets are prepared; empty: the user's cache folder."""
+  """Folder where prepared data sets are kept. Empty means the user's cache
+  folder."""
   train_rows: int = option(0, least=0)
-  """Training rows to draw by the seed; 0: all."""
+  """Number of training rows, which the seed draws. 0 means all rows."""
   eval_rows: int = option(0, least=0)
-  """Rows to draw for validation, and for the test; 0: all."""
+  """Number of rows for validation, and the same number for the test. 0 means
+  all rows."""
   label_noise: float = option(0.0, least=0, below=1)
-  """Share of the training labels that are made wrong, drawn by the seed; the
-  test keeps its labels (classification)."""
+  """Share of the training labels that are replaced by wrong labels. The seed
+  draws these rows. The test set keeps its labels (for classification)."""
   label_noise_kind: NoiseKind = "symmetric"
-  """Which labels are made wrong: of any class, and any other label in their
-  place; or of the classes 1, 3, 5, ..., and the label before in their place."""
+  """Which labels become wrong. symmetric: labels of all classes, and each
+  becomes any other label. class-dependent: labels of the classes 1, 3, 5, ...,
+  and each becomes the class before it."""
   one_rater: bool = False
-  """Learn from the label of one of a row's raters, drawn by the seed, in place
-  of that of their mean, which the test keeps (rated-sentences)."""
+  """Train on the label that one rater gave to a row, in place of the label that
+  follows from the mean of all raters. The seed draws the rater. The test set
+  keeps the labels from the mean (for rated-sentences)."""
   noisy_validation: bool = False
-  """Draw the labels of the validation rows in the way of the training rows."""
+  """Change the labels of the validation rows by --label-noise and --one-rater,
+  too. Without this option only training labels are changed."""
   imbalance: float = option(0.0, least=0, below=1)
-  """Training rows of the rarest class over those of the most frequent one; the
-  classes between fall off exponentially; 0: classes as they come
-  (classification)."""
+  """Ratio of the training rows of the rarest class to those of the most
+  frequent class. The sizes of the classes between them fall exponentially. 0
+  keeps the classes as they are (for classification)."""
   max_length: int = option(256, least=3, below=2**21)
-  """Tokens in an example; longer ones are cut."""
+  """Largest number of tokens in an example. Longer examples are cut."""
   image_size: int = option(0, least=0, below=2**13)
-  """Pixels along the side of the square that images are resized to; 0: what the
-  model's preprocessor_config.json says, or what its positions were learned at;
-  of an ONNX file at most 224."""
+  """Images are resized to a square with sides of this many pixels. 0 means the
+  size in the model's preprocessor_config.json, or else the size at which the
+  model learned its positions, which is at most 224 for an ONNX file (for images
+  in --data)."""
   pack: bool = True
-  """Put several conversations in a row of max_length tokens (instructions)."""
+  """Put several conversations into one row of --max-length tokens (for
+  instructions)."""
   on_long: OnLong = "cut"
-  """What to do about a conversation of more than max_length tokens: cut its
-  end, leave it out, or refuse it; one whose prompt alone is too long is left
-  out in either of the first two, and counted (instructions)."""
+  """What to do with a conversation of more than --max-length tokens: cut its
+  end, skip the conversation, or stop with an error. cut also skips a
+  conversation whose prompt alone is too long. Skipped conversations are counted
+  (for instructions)."""
   group_by_length: int = option(0, least=0)
-  """Batches' worth of shuffled rows to sort by length before they are cut into
-  batches: less padding, less random batches; 0: none."""
+  """Sort shuffled rows by length within groups of this many batches, before the
+  rows are cut into batches. Then batches have less padding, but are less
+  random. 0 means no sorting."""
   chat_template: str = ""
-  """File of a chat template, in Jinja, in place of the model's
-  (instructions)."""
+  """File with a chat template, in Jinja. Empty means the model's own template
+  (for instructions)."""
 
   def limit(self, split: str) -> int:
     """The most rows of a split; 0: all."""
@@ -106,9 +119,9 @@ def check(options: DataOptions) -> None:
   needs = options.task in (*_COLUMNS, INSTRUCTIONS)
   if needs is not bool(options.path):
     raise UsageError(
-      "--data names the rows of --task classification, regression or"
-      " instructions, and belongs to no other task; got"
-      f" {options.path!r} with --task {options.task}."
+      "--data gives the rows of --task classification, regression or "
+      "instructions; these tasks need it, and no other task takes it; got "
+      f"{options.path!r} with --task {options.task}."
     )
   _check_regime(options)
   allowed = {
@@ -121,18 +134,18 @@ def check(options: DataOptions) -> None:
     for name in names:
       if getattr(options, name) and options.task not in takers:
         raise UsageError(
-          f"{spelt(name)} is of --task {' or '.join(takers)}; got it with"
-          f" --task {options.task}."
+          f"{spelt(name)} is only for --task {' or '.join(takers)}; got it "
+          f"with --task {options.task}."
         )
   if options.text_pair and not options.text:
     raise UsageError(
-      "--text-pair is the second text of a pair, whose first is --text; got"
-      f" --text-pair {options.text_pair} alone."
+      "--text-pair is the second text of a pair and needs --text, the first; "
+      f"got --text-pair {options.text_pair} alone."
     )
   if options.held_out and options.validation and options.test:
     raise UsageError(
-      "--held-out is for a --data without a --validation or a --test of their"
-      " own; got all three."
+      "--held-out has no use if both --validation and --test are given; got "
+      "all three."
     )
 
 
@@ -142,18 +155,18 @@ def _check_regime(options: DataOptions) -> None:
     value = getattr(options, name)
     if value and task.kind != "classification":
       raise UsageError(
-        f"{spelt(name)} is of classes; got {value:g} with --task {task.name},"
-        f" of {task.kind}."
+        f"{spelt(name)} is only for classification; got {value:g} with --task "
+        f"{task.name}, which is for {task.kind}."
       )
   if options.one_rater and not task.votes:
     able = [x for x in registry.names() if registry.get(x).votes]
     raise UsageError(
-      f"--one-rater is of --task {' or '.join(able)}, whose rows have several"
-      f" raters; got it with --task {task.name}."
+      f"--one-rater is only for --task {' or '.join(able)}, whose rows have "
+      f"several raters; got it with --task {task.name}."
     )
   if options.noisy_validation and not (
     options.label_noise or options.one_rater
   ):
     raise UsageError(
-      "--noisy-validation goes with --label-noise or --one-rater; got neither."
+      "--noisy-validation needs --label-noise or --one-rater; got neither."
     )

@@ -174,9 +174,9 @@ def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
     for text, (ids, kinds) in zip(texts, encoded):
       if not 0 < len(ids) <= max_length or len(kinds) != len(ids):
         raise ValueError(
-          f"The tokenizer gave {len(ids)} tokens and {len(kinds)} token types"
-          f" for {text!r}; it must give as many of both, from 1 to"
-          f" {max_length}."
+          f"The tokenizer gave {len(ids)} tokens and {len(kinds)} token types "
+          f"for {text!r}; it must give the same number of both, from 1 to "
+          f"{max_length}."
         )
       tokens.append(np.asarray(ids, np.int32))
       types.append(np.asarray(kinds, np.int32))

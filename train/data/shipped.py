@@ -26,8 +26,9 @@ def lines(
   """
   if not path.exists():
     raise ValueError(
-      f"{path} is not there: {what} are in the repository, and not in what is"
-      " installed. --task and --data name what else to train on."
+      f"{path} is not there: {what} are in the repository, and not in the "
+      "installed package. Choose another data set with --task, or your own "
+      "rows with --data."
     )
   try:
     found = gzip.decompress(checked.read_bytes(path)).splitlines()

@@ -89,7 +89,7 @@ def read(
       return _folder(found)
     if checked.is_file(found):
       return {"train": _file(found)}
-    raise UsageError(f"{name} is not there; rows are {_ALLOWED}.")
+    raise UsageError(f"{name} is not there; rows must be {_ALLOWED}.")
   except OSError as error:
     raise RuntimeError(f"{found} cannot be read: {error}.") from error
 
@@ -110,8 +110,8 @@ def one(
     return next(iter(found.values()))
   if split not in found:
     raise UsageError(
-      f"{os.fspath(path)} has the splits {', '.join(found)}, and none is"
-      f" {split}."
+      f"{os.fspath(path)} has the splits {', '.join(found)}, but no split "
+      f"{split}."
     )
   return found[split]
 
@@ -134,7 +134,8 @@ def _file(path: pathlib.Path) -> Table:
     for where, row in jsonl.read(path):
       if not isinstance(row, dict):
         raise UsageError(
-          f"{where}, is no object; a row is one, with a value for each column."
+          f"{where}, is not an object; a row must be an object with a value "
+          "for each column."
         )
       places.append(where)
       rows.append(row)
@@ -147,7 +148,7 @@ def _file(path: pathlib.Path) -> Table:
         return _gathered(file, stored.schema_arrow, stored.iter_batches(_ROWS))
 
     return _arrow(path, [_pyarrow(whole, path)])
-  raise UsageError(f"{path} is no file of rows; rows are {_ALLOWED}.")
+  raise UsageError(f"{path} is not a file of rows; rows must be {_ALLOWED}.")
 
 
 def _csv(path: pathlib.Path, delimiter: str) -> Table:
@@ -186,15 +187,15 @@ def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
           columns = values
           if len(set(columns)) < len(columns):
             raise UsageError(
-              f"{where}, names a column twice: {shown(columns)}. The first line"
-              " names the columns."
+              f"{where}, names a column twice: {shown(columns)}. The first "
+              "line must name each column once."
             )
           continue
         if len(values) != len(columns):
           raise UsageError(
-            f"{where}, has {len(values)} columns; the first line names"
-            f" {len(columns)}: {shown(columns)}. A text with a delimiter in it"
-            " stands in double quotes."
+            f"{where}, has {len(values)} columns; the first line names "
+            f"{len(columns)}: {shown(columns)}. A text with a delimiter in it "
+            "must stand in double quotes."
           )
         rows.append(dict(zip(columns, values)))
         places.append(where)
@@ -361,7 +362,7 @@ def _check_name(where: str, name: str) -> None:
   """Refuses a name that leads out of the folder."""
   if pathlib.PurePath(name).name != name:
     raise UsageError(
-      f"{where} lists what is in the same folder by its name; got "
+      f"{where} must list files in the same folder by their names; got "
       f"{options.shown(name)}."
     )
 
@@ -378,7 +379,7 @@ def _images(path: pathlib.Path) -> Table:
   files = list(images(path))
   if not files:
     raise UsageError(
-      f"{path} has no images ({', '.join(_IMAGES)}); rows are {_ALLOWED}."
+      f"{path} has no images ({', '.join(_IMAGES)}); rows must be {_ALLOWED}."
     )
   rows: list[dict[str, Any]] = []
   for file in files:

@@ -73,8 +73,8 @@ def parse(text: str) -> dict[str, int]:
       problem = f"the size of {name} is a positive number, not {size!r}"
     if problem:
       raise UsageError(
-        "--mesh is data=N,fsdp=N,context=N,tensor=N or some of these; got "
-        f"{text!r}: {problem}."
+        "--mesh must be data=N,fsdp=N,context=N,tensor=N or some of these; "
+        f"got {text!r}: {problem}."
       )
     sizes[name] = int(size)
   return {name: sizes.get(name, 1) for name in AXES}
@@ -240,8 +240,8 @@ def make(
   rows = sizes["data"] * sizes["fsdp"]
   if batch_size % rows:
     raise UsageError(
-      f"--batch-size is a multiple of data times fsdp, {rows} in --mesh {text};"
-      f" got {batch_size}."
+      f"--batch-size must be a multiple of data times fsdp, which is {rows} "
+      f"in --mesh {text}; got {batch_size}."
     )
   # Its own default are Explicit axes, for which models are written otherwise.
   mesh = jax.make_mesh(
@@ -261,7 +261,7 @@ def make(
     raise UsageError(
       f"--mesh {text} does not share the rows of a batch equally among "
       f"{processes} processes of {count // processes} devices; context times "
-      "tensor is to divide that number, or be a multiple of it."
+      "tensor must divide that number, or be a multiple of it."
     )
   return Layout(mesh)
 

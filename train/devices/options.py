@@ -10,8 +10,9 @@ class DeviceOptions:
   """The devices, and what is compiled for them."""
 
   mesh: str = option("")
-  """Devices along data, fsdp (rows and weights), context (the tokens of a row,
-  and weights; decoders) and tensor (heads and inner layers), as
-  data=2,fsdp=2,tensor=2; empty: one device."""
+  """Number of devices along each axis, for example data=2,fsdp=2,tensor=2. data
+  shares rows; fsdp shares rows and weights; context shares the tokens of a row,
+  and weights (for decoders); tensor shares attention heads and inner layers.
+  Empty means one device."""
   compilation_cache: bool = option(True)
   """Keep compiled steps in the user's cache folder."""

@@ -57,28 +57,28 @@ def join(
       jax.distributed.initialize()
     except ValueError as error:
       raise UsageError(
-        "--coordinator auto is for clusters that JAX knows, and it finds none; "
-        "give HOST:PORT, --num-processes and --process-id. JAX says: "
-        f"{error}"
+        "--coordinator auto is for clusters that JAX knows, and JAX finds "
+        "none; give --coordinator HOST:PORT, --num-processes and "
+        f"--process-id. JAX says: {error}"
       ) from error
     return
   if coordinator is None or processes is None or index is None:
     raise UsageError(
-      "--coordinator HOST:PORT, --num-processes and --process-id are given "
-      "together, or none of them, or --coordinator auto alone; got "
+      "--coordinator HOST:PORT, --num-processes and --process-id must be "
+      "given together, or none of them, or --coordinator auto alone; got "
       f"{coordinator}, {processes} and {index}."
     )
   if not _ADDRESS.fullmatch(coordinator) or not (
     0 < int(coordinator.rpartition(":")[2]) < 2**16
   ):
     raise UsageError(
-      "--coordinator is HOST:PORT, the address of process 0, or auto; got "
-      f"{coordinator!r}."
+      "--coordinator must be HOST:PORT, the address of process 0, or auto; "
+      f"got {coordinator!r}."
     )
   if not 0 <= index < processes <= _MOST:
     raise UsageError(
-      "--process-id is from 0 to --num-processes less 1, of which there are at "
-      f"most {_MOST:,}; got {index} of {processes}."
+      "--process-id must be from 0 to --num-processes - 1, and "
+      f"--num-processes at most {_MOST:,}; got {index} of {processes}."
     )
   try:
     jax.distributed.initialize(coordinator, processes, index)
@@ -143,15 +143,15 @@ def watched(run: Callable[[], int]) -> int:
   status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   if status == -signal.SIGABRT:
     print(
-      "error: JAX aborted this process, most likely since another one is gone "
-      f"(see above); start all of them again: {command.RESUMES}",
+      "error: JAX aborted this process, most likely because another one is "
+      f"gone (see above); start all of them again: {command.RESUMES}",
       file=sys.stderr,
     )
     return 1
   if status < 0:
     print(
-      f"error: this process was ended by {signal.Signals(-status).name}, as "
-      f"happens where memory is short; start all processes again: "
+      f"error: this process was ended by {signal.Signals(-status).name}, "
+      "which happens when memory is short; start all processes again: "
       f"{command.RESUMES}",
       file=sys.stderr,
     )
@@ -183,9 +183,8 @@ def lost_ones_reported() -> Iterator[None]:
     ):
       raise
     raise LostError(
-      "another process is gone, or cannot be reached; start all of them again: "
-      f"{command.RESUMES} JAX says: "
-      f"{str(found).splitlines()[0][:300]}"
+      "another process is gone, or cannot be reached; start all of them "
+      f"again: {command.RESUMES} JAX says: {str(found).splitlines()[0][:300]}"
     ) from error
 
 

@@ -40,7 +40,7 @@ def write(run: Finished, base: str, note: str, name: str, whole: bool) -> str:
   parts = [
     f"---\n{data.to_yaml()}\n---",
     f"# {name}",
-    f"{what} of `--method {run.config.method.name}`: "
+    f"{what} trained with `--method {run.config.method.name}`: "
     f"{run.config.method.spec.summary}.",
     _table("", {"base": base or LOCAL, **_facts(run)}),
   ]
@@ -203,10 +203,12 @@ def _pooled(run: Finished) -> str:
     return ""
   if kind.first:
     return (
-      "# Those of the first token are what was trained.\nlogits = logits[0]\n"
+      "# The model was trained on the logits of the first token.\nlogits = "
+      "logits[0]\n"
     )
   return (
-    "# The mean over the tokens is what was trained.\nlogits = logits.mean(0)\n"
+    "# The model was trained on the mean over the tokens.\nlogits = "
+    "logits.mean(0)\n"
   )
 
 

@@ -23,22 +23,23 @@ from .finished import Finished, open_run, reading
 class Options:
   """Tests a finished run on labelled rows, or once more on its own test rows.
 
-  Of conversations, the perplexity of the responses.
+  For conversations the result is the perplexity of the responses.
   """
 
   run: str
   """The folder of a finished run."""
   data: str = ""
-  """Rows with labels, as of predict, or conversations; empty: the run's own
-  test rows."""
+  """Rows with labels, in any format of predict --data, or conversations. Empty
+  means the run's own test rows."""
   json: str = ""
-  """File to write the numbers to, too."""
+  """File to which the numbers are also written. Empty means none."""
   overwrite: bool = False
-  """Replace --json if it is there."""
+  """Replace --json if the file exists."""
   batch_size: int = option(0, least=0, below=2**20)
-  """Rows that are evaluated together; 0: as in the run."""
+  """Number of rows that are evaluated together. 0 means the number of the
+  run."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
   columns: tyro.conf.OmitArgPrefixes[predict.Columns] = dataclasses.field(
     default_factory=predict.Columns
   )
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options.columns)
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
-    raise UsageError(f"--json {out} is there; --overwrite replaces it.")
+    raise UsageError(f"--json {out} exists; --overwrite replaces it.")
   if options.json:
     files.check_place("--json", out)
   finished = open_run(options.run, accept_changes=options.accept_changes)
@@ -73,7 +74,9 @@ def _evaluation(options: Options, finished: Finished) -> Evaluation:
     rows = predict.read(finished, options.data, options.columns, labelled=True)
     return rows.evaluate(finished.items(), size)
   if options.columns != predict.Columns():
-    raise UsageError("columns are of a --data with labels; leave them out.")
+    raise UsageError(
+      "options for columns are only for a --data with labels; leave them out."
+    )
   data = _own(options, finished, size)
   return data.evaluate(finished.items(), "test")
 

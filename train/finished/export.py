@@ -50,11 +50,12 @@ _WRITTEN = ("adapter_config.json", "config.json")
 class Options:
   """Writes a run's adapters for PEFT, or its model for transformers.
 
-  PEFT and transformers then compute what the run was tested with: of a language
-  model the same logits; of an encoder of texts a token classifier, whose mean
-  over the real tokens is ours; of one of images an image classifier. A run
-  without adapters is always a whole model. README.md is a card of the model,
-  with lines of Python that load it.
+  PEFT and transformers then compute the same as the run's test. A language
+  model has the same logits. An encoder of texts becomes a token classifier, and
+  the mean of its logits over the real tokens is the run's answer. An encoder of
+  images becomes an image classifier. A run without adapters is always written
+  as a whole model. README.md is a model card, with lines of Python that load
+  the model.
   """
 
   run: str
@@ -62,22 +63,23 @@ class Options:
   out: str
   """The folder to write."""
   merged: bool = False
-  """Write the whole model, the adapters added to its weights."""
+  """Write the whole model, with the adapters added to its weights."""
   gguf: bool = False
-  """Also write adapter.gguf, the adapters for llama.cpp (Llama, Mistral, Qwen 2
-  and 3, without DoRA or heads of their own)."""
+  """Also write adapter.gguf, the adapters for llama.cpp (for Llama, Mistral,
+  Qwen 2 and Qwen 3, without DoRA and without a trained head)."""
   base_model: str = ""
-  """What readers are told that the model was made of, as a name on the hub;
-  empty: what is known of the run's --model."""
+  """Name on the hub of the model that the run started from. The model card
+  tells it to readers. Empty means the name that the program knows for the run's
+  --model."""
   overwrite: bool = False
-  """Replace --out if an export is there."""
+  """Replace --out if it is an older export."""
   push_to_hub: str = ""
-  """Upload the folder to this repository of the Hugging Face hub, as
-  user/name."""
+  """Upload the folder to this repository of the Hugging Face hub, named as
+  user/name. Empty means no upload."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
   private: bool = False
-  """If the repository is new, only you and your organisation see it."""
+  """Make a new repository private: only you and your organisation see it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   options_lib.check(options)
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
-    raise UsageError("--private is of --push-to-hub, which is missing.")
+    raise UsageError("--private needs --push-to-hub, which is missing.")
   if options.push_to_hub:
     hub.check(options.push_to_hub)
   with locks.held(out.with_name(f".{out.name}.lock"), f"--out {out}"):
@@ -112,8 +114,8 @@ def _export(options: Options, out: pathlib.Path) -> int:
     base, note = weights.origin(run.config.model.name)
   if not base:
     print(
-      f"warning: {run.config.model.name} is a model of this machine; "
-      "--base-model says what it is to others.",
+      f"warning: {run.config.model.name} is a local model; give its name on "
+      "the hub with --base-model, so that others can find it.",
       file=sys.stderr,
     )
   elif note and not whole:
@@ -121,7 +123,7 @@ def _export(options: Options, out: pathlib.Path) -> int:
   with _replacing(out) as part:
     if whole or run.adapted is None:
       _write_model(part, run)
-      what = f"{out} is a {_kind(run)} of transformers."
+      what = f"{out} is a {_kind(run)} for transformers."
     else:
       peft.save(
         part,
@@ -133,10 +135,10 @@ def _export(options: Options, out: pathlib.Path) -> int:
         # A run that keeps its second adapter was asked to.
         auxiliary="auxiliary" in run.adapters,
       )
-      what = f"{out} is a LoRA of PEFT, for a {_kind(run)}."
+      what = f"{out} is a LoRA for PEFT, on a {_kind(run)}."
       if options.gguf:
         llama_cpp.write(part / "adapter.gguf", run)
-        what += f" {out / 'adapter.gguf'} is one of llama.cpp."
+        what += f" {out / 'adapter.gguf'} is a LoRA for llama.cpp."
     _write_tokenizer(part, run)
     text = card.write(run, base, note, options.push_to_hub or out.name, whole)
     (part / "README.md").write_text(text)
@@ -156,13 +158,13 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
     return
   if not overwrite:
     raise UsageError(
-      f"--out is a new or an empty folder; got {out}, where something is "
-      "(--overwrite replaces an export)."
+      f"--out must be a new or an empty folder; got {out}, which is there and "
+      "is not an empty folder (--overwrite replaces an export)."
     )
   if not any((out / name).is_file() for name in _WRITTEN):
     raise UsageError(
-      f"--overwrite replaces a folder that export wrote; got {out}, which has "
-      f"neither {' nor '.join(_WRITTEN)}."
+      f"--overwrite only replaces a folder that export wrote; got {out}, "
+      f"which has neither {' nor '.join(_WRITTEN)}."
     )
 
 
@@ -170,7 +172,10 @@ def _check_other(out: pathlib.Path, run: Finished) -> None:
   """Refuses to put an export where what it is made of is."""
   for name, path in (("run", run.folder), ("model", run.pretrained.path)):
     if path.resolve().is_relative_to(out.resolve()):
-      raise UsageError(f"--out {out} holds the {name} that is exported.")
+      raise UsageError(
+        f"--out {out} contains the {name} that is exported; give another "
+        "folder."
+      )
 
 
 @contextlib.contextmanager
@@ -213,7 +218,8 @@ def _write_model(out: pathlib.Path, run: Finished) -> None:
   if "auxiliary" in run.adapters:
     raise UsageError(
       f"the run kept both adapters of {run.config.method.name}, and --merged "
-      "merges one; write them without it, and merge them with PEFT."
+      "can merge only one; export them without --merged, and merge them with "
+      "PEFT."
     )
   params = run.variables["params"]
   if run.adapted is not None:

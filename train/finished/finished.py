@@ -188,8 +188,8 @@ def open_run(
   if base:
     if not config.method.spec.has_adapters:
       raise UsageError(
-        f"--model is for adapters to be put on; {folder} is a run of --method "
-        f"{config.method.name}, which trained the model itself."
+        f"--model is only for runs with adapters; {folder} is a run of "
+        f"--method {config.method.name}, which trained the model itself."
       )
     options = dataclasses.replace(options, name=base, hub_revision="")
     config = dataclasses.replace(config, model=options)
@@ -247,13 +247,13 @@ _BATCH = {
 def _check_folder(folder: pathlib.Path) -> None:
   if not folder.is_dir():
     raise UsageError(
-      f"--run is the folder of a finished run; {folder} is not there."
+      f"--run must be the folder of a finished run; {folder} does not exist."
     )
   is_run = (folder / "config.json").exists()
   if not is_run and (folder / "runs.jsonl").exists():
     raise UsageError(
-      f"{folder} is a study's folder, whose runs keep their numbers alone; "
-      "train the run that you want by itself, and give its folder."
+      f"{folder} is the folder of a study, whose runs keep only their "
+      "numbers; train the run that you want by itself, and give its folder."
     )
 
 
@@ -265,10 +265,11 @@ def _check_kept(folder: pathlib.Path, config: Config) -> None:
   if (folder / "results.json").exists():
     raise UsageError(
       f"{folder} has ended without {name}, which older versions did not keep "
-      f"of --method {config.method.name}; repeat it with --from-run {folder}."
+      f"for --method {config.method.name}; repeat the run with --from-run "
+      f"{folder}."
     )
   raise UsageError(
-    f"{folder} has no {name}, which is written when a run has ended; the "
-    f"command that started it resumes it, as --from-run {folder} --run-dir "
-    f"{folder} does."
+    f"{folder} has no {name}, which a run writes at its end; resume the run "
+    f"with the command that started it, or with --from-run {folder} --run-dir "
+    f"{folder}."
   )

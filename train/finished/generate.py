@@ -26,43 +26,49 @@ from . import finished
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Prints what a model says to each prompt, alone or as a run has trained it.
+  """Prints what a model answers to each prompt, alone or as a run has trained
+  it.
 
-  A prompt is put as the user's message to the chat template of the run or the
-  model. An encoder-decoder is given it as it is, and answers with its likeliest
-  tokens.
+  Each prompt becomes the user's message in the chat template of the run or of
+  the model. An encoder-decoder gets the prompt as it is, and answers with its
+  most likely tokens.
   """
 
   prompt: tuple[str, ...] = ()
   """One or several prompts."""
   questions: str = ""
-  """In place of prompts: a .jsonl or .jsonl.gz file of GSM8K's form, an object
-  with question and answer a line."""
+  """File of questions in the form of GSM8K, in place of prompts: .jsonl or
+  .jsonl.gz, and each line is an object with question and answer."""
   score: Literal["none", "gsm8k"] = "none"
-  """Count the answers to --questions that end in the right number: behind ####,
-  or else the last one."""
+  """Count the right answers to --questions. gsm8k compares the number after
+  ####, or the last number if there is no ####."""
   limit: int = option(0, least=0)
-  """Questions to ask, the first of the file; 0: all."""
+  """Number of questions to ask, from the beginning of the file. 0 means all
+  questions."""
   batch_size: int = option(16, least=1, below=2**20)
-  """Prompts that are answered together."""
+  """Number of prompts that are answered together."""
   model: str = ""
-  """Weights, as in a run, in float32; empty: those of --run."""
+  """Model that answers, named as in a run, in float32. Empty means the model of
+  --run."""
   run: str = ""
-  """The folder of a finished run, in whose dtypes its model answers."""
+  """The folder of a finished run. Its model answers in the dtypes of the
+  run."""
   plain: bool = False
-  """Continue the prompts as they are, without a template."""
+  """Continue the prompts as they are, without a chat template."""
   max_new_tokens: int = option(128, least=1, below=2**20)
-  """Tokens to add at most; an answer that is cut has no end to be scored."""
+  """Largest number of tokens in an answer. An answer that is cut has no end
+  that --score could compare."""
   temperature: float = option(0.0, least=0)
-  """Of the draws; 0 takes the likeliest token."""
+  """Temperature of sampling. 0 takes the most likely token."""
   top_k: int = option(0, least=0)
-  """Draw from the likeliest k tokens; 0: from all."""
+  """Sample from the k most likely tokens. 0 means all tokens."""
   top_p: float = option(1.0, above=0)
-  """Draw from the likeliest tokens that make up this share."""
+  """Sample from the most likely tokens that make up this share of the
+  probability."""
   seed: int = option(0, least=0, below=2**63)
-  """Of the draws."""
+  """Seed of sampling."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,19 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Options) -> None:
   if not options.model and not options.run:
-    raise UsageError("--model or --run names the weights; got neither.")
+    raise UsageError("--model or --run must name the weights; got neither.")
   if bool(options.prompt) is bool(options.questions):
     raise UsageError(
-      "--prompt or --questions says what to answer; got "
+      "either --prompt or --questions must say what to answer; got "
       f"{'both' if options.prompt else 'neither'}."
     )
   if options.score != "none" and not options.questions:
     raise UsageError(
-      f"--score {options.score} needs --questions, with the answers."
+      f"--score {options.score} needs --questions, a file with the answers."
     )
   options_lib.check(options)
   if options.top_p > 1:
-    raise UsageError(f"--top-p is in (0, 1]; got {options.top_p}.")
+    raise UsageError(f"--top-p must be in (0, 1]; got {options.top_p}.")
 
 
 def _scored(right: int, count: int) -> str:
@@ -171,7 +177,7 @@ def _check_generates(pretrained: Pretrained) -> None:
   if pretrained.family.generate is None:
     raise UsageError(
       f"an encoder does not generate; got {pretrained.path}, a "
-      f"{pretrained.family.name} (predict tells a run's labels)."
+      f"{pretrained.family.name} (for a run's labels use predict)."
     )
 
 

@@ -16,7 +16,8 @@ def check(name: str) -> None:
   """Refuses what is no name of a repository."""
   if not _NAME.fullmatch(name):
     raise UsageError(
-      f"--push-to-hub is the name of a repository, as user/name; got {name!r}."
+      "--push-to-hub must be the name of a repository, as user/name; got "
+      f"{name!r}."
     )
 
 
@@ -48,7 +49,7 @@ def push(folder: pathlib.Path, name: str, private: bool) -> str:
     raise UsageError(_refused(name, folder, reason)) from error
   except Exception as error:  # of the network, by whichever client
     raise OSError(
-      f"{name} was not uploaded: {api.endpoint} is not reached "
+      f"{name} was not uploaded: {api.endpoint} cannot be reached "
       f"({type(error).__name__}: {error}); the export is in {folder}"
     ) from error
   return f"{api.endpoint}/{name} has it."

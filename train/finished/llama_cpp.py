@@ -26,8 +26,8 @@ def check(run: Finished, whole: bool) -> None:
   """
   if whole or run.adapted is None:
     raise UsageError(
-      "--gguf is of adapters, and what is exported here is a whole model; "
-      "llama.cpp's convert_hf_to_gguf.py makes its file."
+      "--gguf is only for adapters, and this export is a whole model; "
+      "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of it."
     )
   try:
     gguf_adapter.check(_model_type(run))
@@ -36,8 +36,8 @@ def check(run: Finished, whole: bool) -> None:
   if run.adapters.get("extra"):
     paths = traverse_util.flatten_dict(run.adapters["extra"], sep="/")
     raise UsageError(
-      "--gguf is of low-rank adapters alone, and the run has also trained "
-      f"{', '.join(sorted(paths)[:8])}; export it --merged."
+      "--gguf is only for low-rank adapters, and the run has also trained "
+      f"{', '.join(sorted(paths)[:8])}; export the run with --merged."
     )
 
 

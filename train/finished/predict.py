@@ -26,14 +26,15 @@ _Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Of --data, where they are not named as in the run."""
+  """Columns of --data, if their names differ from those of the run."""
 
   text_column: str = ""
-  """Column of the text, or several, as title,body; empty: the run's."""
+  """Column with the text, or several columns separated by commas, such as
+  title,body. Empty means the run's column."""
   text_pair_column: str = ""
-  """Column of the second text of a pair; empty: the run's."""
+  """Column with the second text of a pair. Empty means the run's column."""
   label_column: str = ""
-  """Column of the label, where one is needed; empty: the run's."""
+  """Column with the label, if one is needed. Empty means the run's column."""
 
   def named(self, task: Task) -> Task:
     """The task, with these columns in place of its own."""
@@ -42,7 +43,9 @@ class Columns:
       return dataclasses.replace(task, label=self.label_column or task.label)
     if task.image:
       if self.text_pair_column:
-        raise UsageError("--text-pair-column is of texts; the run read images.")
+        raise UsageError(
+          "--text-pair-column is only for texts; the run read images."
+        )
       return dataclasses.replace(task, image=self.text_column)
     if len(given) != len(task.texts) or not self.text_column:
       raise UsageError(
@@ -61,29 +64,33 @@ class Columns:
 class Options:
   """Labels new rows by a finished run of any method.
 
-  Rows keep their order. Of each there are the likeliest label and the
-  probability of every label; of a regression, the value.
+  Rows keep their order. For each row the result has the most likely label and
+  the probability of every label. For a regression it has the value.
   """
 
   run: str
   """The folder of a finished run."""
   data: str = ""
-  """Rows: a .csv, .tsv, .jsonl or .parquet file, a folder of images or of
-  Hugging Face datasets, or tfds:NAME."""
+  """Rows to label: a .csv, .tsv, .jsonl or .parquet file, a folder of images or
+  of Hugging Face datasets, or tfds:NAME."""
   text: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """In place of --data, a text; again for another."""
+  """A text to label, in place of --data. Give the option again for another
+  text."""
   text_pair: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """The second text of each --text, of a run on pairs."""
+  """The second text of each --text, if the run was trained on pairs."""
   image: Annotated[_Repeated, tyro.conf.arg(metavar="FILE")] = ()
-  """In place of --data, an image; again for another."""
+  """An image to label, in place of --data. Give the option again for another
+  image."""
   out: str = ""
-  """File to write: .csv, .jsonl or .parquet; empty: printed."""
+  """File to write, which ends in .csv, .jsonl or .parquet. Empty means that the
+  labels are printed."""
   overwrite: bool = False
-  """Replace --out if it is there."""
+  """Replace --out if the file exists."""
   batch_size: int = option(0, least=0, below=2**20)
-  """Rows that are labelled together; 0: as in the run."""
+  """Number of rows that are labelled together. 0 means the number of the
+  run."""
   accept_changes: bool = False
-  """Go on though the run's model is not the one that it was trained on."""
+  """Go on although the model is not the one that the run was trained on."""
   columns: tyro.conf.OmitArgPrefixes[Columns] = dataclasses.field(
     default_factory=Columns
   )
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = sum(map(bool, (options.data, options.text, options.image)))
   if given != 1:
     raise UsageError(
-      "--data, --text or --image says what to label; got "
+      "one of --data, --text and --image must say what to label; got "
       f"{'several of them' if given else 'none of them'}."
     )
   options_lib.check(options)
@@ -131,7 +138,7 @@ def check_labelled(finished: Finished) -> None:
   if finished.task.kind == "conversations":
     raise UsageError(
       f"{finished.folder} learned to respond in conversations, and has no "
-      "labels for rows; generate --run is for it."
+      "labels for rows; use generate --run."
     )
 
 
@@ -148,7 +155,7 @@ def read(finished: Finished, data: str, columns: Columns, labelled: bool):
     if named and getattr(rows.task, name) != getattr(task, name):
       flag = "--label-column" if name == "label" else "--text-column"
       raise UsageError(
-        f"{flag} names a column that {data} has not; got "
+        f"{flag} names a column that {data} does not have; got "
         f"{columns.label_column if name == 'label' else columns.text_column}."
       )
   return rows
@@ -174,11 +181,11 @@ def _out(options: Options) -> pathlib.Path | None:
   out = pathlib.Path(options.out).expanduser()
   if out.suffix not in _SUFFIXES:
     raise UsageError(
-      f"--out ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; got "
+      f"--out must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; got "
       f"{out}."
     )
   if out.exists() and not options.overwrite:
-    raise UsageError(f"--out {out} is there; --overwrite replaces it.")
+    raise UsageError(f"--out {out} exists; --overwrite replaces it.")
   files.check_place("--out", out)
   return out
 
@@ -187,11 +194,11 @@ def _rows(options: Options, finished: Finished) -> Given:
   if options.data:
     return read(finished, options.data, options.columns, labelled=False)
   if options.columns != Columns():
-    raise UsageError("columns are of --data; leave them out.")
+    raise UsageError("options for columns are only for --data; leave them out.")
   if bool(options.image) is not bool(finished.task.image):
     kind = "image" if finished.task.image else "text"
     raise UsageError(
-      f"{finished.folder} reads {kind}s: --{kind}, or --data with {kind}s."
+      f"{finished.folder} reads {kind}s; give --{kind}, or --data with {kind}s."
     )
   return finished.rows(options.image or _texts(options), finished.task)
 
@@ -201,8 +208,8 @@ def _texts(options: Options) -> list[Text]:
     return list(options.text)
   if len(options.text) != len(options.text_pair):
     raise UsageError(
-      "each --text has a --text-pair; got "
-      f"{len(options.text)} and {len(options.text_pair)}."
+      f"each --text needs a --text-pair; got {len(options.text)} and "
+      f"{len(options.text_pair)}."
     )
   return list(zip(options.text, options.text_pair))
 

@@ -58,11 +58,13 @@ class Folder:
     heads = [path for path in self.kind.names if path.startswith(_HEAD)]
     if any(map(found.is_extra, heads)) and task != self.kind.task_type:
       raise ValueError(
-        f"the head in {self.path} is for the task_type {task!r}, and that of "
-        f"this model is a {self.kind.architecture}'s, task_type "
+        f"the head in {self.path} is for the task_type {task!r}, and the head "
+        f"of this model is that of a {self.kind.architecture}, task_type "
         f"{self.kind.task_type!r}. "
-        + "--head sequence is the model of SEQ_CLS, and " * (task == _SEQUENCE)
-        + "--new-head leaves it out, and trains a new head."
+        + "--head sequence makes a model of SEQ_CLS, and "
+        * (task == _SEQUENCE)
+        + "--new-head leaves out the head in the folder, and trains a new "
+        "head."
       )
     return found
 
@@ -114,8 +116,8 @@ def of(
   if new_head:
     if not family.has_new_head:
       raise ValueError(
-        f"--new-head is for models that answer by a head of their own; a "
-        f"{family.name} answers by the head that it came with."
+        f"--new-head is only for models that get a new head; a {family.name} "
+        "answers with the head that it came with."
       )
     heads = [path for path in kind.names if path.startswith(_HEAD)]
     names = {k: x for k, x in kind.names.items() if k not in heads}

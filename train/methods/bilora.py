@@ -21,28 +21,32 @@ class BallOptions:
   """The auxiliary adapter and its ball."""
 
   rho: float = option(0.05, least=0, below=1e6)
-  """Radius of the auxiliary's ball: the largest Frobenius norm, over all layers
-  together, of what it adds to the weights."""
+  """Radius of the auxiliary's ball. It limits the Frobenius norm, over all
+  layers together, of the change that the auxiliary adds to the weights."""
   auxiliary_rank: int = option(8, least=1, below=2**16)
   """r2, the rank of the auxiliary adapter."""
   clip: Literal["global", "layer", "none"] = option("global")
-  """One ball over all layers, one for each, or none."""
+  """Which ball limits the auxiliary: one ball over all layers (global), one
+  ball for each layer (layer), or no ball (none)."""
   rho_schedule: Literal["constant", "growing", "falling"] = option("constant")
-  """The ball's radius over the run: rho, or half a cosine to it from zero or
-  from it to zero."""
+  """How the radius of the ball changes during the run. constant: it stays rho.
+  growing: it rises from 0 to rho along half a cosine. falling: it falls from
+  rho to 0 along half a cosine."""
   rho_ratio: float = option(0.0, least=0, below=1e6)
-  """If not 0, the ball's radius is this times the norm of what the primary adds
-  to the weights, in place of rho."""
+  """Set the radius of the ball to this number times the norm of the change that
+  the primary adds to the weights. 0 means that rho sets the radius."""
   auxiliary_learning_rate: float = option(0.0, least=0, below=1e6)
-  """Peak of the auxiliary's learning rate; 0: that of the primary."""
+  """Learning rate of the auxiliary at its peak. 0 means the learning rate of
+  the primary."""
   auxiliary_schedule: Literal["same", "constant"] = option("same")
-  """Whether the auxiliary's learning rate follows the primary's schedule."""
+  """Schedule of the auxiliary's learning rate: the same as the primary's, or
+  constant."""
   auxiliary_start: Literal["zero", "scattered"] = option("zero")
-  """Whether the auxiliary begins with b = 0, or with both factors random, on
-  the ball's surface."""
+  """Initialisation of the auxiliary. zero: its factor b is 0. scattered: both
+  of its factors are random, and it lies on the surface of the ball."""
   rescale_moments: bool = option(False)
-  """Whether the clip rescales Adam's moments with the factors that they belong
-  to."""
+  """When the clip rescales a factor, rescale Adam's moments of this factor,
+  too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,9 @@ class BiloraOptions(BallOptions):
   auxiliary_optimizer: Literal["adamw", "sgd", "sign", "power"] = option(
     "adamw"
   )
-  """What the auxiliary climbs by; power goes to the gradient's top singular
-  directions at once, whatever the learning rate."""
+  """Optimizer by which the auxiliary climbs the loss. power moves the auxiliary
+  to the top singular directions of the gradient at once, at any learning
+  rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class DualOptions(BallOptions):
   """The second adapter, which descends the loss inside a ball."""
 
   keep_auxiliary: bool = option(False)
-  """Whether the second adapter is evaluated and kept as well."""
+  """Evaluate and keep the second adapter as well."""
 
 
 def radius(options: BallOptions, steps: int) -> optax.ScalarOrSchedule:
@@ -143,16 +148,17 @@ def _check(
     options.clip == "none"
   ):
     raise UsageError(
-      "--auxiliary-optimizer power needs a ball to be scaled into; got --clip "
-      "none."
+      "--auxiliary-optimizer power scales the auxiliary into a ball and needs "
+      "one; got --clip none."
     )
   if options.auxiliary_start == "scattered" and not options.rho:
     raise UsageError(
-      "--auxiliary-start scattered is on the surface of a ball; got --rho 0."
+      "--auxiliary-start scattered puts the auxiliary on the surface of a "
+      "ball and needs a --rho above 0; got --rho 0."
     )
   if getattr(options, "keep_auxiliary", False) and adapter.dora:
     raise UsageError(
-      "--keep-auxiliary is for adapters without norms of their own; got it "
+      "--keep-auxiliary is only for adapters without trained norms; got it "
       "with --dora."
     )
 

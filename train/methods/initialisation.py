@@ -75,8 +75,8 @@ def started(
   base, start = getattr(initializers, name)(adapted, variables, new, *more)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start)):
     raise RunError(
-      f"--start {name} has found factors that are not finite; another --start "
-      "may do, as uniform does."
+      f"--start {name} has found factors that are not finite; try another "
+      "--start, such as uniform."
     )
 
   def with_start(key, variables):

@@ -17,7 +17,7 @@ class LoraPlusOptions:
   """LoRA+ (arXiv 2402.12354)."""
 
   lora_plus_ratio: float = option(16.0, least=0)
-  """Learning rate of b over that of a."""
+  """Learning rate of factor b divided by the learning rate of factor a."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class BalanceOptions:
   """Balancedness of the factors (arXiv 2410.14802)."""
 
   balance: float = option(0.25, least=0)
-  """Strength of the factors' balancing at the first step, in units of the
-  learning rate; it falls to zero."""
+  """Strength with which the factors are balanced at the first step, as a
+  multiple of the learning rate. It falls to 0 during the run."""
 
 
 def _lora_plus(
@@ -54,7 +54,7 @@ SPECS = (
   MethodSpec(name="lora", summary="one adapter"),
   MethodSpec(
     name="lora_plus",
-    summary="one adapter, with a greater learning rate of b",
+    summary="one adapter; its factor b has a greater learning rate",
     options=LoraPlusOptions,
     transformation=_lora_plus,
   ),

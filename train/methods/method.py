@@ -110,8 +110,8 @@ def build(
   elif spec.trains == "head":
     if not family.has_new_head:
       raise ValueError(
-        f"--method {spec.name} trains a new head alone; a {family.name} "
-        "answers by the head that it came with."
+        f"--method {spec.name} trains only a new head; a {family.name} has no "
+        "new head, and answers with the head that it came with."
       )
     method = _of_parameters(model, lambda params: {"head": params["head"]})
   else:
@@ -123,8 +123,8 @@ def build(
     assert method.adapted is not None
     if quantised:
       raise ValueError(
-        f"--method {spec.name} perturbs the frozen weights, which have to be "
-        f"floats; got --base-dtype {quantised}."
+        f"--method {spec.name} perturbs the frozen weights, which must not be "
+        f"quantised; got --base-dtype {quantised}."
       )
     weights = kernels(method.adapted)
   apply = spec.training_apply(options, method.apply)
@@ -183,9 +183,9 @@ def _of_adapters(
   )
   if lora.dora and (spec.perturbs_weights or spec.keeps_auxiliary(options)):
     raise ValueError(
-      f"--adapter {adapter_options.path} is a DoRA, whose magnitudes scale the "
-      "whole weights; it goes on by methods that perturb factors alone and "
-      f"keep one adapter, and --method {spec.name} does not."
+      f"--adapter {adapter_options.path} is a DoRA, whose magnitudes scale "
+      "the whole weights; only methods that perturb nothing but the factors "
+      f"and keep one adapter can train it further; got --method {spec.name}."
     )
   adapted = bilora_jax.adapt(model, lora, *inputs)
   init = folder.started(adapted) if folder else adapted.init

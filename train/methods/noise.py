@@ -18,7 +18,8 @@ class NoiseOptions:
   """The noise."""
 
   rho: float = option(0.05, least=0, below=1e6)
-  """The noise's standard deviation; over the weights' own size (flat_lora)."""
+  """Standard deviation of the noise. For flat_lora it is relative to the size
+  of the weights."""
 
 
 def _merged(params: Any) -> Any:
@@ -77,7 +78,8 @@ SPECS = (
   ),
   MethodSpec(
     name="flat_lora",
-    summary="one adapter; noise on the whole weights, by their rows' norms",
+    summary="one adapter; noise on the whole weights, scaled by the norms "
+    "of their rows",
     options=NoiseOptions,
     estimator=lambda x: baselines.flat_lora(
       x.options.rho, x.steps, _merged, WEIGHTS, input_axes=INPUT_AXES

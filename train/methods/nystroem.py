@@ -21,9 +21,10 @@ class NystroemOptions:
   rho: float = option(0.05, least=0, below=1e6)
   """Frobenius norm of the perturbation, over all adapted weights together."""
   auxiliary_rank: int = option(16, least=1, below=2**16)
-  """Rank of the sketches, and r2 of the adapter that takes them."""
+  """Rank of the sketches. It is also r2, the rank of the auxiliary adapter that
+  takes the sketches."""
   core_rank: int = option(0, least=0, below=2**16)
-  """Rank of the perturbation; 0: half of the sketches'."""
+  """Rank of the perturbation. 0 means half the rank of the sketches."""
 
 
 def _estimator(setting: Setting) -> baselines.GradientEstimator:
@@ -54,7 +55,7 @@ def _check(
   del adapter, optimisation
   if options.core_rank > options.auxiliary_rank:
     raise UsageError(
-      "--core-rank is at most --auxiliary-rank, which is "
+      "--core-rank must be at most --auxiliary-rank, which is "
       f"{options.auxiliary_rank}; got {options.core_rank}."
     )
 
@@ -62,8 +63,8 @@ def _check(
 SPECS = (
   MethodSpec(
     name="nystroem_sam",
-    summary="one adapter; SAM over the whole weights, its perturbation of low "
-    "rank and made from two sketches of the gradient",
+    summary="one adapter; SAM over the whole weights, its perturbation has a "
+    "low rank and is made from two sketches of the gradient",
     options=NystroemOptions,
     estimator=_estimator,
     gradients=lambda options: 2.0,
@@ -74,7 +75,7 @@ SPECS = (
   MethodSpec(
     name="nystroem_bilora",
     summary="two adapters; each batch comes twice in a row, and the second "
-    "time the auxiliary is its own adversary in a ball",
+    "time the auxiliary is the adversary that this batch made, in a ball",
     options=NystroemOptions,
     transformation=_transformation,
     has_auxiliary=True,

@@ -15,8 +15,9 @@ def schedule(options: OptimisationOptions, steps: int) -> optax.Schedule:
   warmup = round(options.warmup_ratio * steps)
   if warmup and warmup >= steps:
     raise UsageError(
-      "--warmup-ratio leaves a step or more for the learning rate to fall; got "
-      f"{options.warmup_ratio}, which is {warmup} of the {steps} steps."
+      "--warmup-ratio must leave at least one step in which the learning rate "
+      f"falls; got {options.warmup_ratio}, which is {warmup} of the {steps} "
+      "steps."
     )
   # Scaled outside, so that it may be traced: optax looks at a peak's value.
   unit = optax.warmup_cosine_decay_schedule(

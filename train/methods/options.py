@@ -16,26 +16,29 @@ class AdapterOptions:
   """Adapters are scaled by alpha / rank."""
   targets: str = option(".*")
   """Regular expression for the paths of the modules that get adapters. The
-  default is every linear layer; a new head is trained as it is."""
+  default is every linear layer. A new head is trained whole, without an
+  adapter."""
   dropout: float = option(0.0, least=0, below=0.99)
   """Dropout rate at the input of the adapters."""
   path: str = option("", flag="adapter")
-  """A folder of Hugging Face PEFT's with a LoRA to start from; its ranks,
-  alphas, targets, rsLoRA and DoRA are its own, and what it has trained whole
-  goes on with it."""
+  """Folder of Hugging Face PEFT with a LoRA to start from. The run takes over
+  its ranks, alphas, targets, rsLoRA and DoRA, and goes on to train the modules
+  that it trained whole. Empty means new adapters."""
   new_head: bool = option(False)
-  """Leave out the head that --adapter brings, and train a new one."""
+  """Leave out the head in the folder of --adapter, and train a new head."""
   start: Literal[
     "uniform", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"
   ] = option("uniform")
-  """The initialisation of the primary adapter: LoRA's own draw, two other
-  draws, the weights' principal parts (pissa), their first columns (olora), or
-  the first batch's gradient (lora_ga). The last three take that part out of the
-  base, in which the run trains. What the run keeps is for the base as it came,
-  and of twice the rank. They need one device and a base of floats."""
+  """Initialisation of the primary adapter. uniform: LoRA's own random draw.
+  gaussian and orthogonal: two other random draws. pissa: the principal
+  components of the weights. olora: the first columns of the weights. lora_ga:
+  the gradient of the first batch. pissa, olora and lora_ga take that part out
+  of the base during the run. The adapters that the run keeps fit the original
+  base, and have twice the rank. These three need one device and a base that is
+  not quantised."""
   dora: bool = option(False)
-  """Also train the norms of the adapted weights' columns (methods whose
-  perturbation, if any, is of the factors)."""
+  """Also train the norms of the columns of the adapted weights (for methods
+  that perturb the factors or nothing)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,14 @@ class OptimisationOptions:
   """The optimiser, the batches and the seed."""
 
   learning_rate: float = option(5e-4, least=0, below=1e6)
-  """Peak of the cosine schedule, in AdamW's units; for both adapters."""
+  """Learning rate of AdamW at the peak of its cosine schedule, for both
+  adapters."""
   epochs: int = option(3, least=1, below=10**6)
-  """Passes over the training rows."""
+  """Number of passes over the training rows."""
   batch_size: int = option(32, least=1, below=2**20)
-  """Examples in a step, over all processes."""
+  """Number of examples in a step, over all processes."""
   seed: int = option(0, least=0, below=2**63)
-  """Of the adapters, the head, the drawn rows and their order."""
+  """Seed of the adapters, the head, the drawn rows and their order."""
   warmup_ratio: float = option(0.03, least=0, below=1)
   """Share of the steps in which the learning rate rises from 0."""
   weight_decay: float = option(0.0, least=0, below=1e6)
@@ -57,10 +61,12 @@ class OptimisationOptions:
   label_smoothing: float = option(0.0, least=0, below=1)
   """Share of each training label that is spread over all classes."""
   max_grad_norm: float = option(0.0, least=0)
-  """Clips the gradient of what descends to this global norm; 0: no clip."""
+  """Clip the gradient of the parameters that descend the loss to this global
+  norm. 0 means no clipping."""
   accumulate: int = option(1, least=1)
-  """Parts that a batch is run in, one after another, to save memory; the step
-  is that of the whole batch."""
+  """Number of parts that a batch is divided into. The parts run one after
+  another, to save memory, and the step is the same as that of the whole
+  batch."""
   on_nonfinite: Literal["skip", "stop"] = option("skip")
-  """What to do about a step whose loss or gradient is not finite; ten in a row
-  end the run in any case."""
+  """What to do with a step whose loss or gradient is not finite: skip the step,
+  or stop the run. Ten such steps in a row always stop the run."""

@@ -21,9 +21,10 @@ class SamOptions:
   """The perturbation."""
 
   rho: float = option(0.05, least=0, below=1e6)
-  """Norm of the perturbation: of the adapters (the paper's 0.01 or 0.05), of
-  the weights (lora_full_sam, eflat_lora), of all parameters (full_sam), or of
-  the perturbation over the factors (lora_asam)."""
+  """Norm of the perturbation. The norm is that of the adapters' perturbation
+  (0.01 or 0.05 in the paper), of the weights' perturbation (for lora_full_sam
+  and eflat_lora), of the perturbation of all parameters (for full_sam), or of
+  the perturbation divided by the factors (for lora_asam)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,10 @@ class LookSamOptions(SamOptions):
   """The perturbation, and how often it is taken."""
 
   sam_every: int = option(5, least=1)
-  """Steps from one step of SAM to the next."""
+  """Number of steps from one step of SAM to the next."""
   sam_reuse: float = option(0.7, least=0)
-  """Weight of SAM's kept direction in the steps between."""
+  """Weight of the direction that SAM found, in the steps between two steps of
+  SAM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,9 @@ class EsamOptions(SamOptions):
   """The perturbation, of a part of the weights, for a part of the rows."""
 
   weight_fraction: float = option(0.5)
-  """Share of the weights that is perturbed in a step."""
+  """Share of the weights that a step perturbs."""
   sample_fraction: float = option(0.5)
-  """Share of the rows that the second gradient is taken of."""
+  """Share of the rows that the second gradient is computed from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class WsamOptions(SamOptions):
   """The perturbation, and the weight of sharpness."""
 
   sharpness_weight: float = option(0.8, least=0, below=0.999)
-  """c in (1 - 2c) / (1 - c) L(w) + c / (1 - c) L(w + e); 0.5 is SAM."""
+  """Weight c of the sharpness in the loss (1 - 2c) / (1 - c) L(w) + c / (1 - c)
+  L(w + e). 0.5 is the same as SAM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,13 @@ def _check_esam(
   for name in ("weight_fraction", "sample_fraction"):
     value = getattr(options, name)
     if not 0 < value <= 1:
-      raise UsageError(f"--{name.replace('_', '-')} is in (0, 1]; got {value}.")
+      raise UsageError(
+        f"--{name.replace('_', '-')} must be in (0, 1]; got {value}."
+      )
   if optimisation.accumulate > 1:
     raise UsageError(
-      "--method esam chooses rows of the whole batch, which --accumulate runs "
-      f"in parts; got --accumulate {optimisation.accumulate}."
+      "--method esam chooses rows of the whole batch, so --accumulate must be "
+      f"1; got --accumulate {optimisation.accumulate}."
     )
 
 
@@ -160,13 +165,14 @@ SPECS = (
   ),
   MethodSpec(
     name="s2sam",
-    summary="one adapter; SAM over its factors by the last step's gradient",
+    summary="one adapter; SAM over its factors, along the last step's gradient",
     options=SamOptions,
     estimator=lambda x: baselines.s2sam(x.options.rho, primary),
   ),
   MethodSpec(
     name="eflat_lora",
-    summary="one adapter; SAM over the whole weights, averaged in one factor",
+    summary="one adapter; SAM over the whole weights, its perturbation "
+    "averaged in one factor",
     options=EFlatLoraOptions,
     estimator=lambda x: baselines.eflat_lora(
       x.options.rho, x.options.perturbation_beta, primary
@@ -174,7 +180,7 @@ SPECS = (
   ),
   MethodSpec(
     name="wsam",
-    summary="one adapter; SAM over its factors, the sharpness weighted",
+    summary="one adapter; SAM over its factors, with a weight on the sharpness",
     options=WsamOptions,
     estimator=lambda x: baselines.wsam(
       x.options.rho, x.options.sharpness_weight, primary

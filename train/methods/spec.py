@@ -166,7 +166,9 @@ def get(name: str) -> MethodSpec:
     UsageError: if there is none.
   """
   if name not in every():
-    raise UsageError(f"--method is one of {', '.join(every())}; got {name!r}.")
+    raise UsageError(
+      f"--method must be one of {', '.join(every())}; got {name!r}."
+    )
   return every()[name]
 
 

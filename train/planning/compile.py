@@ -36,48 +36,50 @@ _EXHAUSTED = re.compile(
 class Options:
   """Compiles the training step of a language model, and tells what it takes.
 
-  Nothing is run, and no weights are needed. With --topology nor are the
-  devices: the compilers for TPUs (`pip install 'jax[tpu]'`) and GPUs (`pip
-  install 'jax[cuda12]'`) work without one.
+  Nothing is run, and no weights are needed. With --topology no devices are
+  needed either: the compilers for TPUs (`pip install 'jax[tpu]'`) and GPUs
+  (`pip install 'jax[cuda12]'`) work without them.
   """
 
   model: str = "llama3.1-8b"
-  """A size by name (llama3.1-8b, qwen2.5-14b, ...), or a folder with the
-  config.json of a decoder, as of a Llama or a Qwen 2."""
+  """Name of a size (llama3.1-8b, qwen2.5-14b, ...), or a folder with the
+  config.json of a decoder, such as a Llama or a Qwen 2."""
   topology: str = ""
-  """TPUs or GPUs to compile for, as v5e:4x4 or h100:8; empty: the devices that
-  are here."""
+  """TPUs or GPUs to compile for, such as v5e:4x4 or h100:8. Empty means the
+  devices of this machine."""
   mesh: str = ""
-  """Devices along data, fsdp, context and tensor, as fsdp=16."""
+  """Number of devices along data, fsdp, context and tensor, such as fsdp=16."""
   method: str = "lora,bilora"
-  """What is trained, as in a run; several with commas, to be compared with the
-  first."""
+  """Methods to compile, separated by commas, named as in a run. Each is
+  compared with the first."""
 
   batch_size: int = option(128, least=1, below=2**20)
-  """Rows in a step, over all devices."""
+  """Number of rows in a step, over all devices."""
   max_length: int = option(256, least=3, below=2**21)
-  """Tokens in a row."""
+  """Number of tokens in a row."""
   accumulate: int = option(1, least=1)
-  """Parts that a batch is run in, one after another."""
+  """Number of parts that a batch is divided into. The parts run one after
+  another."""
   rank: int = option(8, least=1, below=2**16)
   """r1, the rank of the primary adapter."""
   auxiliary_rank: int = option(8, least=1, below=2**16)
-  """r2, the rank of the auxiliary adapter (bilora)."""
+  """r2, the rank of the auxiliary adapter (for bilora)."""
   targets: str = ".*_proj"
   """Regular expression for the paths of the modules that get adapters."""
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  """What the model computes in."""
+  """Type that the model computes in."""
   base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "bfloat16"
-  """What the frozen weights are stored in, as in a run."""
+  """Type that the frozen weights are stored in, as in a run."""
   remat: Literal["none", "dots", "base", "full", "offload"] = "full"
-  """What a layer's backward pass computes again: nothing, all but the products
-  with weights (dots), those with adapters too (base), or all; offload is base
-  with what it keeps in the host's memory."""
+  """What the backward pass of a layer computes again. none: nothing. dots: all
+  but products with weights. base: products with adapters as well. full: all.
+  offload: the same as base, and what base keeps is moved to the host's
+  memory."""
   scan_layers: bool = True
-  """Compile one layer for all."""
+  """Compile one layer in place of all layers."""
 
   json: str = ""
-  """A file for the figures."""
+  """File to which the figures are also written. Empty means none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   for method, needed in too_large.items():
     print(
       f"{method} does not fit: it needs {needed}, and a program may use "
-      f"{figures.gib(memory) if memory else 'less'} of a device. More devices "
-      "along fsdp, --remat full, a greater --accumulate and a smaller "
-      "--batch-size need less."
+      f"{figures.gib(memory) if memory else 'less'} of a device. To need "
+      "less, use more devices along fsdp, --remat full, a greater "
+      "--accumulate or a smaller --batch-size."
     )
   if memory is None:
     print(f"The memory of a {used[0].device_kind} is not known here.")
@@ -176,13 +178,13 @@ def _sizes(options: Options) -> tuple[Family, Any]:
       raise UsageError(f"--model {name}: {error}") from error
   else:
     raise UsageError(
-      f"--model is one of {', '.join(known)}, or a folder with a "
+      f"--model must be one of {', '.join(known)}, or a folder with a "
       f"config.json; got {name!r}."
     )
   if options.max_length > sizes.max_positions:
     raise UsageError(
-      f"--max-length is at most {sizes.max_positions}, the positions that "
-      f"{name} was made for; got {options.max_length}."
+      f"--max-length must be at most {sizes.max_positions}, the positions "
+      f"that {name} was made for; got {options.max_length}."
     )
   return family, sizes
 

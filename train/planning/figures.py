@@ -127,8 +127,8 @@ def table(found: Sequence[Figures]) -> str:
   ]
   if not all(x.loops_known for x in found):
     lines.append(
-      "At least so much is sent: XLA does not tell how long a loop is, that "
-      "counts once."
+      "The bytes sent are a lower limit: XLA does not tell how often a loop "
+      "runs, so each loop counts once."
     )
   return "\n".join(lines)
 

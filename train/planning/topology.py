@@ -66,8 +66,9 @@ def devices(name: str) -> list[Any]:
     return _gpus(name, *gpus.groups())
   if name[:1] in ("a", "h"):
     raise UsageError(
-      "GPUs are a100, h100 or h200, and how many of them, as h100:8, or the "
-      f"machines and the GPUs of each, as h100:4x8; got --topology {name}."
+      "--topology with GPUs must be a100, h100 or h200 and how many of them, "
+      "such as h100:8, or the machines and the GPUs of each, such as "
+      f"h100:4x8; got --topology {name}."
     )
   for variable, value in _WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)
@@ -79,9 +80,9 @@ def devices(name: str) -> list[Any]:
     text = str(error)
     if "not installed" in text or "libtpu" in text:
       raise UsageError(
-        f"--topology {name} needs the compiler for TPUs, which is to be had "
-        "without a TPU: pip install 'jax[tpu]' installs the libtpu that goes "
-        f"with this JAX. JAX says: {_sentence(text)}"
+        f"--topology {name} needs the compiler for TPUs, which works without "
+        "a TPU: pip install 'jax[tpu]' installs the libtpu that goes with "
+        f"this JAX. JAX says: {_sentence(text)}"
       ) from error
     raise UsageError(
       f"there is no topology {name!r}; there are {', '.join(NAMES)}, and other "
@@ -107,9 +108,8 @@ def _gpus(name: str, kind: str, machines: str | None, each: str) -> list[Any]:
     )
   except Exception as error:  # JAX has no narrower one in common
     raise UsageError(
-      f"--topology {name} needs JAX's plugin for CUDA, which is to be had "
-      "without a GPU: pip install 'jax[cuda12]'. JAX says: "
-      f"{_sentence(str(error))}"
+      f"--topology {name} needs JAX's plugin for CUDA, which works without a "
+      f"GPU: pip install 'jax[cuda12]'. JAX says: {_sentence(str(error))}"
     ) from error
   return list(description.devices)
 

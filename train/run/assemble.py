@@ -130,22 +130,22 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
   changed = fingerprints.require_same(folder, config, fingerprint)
   if config.evaluation.samples and not isinstance(data, data_lib.Conversations):
     raise UsageError(
-      "--samples has a model answer the prompts of conversations (--task "
-      f"instructions); got --task {config.data.task}, which is of labels."
+      "--samples is only for conversations (--task instructions), whose "
+      f"prompts the model answers; got --task {config.data.task}, which has "
+      "labels."
     )
   if optimisation.label_smoothing and not data.objective.of_classes:
     raise UsageError(
-      "--label-smoothing is for models that return a logit for each class; got "
-      f"--task {config.data.task} with --model {config.model.name}."
+      "--label-smoothing is only for models that return a logit for each "
+      f"class; got --task {config.data.task} with --model {config.model.name}."
     )
   model = _model(config, pretrained, data)
   inputs = data.objective.inputs(next(data.train_batches()))
   steps = optimisation.epochs * data.steps_per_epoch
   if steps >= 2**31:
     raise UsageError(
-      "steps are counted in 31 bits; --epochs "
-      f"{optimisation.epochs:,} of {data.steps_per_epoch:,} steps each are "
-      "more."
+      f"--epochs {optimisation.epochs:,} of {data.steps_per_epoch:,} steps "
+      "each are too many steps: they are counted in 31 bits."
     )
   # An adapter's folder alone is compared with the base; methods of new adapters
   # do not depend on it.
@@ -259,22 +259,23 @@ def check_layout(
   """
   if remat == "offload" and not layout.offloads:
     raise UsageError(
-      "--remat offload keeps products in the host's pinned memory, which these "
-      "devices do not reach; --remat base keeps them where they are."
+      "--remat offload keeps products in the host's pinned memory, which "
+      "these devices do not reach; use --remat base, which keeps them on the "
+      "devices."
     )
   if layout.context == 1:
     return
   if not family.splits_rows:
     raise UsageError(
-      f"context in --mesh is for decoders; got context={layout.context} with a "
-      f"{family.name}, whose rows stay whole."
+      f"context in --mesh is only for decoders; got context={layout.context} "
+      f"with a {family.name}, whose rows cannot be divided."
     )
   odd = [x for x in lengths if x % layout.context]
   if odd:
     raise UsageError(
-      f"context={layout.context} in --mesh is to divide the tokens of every row"
-      f" (--max-length, and --pack fills all rows to it); there may be rows of "
-      f"{odd[0]}."
+      f"context={layout.context} in --mesh must divide the tokens of every "
+      "row (--max-length, to which --pack fills all rows); there may be rows "
+      f"of {odd[0]}."
     )
 
 
@@ -293,8 +294,8 @@ def _check_eval_batch(config: Config, layout: mesh_lib.Layout) -> None:
   share = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
   if eval_rows(config) % share:
     raise UsageError(
-      f"--eval-batch-size is a multiple of data times fsdp, {share} in --mesh "
-      f"{config.devices.mesh}; got {eval_rows(config)}."
+      "--eval-batch-size must be a multiple of data times fsdp, which is "
+      f"{share} in --mesh {config.devices.mesh}; got {eval_rows(config)}."
     )
 
 

@@ -197,7 +197,7 @@ class Checkpoints:
     """
     where = self._folder / "best" / str(step)
     if step not in self._best.all_steps():
-      raise DamagedError(f"{where.parent} lacks the one of step {step}.")
+      raise DamagedError(f"{where.parent} has no checkpoint of step {step}.")
     args = ocp.args.StandardRestore(_abstract(like))
     found = _restore(self._best, step, evaluated=args)["evaluated"]
     _require_digest(where, found, self._digests.get(step))
@@ -270,8 +270,8 @@ class Checkpoints:
     free = shutil.disk_usage(self._folder).free
     if free < needed:
       raise OSError(
-        f"Free on the disk are {free / 2**20:.1f} MiB, and {needed / 2**20:.1f}"
-        " are needed."
+        f"The disk has {free / 2**20:.1f} MiB free, and {needed / 2**20:.1f} "
+        "MiB are needed."
       )
 
   @contextlib.contextmanager

@@ -73,8 +73,8 @@ def _begin(
     _require_same(folder, begun, config)
   elif there:
     raise UsageError(
-      f"{folder} has {' and '.join(there)} of a run and no {_CONFIG}, which "
-      f"says of which. Put {_CONFIG} back, or give another --run-dir."
+      f"{folder} has {' and '.join(there)} of a run, but no {_CONFIG}, which "
+      f"says which run it is. Put {_CONFIG} back, or give another --run-dir."
     )
   stack.push(lambda kind, *_: kind and _give_up(folder))
   files.write_atomically(folder / _CONFIG, config_lib.to_json(config))

@@ -165,8 +165,9 @@ def misplaced(flag: str, method: str) -> str:
   name = options.spelt(flag)
   if flag in options.fields(AdapterOptions):
     return (
-      f"{name} is of adapters, which --method {method} does not train; leave "
-      f"it out, or choose a method with adapters, such as {methods.DEFAULT}."
+      f"{name} is an option of adapters, which --method {method} does not "
+      "train; leave it out, or choose a method with adapters, such as "
+      f"{methods.DEFAULT}."
     )
   having = methods.having(flag)
   if not having:
@@ -193,8 +194,8 @@ def check(config: Config) -> None:
   spec.check(config.method.options, adapter, optimisation)
   if spec.trains == "parameters" and config.model.base_dtype != "float32":
     raise UsageError(
-      "--base-dtype is for frozen weights; those that --method "
-      f"{spec.name} trains are float32; got {config.model.base_dtype}."
+      f"--base-dtype must be float32 with --method {spec.name}, which trains "
+      f"the weights and does not freeze them; got {config.model.base_dtype}."
     )
   if not spec.has_adapters and adapter != AdapterOptions():
     changed = (
@@ -204,7 +205,7 @@ def check(config: Config) -> None:
   if optimisation.learning_rate * optimisation.weight_decay >= 1:
     raise UsageError(
       "--learning-rate times --weight-decay is the share of a weight that a "
-      "step takes away, and below 1; got "
+      "step takes away, and must be below 1; got "
       f"{optimisation.learning_rate:g} times {optimisation.weight_decay:g}."
     )
   _check_adapter(config)
@@ -215,13 +216,13 @@ def check(config: Config) -> None:
   ):
     able = [x.name for x in methods.every().values() if x.has_auxiliary]
     raise UsageError(
-      "--diagnose-every looks at the auxiliary of --method "
-      f"{options.listed(able, 'or')}, on a base of floats; got --method "
-      f"{spec.name} and --base-dtype {config.model.base_dtype}."
+      "--diagnose-every needs the auxiliary of --method "
+      f"{options.listed(able, 'or')}, and a base that is not quantised; got "
+      f"--method {spec.name} and --base-dtype {config.model.base_dtype}."
     )
   if optimisation.batch_size % optimisation.accumulate:
     raise UsageError(
-      "--batch-size is a multiple of --accumulate; got "
+      "--batch-size must be a multiple of --accumulate; got "
       f"{optimisation.batch_size} and {optimisation.accumulate}."
     )
 
@@ -232,9 +233,9 @@ def _check_after(config: Config) -> None:
   kind = tasks.get(config.data.task).kind
   if kind != "classification" or config.devices.mesh or config.model.quantised:
     raise UsageError(
-      "--after is of tasks of classes, on one device and a base of floats; got "
-      f"--task {config.data.task}, of {kind}, --mesh "
-      f"{config.devices.mesh or 'none'} and --base-dtype "
+      "--after is only for classification, on one device, with a base that is "
+      f"not quantised; got --task {config.data.task}, which is for {kind}, "
+      f"--mesh {config.devices.mesh or 'none'} and --base-dtype "
       f"{config.model.base_dtype}."
     )
 
@@ -243,27 +244,27 @@ def _check_adapter(config: Config) -> None:
   adapter, spec = config.adapter, config.method.spec
   if adapter.dora and spec.perturbs_weights:
     raise UsageError(
-      "--dora is for methods with adapters that leave the whole weights as "
-      f"they are; got --method {spec.name}."
+      "--dora is only for methods with adapters that do not perturb the whole "
+      f"weights; got --method {spec.name}."
     )
   try:
     re.compile(adapter.targets)
   except (re.error, OverflowError, RecursionError) as error:
     raise UsageError(
-      "--targets is a regular expression; got "
+      "--targets must be a regular expression; got "
       f"{options.shown(adapter.targets)}: {error}."
     ) from error
   if adapter.path:
     _check_folder(adapter)
   elif adapter.new_head:
     raise UsageError(
-      "--new-head leaves out the head that --adapter brings; got it without "
-      "--adapter, where the head is new."
+      "--new-head leaves out the head in the folder of --adapter; got it "
+      "without --adapter, and then the head is always new."
     )
   if adapter.start != "uniform" and adapter.path:
     raise UsageError(
-      "--start is of new adapters, and --adapter brings old ones; got --start "
-      f"{adapter.start} with --adapter."
+      "--start is the initialisation of new adapters, and --adapter gives "
+      f"trained ones; got --start {adapter.start} with --adapter."
     )
   if adapter.start in ("pissa", "olora", "lora_ga"):
     wrong = {
@@ -275,9 +276,9 @@ def _check_adapter(config: Config) -> None:
     given = [name for name, value in wrong.items() if value]
     if given:
       raise UsageError(
-        f"--start {adapter.start} takes a part out of a base of floats, on one "
-        "device, for a primary that is alone in what is kept; got it with "
-        f"{' and '.join(given)}."
+        f"--start {adapter.start} takes a part out of the base. It needs one "
+        "device, a base that is not quantised, and a primary adapter that is "
+        f"kept alone; got it with {' and '.join(given)}."
       )
 
 
@@ -286,8 +287,8 @@ def _check_folder(adapter: AdapterOptions) -> None:
     value = getattr(adapter, name)
     if value != getattr(AdapterOptions(), name):
       raise UsageError(
-        "--adapter has ranks, alphas, targets and DoRA of its own, so that "
-        f"{options.spelt(name)} is left out; got {value}."
+        "the folder of --adapter sets the ranks, alphas, targets and DoRA, so "
+        f"leave out {options.spelt(name)}; got {value}."
       )
   try:
     there = checked.is_file(pathlib.Path(adapter.path) / "adapter_config.json")
@@ -295,7 +296,7 @@ def _check_folder(adapter: AdapterOptions) -> None:
     raise UsageError(f"--adapter: {error}") from error
   if not there:
     raise UsageError(
-      "--adapter is a folder with adapter_config.json and "
+      "--adapter must be a folder with adapter_config.json and "
       f"adapter_model.safetensors; got {adapter.path}, which has none."
     )
 
@@ -336,7 +337,7 @@ def from_tables(where: str, tables: Any) -> dict[str, Any]:
       if row is tables and isinstance(value, Mapping):
         if flag not in (*GROUPS, "method"):
           raise UsageError(
-            f"{where}: {flag} is {options.wanted(every[flag])}; got "
+            f"{where}: {flag} must be {options.wanted(every[flag])}; got "
             f"{options.shown(value)}."
           )
         continue

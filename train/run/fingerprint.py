@@ -123,8 +123,8 @@ def require_same(
   if config.output.accept_changes:
     return f"{found} --accept-changes: the run goes on with what is there now."
   raise UsageError(
-    f"{found} Restore it, or go on with what is there now by --accept-changes, "
-    "or give another --run-dir."
+    f"{found} Restore it, or use --accept-changes to go on with what is there "
+    "now, or give another --run-dir."
   )
 
 
@@ -150,9 +150,9 @@ def require_same_base(
   changed = _base_changes(config, then, _base(pretrained, template))
   if changed:
     raise UsageError(
-      f"the model has changed that {folder} was trained on: "
-      f"{'; '.join(changed)}. Restore it, or go on with what is there now by "
-      "--accept-changes."
+      f"the model that {folder} was trained on has changed: "
+      f"{'; '.join(changed)}. Restore it, or use --accept-changes to go on "
+      "with what is there now."
     )
 
 

@@ -58,7 +58,7 @@ def task(folder: pathlib.Path, config: Config) -> Task:
   unknown = sorted(set(found.metrics) - set(scores.METRICS))
   if unknown and found.kind != "conversations":
     raise UsageError(
-      f"{path}: metrics are some of {', '.join(scores.METRICS)}; got "
+      f"{path}: metrics must be some of {', '.join(scores.METRICS)}; got "
       f"{options.listed(unknown)}."
     )
   return found

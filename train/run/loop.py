@@ -397,7 +397,7 @@ def _finish(
   method, best = prepared.method, trained.best
   whole = layout.gather(evaluated)
   require_useful(whole)
-  journal.say(f"testing the best, of step {best['step']}")
+  journal.say(f"testing the best weights, of step {best['step']}")
   test = predict(evaluated, "test")
   if processes.is_first():
     kept.save(prepared.folder, *prepared.saved(whole))
@@ -543,13 +543,13 @@ def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
   if int(optax.tree.get(state.opt_state, "total_notfinite")) >= at:
     raise NothingLearnedError(
       f"nothing was learned: the loss or gradient of all {at} steps was not "
-      f"finite, and none was taken. {_MAY_HELP}"
+      f"finite, so the weights never changed. {_MAY_HELP}"
     )
   if not best.get("step", at):
     # With --accept-changes there may be fewer steps than were taken.
     raise NothingLearnedError(
-      f"the run has no steps left after {at}, and was never validated; give "
-      "another --run-dir."
+      f"the run has no steps left after step {at}, and was never validated; "
+      "give another --run-dir."
     )
   # Runs of older versions have no numbers.
   loss = best.get("numbers", {}).get("loss", 0.0)
@@ -573,9 +573,9 @@ def require_useful(evaluated: Any) -> None:
   largest = max(found, key=lambda x: math.inf if math.isnan(x) else x)
   if not largest < _DROWNS:
     raise NothingLearnedError(
-      f"nothing of use was learned: the largest weight that was trained is "
-      f"{largest:.4g}, and one of {_DROWNS:.3g} or more drowns in float32 what "
-      f"it is added to. {_MAY_HELP}"
+      "nothing of use was learned: the largest weight that was trained is "
+      f"{largest:.4g}, and one of {_DROWNS:.3g} or more is so large that "
+      f"float32 loses what it is added to. {_MAY_HELP}"
     )
 
 
@@ -605,9 +605,9 @@ def _opening(prepared: Prepared, trained: Any) -> str:
   left_out = prepared.data.left_out
   return (
     f"{config.method.name} on {config.data.task}: rows {prepared.data.rows}"
-    + (f", left out as too long {left_out}" if left_out else "")
-    + f"; trained parameters: {counts}; base {_count(prepared.shapes):,}; "
-    f"{prepared.steps} steps"
+    + (f", {left_out} left out because they are too long" if left_out else "")
+    + f"; trained parameters: {counts}; parameters of the base: "
+    f"{_count(prepared.shapes):,}; {prepared.steps} steps"
   )
 
 

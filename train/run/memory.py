@@ -26,8 +26,8 @@ def check(variables: Any, trained: Any) -> None:
   if room is None or base + state <= room:
     return
   raise UsageError(
-    f"the model does not fit: its weights are {_gib(base)} on a device, what "
-    f"is trained and its optimizer {_gib(state)}, and the device "
+    f"the model does not fit: its weights take {_gib(base)} of a device, the "
+    f"trained parameters and their optimizer {_gib(state)}, and the device "
     f"({jax.local_devices()[0].device_kind}) has {_gib(room)}. A smaller "
     "--base-dtype, or more devices along fsdp in --mesh, may help."
   )

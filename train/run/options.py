@@ -13,27 +13,31 @@ class EvaluationOptions:
   """Validation, and the test at the end."""
 
   eval_every: int = option(0, least=0)
-  """Steps between validations, on the primary alone; 0: one an epoch."""
+  """Number of steps between validations. A validation uses the primary adapter
+  alone. 0 means one validation an epoch."""
   eval_batch_size: int = option(0, least=0, below=2**20)
-  """Rows that are evaluated together; 0: those of a part of a training batch
-  (--batch-size over --accumulate)."""
+  """Number of rows that are evaluated together. 0 means --batch-size divided by
+  --accumulate."""
   patience: int = option(0, least=0)
-  """Validations without a better one after which the run stops; 0: it never
-  stops early."""
+  """Stop the run after this many validations without a better result. 0 means
+  that the run never stops early."""
   samples: int = option(0, least=0, below=2**20)
-  """Answers that a model of conversations generates at each validation, to the
-  first validation prompts, of at most 64 tokens; 0: none."""
+  """Number of validation prompts that the model answers at each validation,
+  from the first prompt on. An answer has at most 64 tokens. 0 means none (for
+  instructions)."""
   eval_first: bool = option(False)
   """Also validate before the first step."""
   after: str = option("")
-  """More tests at the end, with commas (tasks of classes, on one device and a
-  base of floats): calibration, of the test's probabilities; last, the weights
-  of the last step beside the best; shifted, rows with errors in them and of
-  other domains; quantised, the merged model in int8, NF4 and 3 bits; pruned,
-  without the smallest 30 and 50% of its weights."""
+  """More tests at the end of the run, separated by commas. calibration: the
+  calibration of the probabilities on the test rows. last: the weights of the
+  last step, beside the best weights. shifted: rows with errors in them, and
+  rows of other domains. quantised: the merged model in int8, NF4 and 3 bits.
+  pruned: the merged model without the smallest 30 and 50% of its weights. Empty
+  means none (for classification, on one device, with a base that is not
+  quantised)."""
   baseline: bool = option(True)
-  """Also fit a logistic regression on the frozen features, to compare with (not
-  on a quantised base)."""
+  """Also fit a logistic regression on the frozen features, for comparison (with
+  a base that is not quantised)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +45,29 @@ class OutputOptions:
   """The run's folder, and what is written into it."""
 
   run_dir: str = option("")
-  """Folder of the run; empty: runs/TASK-METHOD-seedN."""
+  """Folder of the run. Empty means runs/TASK-METHOD-seedN."""
   loggers: str = option("")
-  """More loggers beside JSONL, TensorBoard and the terminal, with commas: wandb
-  and mlflow, where they are installed, and those that --plugins add."""
+  """More loggers, separated by commas: wandb and mlflow, if they are installed,
+  and loggers that --plugins add. JSONL, TensorBoard and the terminal are always
+  used."""
   log_every: int = option(10, least=1)
-  """Steps between lines of metrics."""
+  """Number of steps between lines of metrics."""
   checkpoint_every: int = option(50, least=1)
-  """Steps between checkpoints, from which the same command resumes."""
+  """Number of steps between checkpoints. The same command resumes from the last
+  checkpoint."""
   accept_changes: bool = option(False)
-  """Resume though rows, weights, tokenizer, template or plugins are not those
-  that the run was begun with, which is refused otherwise."""
+  """Resume the run although rows, weights, tokenizer, template or plugins have
+  changed since it began. Without this option the program refuses to resume
+  it."""
   diagnose_every: int = option(0, least=0)
-  """Steps between diagnoses of the auxiliary: its cosine with the gradient, its
-  overlap with the gradient's top directions and with the primary, its turnover;
-  each costs about three steps; 0: none (methods with an auxiliary; float
-  bases)."""
+  """Number of steps between diagnoses of the auxiliary adapter: its cosine with
+  the gradient, its overlap with the gradient's top directions and with the
+  primary adapter, and its turnover. A diagnosis takes as long as about three
+  steps. 0 means none (for methods with an auxiliary adapter, with a base that
+  is not quantised)."""
   profile: int = option(0, least=0)
-  """Steps to trace with JAX's profiler, after the first logged ones, into the
-  run's folder."""
+  """Number of steps to trace with JAX's profiler, after the first logged steps.
+  The trace is written into the run's folder. 0 means no trace."""
 
 
 def after(evaluation: EvaluationOptions) -> tuple[str, ...]:
@@ -72,6 +80,7 @@ def after(evaluation: EvaluationOptions) -> tuple[str, ...]:
   for name in names:
     if name not in AFTER:
       raise UsageError(
-        f"--after is some of {listed(AFTER)}, with commas; got {shown(name)}."
+        f"--after must be some of {listed(AFTER)}, separated by commas; got "
+        f"{shown(name)}."
       )
   return tuple(dict.fromkeys(names))

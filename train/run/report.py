@@ -79,7 +79,7 @@ def _check_evaluation(
     checked.field(where, found, name, _NUMBER)
   if found["accuracy_95"] is not None and len(found["accuracy_95"]) != 2:
     raise UsageError(
-      f"{where} accuracy_95 is a list of two numbers; got "
+      f"{where} accuracy_95 must be a list of two numbers; got "
       f"{options.shown(found['accuracy_95'])}."
     )
 

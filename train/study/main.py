@@ -20,23 +20,26 @@ from .spec import Cell, Study
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Runs a study, and writes its tables and plots; again, it goes on."""
+  """Runs a study, and writes its tables and plots.
+
+  The same command continues a study that was interrupted.
+  """
 
   study: Annotated[pathlib.Path, tyro.conf.Positional]
   """The TOML file of the study."""
   workers: int = option(1, least=1, below=2**10)
-  """Processes that share the runs: of one device each, or of an equal share of
-  the CPU's cores."""
+  """Number of processes that share the runs. Each has one device, or an equal
+  share of the CPU's cores."""
   only: str = ""
-  """Methods and tasks to run, as METHOD/TASK or METHOD/ or /TASK; several with
-  commas."""
+  """Methods and tasks to run, as METHOD/TASK, METHOD/ or /TASK, separated by
+  commas. Empty means all."""
   tune: bool = False
-  """Run the trials of the tuning alone: nothing is tested."""
+  """Run only the trials of the tuning. Nothing is tested."""
   dry_run: bool = False
-  """List what would be run, its steps and its gradients, and run nothing."""
+  """List the runs with their steps and gradients, and run nothing."""
   report: bool = False
-  """Write the tables and plots of the runs that are finished, and run nothing.
-  Without this option they are written at the end."""
+  """Write the tables and plots of the finished runs, and run nothing. Without
+  this option they are written at the end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +93,7 @@ def _run(
     cores = [core for core in place.cores.split(",") if core]
     if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
       raise UsageError(
-        f"--cores is a list of numbers of cores; got {place.cores!r}."
+        f"--cores must be a list of numbers of cores; got {place.cores!r}."
       )
     workers.bind([int(core) for core in cores])
     from . import runs
@@ -133,7 +136,7 @@ def select(study: Study, only: str) -> list[Cell]:
         break
     else:
       raise UsageError(
-        "--only names some of "
+        "--only must name some of "
         f"{', '.join(cell.name for cell in study.cells)}; got "
         f"{rest[0].strip()!r}."
       )

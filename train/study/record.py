@@ -83,7 +83,7 @@ def _check_run(where: str, row: Mapping[str, Any]) -> None:
     checked.field(f"{where} curves,", row["curves"], name, kind)
     if not all(len(point) == 2 and point[0] is not None for point in points):
       raise UsageError(
-        f"{where} curves, {name}: a point is a step and a value; got "
+        f"{where} curves, {name}: a point must be a step and a value; got "
         f"{options.shown(points)}."
       )
 

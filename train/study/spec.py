@@ -18,15 +18,15 @@ _MOST = 10**5
 _FAR = 1e6
 _OF_METHODS = ("name", "seeds", "tune", "tasks", "point_of")
 _SET_BY_THE_STUDY = {
-  "seed": "the seeds of the study",
-  "run_dir": "the study's folder",
-  "mesh": "the workers, of one device each",
-  "profile": "nothing: a study traces no steps",
-  "loggers": "nothing: a study keeps rows",
-  "samples": "nothing: a study keeps rows",
-  "baseline": "nothing: a study fits no logistic regression",
-  "accept_changes": "nothing: a run of a study starts anew",
-  "checkpoint_every": "nothing: a run of a study is short, and starts anew",
+  "seed": "the study gives the seeds",
+  "run_dir": "each run is in the study's folder",
+  "mesh": "each worker has one device",
+  "profile": "a study traces no steps",
+  "loggers": "a study keeps rows",
+  "samples": "a study keeps rows",
+  "baseline": "a study fits no logistic regression",
+  "accept_changes": "a run of a study always starts anew",
+  "checkpoint_every": "a run of a study is short, and always starts anew",
 }
 
 
@@ -172,7 +172,7 @@ def read(path: pathlib.Path) -> Study:
   except RecursionError as error:
     raise UsageError(f"{path} is nested too deeply.") from error
   except ValueError as error:  # a number may have too many digits, too
-    raise UsageError(f"{path} is no TOML: {error}.") from error
+    raise UsageError(f"{path} is not TOML: {error}.") from error
   try:
     return parse(found)
   except UsageError as error:
@@ -199,9 +199,9 @@ def parse(found: Mapping[str, Any]) -> Study:
   for name, kind in tables.items():
     if not isinstance(found.get(name, kind()), kind):
       raise UsageError(
-        f"{name} is written as [{name}]."
+        f"{name} must be written as [{name}]."
         if kind is dict
-        else f"{name} is written as [[{name}]], once for each."
+        else f"{name} must be written as [[{name}]], once for each."
       )
   defaults = found.get("defaults", {})
   plugins.load(checked.field("[defaults]", defaults, "plugins", str, ""))
@@ -234,7 +234,7 @@ def _cells(
   defaults = _fields("[defaults]", found.get("defaults", {}))
   tasks = _tasks(found.get("task", []))
   if not found.get("method"):
-    raise UsageError("there is no [[method]]; a study has one at least.")
+    raise UsageError("there is no [[method]]; a study needs at least one.")
   rows = [_method(row, tasks) for row in found["method"]]
   cells, taken_over = [], []
   for task, (task_fields, task_seeds) in tasks.items():
@@ -252,7 +252,8 @@ def _cells(
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
     raise UsageError(
-      f"{', '.join(twice)}: a [[method]] of a name is once on each task."
+      f"{', '.join(twice)}: these are there more than once; on a task each "
+      "[[method]] needs a name of its own."
     )
   _check_budget(cells, tuning)
   return [
@@ -268,10 +269,10 @@ def _taking_over(cell: Cell, name: str, cells: Sequence[Cell]) -> Cell:
   task = task or cell.task
   of = {(x.label, x.task): x for x in cells if x.grid and x is not cell}
   if (label, task) not in of:
-    tuned = ", ".join(x.name for x in of.values()) or "nothing"
+    tuned = ", ".join(x.name for x in of.values()) or "none"
     raise UsageError(
-      f"{where} names a method that is tuned, or METHOD/TASK; that is {tuned}; "
-      f"got {name!r}."
+      f"{where} must name a tuned method, as METHOD or METHOD/TASK (here: "
+      f"{tuned}); got {name!r}."
     )
   source = of[label, task]
   for point in source.grid:
@@ -287,12 +288,12 @@ def _tasks(
     name = _text("[[task]]", row, "name")
     where = f"[[task]] {name!r}"
     if name in tasks:
-      raise UsageError(f"{where} is there twice.")
+      raise UsageError(f"{where} occurs twice.")
     seeds = _seeds(where, row["seeds"]) if "seeds" in row else None
     fields = _fields(where, row, ("name", "seeds"))
     tasks[name] = {"task": name} | fields, seeds
   if not tasks:
-    raise UsageError("there is no [[task]]; a study has one at least.")
+    raise UsageError("there is no [[task]]; a study needs at least one.")
   return tasks
 
 
@@ -304,7 +305,7 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
     not isinstance(own, list) or not own or any(x not in [*tasks] for x in own)
   ):
     raise UsageError(
-      f"{where}: tasks is a list of some of {', '.join(tasks)}; got "
+      f"{where}: tasks must be a list of some of {', '.join(tasks)}; got "
       f"{options.shown(own)}."
     )
   tune = row.get("tune", {})
@@ -312,19 +313,18 @@ def _method(row: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
     isinstance(values, list) and values for values in tune.values()
   ):
     raise UsageError(
-      f"{where}: tune is a table of lists, as "
-      f"{{learning_rate = [1e-4, 5e-4]}}; got {options.shown(tune)}."
+      f"{where}: tune must be a table of lists, such as {{learning_rate = "
+      f"[1e-4, 5e-4]}}; got {options.shown(tune)}."
     )
   points = math.prod(map(len, tune.values()))
   if points > _MOST:
     raise UsageError(
-      f"{where}: tune is a grid of at most {_MOST:,} points; got {points:,}."
+      f"{where}: tune must be a grid of at most {_MOST:,} points; got "
+      f"{points:,}."
     )
   point_of = _text(where, row, "point_of") if "point_of" in row else None
   if tune and point_of:
-    raise UsageError(
-      f"{where} is tuned, or takes over a point_of another; got both."
-    )
+    raise UsageError(f"{where} may have tune or point_of; got both.")
   values = [
     [_fields(f"{where}, tune", {key: value})[key] for value in column]
     for key, column in tune.items()
@@ -346,8 +346,8 @@ def _check_budget(cells: Sequence[Cell], tuning: Tuning | None) -> None:
       continue
     if tuning is None:
       raise UsageError(
-        f"[[method]] {cell.label!r} has a tune, and there is no [tuning] with "
-        "its trials and seeds."
+        f"[[method]] {cell.label!r} has a tune, but there is no [tuning] with "
+        "trials and seeds."
       )
     if len(cell.grid) != tuning.trials:
       raise UsageError(
@@ -358,8 +358,8 @@ def _check_budget(cells: Sequence[Cell], tuning: Tuning | None) -> None:
     both = sorted(set(cell.seeds) & set(tuning.seeds))
     if both:
       raise UsageError(
-        f"{cell.name}: the seeds {both} are to be run at the end, and are in "
-        "[tuning] seeds too; the two have none in common."
+        f"{cell.name}: the seeds {both} are both final seeds and [tuning] "
+        "seeds; the two must have none in common."
       )
 
 
@@ -370,7 +370,7 @@ def _tuning(row: Mapping[str, Any] | None) -> Tuning | None:
   trials = row.get("trials")
   if type(trials) is not int or trials < 1:
     raise UsageError(
-      "[tuning] trials is the number of points of each grid; got "
+      "[tuning] trials must be the number of points of each grid; got "
       f"{options.shown(trials)}."
     )
   return Tuning(trials, _seeds("[tuning]", row.get("seeds")))
@@ -381,12 +381,12 @@ def _sharpness(row: Mapping[str, Any] | None) -> Sharpness | None:
   spaces = ("full", "lora")
   if not set(found.spaces) <= set(spaces):
     raise UsageError(
-      f"[sharpness] spaces are some of {', '.join(spaces)}; got "
+      f"[sharpness] spaces must be some of {', '.join(spaces)}; got "
       f"{list(found.spaces)}."
     )
   if not all(0 < radius < _FAR for radius in found.radii):
     raise UsageError(
-      f"[sharpness] radii are greater than 0, and below {_FAR:g}; got "
+      f"[sharpness] radii must be greater than 0, and below {_FAR:g}; got "
       f"{options.shown(list(found.radii))}."
     )
   _in_bounds("[sharpness]", found, rows=0, average=0, low_rank=0)
@@ -413,12 +413,12 @@ def _landscape(
   _in_bounds("[landscape]", found, points=2, rows=1)
   if not 0 <= found.seed < 2**63:
     raise UsageError(
-      "[landscape] seed is at least 0 and below 2**63; got "
+      "[landscape] seed must be at least 0 and below 2**63; got "
       f"{options.shown(found.seed)}."
     )
   if not 0 < found.radius < _FAR:
     raise UsageError(
-      f"[landscape] radius is greater than 0, and below {_FAR:g}; got "
+      f"[landscape] radius must be greater than 0, and below {_FAR:g}; got "
       f"{found.radius}."
     )
   return found
@@ -428,7 +428,7 @@ def _in_bounds(where: str, found: Any, **least: int) -> None:
   for key, value in least.items():
     if not value <= getattr(found, key) <= _MOST:
       raise UsageError(
-        f"{where} {key} is at least {value}, and at most {_MOST:,}; got "
+        f"{where} {key} must be at least {value}, and at most {_MOST:,}; got "
         f"{options.shown(getattr(found, key))}."
       )
 
@@ -493,7 +493,7 @@ def _fields(
       continue
     if key in _SET_BY_THE_STUDY:
       raise UsageError(
-        f"{where}: {key} cannot be set; it is up to {_SET_BY_THE_STUDY[key]}."
+        f"{where}: {key} cannot be set in a study: {_SET_BY_THE_STUDY[key]}."
       )
     fields[key] = options.checked(where, key, value, kinds[key])
   return fields
@@ -502,14 +502,16 @@ def _fields(
 def _text(where: str, row: Any, key: str, default: str | None = None) -> str:
   value = row.get(key, default) if isinstance(row, Mapping) else None
   if not isinstance(value, str) or not value or not options.is_text(value):
-    raise UsageError(f"{where} {key} is a text; got {options.shown(value)}.")
+    raise UsageError(
+      f"{where} {key} must be a text; got {options.shown(value)}."
+    )
   return value
 
 
 def _label(where: str, label: Any, labels: Sequence[str]) -> None:
   if label not in labels:
     raise UsageError(
-      f"{where} is the name of a [[method]]: {', '.join(labels)}; got "
+      f"{where} must be the name of a [[method]]: {', '.join(labels)}; got "
       f"{options.shown(label)}."
     )
 
@@ -527,8 +529,8 @@ def _seeds(where: str, value: Any) -> tuple[int, ...]:
   )
   if not good:
     raise UsageError(
-      f"{where} seeds are a number of them, of at most {_MOST:,}, or a list of "
-      "different whole numbers, of at least 0 and below 2**63; got "
+      f"{where} seeds must be their number, at most {_MOST:,}, or a list of "
+      "different whole numbers, at least 0 and below 2**63; got "
       f"{options.shown(value)}."
     )
   return tuple(seeds)

@@ -78,12 +78,12 @@ def test_a_task_holds_validation_rows_out_of_the_training_images(folder):
     (
       "t10k-images-idx3-ubyte",
       struct.pack(">HBBIII", 0, 8, 3, 2**31, 2**31, 4),
-      "has 0 bytes after its head, which says that it is of 2147483648 x",
+      "has 0 bytes after its header, which promises 2147483648 x",
     ),
     (
       "t10k-labels-idx1-ubyte",
       struct.pack(">HBBI", 0, 8, 1, 2) + b"\0\1",
-      "has 7 images, and .* 2 labels; they must be as many",
+      "has 7 images, and .* 2 labels; each image must have one",
     ),
     ("train-images-idx3-ubyte.gz", b"\x1f\x8b", "is not a whole gzip file"),
   ],

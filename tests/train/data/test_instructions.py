@@ -117,12 +117,12 @@ def _messages(*roles, content="x"):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{no", "is no JSON in UTF-8"),
-    ("[" * 100_000, "more than 100 values in each other"),
-    ("[1]", "is no object; a row is one"),
-    ("null", "is no object; a row is one"),
-    ('{"texts": "a"}', "has the keys texts; a row has messages, or conversa"),
-    ("{}", "has the keys none; a row has"),
+    ("{no", "is not JSON in UTF-8"),
+    ("[" * 100_000, "nested more than 100 levels"),
+    ("[1]", "is not an object; a row must be"),
+    ("null", "is not an object; a row must be"),
+    ('{"texts": "a"}', "has the keys texts; a row must have messages, or conv"),
+    ("{}", "has the keys none; a row must have"),
     ('{"prompt": "a", "output": "b"}', "has the keys prompt, output; a row"),
     ('{"text": " "}', "text is empty"),
     (
@@ -146,9 +146,12 @@ def _messages(*roles, content="x"):
     ('{"messages": [{"role": "user"}]}', "the keys role and content .*; got"),
     ('{"messages": []}', "has no assistant message, so there is nothing to"),
     (_messages("user"), r"nothing to learn; its roles are \['user'\]"),
-    (_messages("assistant"), "allowed are one system message or none, then"),
+    (_messages("assistant"), "a conversation may begin with one system"),
     (_messages("user", "assistant", "user"), "has the roles"),
-    (_messages("user", "tool", "assistant"), "'tool'.* the assistant last"),
+    (
+      _messages("user", "tool", "assistant"),
+      "'tool'.* the assistant must be last",
+    ),
     (_messages("user", "system", "assistant"), "has the roles"),
     (_messages("user", "user", "assistant"), "has the roles"),
     (
@@ -168,7 +171,7 @@ def test_a_malformed_row_is_refused_with_its_line(line, message, tmp_path):
 def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(b'\n{"prompt": "\xff", "response": "a"}\n')
-  with pytest.raises(ValueError, match="line 2, is no JSON in UTF-8"):
+  with pytest.raises(ValueError, match="line 2, is not JSON in UTF-8"):
     _load(path)
 
 
@@ -179,7 +182,10 @@ def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path):
     ({"held_out": 0.6}, "held_out must be from 0 to 0.5; got 0.6"),
     ({"limit": 0}, "limit must be at least 1; got 0"),
     ({"split": "test"}, "has 0 rows in test at held_out 0.0, but at least one"),
-    ({"name": "rows.json"}, r"is no file of rows; rows are a \.csv, .*tfds:NA"),
+    (
+      {"name": "rows.json"},
+      r"is not a file of rows; rows must be a \.csv, .*tfds:NA",
+    ),
   ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message, tmp_path):
@@ -190,7 +196,9 @@ def test_arguments_that_do_not_fit_are_refused(changes, message, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"no\.jsonl is not there; rows are a"):
+  with pytest.raises(
+    ValueError, match=r"no\.jsonl is not there; rows must be a"
+  ):
     _load(tmp_path / "no.jsonl")
   path = _write(tmp_path, {"prompt": "a", "response": "b"}, name="a.jsonl.gz")
   path.write_bytes(path.read_bytes()[:-9])
@@ -362,7 +370,7 @@ def test_few_rows_are_in_all_splits_and_that_is_said(tmp_path):
   }
   assert notes == [
     "Of 20 rows, 2 for validation and 2 for the test are held out, by a hash of"
-    " the text; 16 are to train on."
+    " the text; 16 remain for training."
   ]
   assert len({row for part in found.values() for _, row in part}) == 20
 

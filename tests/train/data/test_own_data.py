@@ -77,8 +77,12 @@ def test_columns_are_named_or_obvious(names, options, texts, label, tmp_path):
 @pytest.mark.parametrize(
   ("names", "options", "message"),
   [
-    (("a", "b", "label"), {}, "--text names .* not obvious .* are a, b, label"),
-    (("text", "b"), {}, "--label names the column .* its columns are text, b"),
+    (
+      ("a", "b", "label"),
+      {},
+      "--text must name .* not obvious.* columns a, b, label",
+    ),
+    (("text", "b"), {}, "--label must name the .* has the columns text, b"),
     (("text", "label"), {"text": "no"}, "--text is 'no'; .* columns text, lab"),
     (
       ("text", "label"),
@@ -129,8 +133,11 @@ def test_labels_are_words_or_numbers_in_order(values, labels, tmp_path):
     ({"label": ""}, "line 6: label is empty; every row needs a label"),
     ({"text": None}, "line 6: text is empty"),
     ({"label": None}, "line 6: label is empty"),
-    ({"label": 0.5}, "line 6: label is 0.5; labels are words or whole numbers"),
-    ({"label": ["a"]}, r"line 6: label is \['a'\]; labels are words"),
+    (
+      {"label": 0.5},
+      "line 6: label is 0.5; labels must be words or whole numbers",
+    ),
+    ({"label": ["a"]}, r"line 6: label is \['a'\]; labels must be words"),
     ({"text": ["a"]}, "line 6: text is of the type list; it must be a text"),
   ],
 )
@@ -148,11 +155,11 @@ def test_labels_that_cannot_be_classes_are_refused(tmp_path):
   with pytest.raises(ValueError, match="the one label a in label; a classifi"):
     _fit(_csv(tmp_path, one))
   many = [row | {"label": f"{i / 7}"} for i, row in enumerate(_rows())]
-  with pytest.raises(ValueError, match=r"40 different .*--task regression is"):
+  with pytest.raises(ValueError, match=r"40 different .*--task regression for"):
     _fit(_csv(tmp_path, many))
   new = _csv(tmp_path, [{"text": "a", "label": "new"}], "test.csv")
   with pytest.raises(
-    ValueError, match=r"test\.csv, line 2: label is 'new'; the labels .* bad, g"
+    ValueError, match=r"test\.csv, line 2: label is 'new'; .* rows, bad, g"
   ):
     _fit(_csv(tmp_path, _rows()), test=str(new))
 
@@ -196,7 +203,7 @@ def test_the_split_is_said_and_does_not_depend_on_the_order(tmp_path):
   task, notes = _fit(_csv(tmp_path, rows))
   assert notes[1] == (
     "Of 40 rows, 4 for validation and 4 for the test are held out, by label and"
-    " by a hash of the text; 32 are to train on."
+    " by a hash of the text; 32 remain for training."
   )
   other, _ = _fit(_csv(tmp_path, rows[::-1], "other.csv"))
   for split, part in _splits(task).items():
@@ -219,7 +226,7 @@ def test_files_of_their_own_are_the_splits(tmp_path):
     "validation": 10,
     "test": 3,
   }
-  assert notes[1:] == ["3 of the 3 rows of test are in train, too."]
+  assert notes[1:] == ["3 of the 3 rows of test are also in train."]
   # What has no file is held out.
   task, _ = _fit(paths["train"], validation=paths["validation"])
   assert [len(part) for part in _splits(task).values()] == [27, 10, 3]
@@ -228,13 +235,19 @@ def test_files_of_their_own_are_the_splits(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"path": ""}, "--data names the rows of --task classification, regress"),
-    ({"task": "snippets"}, "belongs to no other task; got 'a' with --task sn"),
-    ({"held_out": 0.5}, r"--held-out is in \[0, 0.45\); got 0.5"),
+    ({"path": ""}, "--data gives the rows of --task classification, regress"),
+    ({"task": "snippets"}, "no other task takes it; got 'a' with --task sn"),
+    ({"held_out": 0.5}, r"--held-out must be in \[0, 0.45\); got 0.5"),
     ({"text_pair": "b"}, "--text-pair is the second text .* --text-pair b al"),
-    ({"chat_template": "a"}, "--chat-template is of --task instructions; got"),
-    ({"held_out": 0.1, "validation": "a", "test": "b"}, "--held-out is for"),
-    ({"eval_rows": -1}, "--eval-rows is at least 0; got -1"),
+    (
+      {"chat_template": "a"},
+      "--chat-template is only for --task instructions; got",
+    ),
+    (
+      {"held_out": 0.1, "validation": "a", "test": "b"},
+      "--held-out has no use",
+    ),
+    ({"eval_rows": -1}, "--eval-rows must be at least 0; got -1"),
   ],
 )
 def test_options_that_cannot_be_are_named(options, message):
@@ -260,8 +273,9 @@ def test_what_is_more_than_there_is_is_capped_and_said(tiny_model, tmp_path):
     eval_rows=1,
   )  # fmt: skip
   assert data.notes[2:] == [
-    "--train-rows is 2,000; train has 16 rows: all are taken.",
-    "--batch-size is 32; there are 16 rows to train on: a batch has 16.",
+    "--train-rows is 2,000; train has only 16 rows, and all of them are used.",
+    "--batch-size is 32, but there are only 16 rows to train on, so a batch "
+    "has 16.",
   ]
   assert data.rows == {"train": 16, "validation": 1, "test": 1}
   assert (data.steps_per_epoch, data.order.batch_size) == (1, 16)
@@ -343,7 +357,7 @@ def test_values_are_standardised_and_scored_in_their_units(
     return np.stack([batch["labels"], 1 + 0 * batch["labels"]], 1)
 
   assert data.baseline(features).metrics["pearson"] > 0.99
-  with pytest.raises(ValueError, match="needs a new head on an encoder"):
+  with pytest.raises(ValueError, match="needs an encoder with a new head"):
     _load(tiny_decoder, path, "regression")
   rows[3]["rating"] = "nan"
   with pytest.raises(ValueError, match=r"line 5: rating is 'nan'; .* finite"):
@@ -393,7 +407,7 @@ def test_a_folder_of_images_is_a_task(tiny_model, tmp_path):
   found = load.rows_for(data.task, str(folder), _ReadsImages(), max_length=9)
   assert len(found.rows) == len(found.examples) == 20
   with pytest.raises(
-    ValueError, match="is of images, for a --model that reads"
+    ValueError, match="has images, and needs a --model that reads"
   ):
     load.load(options, models.open_pretrained(str(tiny_model)), **more)
   # Of another size, that whole patches make up.
@@ -401,7 +415,7 @@ def test_a_folder_of_images_is_a_task(tiny_model, tmp_path):
   batch = next(load.load(small, _ReadsImages(), **more).train_batches())
   assert batch["images"].shape == (8, 8, 8, 3)
   wrong = dataclasses.replace(options, image_size=7)
-  with pytest.raises(ValueError, match=r"multiple of the 4 pixels"):
+  with pytest.raises(ValueError, match=r"multiple of 4, the pixels"):
     load.load(wrong, _ReadsImages(), **more)
   (folder / "cat" / "9.png").write_bytes(b"no")
   with pytest.raises(ValueError, match=r"9\.png cannot be read as an image"):
@@ -436,7 +450,7 @@ def test_new_rows_are_read_by_a_description(tiny_model, tmp_path):
   path = str(_csv(tmp_path, [{"text": "a", "label": "fine"}], "two.csv"))
   with pytest.raises(ValueError, match=r"two\.csv, line 2: label is 'fine'"):
     load.rows_for(task, path, pretrained, max_length=24, labelled=True)
-  with pytest.raises(ValueError, match=r"1 text\(s\) a row; got 2"):
+  with pytest.raises(ValueError, match=r"1 text\(s\) in a row; got 2"):
     load.rows_for(task, [("a", "b")], pretrained, max_length=24)
   with pytest.raises(ValueError, match=r"task\.json lacks kind, which"):
     Task.from_description("task.json", {"name": "a"})
@@ -501,7 +515,7 @@ def test_tables_name_their_splits(tmp_path):
     (tmp_path / split / "a").mkdir(parents=True)
     PIL.Image.new("RGB", (2, 2)).save(tmp_path / split / "a" / "0.png")
   assert tables.one(tmp_path, "test").path == str(tmp_path / "test")
-  with pytest.raises(ValueError, match=r"has the splits .* and none is val"):
+  with pytest.raises(ValueError, match=r"has the splits .* but no split val"):
     tables.one(tmp_path, "validation")
 
 
@@ -524,7 +538,8 @@ def test_twenty_conversations_train_with_any_template(tiny_decoder, tmp_path):
   assert data.rows == {"train": 16, "validation": 2, "test": 2}
   assert (data.steps_per_epoch, data.order.batch_size) == (1, 16)
   assert data.notes[1] == (
-    "--batch-size is 32; there are 16 rows to train on: a batch has 16."
+    "--batch-size is 32, but there are only 16 rows to train on, so a batch "
+    "has 16."
   )
   tokenizer = models.open_pretrained(str(tiny_decoder)).tokenizer
   assert tokenizer.decode(next(data.train_batches())["tokens"][0]).startswith(

@@ -249,7 +249,7 @@ def test_questions_are_asked_and_scored(tiny_decoder, tmp_path, capsys):
     ((), "got neither"),
     (("--prompt", "a", "--questions", str(path)), "got both"),
     (("--questions", str(tmp_path / "no.jsonl")), "no.jsonl is not there"),
-    (("--prompt", "a", "--batch-size", "0"), "--batch-size is at least 1"),
+    (("--prompt", "a", "--batch-size", "0"), "--batch-size must be at least 1"),
   ):
     assert program.main(["generate", *model, *wrong]) == 2
     (error,) = capsys.readouterr().err.splitlines()

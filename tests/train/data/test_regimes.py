@@ -150,19 +150,19 @@ def test_rare_classes_are_told_of_and_are_of_the_training_rows_alone():
   [
     (
       {"task": "regression", "path": "a.csv", "label_noise": 0.1},
-      "--label-noise is of classes; got 0.1 with --task regression",
+      "--label-noise is only for classification; got 0.1 with --task regr",
     ),
     (
       {"task": "instructions", "path": "a.csv", "imbalance": 0.1},
-      "--imbalance is of classes; got 0.1 with --task instructions",
+      "--imbalance is only for classification; got 0.1 with --task inst",
     ),
     (
       {"one_rater": True},
-      "--one-rater is of --task rated-sentences or .*; got it with --task snip",
+      "--one-rater is only for --task rated-sentences or .*; got it with",
     ),
     (
       {"noisy_validation": True},
-      "--noisy-validation goes with --label-noise or --one-rater; got neither",
+      "--noisy-validation needs --label-noise or --one-rater; got neither",
     ),
   ],
 )

@@ -65,7 +65,7 @@ def test_a_field_may_hold_braces(put):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{not json", "CB/train.jsonl, line 4, is no JSON in UTF-8"),
+    ("{not json", "CB/train.jsonl, line 4, is not JSON in UTF-8"),
     ("[1]", "line 4, must hold an object"),
     ('{"premise": "a", "idx": 3, "label": "neutral"}', "hypothesis"),
     (

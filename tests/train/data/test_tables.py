@@ -190,10 +190,14 @@ def test_a_prepared_tfds_dataset_has_its_splits_and_names(tmp_path):
     ("a.csv", 'a,b\n"1,2\n', r"a\.csv, line 2, cannot be read: unexpected end"),
     ("a.csv", "a,a\n1,2\n", "line 1, names a column twice: a, a"),
     ("a.csv", b"a,b\n\xff,2\n", "cannot be read: .*utf-8"),
-    ("a.jsonl", '{"a": 1}\n{"a"\n', "line 2, is no JSON in UTF-8"),
-    ("a.jsonl", "[1]\n", "line 1, is no object"),
+    ("a.jsonl", '{"a": 1}\n{"a"\n', "line 2, is not JSON in UTF-8"),
+    ("a.jsonl", "[1]\n", "line 1, is not an object"),
     ("a.parquet", "PAR2", r"a\.parquet cannot be read"),
-    ("a.xlsx", "", r"is no file of rows; rows are a \.csv, .* or tfds:NAME"),
+    (
+      "a.xlsx",
+      "",
+      r"is not a file of rows; rows must be a \.csv, .* or tfds:NAME",
+    ),
   ],
 )
 def test_what_is_no_table_is_named(name, text, message, tmp_path):
@@ -211,7 +215,9 @@ def test_semicolons_separate_where_no_comma_does(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"none\.csv is not there; rows are a"):
+  with pytest.raises(
+    ValueError, match=r"none\.csv is not there; rows must be a"
+  ):
     tables.read(tmp_path / "none.csv")
   path = _write(tmp_path, "csv.gz")
   path.write_bytes(path.read_bytes()[:-9])

@@ -173,7 +173,7 @@ def test_generation_says_the_same_where_rows_are_shared():
 @pytest.mark.parametrize(
   ("family", "lengths", "part"),
   [
-    (bert.FAMILY, (16, 32), "is for decoders; got context=2 with a BERT"),
+    (bert.FAMILY, (16, 32), "is only for decoders; got context=2 with a BERT"),
     (decoder_family.FAMILY, (16, 33), "context=2 .* there may be rows of 33"),
   ],
 )

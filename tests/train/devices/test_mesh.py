@@ -206,15 +206,15 @@ def test_a_batch_that_the_mesh_cannot_share_is_refused():
 @pytest.mark.parametrize(
   ("arguments", "part"),
   [
-    (["--coordinator", "here:1"], "are given together"),
-    (["--process-id", "0", "--num-processes", "2"], "are given together"),
+    (["--coordinator", "here:1"], "must be given together"),
+    (["--process-id", "0", "--num-processes", "2"], "must be given together"),
     (
       ["--coordinator", "here", "--process-id", "0", "--num-processes", "2"],
       "HOST:PORT, the address of process 0, or auto; got 'here'",
     ),
     (
       ["--coordinator", "here:1", "--process-id", "2", "--num-processes", "2"],
-      "from 0 to --num-processes less 1, of which there are at most",
+      "from 0 to --num-processes - 1, and --num-processes at most",
     ),
   ],
 )
@@ -234,7 +234,7 @@ def test_where_jax_finds_no_cluster_auto_is_refused(
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)
   assert run(tmp_path / "run", "--coordinator", "auto") == 2
-  assert "JAX knows, and it finds none" in capsys.readouterr().err
+  assert "JAX knows, and JAX finds none" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
 
 

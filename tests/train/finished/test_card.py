@@ -52,7 +52,7 @@ def test_a_base_that_others_do_not_have_is_warned_of(
   finished_by, tmp_path, capsys
 ):
   assert _exported(finished_by("lora"), tmp_path / "out") == 0
-  assert "--base-model says what it is to others" in capsys.readouterr().err
+  assert "give its name on the hub with --base-model" in capsys.readouterr().err
   config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
   said = "local model; give --base-model"
   assert config["base_model_name_or_path"] == said
@@ -94,4 +94,4 @@ def test_only_an_export_is_replaced_and_only_if_asked(
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   # Not what is exported, either.
   assert _exported(folder, folder, *base, "--overwrite") == 2
-  assert "holds the run" in capsys.readouterr().err
+  assert "contains the run" in capsys.readouterr().err

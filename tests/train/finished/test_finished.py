@@ -127,10 +127,10 @@ def test_what_is_no_finished_run_is_refused_in_a_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
-  assert "is not there" in error(tmp_path / "no")
+  assert "does not exist" in error(tmp_path / "no")
   assert "is not a run" in error(tmp_path)
   (tmp_path / "runs.jsonl").touch()
-  assert "is a study's folder" in error(tmp_path)
+  assert "is the folder of a study" in error(tmp_path)
   for method, name in (("lora", "adapters"), ("full", "parameters")):
     ended = finished_by(method)
     folder = tmp_path / method

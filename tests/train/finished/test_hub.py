@@ -122,6 +122,6 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
   monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
   assert _export(finished_by("lora"), tmp_path / "b") == 1
   error = capsys.readouterr().err
-  assert "is not reached" in error and len(error.splitlines()) == 1
+  assert "cannot be reached" in error and len(error.splitlines()) == 1
   assert _export(finished_by("lora"), tmp_path / "c", "--push-to-hub", "x") == 2
   assert "as user/name; got 'x'" in capsys.readouterr().err

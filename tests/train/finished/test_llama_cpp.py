@@ -117,7 +117,7 @@ def test_what_has_no_such_file_is_refused(runs, monkeypatch, capsys, tmp_path):
   monkeypatch.chdir(runs)
   for run, more, part in (
     ("encoder-whole", (), "for the model types llama, mistral"),
-    ("decoder-whole", ("--merged",), "convert_hf_to_gguf.py makes its file"),
+    ("decoder-whole", ("--merged",), "convert_hf_to_gguf.py makes a GGUF file"),
   ):
     options = ("--run", run, "--out", str(tmp_path / "no"), "--gguf", *more)
     assert program.main(["export", *options, "--base-model", "x"]) == 2

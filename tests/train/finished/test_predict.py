@@ -79,16 +79,16 @@ def test_texts_are_told_in_a_table(folder, capsys):
   [
     ((), "got none of them"),
     (("--data", "{data}", "--text", "a"), "got several of them"),
-    (("--text", "a", "--text-pair", "b"), "is of 1 text(s) a row; got 2"),
+    (("--text", "a", "--text-pair", "b"), "has 1 text(s) in a row; got 2"),
     (("--text", "a", "--text", "b", "--text-pair", "c"), "got 2 and 1"),
-    (("--image", "a.png"), "reads texts: --text"),
+    (("--image", "a.png"), "reads texts; give --text"),
     (("--data", "{data}", "--out", "{data}"), "--overwrite replaces it"),
-    (("--data", "{data}", "--out", "x.xls"), "--out ends in .csv"),
-    (("--data", "{data}", "--out", "no/x.csv"), "a folder that is not there"),
+    (("--data", "{data}", "--out", "x.xls"), "--out must end in .csv"),
+    (("--data", "{data}", "--out", "no/x.csv"), "a folder that does not exist"),
     (("--data", "{data}", "--text-column", "no"), "--text-column"),
     (("--data", "{data}", "--text-pair-column", "id"), "--text-column"),
     (("--data", "no.csv"), "no.csv is not there"),
-    (("--text", "a", "--batch-size", "-1"), "--batch-size is at least 0"),
+    (("--text", "a", "--batch-size", "-1"), "--batch-size must be at least 0"),
   ],
 )
 def test_what_cannot_be_labelled_is_refused_in_a_sentence(
@@ -150,4 +150,4 @@ def test_images_are_labelled_by_file_and_by_folder(tmp_path, capsys):
   assert _predict("--run", folder, "--image", images / "dark" / "0.png") == 0
   assert whole[0]["label"] in capsys.readouterr().out
   assert _predict("--run", folder, "--text", "a") == 2
-  assert "reads images: --image" in capsys.readouterr().err
+  assert "reads images; give --image" in capsys.readouterr().err

@@ -89,5 +89,7 @@ def test_a_dora_is_for_methods_that_leave_the_weights_alone():
 
 
 def test_a_decoder_has_no_new_head():
-  with pytest.raises(ValueError, match="--new-head is for models that answer"):
+  with pytest.raises(
+    ValueError, match="--new-head is only for models that get"
+  ):
     _method("saved_head", new_head=True)

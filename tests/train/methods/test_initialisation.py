@@ -94,7 +94,10 @@ def _best(ready, folder):
 @pytest.mark.parametrize(
   ("more", "part"),
   [
-    (("--method", "full", "--start", "pissa"), "--start is of adapters"),
+    (
+      ("--method", "full", "--start", "pissa"),
+      "--start is an option of adapters",
+    ),
     (("--start", "pissa", "--mesh", "data=8"), "got it with --mesh"),
     (("--start", "olora", "--base-dtype", "nf4"), "got it with --base-dtype"),
     (("--start", "lora_ga", "--dora"), "got it with --dora"),

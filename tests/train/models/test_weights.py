@@ -271,9 +271,9 @@ def test_a_folder_without_weights_is_named(tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"", "is no JSON in UTF-8"),
-    (b'{"a": ', "is no JSON in UTF-8"),
-    (b"\xff\xfe\x00", "is no JSON in UTF-8"),
+    (b"", "is not JSON in UTF-8"),
+    (b'{"a": ', "is not JSON in UTF-8"),
+    (b"\xff\xfe\x00", "is not JSON in UTF-8"),
     (b"[1]", r"must hold an object .* got \[1\]"),
   ],
 )

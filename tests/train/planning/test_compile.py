@@ -106,11 +106,11 @@ def test_operations_are_those_of_the_equations(found):
     (("--max-length", "65"), ("at most 64", "got 65")),
     (
       ("--mesh", "fsdp=4,context=2", "--max-length", "9"),
-      ("context=2", "to divide the tokens", "rows of 9"),
+      ("context=2", "must divide the tokens", "rows of 9"),
     ),
-    (("--rank", "0"), ("--rank is at least 1; got 0",)),
+    (("--rank", "0"), ("--rank must be at least 1; got 0",)),
     (("--targets", "nothing"), ("match no module", "q_proj")),
-    (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "not there")),
+    (("--json", "/no/such/folder/x"), ("/no/such/folder/x", "does not exist")),
   ],
 )
 def test_what_cannot_be_compiled_is_told_in_a_sentence(
@@ -247,7 +247,7 @@ def test_a_step_is_compiled_for_gpus_that_are_not_there(
 def test_the_compiler_for_gpus_is_asked_for_where_it_is_not(compiles, capsys):
   assert compiles("--topology", "h100:8", "--mesh", "fsdp=8") == 2
   assert (
-    "--topology h100:8 needs JAX's plugin for CUDA, which is to be had without "
+    "--topology h100:8 needs JAX's plugin for CUDA, which works without "
     "a GPU: pip install 'jax[cuda12]'." in capsys.readouterr().err
   )
 

@@ -57,10 +57,10 @@ def test_the_same_command_tells_of_a_run_again(tested, run, capsys):
 @pytest.mark.parametrize(
   ("more", "told"),
   [
-    (["--after", "bent"], "--after is some of calibration, last, shifted"),
+    (["--after", "bent"], "--after must be some of calibration, last, shifted"),
     (
       ["--after", "last", "--base-dtype", "nf4"],
-      "--after is of tasks of classes, on one device and a base of floats",
+      "--after is only for classification, on one device, with a base",
     ),
   ],
 )

@@ -121,7 +121,7 @@ def test_an_earlier_best_after_a_kill_replaces_the_later_one(open_at, tmp_path):
 def test_an_empty_folder_has_none(open_at, tmp_path):
   checkpoints = open_at(tmp_path)
   assert checkpoints.resume(_state(0)) is None
-  with pytest.raises(UsageError, match="lacks the one of step 3"):
+  with pytest.raises(UsageError, match="has no checkpoint of step 3"):
     checkpoints.best(3, _state(0).trained)
 
 

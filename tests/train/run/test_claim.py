@@ -110,6 +110,9 @@ def test_batches_to_evaluate_are_shared_by_the_mesh(run, tmp_path, capsys):
   mesh = ("--mesh", "data=8", "--eval-batch-size", "12")
   assert run(tmp_path / "run", *mesh) == 2
   shown = capsys.readouterr().err
-  assert "--eval-batch-size is a multiple of data times fsdp, 8" in shown
+  assert (
+    "--eval-batch-size must be a multiple of data times fsdp, which is 8"
+    in shown
+  )
   assert "got 12" in shown
   assert not (tmp_path / "run").exists()

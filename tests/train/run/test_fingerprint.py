@@ -184,7 +184,7 @@ def test_what_has_moved_goes_on_and_is_not_put_on_another_model(place, capsys):
   ):
     assert program.main(command) == 2
     said = capsys.readouterr().err
-    assert "the model has changed that run was trained on: model-00002" in said
+    assert "the model that run was trained on has changed: model-00002" in said
   assert not (place / "out").exists()
   open_run("run", accept_changes=True)
   # That it is another is what was asked for.

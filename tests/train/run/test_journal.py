@@ -89,7 +89,7 @@ def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path):
 def test_another_line_that_is_cut_is_named(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-  with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2, is no JSON"):
+  with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2, is not JSON"):
     jsonl.read(tmp_path)
 
 

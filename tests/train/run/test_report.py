@@ -134,7 +134,7 @@ def test_a_finished_run_that_was_damaged_is_a_sentence(
   for name, content, told in (
     ("results.json", b"[]", "results.json must hold an object"),
     ("results.json", b'{"metric": 3}', "results.json lacks config"),
-    ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1, is no JSON in UTF-8"),
+    ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1, is not JSON in UTF-8"),
     ("metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl lacks step"),
   ):
     (folder / name).write_bytes(content)

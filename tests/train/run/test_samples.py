@@ -58,6 +58,6 @@ def test_a_sample_is_what_the_run_generates_at_its_end(sampled, capsys):
 def test_samples_of_labels_are_refused_before_any_work(run, tmp_path, capsys):
   assert run(tmp_path / "run", "--samples", "2") == 2
   shown = capsys.readouterr().err
-  assert "--samples has a model answer the prompts of conversations" in shown
+  assert "--samples is only for conversations" in shown
   assert "got --task snippets" in shown
   assert not (tmp_path / "run").exists()

@@ -272,6 +272,6 @@ def test_values_have_no_classes_to_smooth(run, tmp_path, capsys):
   task = ("--task", "regression", "--data", str(rows))
   assert run(tmp_path / "run", *task, "--label-smoothing", "0.1") == 2
   assert (
-    "--label-smoothing is for models that return a logit for each class; got "
-    "--task regression" in capsys.readouterr().err
+    "--label-smoothing is only for models that return a logit for each class; "
+    "got --task regression" in capsys.readouterr().err
   )

@@ -13,30 +13,39 @@ BAD = {
   "a table": ({"tunning": {}}, "no table 'tunning'; perhaps tuning"),
   "one of many": ({"task": {"name": "snippets"}}, "written as [[task]]"),
   "a key": ({"defaults": {"rhoo": 1.0}}, "[defaults] has no key 'rhoo'"),
-  "a type": ({"defaults": {"epochs": 1.5}}, "epochs is a whole number; got"),
+  "a type": (
+    {"defaults": {"epochs": 1.5}},
+    "epochs must be a whole number; got",
+  ),
   "a choice": (
     {"method": [LORA | {"clip": "some"}]},
-    "[[method]] 'LoRA': clip is one of",
+    "[[method]] 'LoRA': clip must be one of",
   ),
   "a range": (
     {"method": [LORA | {"learning_rate": -1.0}]},
-    "'LoRA' on the task 'snippets': --learning-rate is in [0",
+    "'LoRA' on the task 'snippets': --learning-rate must be in [0",
   ),
   "a point": (
     {"method": [LORA | {"tune": {"learning_rate": [0.1, -1.0]}}]},
-    "tuned with {'learning_rate': -1.0}: --learning-rate is in [0",
+    "tuned with {'learning_rate': -1.0}: --learning-rate must be in [0",
   ),
   "no task": ({"task": []}, "there is no [[task]]"),
   "no method": ({"method": []}, "there is no [[method]]"),
-  "a name": ({"method": [{"method": "lora"}]}, "[[method]] name is a text"),
-  "twice": ({"method": [LORA, LORA]}, "LoRA/snippets: a [[method]] of a name"),
+  "a name": (
+    {"method": [{"method": "lora"}]},
+    "[[method]] name must be a text",
+  ),
+  "twice": (
+    {"method": [LORA, LORA]},
+    "LoRA/snippets: these are there more than once",
+  ),
   "the task of a method": (
     {"method": [LORA | {"tasks": ["other"]}]},
-    "tasks is a list of some of snippets; got ['other']",
+    "tasks must be a list of some of snippets; got ['other']",
   ),
   "what the study sets": (
     {"method": [LORA | {"seed": 3}]},
-    "seed cannot be set; it is up to the seeds of the study",
+    "seed cannot be set in a study: the study gives the seeds",
   ),
   "the budget": (
     {"method": [LORA | {"tune": {"learning_rate": [0.1, 0.2, 0.3]}}]},
@@ -44,14 +53,14 @@ BAD = {
   ),
   "no budget": (
     {"method": [LORA | {"tune": RATES}], "tuning": None},
-    "'LoRA' has a tune, and there is no [tuning]",
+    "'LoRA' has a tune, but there is no [tuning]",
   ),
   "the tuning's seeds": (
     {
       "method": [LORA | {"tune": RATES}],
       "tuning": {"trials": 2, "seeds": [1, 100]},
     },
-    "the seeds [1] are to be run at the end, and are in [tuning] seeds too",
+    "the seeds [1] are both final seeds and [tuning] seeds",
   ),
   "whose point": (
     {
@@ -60,36 +69,42 @@ BAD = {
         SAM | {"point_of": "L"},
       ]
     },
-    "point_of names a method that is tuned, or METHOD/TASK; that is "
-    "LoRA/snippets; got 'L'",
+    "point_of must name a tuned method, as METHOD or METHOD/TASK (here: "
+    "LoRA/snippets); got 'L'",
   ),
   "a point of nobody's": (
     {"method": [LORA, SAM | {"point_of": "LoRA"}]},
-    "that is nothing; got 'LoRA'",
+    "(here: none); got 'LoRA'",
   ),
   "a point of another's, and its own": (
     {"method": [SAM | {"tune": RATES, "point_of": "LoRA"}]},
-    "'SAM' is tuned, or takes over a point_of another; got both",
+    "'SAM' may have tune or point_of; got both",
   ),
   "seeds": (
     {"method": [LORA | {"seeds": [1, 1]}]},
-    "'LoRA' seeds are a number of them, of at most 100,000, or a list of dif",
+    "'LoRA' seeds must be their number, at most 100,000, or a list of dif",
   ),
   "the spaces": (
     {"sharpness": {"spaces": ["half"]}},
-    "[sharpness] spaces are some of full, lora; got ['half']",
+    "[sharpness] spaces must be some of full, lora; got ['half']",
   ),
-  "the radii": ({"sharpness": {"radii": [0.0]}}, "radii are greater than 0"),
-  "a list": ({"sharpness": {"radii": 0.1}}, "radii is a list of numbers"),
+  "the radii": (
+    {"sharpness": {"radii": [0.0]}},
+    "radii must be greater than 0",
+  ),
+  "a list": ({"sharpness": {"radii": 0.1}}, "radii must be a list of numbers"),
   "a label": (
     {"method": [LORA, SAM], "recovery": [{"reference": "LoRA"}]},
-    "[[recovery]] target is the name of a [[method]]: LoRA, SAM; got None",
+    "[[recovery]] target must be the name of a [[method]]: LoRA, SAM; got None",
   ),
   "the points": (
     {"landscape": {"points": 1}},
-    "points is at least 2, and at most 100,000; got 1",
+    "points must be at least 2, and at most 100,000; got 1",
   ),
-  "the radius": ({"landscape": {"radius": 0.0}}, "radius is greater than 0"),
+  "the radius": (
+    {"landscape": {"radius": 0.0}},
+    "radius must be greater than 0",
+  ),
 }
 
 
@@ -128,7 +143,7 @@ def test_a_cell_has_the_fields_of_the_method_over_the_task_s(tables, tmp_path):
   }
   names = [x.name for x in main.select(found, "LoRA/,/snippets")]
   assert names == list(cells)
-  with pytest.raises(UsageError, match="--only names some of LoRA/short"):
+  with pytest.raises(UsageError, match="--only must name some of LoRA/short"):
     main.select(found, "SAM/short")
 
 
@@ -143,5 +158,7 @@ def test_only_knows_labels_with_commas(tables, tmp_path):
   }.items():
     assert [x.label for x in main.select(found, only)] == wanted
   for wrong in ("LoRA,", "LoRA, wider", "wide"):
-    with pytest.raises(UsageError, match="--only names some of LoRA/snippets"):
+    with pytest.raises(
+      UsageError, match="--only must name some of LoRA/snippets"
+    ):
       main.select(found, wrong)

@@ -261,6 +261,6 @@ class _Fp8:
 def _refuse(folder: pathlib.Path, method: str, sign: str) -> None:
   raise weights.WeightsError(
     f"{folder} is a folder that holds weights quantised by {method} ({sign}), "
-    "which cannot be read here. Give the model as it was before: --base-dtype "
-    "nf4, int8 or fp8 quantises it as it is read."
+    "which cannot be read here. Give the model without quantisation: "
+    "--base-dtype nf4, int8 or fp8 quantises it when it is read."
   )

@@ -80,8 +80,8 @@ class Template:
       ) from error
     except RecursionError as error:
       raise ValueError(
-        "The chat template is not one that Jinja can read: its expressions are"
-        " in each other too deep."
+        "The chat template is not one that Jinja can read: its expressions "
+        "are nested too deeply."
       ) from error
 
   def render(

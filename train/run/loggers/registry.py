@@ -41,8 +41,8 @@ def check(names: str) -> list[str]:
   for name in found:
     if name not in _FACTORIES:
       raise UsageError(
-        f"--loggers takes {options.listed(_FACTORIES)}, several with commas; "
-        f"got {name!r}. A file that registers another is named by --plugins."
+        f"--loggers takes {options.listed(_FACTORIES)}, separated by commas; "
+        f"got {name!r}. --plugins names files that register other loggers."
       )
     package = _PACKAGES.get(name)
     if package and importlib.util.find_spec(name) is None:
