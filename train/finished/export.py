@@ -14,7 +14,7 @@ import tyro
 
 from bilora_jax import peft
 
-from .. import checked, files, locks
+from .. import checked, command, files, locks
 from .. import options as options_lib
 from ..errors import UsageError
 from ..models.io import weights
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       the hub refuses it.
     OSError: if a file cannot be written, or the hub is not reached.
   """
-  options = tyro.cli(Options, args=argv, prog="python -m train export")
+  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
   options_lib.check(options)
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
