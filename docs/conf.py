@@ -97,7 +97,9 @@ def _copy_notebooks(app: Any, config: Any) -> None:
   folder = pathlib.Path(app.srcdir) / "notebooks"
   folder.mkdir(exist_ok=True)
   for path in (_ROOT / "notebooks").glob("*.ipynb"):
-    notebook = json.loads(path.read_text().replace("](../docs/", "](../"))
+    # Links from there: a page is one folder away, other files are two.
+    text = path.read_text().replace("](../", "](../../")
+    notebook = json.loads(text.replace("](../../docs/", "](../"))
     # A page has the theme's button, and asks no other server for a badge.
     notebook["cells"] = [x for x in notebook["cells"] if x["id"] != "colab"]
     (folder / path.name).write_text(json.dumps(notebook))

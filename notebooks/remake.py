@@ -42,6 +42,8 @@ def execute(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
   own = {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'editable'}",
     "XDG_CACHE_HOME": str(folder),
+    # Its list of fonts takes seconds to make.
+    "MPLCONFIGDIR": str(ROOT / ".cache" / "matplotlib"),
   }
   notebook = nbformat.read(path, as_version=4)
   nbclient.NotebookClient(
@@ -57,7 +59,7 @@ def execute(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def _cleaned(outputs: list, folder: str) -> list:
-  """Without warnings, times and the run's folder; one block of what is printed."""
+  """What is printed, in one block, without warnings, times and the folder."""
   kept = []
   for output in outputs:
     if output.output_type == "stream" and output.name != "stdout":

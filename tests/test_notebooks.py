@@ -1,6 +1,7 @@
 """Every notebook runs, on the CPU, and prints what is committed with it."""
 
 import importlib.util
+import pathlib
 import re
 import shutil
 
@@ -55,42 +56,51 @@ def test_a_stale_output_is_found():
     _same([stale], [cell])
 
 
-@pytest.mark.parametrize("url", ["https://github.com/owner/name", None])
-def test_the_address_is_stamped_from_one_place(tmp_path, url):
-  shutil.copytree(remake.ROOT / "notebooks", tmp_path / "notebooks")
-  shutil.copy(remake.ROOT / "README.md", tmp_path)
-  project = re.sub(
-    r"\[project\.urls\]\n(?:.+\n)*",
-    "",
-    (remake.ROOT / "pyproject.toml").read_text(),
-  )
-  pyproject = tmp_path / "pyproject.toml"
-  made_up = '\n[project.urls]\nRepository = "https://github.com/a/b"\n'
-  pyproject.write_text(project + made_up.replace("https://github.com/a/b", url or "https://github.com/a/b"))
-  remake.stamp(tmp_path)
-  remake.stamp(tmp_path)  # a second time changes nothing
-  if url is None:
-    pyproject.write_text(project)
+def test_the_address_is_stamped_from_one_place_and_taken_away(tmp_path):
+  url = "https://github.com/owner/name"
+  pyproject = _copied(tmp_path)
+  project = re.sub(r"\[project\.urls\]\n(?:.+\n)*", "", pyproject.read_text())
+  pyproject.write_text(f'{project}\n[project.urls]\nRepository = "{url}"\n')
+  for _ in range(2):  # a second time changes nothing
     remake.stamp(tmp_path)
-  pages = [x.read_text() for x in (tmp_path / "README.md", *remake.paths(tmp_path))]
-  for page in pages:
-    assert page.count("[![Open in Colab]") == (url is not None)
-    assert "github/owner/name/blob/main/notebooks/" in page or url is None
-  for page in pages[1:]:
-    installed = re.findall(r'%pip install --quiet \\"(bilora_jax.*?)\\"', page)
-    assert len(installed) == 1
-    assert ("@ git+" in installed[0]) is (url is not None)
-    assert url is None or installed[0].endswith(f"@ git+{url}")
+  for page in _pages(tmp_path):
+    assert page.count("[![Open in Colab]") == 1
+    assert "/github/owner/name/blob/main/notebooks/" in page
+  assert _installed(tmp_path) == {f"bilora_jax{x} @ git+{url}" for x in _EXTRAS}
+
+  pyproject.write_text(project)
+  remake.stamp(tmp_path)
+  assert not any("[![Open in Colab]" in page for page in _pages(tmp_path))
+  assert _installed(tmp_path) == {f"bilora_jax{x}" for x in _EXTRAS}
 
 
 def test_what_is_committed_has_the_address_of_pyproject(tmp_path):
-  shutil.copytree(remake.ROOT / "notebooks", tmp_path / "notebooks")
-  for name in ("README.md", "pyproject.toml"):
-    shutil.copy(remake.ROOT / name, tmp_path)
+  _copied(tmp_path)
   remake.stamp(tmp_path)
-  for path in (*_NOTEBOOKS, remake.ROOT / "README.md"):
-    stamped = tmp_path / path.relative_to(remake.ROOT)
-    assert path.read_text() == stamped.read_text(), path.name
+  assert _pages(tmp_path) == _pages(remake.ROOT)
+
+
+# The trainers need nothing of the program.
+_EXTRAS = ("", "[train]")
+
+
+def _copied(folder: pathlib.Path) -> pathlib.Path:
+  """Copies what is stamped to a folder; returns its pyproject.toml."""
+  shutil.copytree(remake.ROOT / "notebooks", folder / "notebooks")
+  shutil.copy(remake.ROOT / "README.md", folder)
+  return pathlib.Path(shutil.copy(remake.ROOT / "pyproject.toml", folder))
+
+
+def _pages(root: pathlib.Path) -> list[str]:
+  return [x.read_text() for x in (root / "README.md", *remake.paths(root))]
+
+
+def _installed(root: pathlib.Path) -> set[str]:
+  found = (
+    re.findall(r'%pip install --quiet \\"(bilora_jax.*?)\\"', page)
+    for page in _pages(root)[1:]
+  )
+  return {requirement for (requirement,) in found}
 
 
 def _code(notebook) -> list:
