@@ -47,7 +47,7 @@ class Layout:
       primary_rank: r1; the first r1 columns are the primary.
 
     Returns:
-      `{'primary': ..., 'auxiliary': ..., 'extra': ...}`.
+      A dict of `primary`, `auxiliary` and `extra`.
 
     Raises:
       ValueError: if no pair is found, a pair lacks a factor, the factors have
