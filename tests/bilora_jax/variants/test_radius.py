@@ -76,7 +76,7 @@ def test_bad_ratios_are_refused(ratio):
 
 def test_what_has_no_ball_is_refused():
   adapters, _ = problems.make(problems.SMALL)
-  with pytest.raises(ValueError, match="has no ball"):
+  with pytest.raises(ValueError, match="without a ball"):
     adaptive_radius(optax.adam(0.1), RATIO).init(adapters)
 
 

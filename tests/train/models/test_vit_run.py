@@ -50,7 +50,7 @@ def test_texts_and_images_are_not_taken_for_each_other(
   tmp_path, run, tiny_model, data_dir, capsys
 ):
   assert run(tmp_path / "a", "--model", str(tiny_model)) == 2
-  assert "--task digits is of images" in capsys.readouterr().err
+  assert "--task digits has images" in capsys.readouterr().err
   options = ("--task", "snippets", "--data-dir", str(data_dir))
   assert run(tmp_path / "b", *options) == 2
   assert "tiny.onnx is a ViT, which reads images" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_the_rows(made):
   # Both pairs differ by a point: all signs of two pairs, Holm over one method.
   assert own[3:7] == ["+1.00 ± 0.00", "0.500", "0.500", "0.500"]
   assert own[7:] == ["75.00 ± 63.53", "0.3000 ± 0.0000", "1.00", "1.00"]
-  assert "0.5 of 2 pairs" in text
+  assert "0.5 with 2 pairs" in text
   rises = _cells(text, "method | n | radius 0.1", "Bi-LoRA")
   assert rises[2:] == ["0.1075 ± 0.0064", "1.0075 ± 0.0064"]
   # LoRA's are 0.1 and 1 higher, of both seeds.
