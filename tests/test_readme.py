@@ -13,8 +13,8 @@ import pytest
 import tyro
 
 from train import config as command_line
-from train.finished import export, generate, predict
-from train.planning import compile as compile_lib
+from train.finished.options import Export, Generate, Predict
+from train.planning.options import Compile
 from train.run import config as config_lib
 from train.study import main as study
 
@@ -120,10 +120,10 @@ _LINES = [
 def test_every_command_has_options_that_exist(command):
   _, _, _, *arguments = shlex.split(command, comments=True)
   own = {
-    "compile": compile_lib.Options,
-    "generate": generate.Options,
-    "predict": predict.Options,
-    "export": export.Options,
+    "compile": Compile,
+    "generate": Generate,
+    "predict": Predict,
+    "export": Export,
     "study": study.Options,
   }
   if arguments[0] in own:

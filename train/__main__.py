@@ -13,18 +13,22 @@ with interrupts.leaving():
 
   with command.needing_the_extra():
     from . import config as config_lib
-    from .devices import processes
+    from . import options
+    from .devices import launch
     from .errors import LostError, RunError, UsageError
 
-_COMMANDS = {
-  "predict": ".finished.predict",
-  "evaluate": ".finished.evaluate",
-  "generate": ".finished.generate",
-  "export": ".finished.export",
-  "compile": ".planning.compile",
-  "study": ".study.main",
+_ROOMS = {
+  "predict": "finished",
+  "evaluate": "finished",
+  "generate": "finished",
+  "export": "finished",
+  "compile": "planning",
 }
-"""The modules whose `main` takes the rest of the command line."""
+"""The rooms of commands: a module of the command's name has a `main`.
+
+It takes the class of the command's name in the room's `options`.
+"""
+_NAMES = (*_ROOMS, "study")
 _LONG = {
   "": command.RESUMES,
   "study": "the same command runs the unfinished part.",
@@ -35,25 +39,35 @@ _LONG = {
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  name = argv[0] if argv and argv[0] in _COMMANDS else ""
+  name = argv[0] if argv and argv[0] in _NAMES else ""
   try:
     if not name and argv and not argv[0].startswith("-"):
-      near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
+      near = difflib.get_close_matches(argv[0], _NAMES, n=1)
       hint = f" Did you mean {near[0]}?" if near else ""
       raise UsageError(
         f"There is no command {argv[0]!r}; the commands are "
-        f"{', '.join(_COMMANDS)}. Options without a command train a "
+        f"{', '.join(_NAMES)}. Options without a command train a "
         f"model.{hint}"
       )
     if not name:
       return _train(argv)
+    if name == "study":
+      from .study import main as study
+
+      return study.main(argv[1:])
+    room = f"{__package__}.{_ROOMS[name]}"
+    with interrupts.leaving(within=True):
+      kinds = importlib.import_module(f"{room}.options")
+    found = options.parse(
+      getattr(kinds, name.title()), argv[1:], f"{command.NAME} {name}"
+    )
     # Imported late, so that --help and a typo answer at once.
     with interrupts.leaving(within=True):
-      module = importlib.import_module(_COMMANDS[name], __package__)
-    return module.main(argv[1:])
+      module = importlib.import_module(f"{room}.{name}")
+    return module.main(found)
   except LostError as error:
     print(f"error: {error}", file=sys.stderr)
-    processes.leave(1)
+    launch.leave(1)
   except RunError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -81,6 +95,7 @@ def _told(name: str, error: OSError) -> str:
 def _train(argv: Sequence[str]) -> int:
   config = config_lib.parse(argv)
   with interrupts.leaving(within=True):
+    from .devices import processes
     from .run import loop
 
   place, _ = config_lib.start().parse_known_args(argv)
@@ -98,8 +113,8 @@ def program() -> int:
   try:
     with interrupts.interruptible(), command.needing_the_extra():
       place, _ = config_lib.start().parse_known_args()
-      several = place.coordinator or processes.in_cluster()
-      return processes.watched(main) if several else main()
+      several = place.coordinator or launch.in_cluster()
+      return launch.watched(main) if several else main()
   except SystemExit as end:
     if end.code == interrupts.CODE:
       interrupts.leave(told=True)

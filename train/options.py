@@ -5,7 +5,7 @@ a study's TOML and in a run's JSON by their flags, which are unique over all
 groups.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import difflib
 import functools
@@ -14,6 +14,8 @@ import reprlib
 import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin
+
+import tyro
 
 from .errors import UsageError
 
@@ -78,6 +80,26 @@ def build(kind: Any, given: Mapping[str, Any]) -> Any:
   """A group from values by their flags; what is not given is at its default."""
   known = fields(kind)
   return kind(**{known[name].name: value for name, value in given.items()})
+
+
+def parse(kind: Any, argv: Sequence[str] | None, program: str) -> Any:
+  """The options of a command.
+
+  Args:
+    kind: a dataclass of options, some of which may be groups.
+    argv: what follows the command; None: the arguments of this process.
+    program: what the command line starts with.
+
+  Raises:
+    UsageError: if an option is out of its bounds.
+    SystemExit: with code 2, if an option is unknown; with 0 after `--help`.
+  """
+  found = tyro.cli(kind, args=argv, prog=program)
+  check(found)
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(group := getattr(found, field.name)):
+      check(group)
+  return found
 
 
 def check(group: Any) -> None:

@@ -164,9 +164,9 @@ def _live(
   told: tuple[int, int],
   counter: mmap.mmap,
 ) -> None:
-  from train.devices import processes
+  from train.devices import launch
 
-  processes.end_with_parent()
+  launch.end_with_parent()
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   for descriptor, pipe in zip((1, 2), told):
     os.dup2(pipe, descriptor)

@@ -8,6 +8,8 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 from outcomes import assert_same_outcome, files
 import pytest
@@ -18,6 +20,8 @@ from train import options, presets
 from train.data import movie_reviews
 from train.methods import spec as methods
 from train.run import config as config_lib
+
+_REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def _documented(group: type) -> dict[str, str]:
@@ -55,6 +59,31 @@ def test_help_names_the_presets(capsys):
     assert name in shown
   for name in presets.PRESETS:
     assert name.removesuffix("-lora-sam").removesuffix("-lora") in shown
+
+
+@pytest.mark.parametrize(
+  "command",
+  ["", "predict", "evaluate", "generate", "export", "compile", "study"],
+)
+def test_help_and_a_typo_wait_for_no_array_library(command):
+  code = f"""
+import sys
+from train import __main__ as program
+for argument in "--help", "--hepl":
+  try:
+    program.main([*{command.split()!r}, argument])
+  except SystemExit:
+    pass
+late = {{"jax", "bilora_jax", "flax", "optax", "orbax", "matplotlib", "pandas"}}
+print(sorted(late & set(sys.modules)), file=sys.stderr)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=_REPOSITORY,
+  )
+  assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_without_options_it_is_the_first_preset():

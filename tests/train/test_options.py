@@ -11,17 +11,17 @@ import pytest
 from train import __main__ as program
 from train import options
 from train.errors import UsageError
-from train.finished import evaluate, export, generate, predict
+from train.finished.options import Evaluate, Export, Generate, Predict
 from train.methods import optimizers
 from train.methods import spec as methods
 from train.methods.options import OptimisationOptions
-from train.planning import compile as compiling
+from train.planning.options import Compile
 from train.run import config as config_lib
 from train.study import main as study
 
 _COMMANDS = (
-  *(evaluate.Options, export.Options, generate.Options, predict.Options),
-  *(compiling.Options, study.Options),
+  *(Evaluate, Export, Generate, Predict),
+  *(Compile, study.Options),
 )
 _PLACE = ("--num-processes", "1", "--process-id", "0", "--coordinator")
 _INTEGERS = st.sampled_from(
@@ -177,6 +177,7 @@ def test_the_other_commands_options_have_bounds_too(data):
 )
 def test_sampling_has_bounds(option):
   for value in (float("nan"), float("inf"), -1, 10**20):
-    made: Any = generate.Options(model="m", prompt=("a",), **{option: value})
+    given: Any = {option: value}
+    made = Generate(model="m", prompt=("a",), **given)
     with pytest.raises(UsageError, match=options.spelt(option)):
-      generate._check(made)
+      options.check(made)

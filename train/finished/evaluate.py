@@ -1,60 +1,26 @@
 """`python -m train evaluate`: a finished run on labelled rows."""
 
-from collections.abc import Sequence
-import dataclasses
 import pathlib
 from typing import Any
 
-import tyro
-
-from .. import command, files
-from .. import options as options_lib
+from .. import files
 from ..data import load as data_lib
 from ..data.scores import Evaluation
 from ..errors import UsageError
-from ..options import option
 from ..run import assemble
 from ..run import config as config_lib
 from . import predict
 from .finished import Finished, open_run, reading
+from .options import Columns, Evaluate
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Tests a finished run on labelled rows, or once more on its own test rows.
-
-  For conversations the result is the perplexity of the responses.
-  """
-
-  run: str
-  """The folder of a finished run."""
-  data: str = ""
-  """Rows with labels, in any format of predict --data, or conversations. Empty
-  means the run's own test rows."""
-  json: str = ""
-  """File to which the numbers are also written. Empty means none."""
-  overwrite: bool = False
-  """Replace --json if the file exists."""
-  batch_size: int = option(0, least=0, below=2**20)
-  """Number of rows that are evaluated together. 0 means the number of the
-  run."""
-  accept_changes: bool = False
-  """Go on although the model is not the one that the run was trained on."""
-  columns: tyro.conf.OmitArgPrefixes[predict.Columns] = dataclasses.field(
-    default_factory=predict.Columns
-  )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: Evaluate) -> int:
   """Evaluates, and prints what was found. Returns 0.
 
   Raises:
     ValueError: if the run or the rows are not as they must be.
     OSError: if the file cannot be written.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} evaluate")
-  options_lib.check(options)
-  options_lib.check(options.columns)
   out = pathlib.Path(options.json).expanduser()
   if options.json and out.exists() and not options.overwrite:
     raise UsageError(f"--json {out} exists; --overwrite replaces it.")
@@ -68,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _evaluation(options: Options, finished: Finished) -> Evaluation:
+def _evaluation(options: Evaluate, finished: Finished) -> Evaluation:
   size = options.batch_size or finished.batch_size
   if finished.task.kind != "conversations" and options.data:
     rows = predict.read(finished, options.data, options.columns, labelled=True)
     return rows.evaluate(finished.items(), size)
-  if options.columns != predict.Columns():
+  if options.columns != Columns():
     raise UsageError(
       "options for columns are only for a --data with labels; leave them out."
     )
@@ -81,7 +47,7 @@ def _evaluation(options: Options, finished: Finished) -> Evaluation:
   return data.evaluate(finished.items(), "test")
 
 
-def _own(options: Options, finished: Finished, size: int) -> data_lib.Data:
+def _own(options: Evaluate, finished: Finished, size: int) -> data_lib.Data:
   """The run's data; of conversations, with --data for all of its splits."""
   changes: dict[str, Any] = {"eval_batch_size": size}
   if options.data:

@@ -1,8 +1,7 @@
 """`python -m train export`: what a run has trained, for other programs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -10,16 +9,15 @@ import sys
 
 import huggingface_hub
 import numpy as np
-import tyro
 
 from bilora_jax import peft
 
-from .. import checked, command, files, locks
-from .. import options as options_lib
+from .. import checked, files, locks
 from ..errors import UsageError
 from ..models.io import weights
 from . import card, hub, llama_cpp
 from .finished import Finished, open_run
+from .options import Export
 
 # Beside the weights, what transformers makes a tokenizer or a processor of.
 _TOKENIZER = (
@@ -46,43 +44,7 @@ _WRITTEN = ("adapter_config.json", "config.json")
 """One of them is in each folder that is written here."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Writes a run's adapters for PEFT, or its model for transformers.
-
-  PEFT and transformers then compute the same as the run's test. A language
-  model has the same logits. An encoder of texts becomes a token classifier, and
-  the mean of its logits over the real tokens is the run's answer. An encoder of
-  images becomes an image classifier. A run without adapters is always written
-  as a whole model. README.md is a model card, with lines of Python that load
-  the model.
-  """
-
-  run: str
-  """The folder of a finished run."""
-  out: str
-  """The folder to write."""
-  merged: bool = False
-  """Write the whole model, with the adapters added to its weights."""
-  gguf: bool = False
-  """Also write adapter.gguf, the adapters for llama.cpp (for Llama, Mistral,
-  Qwen 2 and Qwen 3, without DoRA and without a trained head)."""
-  base_model: str = ""
-  """Name on the hub of the model that the run started from. The model card
-  tells it to readers. Empty means the name that the program knows for the run's
-  --model."""
-  overwrite: bool = False
-  """Replace --out if it is an older export."""
-  push_to_hub: str = ""
-  """Upload the folder to this repository of the Hugging Face hub, named as
-  user/name. Empty means no upload."""
-  accept_changes: bool = False
-  """Go on although the model is not the one that the run was trained on."""
-  private: bool = False
-  """Make a new repository private: only you and your organisation see it."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: Export) -> int:
   """Writes the folder, and says what it is. Returns 0.
 
   Raises:
@@ -90,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
       the hub refuses it.
     OSError: if a file cannot be written, or the hub is not reached.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} export")
-  options_lib.check(options)
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
     raise UsageError("--private needs --push-to-hub, which is missing.")
@@ -103,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _export(options, out)
 
 
-def _export(options: Options, out: pathlib.Path) -> int:
+def _export(options: Export, out: pathlib.Path) -> int:
   run = open_run(options.run, accept_changes=options.accept_changes)
   _check_other(out, run)
   whole = options.merged or run.adapted is None

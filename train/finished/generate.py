@@ -1,18 +1,14 @@
 """`python -m train generate`: what a model says, alone or as trained."""
 
 from collections.abc import Callable, Iterator, Sequence
-import dataclasses
 import functools
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import numpy as np
-import tyro
 
-from .. import command
-from .. import options as options_lib
 from ..data import gsm8k
 from ..data import scores as evaluate
 from ..errors import UsageError
@@ -20,64 +16,16 @@ from ..models import load
 from ..models.family import Pretrained
 from ..models.io import template as templates
 from ..models.io import tokenizer as tokenizer_
-from ..options import option
 from . import finished
+from .options import Generate
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Prints what a model answers to each prompt, alone or as a run has trained
-  it.
-
-  Each prompt becomes the user's message in the chat template of the run or of
-  the model. An encoder-decoder gets the prompt as it is, and answers with its
-  most likely tokens.
-  """
-
-  prompt: tuple[str, ...] = ()
-  """One or several prompts."""
-  questions: str = ""
-  """File of questions in the form of GSM8K, in place of prompts: .jsonl or
-  .jsonl.gz, and each line is an object with question and answer."""
-  score: Literal["none", "gsm8k"] = "none"
-  """Count the right answers to --questions. gsm8k compares the number after
-  ####, or the last number if there is no ####."""
-  limit: int = option(0, least=0)
-  """Number of questions to ask, from the beginning of the file. 0 means all
-  questions."""
-  batch_size: int = option(16, least=1, below=2**20)
-  """Number of prompts that are answered together."""
-  model: str = ""
-  """Model that answers, named as in a run, in float32. Empty means the model of
-  --run."""
-  run: str = ""
-  """The folder of a finished run. Its model answers in the dtypes of the
-  run."""
-  plain: bool = False
-  """Continue the prompts as they are, without a chat template."""
-  max_new_tokens: int = option(128, least=1, below=2**20)
-  """Largest number of tokens in an answer. An answer that is cut has no end
-  that --score could compare."""
-  temperature: float = option(0.0, least=0)
-  """Temperature of sampling. 0 takes the most likely token."""
-  top_k: int = option(0, least=0)
-  """Sample from the k most likely tokens. 0 means all tokens."""
-  top_p: float = option(1.0, above=0)
-  """Sample from the most likely tokens that make up this share of the
-  probability."""
-  seed: int = option(0, least=0, below=2**63)
-  """Seed of sampling."""
-  accept_changes: bool = False
-  """Go on although the model is not the one that the run was trained on."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: Generate) -> int:
   """Answers the prompts. Returns 0.
 
   Raises:
     ValueError: if the options, the run or its model are not for it.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} generate")
   _check(options)
   questions = gsm8k.load(options.questions) if options.questions else []
   questions = questions[: options.limit or None]
@@ -92,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _check(options: Options) -> None:
+def _check(options: Generate) -> None:
   if not options.model and not options.run:
     raise UsageError("--model or --run must name the weights; got neither.")
   if bool(options.prompt) is bool(options.questions):
@@ -104,7 +52,6 @@ def _check(options: Options) -> None:
     raise UsageError(
       f"--score {options.score} needs --questions, a file with the answers."
     )
-  options_lib.check(options)
   if options.top_p > 1:
     raise UsageError(f"--top-p must be in (0, 1]; got {options.top_p}.")
 
@@ -117,7 +64,7 @@ def _scored(right: int, count: int) -> str:
   )
 
 
-def _answers(options: Options, prompts: Sequence[str]) -> Iterator[str]:
+def _answers(options: Generate, prompts: Sequence[str]) -> Iterator[str]:
   """Yields what is said to each prompt."""
   opened = _opened(options)
   pretrained, template = opened.pretrained, opened.template
@@ -158,7 +105,7 @@ class _Opened(NamedTuple):
   apply: Callable[[], functools.partial]
 
 
-def _opened(options: Options) -> _Opened:
+def _opened(options: Generate) -> _Opened:
   if options.run:
     run = finished.open_run(options.run, options.model, options.accept_changes)
     _check_generates(run.pretrained)
@@ -182,7 +129,7 @@ def _check_generates(pretrained: Pretrained) -> None:
 
 
 def _text(
-  options: Options, template: templates.Template | None, prompt: str
+  options: Generate, template: templates.Template | None, prompt: str
 ) -> str:
   if options.plain or template is None:
     return prompt

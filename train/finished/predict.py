@@ -1,117 +1,37 @@
 """`python -m train predict`: what a finished run tells of new rows."""
 
-from collections.abc import Sequence
 import csv
-import dataclasses
 import io
 import json
 import pathlib
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from rich import console, table
-import tyro
 
-from .. import command, files
-from .. import options as options_lib
+from .. import files
 from ..data.load import Given
-from ..data.task import Task, Text
+from ..data.task import Text
 from ..errors import UsageError
-from ..options import option
 from .finished import Finished, open_run
+from .options import Columns, Predict
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
-_Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-  """Columns of --data, if their names differ from those of the run."""
-
-  text_column: str = ""
-  """Column with the text, or several columns separated by commas, such as
-  title,body. Empty means the run's column."""
-  text_pair_column: str = ""
-  """Column with the second text of a pair. Empty means the run's column."""
-  label_column: str = ""
-  """Column with the label, if one is needed. Empty means the run's column."""
-
-  def named(self, task: Task) -> Task:
-    """The task, with these columns in place of its own."""
-    given = [x for x in (self.text_column, self.text_pair_column) if x]
-    if not given:
-      return dataclasses.replace(task, label=self.label_column or task.label)
-    if task.image:
-      if self.text_pair_column:
-        raise UsageError(
-          "--text-pair-column is only for texts; the run read images."
-        )
-      return dataclasses.replace(task, image=self.text_column)
-    if len(given) != len(task.texts) or not self.text_column:
-      raise UsageError(
-        f"the run read {len(task.texts)} text(s) a row: "
-        f"--text-column{' and --text-pair-column' * (len(task.texts) - 1)}; "
-        f"got {' and '.join(given)}."
-      )
-    return dataclasses.replace(
-      task,
-      texts=tuple(tuple(x.strip() for x in y.split(",")) for y in given),
-      label=self.label_column or task.label,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Labels new rows by a finished run of any method.
-
-  Rows keep their order. For each row the result has the most likely label and
-  the probability of every label. For a regression it has the value.
-  """
-
-  run: str
-  """The folder of a finished run."""
-  data: str = ""
-  """Rows to label: a .csv, .tsv, .jsonl or .parquet file, a folder of images or
-  of Hugging Face datasets, or tfds:NAME."""
-  text: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """A text to label, in place of --data. Give the option again for another
-  text."""
-  text_pair: Annotated[_Repeated, tyro.conf.arg(metavar="TEXT")] = ()
-  """The second text of each --text, if the run was trained on pairs."""
-  image: Annotated[_Repeated, tyro.conf.arg(metavar="FILE")] = ()
-  """An image to label, in place of --data. Give the option again for another
-  image."""
-  out: str = ""
-  """File to write, which ends in .csv, .jsonl or .parquet. Empty means that the
-  labels are printed."""
-  overwrite: bool = False
-  """Replace --out if the file exists."""
-  batch_size: int = option(0, least=0, below=2**20)
-  """Number of rows that are labelled together. 0 means the number of the
-  run."""
-  accept_changes: bool = False
-  """Go on although the model is not the one that the run was trained on."""
-  columns: tyro.conf.OmitArgPrefixes[Columns] = dataclasses.field(
-    default_factory=Columns
-  )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: Predict) -> int:
   """Labels the rows, and writes or prints what was found. Returns 0.
 
   Raises:
     ValueError: if the run or the rows are not as they must be.
     OSError: if the file cannot be written.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} predict")
   given = sum(map(bool, (options.data, options.text, options.image)))
   if given != 1:
     raise UsageError(
       "one of --data, --text and --image must say what to label; got "
       f"{'several of them' if given else 'none of them'}."
     )
-  options_lib.check(options)
-  options_lib.check(options.columns)
   out = _out(options)
   finished = open_run(options.run, accept_changes=options.accept_changes)
   check_labelled(finished)
@@ -175,7 +95,7 @@ def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
       part.write_text(_csv(rows))
 
 
-def _out(options: Options) -> pathlib.Path | None:
+def _out(options: Predict) -> pathlib.Path | None:
   if not options.out:
     return None
   out = pathlib.Path(options.out).expanduser()
@@ -190,7 +110,7 @@ def _out(options: Options) -> pathlib.Path | None:
   return out
 
 
-def _rows(options: Options, finished: Finished) -> Given:
+def _rows(options: Predict, finished: Finished) -> Given:
   if options.data:
     return read(finished, options.data, options.columns, labelled=False)
   if options.columns != Columns():
@@ -203,7 +123,7 @@ def _rows(options: Options, finished: Finished) -> Given:
   return finished.rows(options.image or _texts(options), finished.task)
 
 
-def _texts(options: Options) -> list[Text]:
+def _texts(options: Predict) -> list[Text]:
   if not options.text_pair:
     return list(options.text)
   if len(options.text) != len(options.text_pair):

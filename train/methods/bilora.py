@@ -1,19 +1,15 @@
 """Bi-LoRA, and Dual-LoRA, the ablation whose second adapter descends too."""
 
 import dataclasses
-from typing import Literal
-
-import jax
-import optax
-
-import bilora_jax
-from bilora_jax import variants
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UsageError
 from ..options import option
-from . import optimizers
 from .options import AdapterOptions, OptimisationOptions
 from .spec import Init, MethodSpec, Setting
+
+if TYPE_CHECKING:
+  import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +65,10 @@ class DualOptions(BallOptions):
   """Evaluate and keep the second adapter as well."""
 
 
-def radius(options: BallOptions, steps: int) -> optax.ScalarOrSchedule:
+def radius(options: BallOptions, steps: int) -> "optax.ScalarOrSchedule":
   """The radius of the auxiliary's ball, by the step."""
+  import optax
+
   match options.rho_schedule:
     case "constant":
       return options.rho
@@ -83,9 +81,12 @@ def radius(options: BallOptions, steps: int) -> optax.ScalarOrSchedule:
 
 
 def transformation(
-  setting: Setting, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
+  setting: Setting, optimizer: "optax.GradientTransformation"
+) -> "optax.GradientTransformation":
   """Bi-LoRA's update, or Dual-LoRA's."""
+  import bilora_jax
+  from bilora_jax import variants
+
   options = setting.options
   descends = isinstance(options, DualOptions)
   tx = bilora_jax.bilora(
@@ -104,8 +105,14 @@ def transformation(
 
 def _auxiliary_optimizer(
   setting: Setting,
-) -> optax.GradientTransformation | None:
+) -> "optax.GradientTransformation | None":
   """None for the primary's own."""
+  import optax
+
+  from bilora_jax import variants
+
+  from . import optimizers
+
   options, optimisation = setting.options, setting.optimisation
   same = not options.auxiliary_learning_rate
   constant = options.auxiliary_schedule == "constant"
@@ -130,6 +137,9 @@ def _begin(options: BallOptions, init: Init) -> Init:
   """The auxiliary begins where `--auxiliary-start` says."""
   if options.auxiliary_start == "zero":
     return init
+  import jax
+
+  from bilora_jax import variants
 
   def scattered(key, variables):
     own, of_auxiliary = jax.random.split(key)

@@ -1,15 +1,13 @@
 """LoRA, and the updates of one adapter that differ from it."""
 
 import dataclasses
-from typing import Literal
-
-import optax
-
-from bilora_jax import baselines
+from typing import TYPE_CHECKING, Literal
 
 from ..options import option
-from . import optimizers
-from .spec import MethodSpec, Setting
+from .spec import MethodSpec, Setting, baselines
+
+if TYPE_CHECKING:
+  import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +28,24 @@ class BalanceOptions:
 
 
 def _lora_plus(
-  setting: Setting, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
-  return baselines.lora_plus(optimizer, setting.options.lora_plus_ratio)
+  setting: Setting, optimizer: "optax.GradientTransformation"
+) -> "optax.GradientTransformation":
+  return baselines().lora_plus(optimizer, setting.options.lora_plus_ratio)
 
 
 def _balanced(by: Literal["factors", "gradients"]):
   def transformation(
-    setting: Setting, optimizer: optax.GradientTransformation
-  ) -> optax.GradientTransformation:
+    setting: Setting, optimizer: "optax.GradientTransformation"
+  ) -> "optax.GradientTransformation":
+    import optax
+
+    from . import optimizers
+
     strength = optax.cosine_decay_schedule(
       setting.options.balance, max(setting.steps, 1)
     )
     rate = optimizers.schedule(setting.optimisation, setting.steps)
-    return baselines.balanced(
+    return baselines().balanced(
       optimizer, lambda count: strength(count) * rate(count), by=by
     )
 

@@ -3,13 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax
-
-from bilora_jax import baselines
-
-from ..models import chunks
 from ..options import option
-from .spec import Apply, MethodSpec
+from .spec import Apply, MethodSpec, baselines
 from .trained import INPUT_AXES, WEIGHTS, primary
 
 
@@ -24,6 +19,8 @@ class NoiseOptions:
 
 def _merged(params: Any) -> Any:
   """The weights that the adapted layers multiply by, without a perturbation."""
+  import jax
+
   return jax.tree.map(
     lambda weight, pair: weight + pair.weight().reshape(weight.shape),
     params["weights"],
@@ -33,7 +30,11 @@ def _merged(params: Any) -> Any:
 
 def _with_noise(options: NoiseOptions, apply: Apply) -> Apply:
   """The model, with noise on the logits in training."""
-  add_noise = baselines.output_noise(lambda logits: logits, options.rho)
+  import jax
+
+  from ..models import chunks
+
+  add_noise = baselines().output_noise(lambda logits: logits, options.rho)
 
   def read_noisy(keys, read, logits):
     own = jax.random.wrap_key_data(keys.reshape(-1, keys.shape[-1]))
@@ -61,13 +62,13 @@ SPECS = (
     name="rwp",
     summary="one adapter; noise on its factors",
     options=NoiseOptions,
-    estimator=lambda x: baselines.weight_noise(x.options.rho, primary),
+    estimator=lambda x: baselines().weight_noise(x.options.rho, primary),
   ),
   MethodSpec(
     name="rwp_full",
     summary="one adapter; noise on the whole weights",
     options=NoiseOptions,
-    estimator=lambda x: baselines.weight_noise(x.options.rho, WEIGHTS),
+    estimator=lambda x: baselines().weight_noise(x.options.rho, WEIGHTS),
     perturbs_weights=True,
   ),
   MethodSpec(
@@ -81,7 +82,7 @@ SPECS = (
     summary="one adapter; noise on the whole weights, scaled by the norms "
     "of their rows",
     options=NoiseOptions,
-    estimator=lambda x: baselines.flat_lora(
+    estimator=lambda x: baselines().flat_lora(
       x.options.rho, x.steps, _merged, WEIGHTS, input_axes=INPUT_AXES
     ),
     perturbs_weights=True,

@@ -1,17 +1,17 @@
 """SAM of the whole weights by low-rank approximations of their gradients."""
 
 import dataclasses
-from typing import Any
-
-import optax
-
-import bilora_jax
-from bilora_jax import baselines, variants
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..options import option
 from .options import AdapterOptions, OptimisationOptions
 from .spec import Init, MethodSpec, Setting
+
+if TYPE_CHECKING:
+  import optax
+
+  import bilora_jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,9 @@ class NystroemOptions:
   """Rank of the perturbation. 0 means half the rank of the sketches."""
 
 
-def _estimator(setting: Setting) -> baselines.GradientEstimator:
+def _estimator(setting: Setting) -> "bilora_jax.baselines.GradientEstimator":
+  from bilora_jax import variants
+
   options = setting.options
   return variants.nystroem_sam(
     options.rho, options.auxiliary_rank, options.core_rank or None
@@ -35,14 +37,19 @@ def _estimator(setting: Setting) -> baselines.GradientEstimator:
 
 
 def _transformation(
-  setting: Setting, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
+  setting: Setting, optimizer: "optax.GradientTransformation"
+) -> "optax.GradientTransformation":
+  import bilora_jax
+  from bilora_jax import variants
+
   options = setting.options
   ascent = variants.nystroem_ascent(options.core_rank or None)
   return bilora_jax.bilora(optimizer, options.rho, ascent)
 
 
 def _without_auxiliary(options: Any, init: Init) -> Init:
+  import bilora_jax
+
   del options
   return lambda key, variables: bilora_jax.primary(init(key, variables))
 

@@ -1,19 +1,20 @@
 """Sharpness-aware minimisation over the factors, the weights or parameters."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-
-from bilora_jax import baselines
-
-from ..data.objectives import Objective
 from ..errors import UsageError
 from ..options import option
 from .options import AdapterOptions, OptimisationOptions
-from .spec import Apply, MethodSpec, Setting
+from .spec import Apply, MethodSpec, Setting, baselines
 from .trained import WEIGHTS, primary
+
+if TYPE_CHECKING:
+  import jax
+
+  import bilora_jax
+
+  from ..data.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,9 @@ def _check_esam(
     )
 
 
-def _esam(setting: Setting) -> baselines.GradientEstimator:
+def _esam(setting: Setting) -> "bilora_jax.baselines.GradientEstimator":
   options, objective = setting.options, setting.objective
-  return baselines.esam(
+  return baselines().esam(
     options.rho,
     _losses(setting.apply, objective),
     lambda args, index: _rows(objective, args, index),
@@ -96,7 +97,7 @@ def _esam(setting: Setting) -> baselines.GradientEstimator:
   )
 
 
-def _losses(apply: Apply, objective: Objective):
+def _losses(apply: Apply, objective: "Objective"):
   def losses(trained, variables, batch, total, key):
     found = apply(
       variables, trained, *objective.inputs(batch), rngs={"dropout": key}
@@ -109,8 +110,11 @@ def _losses(apply: Apply, objective: Objective):
   return losses
 
 
-def _rows(objective: Objective, args: Any, index: jax.Array) -> Any:
+def _rows(objective: "Objective", args: Any, index: "jax.Array") -> Any:
   """The arguments of the step's loss, for some rows of the batch."""
+  import jax
+  import jax.numpy as jnp
+
   variables, batch, _, key = args
   batch = jax.tree.map(lambda x: x[index], batch)
   return variables, batch, jnp.maximum(objective.weights(batch).sum(), 1), key
@@ -126,21 +130,21 @@ SPECS = (
     name="lora_sam",
     summary="one adapter; SAM over its factors",
     options=SamOptions,
-    estimator=lambda x: baselines.sam(x.options.rho, primary),
+    estimator=lambda x: baselines().sam(x.options.rho, primary),
     gradients=_two,
   ),
   MethodSpec(
     name="lora_asam",
     summary="one adapter; adaptive SAM over its factors",
     options=SamOptions,
-    estimator=lambda x: baselines.sam(x.options.rho, primary, adaptive=True),
+    estimator=lambda x: baselines().sam(x.options.rho, primary, adaptive=True),
     gradients=_two,
   ),
   MethodSpec(
     name="lora_full_sam",
     summary="one adapter; SAM over the whole weights",
     options=SamOptions,
-    estimator=lambda x: baselines.sam(x.options.rho, WEIGHTS),
+    estimator=lambda x: baselines().sam(x.options.rho, WEIGHTS),
     gradients=_two,
     perturbs_weights=True,
   ),
@@ -148,7 +152,7 @@ SPECS = (
     name="looksam",
     summary="one adapter; SAM over its factors every few steps",
     options=LookSamOptions,
-    estimator=lambda x: baselines.looksam(
+    estimator=lambda x: baselines().looksam(
       x.options.rho, x.options.sam_every, x.options.sam_reuse, primary
     ),
     gradients=lambda options: 1 + 1 / options.sam_every,
@@ -167,14 +171,14 @@ SPECS = (
     name="s2sam",
     summary="one adapter; SAM over its factors, along the last step's gradient",
     options=SamOptions,
-    estimator=lambda x: baselines.s2sam(x.options.rho, primary),
+    estimator=lambda x: baselines().s2sam(x.options.rho, primary),
   ),
   MethodSpec(
     name="eflat_lora",
     summary="one adapter; SAM over the whole weights, its perturbation "
     "averaged in one factor",
     options=EFlatLoraOptions,
-    estimator=lambda x: baselines.eflat_lora(
+    estimator=lambda x: baselines().eflat_lora(
       x.options.rho, x.options.perturbation_beta, primary
     ),
   ),
@@ -182,7 +186,7 @@ SPECS = (
     name="wsam",
     summary="one adapter; SAM over its factors, with a weight on the sharpness",
     options=WsamOptions,
-    estimator=lambda x: baselines.wsam(
+    estimator=lambda x: baselines().wsam(
       x.options.rho, x.options.sharpness_weight, primary
     ),
     gradients=_two,
@@ -192,7 +196,7 @@ SPECS = (
     summary="all parameters; SAM over them",
     options=SamOptions,
     trains="parameters",
-    estimator=lambda x: baselines.sam(x.options.rho),
+    estimator=lambda x: baselines().sam(x.options.rho),
     gradients=_two,
   ),
 )

@@ -4,21 +4,24 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import importlib
-from typing import Any, Literal, NamedTuple
-
-import jax
-import optax
-
-from bilora_jax import baselines
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .. import options as options_lib
-from ..data.objectives import Objective
 from ..errors import UsageError
 from .options import AdapterOptions, OptimisationOptions
 
+# The command line needs the names and the options of all methods, and answers
+# in half a second without JAX: a method imports it when it is built.
+if TYPE_CHECKING:
+  import optax
+
+  import bilora_jax
+
+  from ..data.objectives import Objective
+
 Apply = Callable[..., Any]
 """`(variables, trained, *inputs, rngs=None)` to the logits."""
-Init = Callable[[jax.Array, Any], Any]
+Init = Callable[[Any, Any], Any]
 """`(key, variables)` to what is trained."""
 
 # The files whose `SPECS` are the program's own methods, the default's first.
@@ -42,7 +45,7 @@ class Setting(NamedTuple):
   optimisation: OptimisationOptions
   steps: int
   apply: Apply
-  objective: Objective
+  objective: "Objective"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +53,21 @@ class NoOptions:
   """Of a method that has none."""
 
 
-def _gradient(setting: Setting) -> baselines.GradientEstimator:
+def baselines():
+  """The library's baselines, which are imported when this is called."""
+  from bilora_jax import baselines
+
+  return baselines
+
+
+def _gradient(setting: Setting) -> "bilora_jax.baselines.GradientEstimator":
   del setting
-  return baselines.gradient()
+  return baselines().gradient()
 
 
 def _update(
-  setting: Setting, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
+  setting: Setting, optimizer: "optax.GradientTransformation"
+) -> "optax.GradientTransformation":
   del setting
   return optimizer
 
@@ -94,9 +104,11 @@ class MethodSpec:
   summary: str
   options: type = NoOptions
   trains: Literal["adapters", "parameters", "head"] = "adapters"
-  estimator: Callable[[Setting], baselines.GradientEstimator] = _gradient
+  estimator: Callable[[Setting], "bilora_jax.baselines.GradientEstimator"] = (
+    _gradient
+  )
   transformation: Callable[
-    [Setting, optax.GradientTransformation], optax.GradientTransformation
+    [Setting, "optax.GradientTransformation"], "optax.GradientTransformation"
   ] = _update
   gradients: Callable[[Any], float] = lambda options: 1.0
   perturbs_weights: bool = False

@@ -1,11 +1,10 @@
 """Parts of what is differentiated, that estimators perturb."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import traverse_util
-
-import bilora_jax
+if TYPE_CHECKING:
+  import bilora_jax
 
 WEIGHTS = {"trained": False, "weights": True}
 """The frozen weights with adapters, of `Method.differentiated`'s result."""
@@ -18,8 +17,10 @@ def primary(trained: Any) -> dict[str, bool]:
   return {part: part == "primary" for part in trained}
 
 
-def kernels(adapted: bilora_jax.Adapted) -> Callable[[Any], Any]:
+def kernels(adapted: "bilora_jax.Adapted") -> Callable[[Any], Any]:
   """From the variables to the weights with adapters, nested as they are."""
+  from flax import traverse_util
+
   paths = {tuple(path.split("/")) for path in adapted.targets}
 
   def select(variables):

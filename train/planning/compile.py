@@ -5,25 +5,23 @@ import dataclasses
 import pathlib
 import re
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
-from .. import checked, command, files
-from .. import options as options_lib
+from .. import checked, files
 from ..data import objectives
 from ..devices import mesh as mesh_lib
 from ..errors import UsageError
 from ..models import registry
 from ..models.family import Family
 from ..models.io import weights
-from ..options import option
 from ..run import assemble, lowering
 from ..run import config as config_lib
 from ..run.config import Config
 from . import figures, topology
+from .options import Compile
 
 # As "Used 20.15G of 15.75G hbm"; or, of temporary arrays alone, "(32.00G)
 # exceeds available HBM (15.75G)".
@@ -32,57 +30,7 @@ _EXHAUSTED = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """Compiles the training step of a language model, and tells what it takes.
-
-  Nothing is run, and no weights are needed. With --topology no devices are
-  needed either: the compilers for TPUs (`pip install 'jax[tpu]'`) and GPUs
-  (`pip install 'jax[cuda12]'`) work without them.
-  """
-
-  model: str = "llama3.1-8b"
-  """Name of a size (llama3.1-8b, qwen2.5-14b, ...), or a folder with the
-  config.json of a decoder, such as a Llama or a Qwen 2."""
-  topology: str = ""
-  """TPUs or GPUs to compile for, such as v5e:4x4 or h100:8. Empty means the
-  devices of this machine."""
-  mesh: str = ""
-  """Number of devices along data, fsdp, context and tensor, such as fsdp=16."""
-  method: str = "lora,bilora"
-  """Methods to compile, separated by commas, named as in a run. Each is
-  compared with the first."""
-
-  batch_size: int = option(128, least=1, below=2**20)
-  """Number of rows in a step, over all devices."""
-  max_length: int = option(256, least=3, below=2**21)
-  """Number of tokens in a row."""
-  accumulate: int = option(1, least=1)
-  """Number of parts that a batch is divided into. The parts run one after
-  another."""
-  rank: int = option(8, least=1, below=2**16)
-  """r1, the rank of the primary adapter."""
-  auxiliary_rank: int = option(8, least=1, below=2**16)
-  """r2, the rank of the auxiliary adapter (for bilora)."""
-  targets: str = ".*_proj"
-  """Regular expression for the paths of the modules that get adapters."""
-  dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  """Type that the model computes in."""
-  base_dtype: Literal["float32", "bfloat16", "nf4", "int8", "fp8"] = "bfloat16"
-  """Type that the frozen weights are stored in, as in a run."""
-  remat: Literal["none", "dots", "base", "full", "offload"] = "full"
-  """What the backward pass of a layer computes again. none: nothing. dots: all
-  but products with weights. base: products with adapters as well. full: all.
-  offload: the same as base, and what base keeps is moved to the host's
-  memory."""
-  scan_layers: bool = True
-  """Compile one layer in place of all layers."""
-
-  json: str = ""
-  """File to which the figures are also written. Empty means none."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: Compile) -> int:
   """Runs the command.
 
   Returns:
@@ -91,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     UsageError: if the options are not as they must be.
   """
-  options = tyro.cli(Options, args=argv, prog=f"{command.NAME} compile")
-  options_lib.check(options)
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
   assemble.check_layout(layout, options.remat, model[0], (options.max_length,))
@@ -136,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 1 if too_large else 0
 
 
-def _layout(options: Options) -> mesh_lib.Layout:
+def _layout(options: Compile) -> mesh_lib.Layout:
   devices = None
   if options.topology:
     devices = topology.devices(options.topology)
@@ -150,7 +96,7 @@ def _layout(options: Options) -> mesh_lib.Layout:
   )
 
 
-def _config(options: Options, method: str) -> Config:
+def _config(options: Compile, method: str) -> Config:
   fields = config_lib.kinds()
   own = dataclasses.asdict(options) | {"method": method}
   config = config_lib.build(
@@ -160,7 +106,7 @@ def _config(options: Options, method: str) -> Config:
   return config
 
 
-def _sizes(options: Options) -> tuple[Family, Any]:
+def _sizes(options: Compile) -> tuple[Family, Any]:
   """The model's family and its sizes."""
   name = options.model
   families = [x for x in registry.families() if x.converses]
@@ -190,7 +136,7 @@ def _sizes(options: Options) -> tuple[Family, Any]:
 
 
 def _figures(
-  options: Options,
+  options: Compile,
   config: Config,
   model: tuple[Family, Any],
   layout: mesh_lib.Layout,
@@ -206,7 +152,7 @@ def _figures(
 
 
 def _lowered(
-  options: Options,
+  options: Compile,
   config: Config,
   model: tuple[Family, Any],
   layout: mesh_lib.Layout,
@@ -239,7 +185,7 @@ def _lowered(
 
 
 def _flops(
-  options: Options, config: Config, family: Family, sizes: Any
+  options: Compile, config: Config, family: Family, sizes: Any
 ) -> float:
   """The operations of a step, before it is shared out.
 
@@ -274,7 +220,7 @@ def _needed(message: str) -> str:
 
 
 def _write(
-  options: Options,
+  options: Compile,
   found: Sequence[figures.Figures],
   too_large: Mapping[str, str],
   memory: int | None,

@@ -11,7 +11,7 @@ import tyro
 
 from .. import command, locks
 from .. import options as options_lib
-from ..devices import processes
+from ..devices import launch
 from ..errors import UsageError
 from ..options import option
 from . import plan, record, spec, workers
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     OSError: if a file cannot be written.
   """
   place, rest = _place().parse_known_args(argv)
-  options = tyro.cli(Options, args=rest, prog=f"{command.NAME} study")
-  options_lib.check(options)
+  options = options_lib.parse(Options, rest, f"{command.NAME} study")
   study = spec.read(options.study)
   cells = select(study, options.only)
   if options.tune:
@@ -89,7 +88,7 @@ def _run(
 ) -> int:
   if place.worker >= 0:
     # Of the command that holds the folder.
-    processes.end_with_parent()
+    launch.end_with_parent()
     cores = [core for core in place.cores.split(",") if core]
     if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
       raise UsageError(

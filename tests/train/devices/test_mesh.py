@@ -13,8 +13,8 @@ import pytest
 
 from train import locks
 from train.data.objectives import CLASSIFICATION
+from train.devices import launch, processes
 from train.devices import mesh as mesh_lib
-from train.devices import processes
 from train.errors import UsageError
 from train.run import loop, step
 
@@ -257,7 +257,7 @@ def test_one_of_several_processes_joins_the_others_by_itself(
   joined = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda: joined.append(1))
   processes.join(None, None, None)
-  assert bool(joined) is found is processes.in_cluster()
+  assert bool(joined) is found is launch.in_cluster()
 
 
 # JAX's own patience with a process that is gone is 100 seconds.

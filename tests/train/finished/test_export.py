@@ -234,7 +234,8 @@ def ended(prepared, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(ended, tmp_path_factory):
   folder = tmp_path_factory.mktemp("exported") / "adapter"
-  assert export.main(["--run", str(ended.folder), "--out", str(folder)]) == 0
+  options = ["--run", str(ended.folder), "--out", str(folder)]
+  assert program.main(["export", *options]) == 0
   return folder
 
 
@@ -310,9 +311,9 @@ def test_a_run_is_exported_merged(ended, tiny_model, tmp_path, capsys):
 def test_a_large_model_is_exported_in_shards(ended, tmp_path, monkeypatch):
   one, several = tmp_path / "one", tmp_path / "several"
   options = ["--run", str(ended.folder), "--merged", "--out"]
-  assert export.main([*options, str(one)]) == 0
+  assert program.main(["export", *options, str(one)]) == 0
   monkeypatch.setattr(export, "_SHARD", 4000)
-  assert export.main([*options, str(several)]) == 0
+  assert program.main(["export", *options, str(several)]) == 0
   assert not (several / "model.safetensors").exists()
   got, wanted = (
     tensors.read_all(tensors.open_safetensors(folder))
