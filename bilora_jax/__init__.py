@@ -5,6 +5,7 @@ The auxiliary stays in a ball, so that it approximates SAM's perturbation.
 
 from bilora_jax import adapters as adapters
 from bilora_jax import baselines as baselines
+from bilora_jax import diffusers as diffusers
 from bilora_jax import initializers as initializers
 from bilora_jax import peft as peft
 from bilora_jax import sharpness as sharpness
