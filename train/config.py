@@ -78,9 +78,10 @@ def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
   methods.get(method)
   base = config_lib.replace(base, method=method)
   _check_flags(rest, method)
+  kind = _cli_type(method, options.asks_for_help(rest))
   found = tyro.cli(
-    _cli_type(method),
-    default=_cli_value(base),
+    kind,
+    default=_cli_value(base, kind),
     args=rest,
     prog=program,
     description=(
@@ -191,8 +192,13 @@ def _check_flags(argv: Sequence[str], method: str) -> None:
 
 
 @functools.cache
-def _cli_type(method: str) -> Any:
-  """A dataclass of the groups of a method, for Tyro; the method's own first."""
+def _cli_type(method: str, explained: bool) -> Any:
+  """A dataclass of the groups of a method, for Tyro; the method's own first.
+
+  Args:
+    method: its name.
+    explained: whether each option has the text that `--help` shows.
+  """
   every = methods.every()
   name = tyro.conf.arg(
     name="method",
@@ -216,16 +222,21 @@ def _cli_type(method: str) -> Any:
     if group == "method":
       # Fields of the last base come first.
       bases = (kind, chosen)
-    renamed = [
-      (x.name, Annotated[x.type, tyro.conf.arg(name=flag)], _field(x))
+    texts = options.texts(kind) if explained else {}
+    told = [
+      (
+        x.name,
+        Annotated[x.type, tyro.conf.arg(name=flag, help=texts.get(x.name))],
+        _field(x),
+      )
       for flag, x in options.fields(kind).items()
-      if flag != x.name
+      if explained or flag != x.name
     ]
     fields.append(
       (
         group,
         dataclasses.make_dataclass(
-          kind.__name__, renamed, bases=bases, frozen=True
+          kind.__name__, told, bases=bases, frozen=True
         ),
       )
     )
@@ -236,9 +247,8 @@ def _field(field: dataclasses.Field) -> Any:
   return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
-def _cli_value(config: Config) -> Any:
-  """A value of `_cli_type`."""
-  kind = _cli_type(config.method.name)
+def _cli_value(config: Config, kind: Any) -> Any:
+  """A value of a `_cli_type`."""
   values = {}
   for field in dataclasses.fields(kind):
     group, extra = getattr(config, field.name), {}

@@ -13,8 +13,9 @@ import math
 import reprlib
 import sys
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import docstring_parser
 import tyro
 
 from .errors import UsageError
@@ -94,12 +95,53 @@ def parse(kind: Any, argv: Sequence[str] | None, program: str) -> Any:
     UsageError: if an option is out of its bounds.
     SystemExit: with code 2, if an option is unknown; with 0 after `--help`.
   """
+  if asks_for_help(argv):
+    tyro.cli(_told(kind), args=argv, prog=program)
   found = tyro.cli(kind, args=argv, prog=program)
   check(found)
   for field in dataclasses.fields(kind):
     if dataclasses.is_dataclass(group := getattr(found, field.name)):
       check(group)
   return found
+
+
+def asks_for_help(argv: Sequence[str] | None) -> bool:
+  """Whether a command line, or this process's, is to explain the options."""
+  return bool({"-h", "--help"} & set(sys.argv if argv is None else argv))
+
+
+def texts(kind: type) -> dict[str, str]:
+  """What explains each field of a group: the docstring below it.
+
+  Tyro reads them too, but keeps their line breaks.
+  """
+  found = {}
+  for base in reversed(kind.__mro__[:-1]):
+    if dataclasses.is_dataclass(base):
+      for told in docstring_parser.parse_from_object(base).params:
+        found[told.arg_name] = " ".join((told.description or "").split())
+  return found
+
+
+def _told(kind: Any) -> Any:
+  """The same options for Tyro, with what explains them."""
+  explained = texts(kind)
+  fields: list[Any] = []
+  for x in dataclasses.fields(kind):
+    group = x.default_factory
+    told = x.type
+    if isinstance(group, type) and dataclasses.is_dataclass(group):
+      group = _told(group)
+      told = tyro.conf.OmitArgPrefixes[group]
+    elif x.name in explained:
+      told = Annotated[x.type, tyro.conf.arg(help=explained[x.name])]
+    field = dataclasses.field(default=x.default, metadata=x.metadata)
+    if group is not dataclasses.MISSING:
+      field = dataclasses.field(default_factory=group)
+    fields.append((x.name, told, field))
+  told = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+  told.__doc__ = kind.__doc__
+  return told
 
 
 def check(group: Any) -> None:

@@ -51,6 +51,22 @@ def test_help_explains_every_option_of_a_method(capsys, method):
       assert re.search(rf"{option}\b.*{re.escape(words)}", shown), option
 
 
+@pytest.mark.parametrize("command", [[], ["predict"], ["compile"]])
+def test_help_breaks_a_line_only_where_it_is_full(capsys, command):
+  with pytest.raises(SystemExit):
+    program.main([*command, "--help"])
+  # Without a terminal the boxes are spaces, and lines are filled with them.
+  rows = [x for x in capsys.readouterr().out.splitlines() if len(x) == 80]
+  texts = [x for x in rows if x.startswith("       ") and x.strip()]
+  assert len(texts) > 10
+  for row, following in itertools.pairwise(rows):
+    if row.strip().startswith("-") and "  " not in row.strip():
+      continue  # a long option, whose text begins below it
+    if following in texts:
+      word = following.split()[0]
+      assert len(f"{row.rstrip()} {word}") > 77, (row, following)
+
+
 def test_help_names_the_presets(capsys):
   with pytest.raises(SystemExit):
     program.main(["--help"])
