@@ -60,9 +60,9 @@ def test_help_breaks_a_line_only_where_it_is_full(capsys, command):
   texts = [x for x in rows if x.startswith("       ") and x.strip()]
   assert len(texts) > 10
   for row, following in itertools.pairwise(rows):
-    if row.strip().startswith("-") and "  " not in row.strip():
-      continue  # a long option, whose text begins below it
-    if following in texts:
+    # Below a long option, and its choices, the text begins.
+    began = row in texts or re.match(" +-.+  ", row.rstrip())
+    if began and following in texts:
       word = following.split()[0]
       assert len(f"{row.rstrip()} {word}") > 77, (row, following)
 
