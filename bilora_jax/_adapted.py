@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import traverse_util
@@ -354,9 +355,16 @@ class Adapted:
 def _new_pair(
   key: jax.Array, weight: _plan.AdaptedWeight, rank: int
 ) -> Factors:
-  batch, size_in, size_out = weight.site.outer_shape
+  a, b = _new_factors(key, weight.site.outer_shape, rank)
+  return Factors(a, b, weight.scale)
+
+
+# One program for all weights of a shape, where each operation was one.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _new_factors(
+  key: jax.Array, shape: tuple[tuple[int, ...], int, int], rank: int
+) -> tuple[jax.Array, jax.Array]:
+  batch, size_in, size_out = shape
   bound = max(size_in, 1) ** -0.5
   a = jax.random.uniform(key, (*batch, size_in, rank), jnp.float32, -1, 1)
-  return Factors(
-    bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32), weight.scale
-  )
+  return bound * a, jnp.zeros((*batch, rank, size_out), jnp.float32)

@@ -21,6 +21,7 @@ from benchmarks import (
   rounds,
   scaling,
   seeds,
+  startup,
   step_time,
   variants,
   worker,
@@ -388,3 +389,34 @@ ENTRY %main (p: f32[4], c: pred[]) -> f32[4] {
 }
 """
   assert launches.counted(text) == {"kernels": 3, "branches": 1}
+
+
+def test_a_start_is_all_of_its_parts(tmp_path):
+  sizes = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+  }
+  (tmp_path / "config.json").write_text(json.dumps(sizes))
+  options = ("--batch-size", "1", "--max-length", "4", "--method", "lora")
+  found = startup.measure(
+    ["compile", "--model", str(tmp_path), *options], tmp_path / "cache"
+  )
+  total = found.pop("total")
+  assert list(found) == ["imports", "tracing", "lowering", "compiling", "rest"]
+  assert all(seconds > 0 for seconds in found.values())
+  assert sum(found.values()) == pytest.approx(total)
+
+
+def test_a_start_that_fails_says_why(tmp_path):
+  with pytest.raises(RuntimeError, match="no such-model"):
+    startup.measure(["compile", "--model", "no such-model"], tmp_path)
+
+
+def test_spans_within_spans_count_once():
+  assert startup._length([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 8.0)]) == 5
