@@ -36,7 +36,7 @@ run: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
-	  --no-loadscope-reorder $(ARGS)
+	  --no-loadscope-reorder --durations 40 --durations-min 4 $(ARGS)
 
 test-faults: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/faults --long $(ARGS)
