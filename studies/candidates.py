@@ -168,8 +168,9 @@ def _cosines(
 ) -> dict[str, jax.Array]:
   """Cosines of the candidates with the gradient, by the candidates' names."""
   mean = jax.tree.map(lambda *x: sum(x) / len(x), *others)
+  parts = _decomposed(now)
   found: dict[str, tuple[Kernels, Kernels]] = {
-    f"same batch, best of rank {rank}": (_cut(now, rank), now)
+    f"same batch, best of rank {rank}": (_cut(parts, rank), now)
     for rank in (1, 2, 4, 8, 16, 32)
   }
   for rank in (4, 8, 16, 32):
@@ -201,9 +202,9 @@ def _cosines(
     f"a moving average of the steps before, decay {decay}": (average, now)
     for decay, average in averages.items()
   }
-  for name, (direction, gradient) in late.items():
-    found[name] = direction, gradient
-    found[f"{name}, of rank 8"] = _cut(direction, 8), gradient
+  found |= late
+  name = f"the mean of {len(others)} other batches, of rank 8"
+  found[name] = _cut(_decomposed(mean), 8), now
   return {name: _cosine(*pair) for name, pair in found.items()}
 
 
@@ -214,12 +215,18 @@ def _cosine(x: Kernels, y: Kernels) -> jax.Array:
   return dot(x, y) / jnp.sqrt(dot(x, x) * dot(y, y))
 
 
-def _cut(gradient: Kernels, rank: int) -> Kernels:
-  def one(g):
-    u, sigma, vt = jnp.linalg.svd(g, full_matrices=False)
-    return (u[:, :rank] * sigma[:rank]) @ vt[:rank]
+def _decomposed(gradient: Kernels) -> dict[str, Any]:
+  return {
+    name: jnp.linalg.svd(g, full_matrices=False) for name, g in gradient.items()
+  }
 
-  return {name: one(g) for name, g in gradient.items()}
+
+def _cut(parts: Mapping[str, Any], rank: int) -> Kernels:
+  """The best approximation of a rank, from a singular value decomposition."""
+  return {
+    name: (u[:, :rank] * sigma[:rank]) @ vt[:rank]
+    for name, (u, sigma, vt) in parts.items()
+  }
 
 
 def _sketched(key: jax.Array, gradient: Kernels, rank: int) -> Kernels:
