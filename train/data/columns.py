@@ -265,7 +265,10 @@ def _unlabelled(task: Task, table: Table) -> bool:
 
 
 def _labels(task: Task, table: Table) -> Task:
-  """Returns the task with the classes of the training rows, sorted."""
+  """Returns the task with its classes.
+
+  They are the names that the table stores, or the sorted labels of its rows.
+  """
   if task.kind == "regression":
     return task
   labels = table.names.get(task.label)

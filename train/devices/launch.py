@@ -25,8 +25,8 @@ def in_cluster() -> bool:
 def watched(run: Callable[[], int]) -> int:
   """Runs a function in a child process, and explains an end by a signal.
 
-  If a process loses another one for 100 seconds, JAX aborts it from a C++
-  thread. Python gets no exception that could explain the end.
+  If a process loses another one for 100 seconds, JAX aborts it from one of
+  JAX's own threads. Python gets no exception that could explain the end.
 
   Args:
     run: a function that returns an exit status.

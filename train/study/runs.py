@@ -17,8 +17,9 @@ def work(
 ) -> None:
   """Runs until all runs are finished.
 
-  A worker begins with its own share of the methods, because it can reuse what
-  it compiles for a method on several tasks. Then it helps with the others.
+  Cells are sorted by method, because tasks of a method share compiled
+  functions. Each worker begins at a different cell. When it has passed the last
+  cell, it continues with the first.
 
   Args:
     study: the study.

@@ -138,7 +138,7 @@ class Study:
   Attributes:
     name: the name in titles.
     folder: the folder of the rows, tables and plots.
-    cells: each method on each of its tasks, sorted by task.
+    cells: each method on each of its tasks, task by task.
     reference: the label of the method that others are compared with.
   """
 
