@@ -1,1 +1,1 @@
-"""Data: sources, tasks, batches, what is learned and how it is scored."""
+"""Data: sources, tasks, batches, objectives and scores."""

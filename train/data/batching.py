@@ -1,4 +1,4 @@
-"""Batches as functions of the step: whose rows, in what order, how long."""
+"""Batches as functions of the step: their rows, order and length."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -11,8 +11,8 @@ from . import order
 
 Batch = dict[str, np.ndarray]
 
-# The rows are in memory and a batch takes less time than handing it between
-# threads; Grain advises no threads in that case.
+# The rows are in memory. To make a batch takes less time than to pass it
+# between threads, and Grain advises no threads in that case.
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
@@ -29,9 +29,9 @@ def train(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator over training batches, shuffled anew in each epoch.
 
-  A batch is a function of the arguments and the step, so that the iterator's
-  state is the number of steps taken: `get_state()` is `{"next_index": step}`,
-  `set_state` resumes there, and Grain's Orbax handler saves it as JSON.
+  A batch is a function of the arguments and the step, so the iterator's state
+  is the number of steps. `get_state()` returns `{"next_index": step}`, and
+  `set_state` resumes there. Grain's Orbax handler saves the state as JSON.
 
   Args:
     fill: (rows of this process, length) -> their batch.
@@ -39,14 +39,15 @@ def train(
     batch_size: rows of the global batch. Rows that fill no batch are left out
       of their epoch.
     seed: any integer.
-    epochs: how many; without end if None.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
-    buckets: the lengths allowed, increasing. A batch has the smallest that
-      holds the longest row of the global batch, the same in all processes.
-    group_by_length: if n > 1, rows are sorted by length within each n batches'
-      worth of shuffled rows before they are cut into batches, and the batches
-      are shuffled: less padding for less random batches.
+    epochs: the number of epochs; None: endless.
+    process_index: which of the equal parts of each global batch to return.
+    process_count: the number of parts.
+    buckets: the allowed lengths, increasing. A batch has the smallest length
+      that holds the longest row of the global batch, so all processes have the
+      same.
+    group_by_length: if n > 1, the shuffled rows are taken in groups of n
+      batches. Each group is sorted by length and cut into batches, and the
+      batches are shuffled. Batches then have less padding and are less random.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -81,14 +82,14 @@ def train(
 
 
 class Visited:
-  """Training batches, each of them several times in a row."""
+  """Training batches, each repeated several times."""
 
   def __init__(self, batches: grain.DatasetIterator[Batch], visits: int):
-    """Returns an iterator whose state is that of its steps.
+    """Makes an iterator with a state that can be saved and restored.
 
     Args:
-      batches: once each.
-      visits: how often each comes.
+      batches: the batches, each once.
+      visits: how often each batch is returned.
     """
     self._batches, self._visits = batches, visits
     self._batch: Batch = {}
@@ -103,13 +104,13 @@ class Visited:
     return self._batch
 
   def get_state(self) -> dict[str, Any]:
-    """As Grain has it; while visits are left, with their number."""
+    """Returns Grain's state, with the number of visits left if it is not 0."""
     if not self._left:
       return self._batches.get_state()
     return {**self._before, "visits_left": self._left}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on where `get_state` was called."""
+    """Continues where `get_state` was called."""
     left = state.get("visits_left", 0)
     self._batches.set_state(
       {name: x for name, x in state.items() if name != "visits_left"}
@@ -128,15 +129,15 @@ def evaluate(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
 
-  Sorted rows need the least padding. The last batch is filled up with copies of
+  Sorted rows need the least padding. The last batch is filled with copies of
   its first row.
 
   Args:
-    fill: (rows, length, index) -> their batch; the index is that of the row, or
-      -1 for a copy.
+    fill: (rows, length, index) -> their batch. The index of a copy is -1; that
+      of any other row is its place in `lengths`.
     lengths: [rows], the number of tokens of each row, at least one.
     batch_size: rows of a batch.
-    buckets: the lengths allowed, increasing (see `train`).
+    buckets: the allowed lengths, increasing (see `train`).
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -156,7 +157,7 @@ def evaluate(
 
 
 def require_positive(**values: int) -> None:
-  """Refuses a value below 1, by its name."""
+  """Refuses a value below 1; the message has its name."""
   for name, value in values.items():
     if value <= 0:
       raise ValueError(f"{name} must be at least 1; got {value}.")

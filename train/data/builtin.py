@@ -1,4 +1,4 @@
-"""The tasks that come with the program, a record each."""
+"""The tasks that come with the program, one record each."""
 
 from collections.abc import Mapping, Sequence
 import functools
@@ -16,7 +16,7 @@ _SENTIMENT = "classify the sentiment of the text:"
 _RELATION = "classify the relation of the two texts:"
 _ENTAILMENT = "does the first text entail the second?"
 
-# Digits have no published splits. The rows of the last are what is left.
+# Digits have no published splits. The remaining rows are the test split.
 _DIGITS_ROWS = {"train": 600, "validation": 400}
 
 
@@ -26,13 +26,13 @@ def _tfds(
   config: str | None = None,
   originals: tuple[tuple[str, str], ...] = (),
 ) -> Source:
-  """The rows of a TFDS dataset, prepared when they are first read.
+  """Returns the source of a TFDS dataset, which the first read prepares.
 
   Args:
-    name: of the task, for errors.
+    name: the name of the task, for errors.
     builder: the TFDS builder, as `module:Class`.
     config: the builder's configuration, if it has any.
-    originals: (file name, URL) of each file that it is prepared from.
+    originals: (file name, URL) of each file that the dataset is prepared from.
   """
 
   def read(split: str, data_dir: str | None) -> Sequence[Mapping[str, Any]]:
@@ -71,7 +71,7 @@ def _rated(domain: str = "") -> None:
       votes="votes",
       splits=(
         *(Split(name, f"{prefix}{name}") for name, _, _ in STORED),
-        # Of what is not trained on, all.
+        # All rows of the other domains, as none is used for training.
         *(Split(name, name) for name in others),
       ),
       prompt=_SENTIMENT,
@@ -141,7 +141,7 @@ _glue(
   "classify the grammaticality of the text:",
   metrics=("matthews_correlation", "accuracy"),
 )
-# One row in fifty of the three large ones is already thousands.
+# The three large tasks hold out one row in fifty, which is over a thousand.
 _glue(
   "sst2",
   "SST-2.zip",
@@ -208,8 +208,8 @@ _super_glue(
   ("entailment", "contradiction", "neutral"),
   _RELATION,
 )
-# One two-way problem: both choices are read at once and the label says which
-# is the more plausible. `question` is the word cause or effect.
+# The model reads both choices at once, and the label says which one is more
+# plausible. `question` is the word cause or effect.
 _super_glue(
   "copa",
   "COPA.zip",
@@ -218,7 +218,8 @@ _super_glue(
   "choose the more plausible of the two:",
   words=("first", "second"),
 )
-# The word goes before its first sentence; its positions are not used.
+# The word comes before the first sentence. Its positions in the sentences are
+# not used.
 _super_glue(
   "wic",
   "WiC.zip",
@@ -233,8 +234,9 @@ def _digits() -> dict[str, list[dict[str, Any]]]:
   """scikit-learn's 1,797 digits of 8 x 8 pixels, 600/400/797.
 
   They are the test rows of UCI's Optical Recognition of Handwritten Digits (E.
-  Alpaydin and C. Kaynak, 1998, CC BY 4.0), of 13 writers, who are not told: a
-  writer is in all splits. A row's split is by the hash of its number.
+  Alpaydin and C. Kaynak, 1998, CC BY 4.0). The data do not name their 13
+  writers, so each split has digits of all writers. The hash of a row's number
+  decides its split.
   """
   from sklearn import datasets
 
@@ -255,11 +257,11 @@ register(
     "digits",
     source=Source(lambda split, _: _digits()[split]),
     image="image",
-    side=56,  # 4 x 4 patches of 14, one for 2 x 2 of the pixels there are
+    side=56,  # 4 x 4 patches of 14 pixels, each for 2 x 2 original pixels
     labels=tuple("0123456789"),
   )
 )
-# What `--data` names.
+# The tasks of the user's own rows, which `--data` names.
 register(Task("instructions", "conversations", metrics=("perplexity",)))
 register(Task("classification"))
 register(

@@ -1,4 +1,4 @@
-"""How far probabilities of classes can be trusted."""
+"""Scores of class probabilities, among them their calibration."""
 
 import numpy as np
 
@@ -10,20 +10,21 @@ SCORES = {
   "ece": f"calibration error ({BINS} bins)",
   "brier": "Brier score",
 }
-"""What `scores` gives, and what a reader is told that it is."""
+"""From each score of `scores` to its name in reports."""
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """Returns what the probabilities of all rows of a split say.
+  """Returns the scores of the class probabilities of a split.
 
   Args:
-    probabilities: [rows, classes], each row's sum 1.
+    probabilities: [rows, classes]; each row sums to 1.
     labels: [rows], the right classes.
 
   Returns:
-    `accuracy` and `worst_class_accuracy`, that of the class of the split with
-    the lowest one, as fractions; `loss`, the mean cross-entropy in nats, where
-    no probability counts as less than float32's smallest; `ece` and `brier`.
+    `accuracy`, as a fraction; `worst_class_accuracy`, the lowest accuracy of a
+    class; `loss`, the mean cross-entropy in nats; `ece`, the expected
+    calibration error; and `brier`, the Brier score. For `loss`, probabilities
+    below float32's smallest normal number are raised to it.
   """
   found = np.asarray(probabilities, np.float64)
   rows = np.arange(len(labels))
@@ -45,14 +46,15 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def expected_calibration_error(
   confidence: np.ndarray, right: np.ndarray, bins: int = BINS
 ) -> float:
-  """Returns the mean distance of confidence and accuracy, over equal bins.
+  """Returns the mean distance between confidence and accuracy, over bins.
 
-  That is sum over bins of (rows in it / rows) |its accuracy - its confidence|.
+  Each bin contributes (rows in the bin / all rows) |accuracy - confidence|.
 
   Args:
-    confidence: [rows], the probability of the class that is predicted.
-    right: [rows], whether it is the right one.
-    bins: of equal width, in which 1 belongs to the last.
+    confidence: [rows], the probability of the predicted class.
+    right: [rows], whether the prediction is right.
+    bins: the number of bins of equal width; a confidence of 1 belongs to the
+      last bin.
 
   References:
     Guo et al., `On calibration of modern neural networks

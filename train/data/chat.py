@@ -1,4 +1,4 @@
-"""Conversations to tokens: chat templates, and a loss on the responses."""
+"""Conversations to tokens, with a mask of the tokens that are learned."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -14,19 +14,19 @@ from .instructions import TEXT
 from .options import OnLong
 
 _AT_ONCE = 64
-"""Conversations that are rendered together."""
+"""How many conversations are rendered together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequences:
-  """Tokenized conversations, end to end.
+  """Tokenized conversations, joined end to end.
 
   Attributes:
-    tokens: [total] int32, token ids of all sequences.
-    loss: [total] bool, whether a token is one to be learned.
+    tokens: [total] int32, the token ids of all sequences.
+    loss: [total] bool, whether a token is to be learned.
     offsets: [sequences + 1] int64; sequence i is
       `tokens[offsets[i]:offsets[i + 1]]`.
-    skipped: how many conversations were too long and left out.
+    skipped: how many conversations were left out because of their length.
   """
 
   tokens: np.ndarray
@@ -39,7 +39,7 @@ class Sequences:
 
   @property
   def lengths(self) -> np.ndarray:
-    """[sequences] int64, the number of tokens of each."""
+    """The number of tokens of each sequence, [sequences] int64."""
     return np.diff(self.offsets)
 
 
@@ -52,10 +52,10 @@ def tokenize(
   eos: int | None = None,
   on_long: OnLong = "cut",
 ) -> Sequences:
-  """Tokenizes all conversations once; `encode` says how.
+  """Tokenizes all conversations once, each as `encode` does.
 
   Raises:
-    ValueError: as `encode` does, or if no conversation is left.
+    ValueError: as `encode` does, or if all conversations are left out.
   """
   tokens, loss, lengths, skipped = [], [], [], 0
   rest = iter(conversations)
@@ -97,45 +97,44 @@ def encode(
 ) -> tuple[list[int], list[bool]] | None:
   """Returns a conversation's token ids, and which of them are to be learned.
 
-  These are the tokens of the assistant's turns, each with the token that ends
-  it. The text before a turn, which ends with the assistant's header, is
-  tokenized by itself, as it will be when the model is asked to go on from
-  there: no token is partly prompt and partly response.
+  The tokens of the assistant's turns are learned, and the tokens that end these
+  turns. The text before a turn ends with the assistant's header. It is
+  tokenized by itself, just as it is when the model generates a response. So no
+  token is partly prompt and partly response.
+
+  A single message with the role `text` is a plain text. All its tokens are
+  learned. The tokenizer adds its own first tokens, and `eos` ends the text.
 
   Args:
-    tokenizer: its special tokens are found in the template's text; it adds
-      none.
-    template: its text of a conversation must begin with that of each beginning
-      of the conversation.
-    conversation: with at least one assistant message.
+    tokenizer: finds its special tokens in the template's text; it adds none to
+      a conversation.
+    template: must only append text when a conversation becomes longer.
+    conversation: has at least one assistant message, or is a plain text.
     max_length: the most tokens allowed.
-    eos: the id of the token at which generation will stop. What a template
-      writes behind it in a turn is not learned; if the last turn does not have
-      it, it is appended.
-    on_long: what becomes of a conversation of more than `max_length` tokens.
-      `cut`: its end is cut off; it is left out if all its responses are.
+    eos: the id of the token at which generation stops. Text that a template
+      writes after this token in a turn is not learned. The token is appended
+      to the last turn if it is missing there.
+    on_long: what happens to a conversation of more than `max_length` tokens.
+      `cut`: its end is cut off, and it is left out if no response remains.
       `skip`: it is left out. `error`: it is refused.
 
-  A text that is no conversation, of the role `text`, is learned whole: as the
-  tokenizer begins a text, with `eos` at its end.
-
   Returns:
-    (ids, loss), two lists of one length; None if it is left out.
+    (ids, loss), two lists of one length; None if the conversation is left out.
 
   Raises:
-    ValueError: if the conversation is too long and `on_long` is `error`, or the
-      template is not one that only appends, or writes no response, or nothing
-      of tools.
+    ValueError: if the conversation is too long and `on_long` is `error`, or if
+      the template changes earlier text, or leaves out a response or a part
+      of the use of tools.
   """
   texts = iter(template.render_all(_parts(conversation)))
   return _encoded(tokenizer, conversation, texts, max_length, eos, on_long)
 
 
 def _parts(conversation: Conversation) -> list[tuple[Conversation, bool]]:
-  """What is rendered of a conversation, as `Template.render` takes it.
+  """Returns the parts of a conversation to render, as `Template.render` takes.
 
-  Of each response, what is before it, and with it; and all, where there are
-  tools.
+  Each response needs two: the messages before it, and the same messages with
+  it. A conversation with tools is also rendered whole.
   """
   if conversation[0].role == TEXT:
     return []
@@ -154,7 +153,7 @@ def _encoded(
   eos: int | None,
   on_long: OnLong,
 ) -> tuple[list[int], list[bool]] | None:
-  """As `encode`, from the texts of a conversation's parts, which it takes."""
+  """As `encode`; takes the rendered texts of `_parts` from an iterator."""
   if max_length <= 0:
     raise ValueError(f"max_length must be at least 1; got {max_length}.")
   if conversation[0].role == TEXT:
@@ -195,7 +194,7 @@ def _fitted(
   on_long: OnLong,
   conversation: Conversation,
 ) -> tuple[list[int], list[bool]] | None:
-  loss[:1] = [False]  # nothing precedes it that it could be predicted from
+  loss[:1] = [False]  # no earlier token can predict the first one
   if len(ids) > max_length and on_long == "error":
     raise ValueError(
       f"A conversation has {len(ids)} tokens, but --max-length is "
@@ -210,7 +209,7 @@ def _fitted(
 
 
 def _told(conversation: Conversation) -> list[str]:
-  """What tools are asked and answer."""
+  """Returns the answers of tools, and the names of the called tools."""
   told = [message.content for message in conversation if message.role == "tool"]
   for message in conversation:
     told += map(_called, dict(message.more).get("tool_calls", ()))
@@ -218,7 +217,7 @@ def _told(conversation: Conversation) -> list[str]:
 
 
 def _check_tools(told: Sequence[str], text: str) -> None:
-  """Refuses a template that leaves some of it out of its text."""
+  """Refuses a template whose text leaves out a part of `told`."""
   for part in told:
     if part.strip() not in text:
       raise ValueError(

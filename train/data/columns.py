@@ -1,4 +1,4 @@
-"""A task made of a user's tables: which columns, which labels, which splits."""
+"""Makes a task from a user's tables: its columns, labels and splits."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -46,9 +46,9 @@ class Part(NamedTuple):
   """Rows of a split of a task.
 
   Attributes:
-    rows: as the task reads them.
-    places: where each is, in words.
-    numbers: in the table that they come from.
+    rows: the rows as the task reads them.
+    places: each row's place, in words.
+    numbers: each row's number in its table.
   """
 
   rows: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class Part(NamedTuple):
   numbers: list[int]
 
   def take(self, rows: Sequence[int]) -> "Part":
-    """These rows, in this order."""
+    """Returns the rows of these numbers, in this order."""
     return Part(
       [self.rows[i] for i in rows],
       [self.places[i] for i in rows],
@@ -69,14 +69,14 @@ def fit(task: Task, options: DataOptions) -> tuple[Task, list[str]]:
 
   Args:
     task: `classification` or `regression`, without a source.
-    options: name the tables, and the columns that are not obvious.
+    options: the tables, and the columns that are not obvious.
 
   Returns:
-    the task, and what the user is told of it.
+    the task, and sentences for the user on what was found.
 
   Raises:
-    UsageError: if columns are not there or not obvious, or a row is not as it
-      must be; the sentence names the file and the line.
+    UsageError: if a column is missing or not obvious, or a row is invalid. The
+      message names the file, and the line of a row.
     RuntimeError: if a table cannot be read.
   """
   data_dir = options.data_dir or None
@@ -125,12 +125,12 @@ def rows(task: Task, table: Table, labelled: bool) -> Part:
   """Returns a table's rows as a task reads them.
 
   Args:
-    task: knows its columns and labels.
-    table: to read.
+    task: a task with columns and labels.
+    table: the table to read.
     labelled: whether the rows have labels.
 
   Raises:
-    UsageError: if the table lacks a column, or a row a value; or a label is
+    UsageError: if the table lacks a column, a row lacks a value, or a label is
       not one of the task's.
   """
   wanted = [task.image] if task.image else list(task.fields)
@@ -163,7 +163,7 @@ def rows(task: Task, table: Table, labelled: bool) -> Part:
 
 
 def _columns(task: Task, options: DataOptions, table: Table) -> Task:
-  """The columns that are named, or obvious."""
+  """Returns the task with the columns that are named or obvious."""
   label = options.label or _first(LABELS, table)
   if not label:
     raise UsageError(
@@ -184,7 +184,7 @@ def _columns(task: Task, options: DataOptions, table: Table) -> Task:
 
 
 def _texts(task: Task, table: Table, label: str) -> Task:
-  """The columns of texts or images that are obvious."""
+  """Returns the task with the columns of texts or images that are obvious."""
   task = dataclasses.replace(task, texts=(), image="")
   for first, second in PAIRS:
     pair = _first([first], table), _first([second], table)
@@ -206,10 +206,12 @@ def _texts(task: Task, table: Table, label: str) -> Task:
 
 
 def refit(task: Task, table: Table) -> Task:
-  """The task with columns that are obvious, where a table lacks its own.
+  """Returns a task that fits a new table, with obvious columns if needed.
+
+  The columns change only if the table lacks the columns of the task.
 
   Raises:
-    UsageError: if a column is missing, and none like it is obvious.
+    UsageError: if a column is missing, and no other is an obvious replacement.
   """
   wanted = [task.image] if task.image else task.fields
   missing = [name for name in wanted if name not in table.columns]
@@ -258,12 +260,15 @@ def _reads(task: Task, table: Table) -> str:
 
 
 def _unlabelled(task: Task, table: Table) -> bool:
-  """As the test rows of published datasets are."""
+  """Whether no row has a label, as in the test rows of some datasets."""
   return all(row.get(task.label) in (None, -1, "") for row in table.rows)
 
 
 def _labels(task: Task, table: Table) -> Task:
-  """The classes of the training rows: words in order, or numbers in theirs."""
+  """Returns the task with its classes.
+
+  They are the names that the table stores, or the sorted labels of its rows.
+  """
   if task.kind == "regression":
     return task
   labels = table.names.get(task.label)
@@ -291,12 +296,12 @@ def _labels(task: Task, table: Table) -> Task:
 
 
 def _is_whole(name: str) -> bool:
-  # Python converts no more than some thousands of digits.
+  # Python refuses to convert a text of several thousand digits.
   return name.removeprefix("-").isdecimal() and len(name) < 1000
 
 
 def _name(value: Any, column: str, where: str) -> str:
-  """A label as a word: of a number, its digits."""
+  """Returns a label as a word; a whole number becomes its digits."""
   if isinstance(value, float) and value.is_integer():
     value = int(value)
   if isinstance(value, str | int) and str(value).strip():
@@ -346,11 +351,14 @@ def _text(value: Any, name: str, where: str) -> str:
 
 
 def _image(value: Any, table: Table, where: str) -> Any:
-  """An array, bytes, or a path; datasets store one of the last two."""
+  """Returns an image as an array, as bytes, or as a path.
+
+  Hugging Face datasets store a mapping with bytes or a path.
+  """
   if isinstance(value, Mapping):
     value = value.get("bytes") or value.get("path")
   if isinstance(value, str):
-    # Of a text that is no path at all, this says so, and no more.
+    # `exists` is False, and raises nothing, for a text that cannot be a path.
     return value if os.path.exists(value) else str(table.folder / value)
   if value is None or isinstance(value, bytes | np.ndarray):
     return value
@@ -361,7 +369,11 @@ def _image(value: Any, table: Table, where: str) -> Any:
 
 
 def key(task: Task, row: Mapping[str, Any]) -> str:
-  """What rows have in common that differ in case and punctuation alone."""
+  """Returns a key that equal rows share.
+
+  Texts are equal if they differ only in case, punctuation and white space.
+  Images are equal if their bytes are.
+  """
   if task.image:
     image = row[task.image]
     if isinstance(image, str):
@@ -371,14 +383,14 @@ def key(task: Task, row: Mapping[str, Any]) -> str:
     return hashing.digest(image)
   text = task.text(row)
   texts = (text,) if isinstance(text, str) else text
-  # Of signs alone, as :-), nothing is left.
+  # A text of signs only, such as :-), is empty when it is normalised.
   return hashing.joined(texts).strip() or "\n".join(texts)
 
 
 def _divided(
   task: Task, options: DataOptions, parts: Mapping[str, Part]
 ) -> tuple[dict[str, Part], list[str]]:
-  """All three splits; those that are missing are held out of `train`."""
+  """Returns all splits and notes; a missing split is held out of `train`."""
   train = parts["train"]
   keys = [key(task, row) for row in train.rows]
   share = options.held_out or HELD_OUT

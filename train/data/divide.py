@@ -1,4 +1,4 @@
-"""Holds rows out by a hash of their text: stratified, and without leaks."""
+"""Holds out rows by a hash of their text, stratified and without leaks."""
 
 import collections
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,17 +14,17 @@ def divide(
   shares: Mapping[str, float],
   name: str,
 ) -> dict[str, list[int]]:
-  """Returns the rows of each split, in the order that they came in.
+  """Returns the rows of each split, in their original order.
 
-  Rows of one text are in one split. Each split has about its share of each
-  label, and at least one row; what is not held out is `train`, which has each
-  label. Nothing is drawn: the same rows are always divided in the same way.
+  Rows with the same text are in the same split. Each split has about its share
+  of each label, and at least one row. The other rows are `train`, which has
+  every label. Nothing is random: the same rows always give the same splits.
 
   Args:
-    texts: of the rows, normalised.
-    labels: of the rows.
-    shares: by the name of each split but `train`.
-    name: of the rows, for errors.
+    texts: the normalised text of each row.
+    labels: the label of each row.
+    shares: from the name of each split except `train` to its share.
+    name: the name of the rows, for errors.
 
   Raises:
     UsageError: if there are too few rows.
@@ -35,8 +35,9 @@ def divide(
   by_label: dict[Hashable, list[str]] = collections.defaultdict(list)
   for text in sorted(rows, key=hashing.digest):
     by_label[labels[rows[text][0]]].append(text)
-  # A label's n-th of N texts has the place (n + 1/2) / N: the texts before any
-  # place have their share of each label. The last of each is for training.
+  # Text n of the N texts of a label has the place (n + 1/2) / N. So the texts
+  # before any place have the same share of each label. The last text of each
+  # label stays in `train`.
   places = sorted(
     ((n + 0.5) / len(same), hashing.digest(text), text)
     for same in by_label.values()
@@ -68,7 +69,7 @@ def note(
   hashed: str,
   how: str = "",
 ) -> str:
-  """The one sentence that is said of rows that are held out."""
+  """Returns the sentence for the user on rows that are held out."""
   names = {"validation": "validation", "test": "the test"}
   counts = " and ".join(
     f"{len(divided[split]):,} for {name}"

@@ -1,7 +1,7 @@
-"""GSM8K: questions, and whether an answer ends in the right number.
+"""GSM8K: reads questions, and checks the final number of an answer.
 
-Cobbe et al., arXiv 2110.14168: grade-school mathematics, whose answers end with
-a line `#### 42`.
+Cobbe et al., arXiv 2110.14168: grade-school mathematics. The answers of the
+dataset end with a line such as `#### 42`.
 """
 
 import decimal
@@ -12,8 +12,8 @@ from typing import NamedTuple
 from . import instructions
 
 _MARK = "####"
-# A dash behind a word or a number is no sign; commas count only between groups
-# of three digits.
+# A dash after a word or a number is no minus sign. Commas are part of a number
+# only between groups of three digits.
 _NUMBER = re.compile(
   r"(?:(?<![\w)])(-)\$?|\$(-)|)"
   r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
@@ -22,20 +22,20 @@ _NUMBER = re.compile(
 
 
 class Question(NamedTuple):
-  """A question, and the number that is its answer."""
+  """A question and its answer, a number."""
 
   text: str
   answer: decimal.Decimal
 
 
 def number(text: str) -> decimal.Decimal | None:
-  """The number that an answer ends in; None if it has none.
+  """Returns the final number of an answer; None if it has no number.
 
-  It is the first number behind the last `####`. Where there is no such mark, or
-  no number behind it, it is the last number of the text, as models answer that
-  were taught to end otherwise ("The answer is: 42"). Thousands separators, a
-  currency sign and what follows the digits, as a unit or a full stop, are left
-  out; numbers are compared as such, so that 3.0 is 3.
+  This is the first number after the last `####`. If there is no such mark, or
+  no number after it, this is the last number of the text, because some models
+  learned another form ("The answer is: 42"). Thousands separators, currency
+  signs and text after the digits, such as a unit, are ignored. The result is a
+  number, so 3.0 equals 3.
   """
   _, mark, end = text.rpartition(_MARK)
   marked = _numbers(end) if mark else []
@@ -46,20 +46,20 @@ def number(text: str) -> decimal.Decimal | None:
 
 
 def is_right(answer: str, question: Question) -> bool:
-  """Whether an answer ends in the question's number."""
+  """Whether the final number of an answer is the question's answer."""
   return number(answer) == question.answer
 
 
 def load(path: str | os.PathLike[str]) -> list[Question]:
-  """The questions of a file, in order.
+  """Returns the questions of a file, in order.
 
   Args:
-    path: of rows with `question` and `answer` as GSM8K has them, or in another
-      of the forms that `instructions.load` reads.
+    path: a file of rows with `question` and `answer`, as GSM8K has them, or of
+      another form that `instructions.load` reads.
 
   Raises:
-    ValueError: if a row is not as it must be, or its answer has no number; the
-      sentence names the file and the line.
+    ValueError: if a row is invalid or its answer has no number. The message
+      names the file and the line.
     RuntimeError: if the file cannot be read.
   """
   found = []

@@ -8,8 +8,8 @@ import unicodedata
 def normalise(text: str) -> str:
   """Returns the text's words in lower case with one space between them.
 
-  Two texts are the same sentence here if they differ only in letter case,
-  punctuation, white space, or Unicode compatibility forms.
+  Texts that differ only in letter case, punctuation, white space or Unicode
+  compatibility forms give the same result.
   """
   folded = unicodedata.normalize("NFKC", text).casefold()
   words = "".join(c if c.isalnum() else " " for c in folded)
@@ -17,7 +17,7 @@ def normalise(text: str) -> str:
 
 
 def joined(texts: Iterable[str]) -> str:
-  """Returns several texts as one, each normalised."""
+  """Returns normalised texts, joined by newlines."""
   return "\n".join(map(normalise, texts))
 
 
@@ -28,10 +28,10 @@ def digest(text: str | bytes) -> str:
 
 
 def share(text: str) -> float:
-  """Returns the text's place in [0, 1), uniform over texts."""
+  """Returns a number in [0, 1) for the text, uniform over texts."""
   return int(digest(text)[:13], 16) / 16**13
 
 
 def spread(seed: int, purpose: str) -> int:
-  """Returns a 32-bit seed of its own for each integer and purpose."""
+  """Returns a different 32-bit seed for each integer and purpose."""
   return int(digest(f"{purpose} {seed}")[:8], 16)

@@ -1,4 +1,4 @@
-"""Folders of images and labels in IDX files, as MNIST and its kin have them.
+"""Folders of images and labels in IDX files, the format of MNIST.
 
 References:
   `The MNIST database <http://yann.lecun.com/exdb/mnist/>`_, its last section.
@@ -16,7 +16,7 @@ from .. import bounds, checked
 from ..errors import UsageError
 
 PARTS = {"train": "train", "test": "t10k"}
-"""The splits, and what the names of their files begin with."""
+"""From each split to the prefix of its file names."""
 _BYTES = b"\0\0\x08"
 
 
@@ -29,13 +29,14 @@ def read(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Returns the images and the labels of each split that a folder has.
 
   Args:
-    path: of the folder; its files may be gzipped.
+    path: the folder; its files may be gzipped.
 
   Returns:
-    by `train` and `test`, [rows, height, width] uint8 and [rows] uint8.
+    for `train` and `test`, the images, [rows, height, width] uint8, and the
+    labels, [rows] uint8.
 
   Raises:
-    UsageError: if a file is missing, or is not as it must be.
+    UsageError: if a file is missing or invalid.
   """
   found = {}
   for split, name in PARTS.items():
@@ -61,7 +62,13 @@ def read(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def tables(
   path: pathlib.Path, image: str, label: str
 ) -> Mapping[str, list[dict[str, object]]]:
-  """Returns the rows of each split, with these names for their two columns."""
+  """Returns the rows of each split.
+
+  Args:
+    path: the folder.
+    image: the name of the column of images.
+    label: the name of the column of labels.
+  """
   return {
     split: [
       {image: pixels, label: int(own)} for pixels, own in zip(images, labels)

@@ -1,4 +1,4 @@
-"""Tasks of labelled images: their rows, few-shot draws, and batches."""
+"""Labelled images: reads rows, and makes batches of them."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -21,9 +21,9 @@ class Images:
   """Images of one size with labels.
 
   Attributes:
-    pixels: [rows, height, width] uint8, 0 for black and 255 for white; or
-      [rows, height, width, 3], red, green and blue.
-    labels: [rows] int32, or float32 of a regression.
+    pixels: [rows, height, width] uint8, from 0 for black to 255 for white; or
+      [rows, height, width, 3] uint8 with red, green and blue.
+    labels: [rows] int32, or float32 for a regression.
   """
 
   pixels: np.ndarray
@@ -43,7 +43,7 @@ def load(
 ) -> Images:
   """Returns the rows of a split of a task, in a fixed order.
 
-  Arguments and errors are those of `pipeline.drawn`; `side` is that of
+  The arguments and errors are those of `pipeline.drawn`, and `side` is that of
   `decoded`.
 
   Examples:
@@ -61,17 +61,18 @@ def decoded(
 ) -> Images:
   """Returns rows with their images as arrays, all in memory.
 
-  Files of images have any sizes: they are read as red, green and blue, turned
-  as their cameras say, and resized to a square by Pillow's bicubic filter,
-  whatever their shapes were. Arrays are left as they are.
+  Image files may have any size and shape. They are read as red, green and
+  blue, turned as their EXIF orientation says, and resized to a square by
+  Pillow's bicubic filter. Arrays are not changed.
 
   Args:
-    task: of the rows; a row without a label has the label 0.
-    rows: at least one.
-    side: pixels along the side of the square.
+    task: the task of the rows; a row without a label gets the label 0.
+    rows: at least one row.
+    side: the side of the square, in pixels.
 
   Raises:
-    UsageError: if an image cannot be read; the sentence names the file.
+    UsageError: if an image cannot be read (the message names the file), or if
+      the arrays have different shapes.
   """
   pixels = [
     image if isinstance(image, np.ndarray) else _read(image, side)
@@ -88,7 +89,7 @@ def decoded(
 
 
 def _read(image: str | bytes, side: int) -> np.ndarray:
-  """[side, side, 3] uint8, of a file or its bytes."""
+  """Returns the pixels of a file or of its bytes, [side, side, 3] uint8."""
   import PIL.Image
   import PIL.ImageOps
 
@@ -97,7 +98,7 @@ def _read(image: str | bytes, side: int) -> np.ndarray:
     with PIL.Image.open(io.BytesIO(content)) as opened:
       turned = PIL.ImageOps.exif_transpose(opened)
       coloured = turned.convert("RGB")
-  except Exception as error:  # each format of Pillow's has its own kinds
+  except Exception as error:  # each of Pillow's formats raises its own types
     name = image if isinstance(image, str) else "An image"
     raise UsageError(f"{name} cannot be read as an image: {error}.") from error
   return np.asarray(
@@ -116,14 +117,14 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator over training batches, shuffled anew in each epoch.
 
-  A batch is a function of the arguments and the step, as in
-  `pipeline.train_batches`, where the arguments are explained; images are all of
-  one length.
+  A batch is a function of the arguments and the step. The arguments are those
+  of `pipeline.train_batches`; `group_by_length` has no effect, because all
+  images have one length.
 
   Returns:
     an iterator of dicts, with B = batch_size / process_count:
       images: [B, height, width] or [B, height, width, 3] uint8.
-      labels: [B] int32, or float32 of a regression.
+      labels: [B] int32, or float32 for a regression.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -145,12 +146,12 @@ def train_batches(
 def eval_batches(rows: Images, batch_size: int) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, in order.
 
-  The last batch is filled up with copies of its first row.
+  The last batch is filled with copies of its first row.
 
   Returns:
-    an iterator of dicts as `train_batches` gives them, and in each
-      weights: [B] float32, 1 on rows, 0 on copies.
-      index: [B] int32, the row's place in `rows`; -1 on copies.
+    an iterator of dicts with the arrays of `train_batches`, and with
+      weights: [B] float32, 1 for rows, 0 for copies.
+      index: [B] int32, the row's place in `rows`; -1 for copies.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.

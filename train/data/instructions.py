@@ -1,4 +1,4 @@
-"""Instructions and their responses, read as conversations from any table."""
+"""Reads conversations from tables of instructions and responses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import os
@@ -13,9 +13,9 @@ SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.02
 _FEW_HELD_OUT = 0.1
 TEXT = "text"
-"""The role of a text that is no conversation: all of it is learned."""
+"""The role of a plain text, whose every token is learned."""
 
-# (what is asked, further text of the question or None, what is answered).
+# The columns of (the question, more text of the question or None, the answer).
 _FORMS = (
   ("prompt", None, "response"),
   ("prompt", None, "completion"),
@@ -55,7 +55,7 @@ _JSON_NAMES = {
 }
 
 Numbered = tuple[int, Conversation]
-"""A conversation and its row's number, by which it is drawn."""
+"""A row's number, by which the row is drawn, and its conversation."""
 
 
 def load(
@@ -77,24 +77,25 @@ def load(
     {"question": ..., "answer": ...} (GSM8K),
     {"instruction": ..., "input": ..., "output": ...} (Alpaca),
     {"instruction": ..., "context": ..., "response": ...} (Dolly),
-    {"text": ...}, of which every token is learned,
-  where `input` and `context` may be missing or empty, and other keys are left
-  alone. A content may be a list of parts, {"type": "text", "text": ...}. Which
-  split a row is in depends on its text alone, and two rows that differ only in
-  case, punctuation or white space are in the same.
+    {"text": ...}, whose every token is learned.
+  `input` and `context` may be missing or empty. Other keys are ignored. A
+  content may be a list of parts, {"type": "text", "text": ...}.
+
+  A row's split depends only on its text. Two rows that differ only in case,
+  punctuation or white space are in the same split.
 
   Args:
-    source: what `tables.read` reads.
+    source: the argument of `tables.read`.
     split: `train`, `validation` or `test`.
     held_out: the share of the rows in `validation`, and in `test`.
-    limit: take this many rows only, or all if there are fewer, chosen by `seed`
-      alone; for one seed, a smaller choice is part of each larger one.
+    limit: the most rows to return; None: all. `seed` alone decides which rows.
+      For one seed, a smaller choice is part of each larger choice.
     seed: any integer.
     data_dir: the folder of prepared datasets; the user's cache if None.
 
   Raises:
-    ValueError: if an argument or a row is not as it must be (the sentence names
-      the file and the line), or the split has no rows.
+    ValueError: if an argument or a row is invalid, or the split has no rows.
+      The message names the file and the line of a row.
     RuntimeError: if the file or the dataset cannot be read.
   """
   if split not in SPLITS:
@@ -123,17 +124,17 @@ def splits(
   test: str = "",
   data_dir: str | None = None,
 ) -> tuple[dict[str, list[Numbered]], list[str]]:
-  """Returns the conversations of all splits, and what the user is told of it.
+  """Returns the conversations of all splits, and notes for the user.
 
-  What has no split of its own is held out of `train`: the rows of which a hash
-  of the text is in a share of all hashes; or, of few rows, where a split would
-  be empty, the first of a stratified order (`divide.divide`).
+  Missing splits are held out of `train`. A hash of the text decides whether a
+  row is held out. If a split would be empty, because there are few rows,
+  `divide.divide` holds rows out instead.
 
   Args:
-    source: what `tables.read` reads. Of a TFDS dataset, `train` is read.
-    held_out: the share of a split; 0: 0.02, and of few rows 0.1.
-    validation: rows of their own.
-    test: rows of their own.
+    source: the argument of `tables.read`; a TFDS dataset gives its `train`.
+    held_out: the share of a missing split; 0: 0.02, or 0.1 if rows are few.
+    validation: the path of the validation rows; empty: see above.
+    test: the path of the test rows; empty: see above.
     data_dir: the folder of prepared datasets; the user's cache if None.
 
   Raises:
@@ -174,7 +175,7 @@ def splits(
 def drawn(
   rows: Sequence[Numbered], limit: int | None, seed: int
 ) -> list[Conversation]:
-  """Returns conversations, or as many as the limit, drawn by the seed."""
+  """Returns all conversations, or `limit` of them, drawn by the seed."""
   if limit is not None:
     rows = sorted(rows, key=lambda row: hashing.digest(f"{seed} {row[0]}"))
   return [conversation for _, conversation in rows[:limit]]
@@ -184,15 +185,15 @@ def read(
   source: str | os.PathLike[str],
   data_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
-  """Yields where each row of `train` is, in words, and its conversation."""
+  """Yields the place, in words, and the conversation of each `train` row."""
   yield from conversations(tables.read(source, data_dir)["train"])
 
 
 def conversations(table: tables.Table) -> Iterator[tuple[str, Conversation]]:
-  """Yields where each row of a table is, in words, and its conversation.
+  """Yields the place, in words, and the conversation of each row of a table.
 
   Raises:
-    UsageError: if a row is not as it must be.
+    UsageError: if a row is invalid.
   """
   for i, row in enumerate(table.rows):
     where = table.where(i)
@@ -202,7 +203,11 @@ def conversations(table: tables.Table) -> Iterator[tuple[str, Conversation]]:
 def _by_hash(
   rows: Sequence[Numbered], shares: Mapping[str, float]
 ) -> dict[str, list[Numbered]]:
-  """Rows whose texts' hashes are in a share, the test's before all others."""
+  """Divides rows by the hash of their text.
+
+  The rows with the smallest hashes are `test`, the next ones are `validation`,
+  and the others are `train`.
+  """
   found: dict[str, list[Numbered]] = {"train": []} | {x: [] for x in shares}
   for row in rows:
     place, end, chosen = hashing.share(_words(row[1])), 0.0, "train"
@@ -220,10 +225,10 @@ def _words(conversation: Conversation) -> str:
 
 
 def conversation(row: Any, where: str) -> Conversation:
-  """Reads a row in any of its forms, or says what is wrong with it.
+  """Returns the conversation of a row in any of the forms of `load`.
 
   Raises:
-    UsageError: with the row's place, `where`.
+    UsageError: if the row is invalid; the message has its place, `where`.
   """
   if not isinstance(row, Mapping):
     raise UsageError(f"{where} is {_kind(row)}; {_ALLOWED}.")
@@ -248,7 +253,7 @@ def conversation(row: Any, where: str) -> Conversation:
 
 
 def _listed(value: Any, where: str) -> Any:
-  """A list that a CSV file has as the text of a JSON value."""
+  """Returns a list; a CSV file stores it as the text of a JSON list."""
   if isinstance(value, str) and value.lstrip().startswith("["):
     return checked.parse_json(value, where)
   return value
@@ -282,13 +287,13 @@ def _messages(value: Any, key: str, where: str) -> Conversation:
   raise UsageError(f"{where} has the roles {_short(roles)}; {_ALLOWED_ROLES}.")
 
 
-# What may stand before each role.
+# The states that may come before each role.
 _AFTER = {
   "user": ("start", "assistant"),
   "assistant": ("user", "tool"),
   "tool": ("calls", "tool"),
 }
-# What a template may have of a message beside its role and content.
+# The keys of a message that templates use, besides its role and content.
 _MORE = ("tool_calls", "tool_call_id", "name")
 
 
@@ -318,7 +323,7 @@ def _message(role: str, item: Mapping[str, Any], where: str) -> Message:
 
 
 def _parts(parts: list[Any], role: str, where: str) -> str:
-  """The text of a content in parts."""
+  """Returns the text of a content that is a list of parts."""
   for part in parts:
     kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
     if kind != "text" or not isinstance(part.get("text"), str):

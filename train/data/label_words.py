@@ -1,4 +1,4 @@
-"""Classification in words: a prompt, and a word for each label."""
+"""Classification by words: a prompt, and one word for each label."""
 
 from collections.abc import Sequence
 import itertools
@@ -21,21 +21,21 @@ def encode(
 ) -> list[tuple[list[int], list[int]]]:
   """Returns the token ids of each text's prompt, unpadded.
 
-  A prompt is the task's instruction, the text or the texts, and `result:`, each
-  on a line of its own (where the tokenizer has lines). A model answers by a
-  word for each label (`answers`). With its first two arguments bound, this is
-  what `pipeline.tokenize` takes.
+  A prompt has the task's instruction, the text or texts, and `result:`, each on
+  its own line (if the tokenizer keeps lines). A model answers with the word of
+  a label (see `answers`). With its first two arguments bound, this function is
+  the `encode` of `pipeline.tokenize`.
 
   Args:
-    tokenizer: adds what it begins a text with, and what ends a text that is not
-      gone on with.
-    task: of the texts.
+    tokenizer: adds its special tokens to each prompt.
+    task: the task of the texts.
     texts: texts, or pairs of texts.
-    max_length: tokens a prompt may take. A text loses its end, of a pair the
-      longer one first; the instruction and `result:` are never cut.
+    max_length: the most tokens of a prompt. Texts are cut at their end, and
+      the longer text of a pair is cut first. The instruction and `result:` are
+      never cut.
 
   Returns:
-    (ids, type_ids) of each prompt, two lists of one length; the types are 0.
+    (ids, type_ids) of each prompt, two lists of one length; all types are 0.
 
   Raises:
     ValueError: if `max_length` leaves no room for the texts.
@@ -64,7 +64,7 @@ def encode(
 
 
 def prompt(task: Task, text: Text) -> str:
-  """Returns what `encode` encodes, as one text."""
+  """Returns the prompt that `encode` encodes, as one text."""
   return "".join([f"{task.instruction}\n", *_lines(text), _RESULT])
 
 
@@ -73,8 +73,11 @@ def answers(
 ) -> int | tuple[tuple[int, ...], ...]:
   """Returns what `pretrained.classifier` takes for the labels of a task.
 
+  Returns:
+    the number of outputs of a new head, or the tokens of each label's word.
+
   Raises:
-    ValueError: if the model answers in words, and two cannot be told apart.
+    ValueError: if the model answers in words, and two words are too similar.
   """
   if pretrained.family.has_new_head:
     return task.outputs

@@ -1,4 +1,4 @@
-"""The data of a run: batches to train on, and what a split says of a model."""
+"""The data of a run: training batches, and evaluations on each split."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -38,9 +38,9 @@ from .scores import Evaluation, Rows
 from .task import STORED, Task, Text
 
 _SPLITS = ("train", "validation", "test")
-_MOST_NATS = 709  # e to more is no float
-# As vision transformers are mostly tested; those of DINOv2 learned their
-# positions at 518, where attention takes thirty times the memory.
+_MOST_NATS = 709  # `math.exp` of more overflows
+# Most vision transformers are evaluated at this size. DINOv2 learned its
+# positions at 518 pixels, where attention takes thirty times the memory.
 _IMAGE_SIDE = 224
 
 Predict = Callable[[Batch], Items]
@@ -53,10 +53,11 @@ class Order:
 
   Attributes:
     batch_size: rows of a training batch.
-    eval_batch_size: rows of a batch to evaluate.
+    eval_batch_size: rows of an evaluation batch.
     epochs: passes over the training rows.
-    seed: of the rows that are drawn, and of their order.
-    group_by_length: batches' worth of rows to sort by length; 0: none.
+    seed: the seed of the draw of rows and of their order.
+    group_by_length: how many batches of rows are sorted by length together; 0:
+      rows are not sorted.
   """
 
   batch_size: int
@@ -66,7 +67,11 @@ class Order:
   group_by_length: int = 0
 
   def part(self, part: tuple[int, int]) -> dict[str, int]:
-    """The options of training batches, of a part of each."""
+    """Returns the options of training batches, for one part of each batch.
+
+    Args:
+      part: the number of the part, from 0, and the number of parts.
+    """
     return {
       "batch_size": self.batch_size,
       "seed": self.seed,
@@ -77,19 +82,19 @@ class Order:
 
 
 class Data(Protocol):
-  """What the loop knows of the data that a run trains on.
+  """The interface between the training loop and the data of a run.
 
   Attributes:
     task: what is learned.
-    order: how rows become batches; its `batch_size` may be less than was asked
-      for.
-    objective: what is learned from a batch.
-    notes: sentences for the user, of what was found and decided.
-    metric: the name of the metric to select a checkpoint by.
-    rows: in each split.
-    left_out: rows that were too long, in each split.
-    lengths: tokens that the rows of a batch may have; none of images.
-    steps_per_epoch: optimizer steps, at least one.
+    order: how rows become batches; its `batch_size` may be smaller than the one
+      that the user asked for.
+    objective: how a batch is learned.
+    notes: sentences for the user on what was found and decided.
+    metric: the name of the metric that selects a checkpoint.
+    rows: the number of rows in each split.
+    left_out: the number of rows in each split that were too long.
+    lengths: the lengths, in tokens, that a batch may have; empty for images.
+    steps_per_epoch: optimizer steps of an epoch, at least one.
   """
 
   @property
@@ -122,15 +127,19 @@ class Data(Protocol):
   def train_batches(
     self, part: tuple[int, int] = (0, 1)
   ) -> grain.DatasetIterator[Batch]:
-    """Batches of all epochs; of a part of their rows, of how many parts."""
+    """Returns the training batches of all epochs.
+
+    Args:
+      part: which part of each batch to return, from 0, and the number of parts.
+    """
     ...
 
   def evaluate(self, predict: Predict, split: str) -> Evaluation:
-    """What a split's rows say of a model; `predict` is given whole batches."""
+    """Evaluates a model on a split; `predict` gets whole batches."""
     ...
 
   def score(self, found: Evaluation) -> float:
-    """What is higher for a better model."""
+    """Returns a number that is higher for a better model."""
     ...
 
 
@@ -139,11 +148,10 @@ class Reader:
   """How a model reads the rows of a labelled task.
 
   Attributes:
-    examples: from rows, as `pipeline.drawn` gives them, to texts in tokens, or
-      images.
-    ordered: from examples and `Order.part` to batches to train on.
+    examples: from rows of `pipeline.drawn` to tokenized texts, or images.
+    ordered: from examples and the options of `Order.part` to training batches.
     whole: from examples and a batch size to batches that have each row once.
-    objective: what is learned from a batch.
+    objective: how a batch is learned.
   """
 
   examples: Callable[[Sequence[Mapping[str, Any]]], Examples]
@@ -154,12 +162,12 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-  """Texts or images with labels, as `Data` has them.
+  """Texts or images with labels; implements `Data`.
 
   Attributes:
     examples: the rows of each split.
-    reader: how the model reads them.
-    shifted: reads `shifts.examples` of the test rows.
+    reader: how the model reads the rows.
+    shifted: returns the shifted test rows of `shifts.examples`.
   """
 
   task: Task
@@ -212,14 +220,18 @@ class Labelled:
     return evaluate.better(self.metric, found.metrics[self.metric])
 
   def baseline(self, features: Callable[[Batch], Any]) -> Evaluation:
-    """A linear model of frozen features, (B, D) of a batch."""
+    """Evaluates a linear model of frozen features, as `scores.baseline`.
+
+    Args:
+      features: from a batch to features, (B, D).
+    """
     train, validation, test = map(self._rows, _SPLITS)
     return evaluate.baseline(
       features, train, validation, test, self.task.metrics
     )
 
   def batches(self, rows: Examples) -> grain.DatasetIterator[Batch]:
-    """Batches to evaluate, that have each row once."""
+    """Returns evaluation batches that have each row once."""
     return self.reader.whole(rows, self.order.eval_batch_size)
 
   def _rows(self, split: str) -> Rows:
@@ -229,12 +241,12 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversations:
-  """Prompts with responses, of which the responses are learned, as `Data`.
+  """Conversations whose responses are learned; implements `Data`.
 
   Attributes:
     packed: the rows of each split.
     pad_id: the token id of padding.
-    template: of the conversations.
+    template: the chat template of the conversations.
   """
 
   task: Task
@@ -304,14 +316,15 @@ class Conversations:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-  """Rows for a run that is finished: to label, or to evaluate it on.
+  """Rows that a finished run labels, or is evaluated on.
 
   Attributes:
-    task: of the run.
-    rows: as they came, with all their columns.
-    places: where each is, in words.
-    examples: as the model reads them; rows without labels have the label 0.
-    reader: how it does.
+    task: the task of the run.
+    rows: the original rows, with all their columns.
+    places: each row's place, in words.
+    examples: the rows as the model reads them; unlabelled rows have the label
+      0.
+    reader: how the model reads rows.
   """
 
   task: Task
@@ -321,16 +334,19 @@ class Given:
   reader: Reader
 
   def batches(self, batch_size: int) -> grain.DatasetIterator[Batch]:
-    """Each row once, the longest first: `index` is its place in `rows`."""
+    """Returns batches that have each row once, the longest rows first.
+
+    A batch's `index` has each row's place in `rows`.
+    """
     return self.reader.whole(self.examples, batch_size)
 
   def answers(
     self, answer: Callable[[Batch], Any], batch_size: int
   ) -> np.ndarray:
-    """What a model answers, in the rows' order.
+    """Returns a model's answers, in the order of the rows.
 
     Args:
-      answer: a batch to `objective.answers` of its logits.
+      answer: from a batch to the `objective.answers` of the model's outputs.
       batch_size: rows of a batch.
 
     Returns:
@@ -342,7 +358,7 @@ class Given:
     return np.stack([found[i] for i in range(len(self.rows))])
 
   def evaluate(self, predict: Predict, batch_size: int) -> Evaluation:
-    """What the rows, which have labels, say of a model."""
+    """Evaluates a model on the rows, which must have labels."""
     rows = Rows(self.examples.labels, self.batches(batch_size))
     return evaluate.evaluate(predict, rows, self.task.metrics)
 
@@ -362,17 +378,18 @@ def load(
   Args:
     options: what to read.
     pretrained: the model that reads it.
-    batch_size: rows of a training batch. If there are fewer, it is the largest
-      multiple that there is, which the notes say.
-    eval_batch_size: rows of a batch to evaluate; 0: those of a training batch.
+    batch_size: rows of a training batch. If there are fewer training rows, a
+      batch has the largest `multiple` of rows, and the notes say so.
+    eval_batch_size: rows of an evaluation batch; 0: as of a training batch.
     epochs: passes over the training rows.
-    seed: of the rows that are drawn, and of their order.
-    multiple: a batch's rows stay a multiple of it, for what shares them.
+    seed: the seed of the draw of rows and of their order.
+    multiple: the rows of a batch are a multiple of this number, so that devices
+      and accumulation steps can share them.
 
   Raises:
-    ValueError: if the model or the options are not for such data, or the data
-      are not as they must be.
-    RuntimeError: if they cannot be had.
+    ValueError: if the model or the options do not fit the data, or the data are
+      invalid.
+    RuntimeError: if the data cannot be read or downloaded.
   """
   check(options)
   task = tasks.get(options.task)
@@ -420,17 +437,17 @@ def rows_for(
   """Reads rows for a finished run.
 
   Args:
-    task: of the run, with its columns and labels; it needs no source.
-    data: a path, as `tables.read` takes it (of several splits, the test), or
-      texts, or pairs of them; or, of a task of images, their paths.
+    task: the task of the run, with its columns and labels; it needs no source.
+    data: a path that `tables.read` takes, whose `test` split is read if it has
+      several; or texts, or pairs of texts; or paths of images.
     pretrained: the run's model.
-    max_length: the run's.
-    labelled: whether the rows have labels, which are then the task's.
+    max_length: the run's `max_length`.
+    labelled: whether the rows have labels, which must be labels of the task.
     data_dir: the folder of prepared datasets; the user's cache if None.
 
   Raises:
-    ValueError: if the rows are not as they must be.
-    RuntimeError: if they cannot be read.
+    ValueError: if the rows are invalid.
+    RuntimeError: if the rows cannot be read.
   """
   if isinstance(data, str):
     table = tables.one(data, "test", data_dir)
@@ -454,7 +471,7 @@ _NAMES = ("text", "text_pair")
 
 
 def _named(task: Task, text: Text) -> dict[str, str]:
-  """A row of one text, or of a pair."""
+  """Returns a row of one text, or of a pair."""
   texts = (text,) if isinstance(text, str) else text
   if len(texts) != len(task.texts):
     raise UsageError(
@@ -465,10 +482,10 @@ def _named(task: Task, text: Text) -> dict[str, str]:
 
 
 def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
-  """The task with the size of its images, if it is of images without one.
+  """Returns the task with a size of its images, if it needs one.
 
   Raises:
-    UsageError: if the model cannot be given images of the size asked for.
+    UsageError: if the model or the task does not allow `size`.
   """
   family = pretrained.family
   if not task.image or family.reads != "images" or task.side:
@@ -490,10 +507,10 @@ def _sized(task: Task, size: int, pretrained: Pretrained) -> Task:
 
 
 def reader(task: Task, pretrained: Pretrained, max_length: int) -> Reader:
-  """Returns how a model reads a labelled task, and learns it.
+  """Returns how a model reads and learns the rows of a labelled task.
 
   Raises:
-    ValueError: if it does not.
+    ValueError: if the model cannot learn the task.
   """
   family = pretrained.family
   if task.kind == "regression":
@@ -584,10 +601,14 @@ def _conversations(
 
 
 def read_template(path: str, old: templates.Template) -> templates.Template:
-  """The template of a file, with the special tokens of another.
+  """Returns the chat template of a file.
+
+  Args:
+    path: the file.
+    old: the template whose special tokens are kept.
 
   Raises:
-    UsageError: if it cannot be read, or is no template.
+    UsageError: if the file cannot be read, or is not a template.
   """
   try:
     source = checked.read_text(pathlib.Path(path).expanduser())
@@ -601,7 +622,7 @@ def read_template(path: str, old: templates.Template) -> templates.Template:
 def _splits(
   options: DataOptions, task: Task
 ) -> tuple[dict[str, list[instructions.Numbered]], list[str]]:
-  """The conversations of each split, of the task's source or of --data."""
+  """Returns each split's conversations, from the task's source or --data."""
   if task.source is None:
     return instructions.splits(
       options.path,
@@ -621,7 +642,7 @@ def _splits(
 
 
 def _capped(options: DataOptions, split: str, count: int) -> list[str]:
-  """A sentence, if fewer rows are there than the options allow."""
+  """Returns a note if a split has fewer rows than the options allow."""
   limit = options.limit(split)
   if count >= limit:
     return []
@@ -635,7 +656,7 @@ def _capped(options: DataOptions, split: str, count: int) -> list[str]:
 def _fitted(
   order: Order, rows: int, multiple: int, what: str
 ) -> tuple[Order, list[str]]:
-  """The order with batches that there are rows for, and what is said of it."""
+  """Returns the order, with a smaller batch if rows are few, and notes."""
   if rows >= order.batch_size:
     return order, []
   size = rows // multiple * multiple

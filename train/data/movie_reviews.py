@@ -1,4 +1,4 @@
-"""Movie review snippets: reads, cleans and divides them, and a TFDS builder."""
+"""Movie review snippets: read, cleaned, divided, and built for TFDS."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,14 @@ class Snippet(NamedTuple):
 
 
 def read(path: pathlib.Path = FILE) -> list[Snippet]:
-  """Returns the snippets of a gzipped file of id, rating, sentence columns.
+  """Returns the snippets of a gzipped file.
+
+  Its columns are id, rating and sentence.
 
   Raises:
-    ValueError: if the file is not there or not gzip, or a line is not UTF-8,
-      has not three columns, or holds an id, a rating or a sentence that cannot
-      be right; the sentence names the file and the line.
+    ValueError: if the file is missing or is not gzip, or if a line is not
+      UTF-8, does not have three columns, or has an invalid id, rating or
+      sentence. The message names the file and the line.
   """
   columns = ("id", "rating", "sentence")
   lines = shipped.lines(path, "the film reviews", columns)
@@ -39,18 +41,18 @@ def read(path: pathlib.Path = FILE) -> list[Snippet]:
 
 
 def clean(snippets: list[Snippet]) -> list[Snippet]:
-  """Returns one snippet per sentence, without those close to neutral.
+  """Returns one snippet per sentence, without nearly neutral snippets.
 
-  Sentences that differ only in case, punctuation or white space are one
-  sentence. It keeps its first wording, and the mean of its ratings: where they
-  disagree the mean decides, and may drop it as neutral.
+  Sentences that differ only in case, punctuation or white space count as one
+  sentence. The merged snippet has the first wording and the mean of the
+  ratings. If this mean is nearly neutral, the snippet is dropped.
 
   Args:
     snippets: any number of snippets.
 
   Returns:
-    those with a mean rating of at least `MIN_RATING` in absolute value, in the
-    order of the hash of their text.
+    the snippets whose mean rating is at least `MIN_RATING` in absolute value,
+    in the order of the hash of their text.
   """
   same = collections.defaultdict(list)
   for snippet in snippets:

@@ -1,4 +1,4 @@
-"""What is learned from a batch: labels of rows, or the tokens that follow."""
+"""Objectives: how a model learns labels of rows, or next tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,18 +12,16 @@ from ..models import chunks
 
 Batch = Mapping[str, Any]
 
-"""Of ImageNet's red, green and blue, as all its models use them."""
-
 
 class Items(NamedTuple):
-  """What a loss is a mean of: rows, or tokens; arrays of one shape.
+  """The rows or tokens that a loss is a mean of, as arrays of one shape.
 
   Attributes:
     losses: cross-entropies in nats, or squared errors, float32.
-    weights: of each in the mean, float32; 0 leaves it out. Of a row that is a
-      mean itself, of how many.
+    weights: the weight of each item in the mean, float32; 0 leaves an item out.
+      If the loss of a row is itself a mean, its weight is the number of terms.
     predictions: the likeliest labels or tokens, int32; or values, float32.
-    right: 1 where they are the right ones, float32; NaN of values.
+    right: 1 where a prediction is right, else 0, float32; NaN for values.
   """
 
   losses: jax.Array
@@ -32,24 +30,25 @@ class Items(NamedTuple):
   right: jax.Array
 
   def mean(self, values: jax.Array) -> jax.Array:
-    """Of the items' values, by weight; 0 if nothing is to be learned."""
+    """Returns the weighted mean of `values`; 0 if all weights are 0."""
     total = jnp.maximum(jnp.sum(self.weights), 1)
     return jnp.sum(values * self.weights) / total
 
 
 class Objective(NamedTuple):
-  """How a batch goes into a model, and what comes out is judged.
+  """How a model reads a batch, and how its outputs are scored.
 
   Attributes:
-    inputs: from a batch to the arguments of the model; the last may be what
-      the model is to read from its logits, see `models.chunks`.
-    items: from what the model returns and the batch to the items of the loss.
-    weights: the items' weights, from the batch alone.
-    tokens: of a batch that are not padding, or its images, int32 scalar.
-    answers: from what the model returns to what is told of a row: the
-      probabilities of the labels, float32 (B, labels), or its value, (B,); of
+    inputs: from a batch to the arguments of the model. The last argument may
+      be a `models.chunks.Read`, which says what to compute from the logits.
+    items: from the model's outputs and the batch to the items of the loss.
+    weights: from the batch to the items' weights.
+    tokens: from the batch to its number of tokens without padding, or of
+      images, int32 scalar.
+    answers: from the model's outputs to its answers: the labels' probabilities,
+      float32 (B, labels); or a value for each row, (B,); or, for
       conversations, the likeliest tokens, int32 (B, L).
-    of_classes: whether a model returns the logits of a row's classes,
+    of_classes: whether the model's outputs are the logits of classes,
       (B, classes).
   """
 
@@ -62,7 +61,7 @@ class Objective(NamedTuple):
 
 
 class Told(NamedTuple):
-  """What a loss needs of logits (..., V); arrays (...).
+  """What a loss needs from logits (..., V), as arrays of shape (...).
 
   Attributes:
     losses: cross-entropies of the targets in nats, float32.
@@ -110,15 +109,15 @@ CLASSIFICATION = Objective(
   answers=_probabilities,
   of_classes=True,
 )
-"""One label a row, (B,); logits are (B, classes)."""
+"""Each row has one label, (B,); the model returns logits (B, classes)."""
 
 
 def smoothed(objective: Objective, share: float) -> Objective:
-  """The objective with a share of each label spread over all classes.
+  """Returns the objective with label smoothing, as `optax.smooth_labels`.
 
   Args:
-    objective: of classes.
-    share: from 0 to 1. The loss is that of `optax.smooth_labels`.
+    objective: an objective whose model returns the logits of classes.
+    share: the share of each label that is spread over all classes, from 0 to 1.
   """
 
   def items(logits, batch):
@@ -131,14 +130,15 @@ def smoothed(objective: Objective, share: float) -> Objective:
 
 
 def regression(centre: float, spread: float) -> Objective:
-  """One value a row, (B,); what a model gives for it is (B, 1).
+  """Returns the objective of a regression.
 
-  The loss is the squared error of standardised values, so that one learning
-  rate does for labels of any unit; predictions are in the labels' own.
+  Each row has one value, (B,), and the model returns (B, 1). The loss is the
+  squared error of standardised values, so one learning rate fits labels of any
+  unit. Predictions have the unit of the labels.
 
   Args:
-    centre: mean of the training labels.
-    spread: their standard deviation.
+    centre: the mean of the training labels.
+    spread: the standard deviation of the training labels.
   """
 
   def items(logits, batch):
@@ -163,15 +163,15 @@ def images(
   mean: Sequence[float],
   deviation: Sequence[float],
 ) -> Objective:
-  """One label an image, (B,), of images as `images.Images` has them.
+  """Returns an objective for batches of `images`: one label an image, (B,).
 
-  A model is given them as `prepared` makes them.
+  The model gets the images as `prepared` returns them.
 
   Args:
-    side: pixels along the side that the model is given.
-    objective: what is learned of them.
-    mean: of the three channels, as `prepared` takes it.
-    deviation: of them, likewise.
+    side: the side of the model's images, in pixels.
+    objective: the objective of the labels.
+    mean: the mean of each of the three channels, in [0, 1].
+    deviation: the standard deviation of each channel, in [0, 1].
   """
   return objective._replace(
     inputs=lambda batch: (prepared(batch["images"], side, mean, deviation),),
@@ -182,16 +182,16 @@ def images(
 def prepared(
   images: Any, side: int, mean: Sequence[float], deviation: Sequence[float]
 ) -> jax.Array:
-  """Images as a model of photographs wants them.
+  """Returns images as the inputs of a model of photographs.
 
-  Resized with the bicubic filter that Pillow has too, grey ones to equal
-  channels, each normalised by a mean and a standard deviation.
+  Images are resized with a bicubic filter, the same as Pillow's. A grey image
+  gets three equal channels. Each channel is normalised.
 
   Args:
     images: uint8 (B, height, width), 255 for white; or (B, height, width, 3).
-    side: S, pixels along the side.
-    mean: of the three channels, in [0, 1].
-    deviation: of them, likewise.
+    side: S, the side of the resized images, in pixels.
+    mean: the mean of each of the three channels, in [0, 1].
+    deviation: the standard deviation of each channel, in [0, 1].
 
   Returns:
     float32 (B, S, S, 3).
@@ -199,7 +199,7 @@ def prepared(
   pixels = jnp.asarray(images, jnp.float32) / 255
   shape = (len(pixels), side, side, *pixels.shape[3:])
   pixels = jax.image.resize(pixels, shape, "cubic")
-  # The filter goes beyond black and white at edges.
+  # At edges, the filter gives values beyond black and white.
   pixels = jnp.clip(pixels, 0, 1)
   if pixels.ndim == 3:
     pixels = pixels[..., None]
@@ -207,19 +207,22 @@ def prepared(
 
 
 def words(tokens: Sequence[Sequence[int]]) -> Objective:
-  """One label a row, (B,), whose word a T5 is to say.
+  """Returns the objective of a T5 that answers with the word of a label.
 
-  What is learned is what T5 learns: the tokens of the right label's word, given
-  those before it, over the whole vocabulary. The loss of a batch is the mean
-  over these tokens, and padding is none of them. The answer is the likeliest of
-  the labels' words, by the sum of the log-probabilities of a word's tokens. As
-  the one that ends it is among them, this is the probability of saying the word
-  and nothing else, and words of any lengths compare.
+  Each row has one label, (B,). The model learns the tokens of the right label's
+  word, over the whole vocabulary, as T5 learns any text. The loss of a batch is
+  the mean over these tokens.
+
+  The answer is the likeliest of the labels' words. The log-probability of a
+  word is the sum over its tokens. These include the end token, so it is the
+  probability of this word and no further text, and words of different lengths
+  can be compared.
+
+  The model gets a `chunks.Read` for the M tokens of all words, end to end, and
+  returns the losses of these tokens, (B, M).
 
   Args:
-    tokens: of each label's word, with the one that ends it. A model is given
-      what to read from the logits of the M tokens of all words, end to end, and
-      returns their losses, (B, M).
+    tokens: the tokens of each label's word, with the end token.
   """
   targets_M = np.concatenate([np.asarray(word, np.int32) for word in tokens])
   lengths_C = np.asarray([len(word) for word in tokens])
@@ -236,7 +239,7 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
     return *CLASSIFICATION.inputs(batch), read
 
   def of_words(losses_BxM):
-    # One by one: a product may round to bfloat16 on an accelerator.
+    # No matrix product: an accelerator may round its inputs to bfloat16.
     return (losses_BxM[..., None] * whose_MxC).sum(1)
 
   def items(losses_BxM, batch):
@@ -254,7 +257,7 @@ def words(tokens: Sequence[Sequence[int]]) -> Objective:
     inputs=inputs,
     items=items,
     weights=lengths,
-    # Of the words alone, as a label is told; the vocabulary has more.
+    # The probabilities are normalised over the labels' words alone.
     answers=lambda losses: jax.nn.softmax(-of_words(losses), -1),
     of_classes=False,
   )
@@ -272,7 +275,7 @@ NEXT_TOKEN = Objective(
   tokens=lambda batch: jnp.sum(batch["lengths"]),
   answers=lambda told: told.predictions,
 )
-"""The token after each, where it has a weight, (B, L).
+"""Each token with a weight predicts the next token, (B, L).
 
-A model is given what to read from its logits, and returns `Told`.
+The model gets a `chunks.Read` and returns `Told`.
 """

@@ -17,10 +17,10 @@ def batches(
   Args:
     lengths: [rows], the number of tokens of each row.
     batch_size: rows of a batch. Rows that fill no batch are left out.
-    group_by_length: if n > 1, rows are sorted by length within each n batches'
-      worth of shuffled rows, and the batches are shuffled once more.
+    group_by_length: if n > 1, the shuffled rows are taken in groups of n
+      batches, each group is sorted by length, and the batches are shuffled.
     seed: any integer.
-    epoch: from 0.
+    epoch: the number of the epoch, from 0.
 
   Returns:
     [rows // batch_size, batch_size] indices into `lengths`, all different.
@@ -37,7 +37,7 @@ def batches(
 
 
 def _shuffle(size: int, seed: int, epoch: int) -> np.ndarray:
-  # NumPy promises never to change Philox's raw bits, but not `permutation`'s
-  # use of them: sorting by raw bits is the same order in every version.
+  # NumPy promises that Philox's raw bits never change; `permutation` may. So
+  # an order by raw bits is the same in every version.
   bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
   return np.argsort(bits.random_raw(size), kind="stable")

@@ -1,4 +1,4 @@
-"""Tokenized conversations to batches of next tokens, several in a row."""
+"""Tokenized conversations to batches of next tokens, packed or not."""
 
 import bisect
 import dataclasses
@@ -13,12 +13,12 @@ from .chat import Sequences
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-  """Sequences, and which of them share a row.
+  """Sequences, and which sequences share a row.
 
   Attributes:
     sequences: the tokens.
-    members: [sequences] int64, the sequences in order of their rows.
-    offsets: [rows + 1] int64; row i is
+    members: [sequences] int64, the sequences in the order of their rows.
+    offsets: [rows + 1] int64; row i has the sequences
       `members[offsets[i]:offsets[i + 1]]`.
     buckets: the lengths that a batch may have, increasing.
   """
@@ -39,15 +39,16 @@ class Packed:
 
   @property
   def segments(self) -> int:
-    """The most sequences of a row, at least 1."""
+    """The largest number of sequences in a row, at least 1."""
     return int(np.diff(self.offsets).max(initial=1))
 
 
 def pack(sequences: Sequences, max_length: int) -> Packed:
-  """Puts sequences together in rows of `max_length` tokens.
+  """Packs sequences into rows of `max_length` tokens.
 
-  The longest come first, each into the row that it fills best. So the rows are
-  the same in every epoch, and their number is known before training.
+  The sequences are placed from the longest to the shortest, each into the row
+  where the least space remains. The rows are the same in every epoch, so their
+  number is known before training.
 
   Args:
     sequences: each of at most `max_length` tokens.
@@ -83,10 +84,10 @@ def pack(sequences: Sequences, max_length: int) -> Packed:
 
 
 def unpacked(sequences: Sequences, max_length: int) -> Packed:
-  """Gives each sequence a row of its own, padded to a bucket.
+  """Gives each sequence its own row, which is padded to a bucket.
 
-  A batch has the smallest of `pipeline.lengths_for` that holds the longest row
-  of the global batch; none is longer than `max_length`.
+  A batch has the smallest length of `pipeline.lengths_for` that holds the
+  longest row of the global batch, and at most `max_length`.
 
   Args:
     sequences: each of at most `max_length` tokens.
@@ -111,27 +112,27 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator over training batches, shuffled anew in each epoch.
 
-  Its order, its state and its parts are those of `pipeline.train_batches`.
+  The order, the state and the parts are as in `pipeline.train_batches`.
 
   Args:
     packed: the training rows; an epoch has `len(packed) // batch_size` steps.
     batch_size: rows of the global batch. Rows that fill no batch are left out
       of their epoch.
     seed: any integer.
-    epochs: how many; without end if None.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
+    epochs: the number of epochs; None: endless.
+    process_index: which of the equal parts of each global batch to return.
+    process_count: the number of parts.
     pad_id: the token id beyond a row's end.
     group_by_length: see `pipeline.train_batches`.
 
   Returns:
     an iterator of dicts, with B = batch_size / process_count and L a bucket:
       tokens: [B, L] int32.
-      lengths: [B, M] int32, tokens of each segment of a row, in order, and 0
-        where there are fewer than M, the most of any row of `packed`.
+      lengths: [B, M] int32, the tokens of each segment of a row, in order,
+        then 0; M is the largest number of segments in a row of `packed`.
       positions: [B, L] int32, from 0 in each segment; 0 on padding.
       targets: [B, L] int32, the next token of the segment; 0 if there is none.
-      weights: [B, L] float32, 1 where the target is one to be learned.
+      weights: [B, L] float32, 1 where the target is to be learned.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -160,7 +161,7 @@ def eval_batches(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
 
-  The last batch is filled up with copies of its first row, of weight 0.
+  The last batch is filled with copies of its first row, with weight 0.
 
   Args:
     packed: the rows, at least one.
@@ -168,7 +169,7 @@ def eval_batches(
     pad_id: the token id beyond a row's end.
 
   Returns:
-    an iterator of dicts as `train_batches` gives them.
+    an iterator of dicts with the arrays of `train_batches`.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -183,7 +184,7 @@ def eval_batches(
 
 
 def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:
-  """Writes rows out, segment after segment."""
+  """Returns the batch of some rows, which holds segment after segment."""
   shape = len(rows), width
   tokens = np.full(shape, pad_id, np.int32)
   positions, targets = np.zeros((2, *shape), np.int32)
@@ -200,7 +201,7 @@ def _fill(packed: Packed, rows: np.ndarray, width: int, pad_id: int) -> Batch:
       tokens[i, start:stop] = ids
       lengths[i, segment] = len(ids)
       positions[i, start:stop] = np.arange(len(ids))
-      # The last token of a segment has none to predict.
+      # The last token of a segment has no next token.
       targets[i, start : stop - 1] = ids[1:]
       weights[i, start : stop - 1] = loss[1:]
       start = stop

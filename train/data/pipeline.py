@@ -13,8 +13,10 @@ from .batching import Batch
 from .task import Split, Task, Text
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 256)
-"""The lengths that a batch of short rows may be padded to: one compiled step
-for each. `lengths_for` has those of longer rows."""
+"""The lengths that a batch of short rows may be padded to.
+
+Each length needs a compiled step. `lengths_for` adds those of longer rows.
+"""
 _GROWTH, _LARGER = 1.5, 5
 
 Encode = Callable[
@@ -25,7 +27,7 @@ _ROWS_AT_A_TIME = 1024
 
 
 class Row(NamedTuple):
-  """A text, or a pair of texts, and the index of its label, or its value."""
+  """A text or a pair of texts, and the index of a label or a value."""
 
   text: Text
   label: int | float
@@ -33,14 +35,14 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-  """Tokenized rows, end to end.
+  """Tokenized rows, joined end to end.
 
   Attributes:
-    tokens: [total] int32, token ids of all rows.
+    tokens: [total] int32, the token ids of all rows.
     token_types: [total] int32, 0 in the first text of a pair, 1 in the second.
     offsets: [rows + 1] int64; row i is `tokens[offsets[i]:offsets[i + 1]]`.
-    labels: [rows] int32, or float32 of a regression.
-    max_length: the most tokens that a row may have, if that is known.
+    labels: [rows] int32, or float32 for a regression.
+    max_length: the most tokens that a row may have; None if unknown.
   """
 
   tokens: np.ndarray
@@ -61,12 +63,14 @@ class Examples:
 def lengths_for(longest: int, max_length: int | None = None) -> tuple[int, ...]:
   """Returns the lengths that batches may be padded to.
 
-  They are `BUCKETS`, and beyond these as far as the rows go at most five more:
-  each 1.5 times the one before, or more where that would not be enough.
+  These are `BUCKETS` and, for longer rows, at most five further lengths. Each
+  further length is about 1.5 times the one before, or more if five lengths
+  would not reach the longest row.
 
   Args:
     longest: tokens of the longest row.
-    max_length: no length beyond `BUCKETS` is larger; at least `longest`.
+    max_length: an upper limit of the further lengths, at least `longest`; None:
+      no limit.
   """
   last = BUCKETS[-1]
   if longest <= last:
@@ -93,13 +97,13 @@ def drawn(
     task: the task, with a source.
     split: one of the task's splits.
     data_dir: the folder of prepared datasets; the user's cache if None.
-    limit: take this many rows only, or all if there are fewer, chosen by `seed`
-      alone; for one seed, a smaller choice is part of each larger one.
+    limit: the most rows to return; None: all. `seed` alone decides which rows.
+      For one seed, a smaller choice is part of each larger choice.
     seed: any integer.
 
   Raises:
-    ValueError: if there is no such split, or a row's label cannot be.
-    RuntimeError: if the dataset cannot be had (see `prepare.open_stored`).
+    ValueError: if the task has no such split, or a row has an invalid label.
+    RuntimeError: if the dataset cannot be prepared (see `prepare.open_stored`).
   """
   chosen, source = task.split(split), task.source
   assert source is not None, task.name
@@ -136,13 +140,13 @@ def load(
 ) -> list[Row]:
   """Returns the texts and labels of a split of a task, in a fixed order.
 
-  Arguments and errors are those of `drawn`.
+  The arguments and errors are those of `drawn`.
   """
   return labelled(task, drawn(task, split, data_dir, limit, seed))
 
 
 def labelled(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-  """Returns the texts and labels of rows; without a label, it is 0."""
+  """Returns the texts and labels of rows; a missing label becomes 0."""
   number = float if task.kind == "regression" else int
   return [Row(task.text(row), number(row.get(task.label, 0))) for row in rows]
 
@@ -151,13 +155,13 @@ def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
   """Tokenizes all rows once.
 
   Args:
-    rows: at least one.
-    encode: texts, max_length -> (token ids, token types) of each text.
-    max_length: the most tokens a row may have.
+    rows: at least one row.
+    encode: (texts, max_length) -> (token ids, token types) of each text.
+    max_length: the most tokens that a row may have.
 
   Raises:
-    ValueError: if there are no rows, or `encode` does not return as many as it
-      is given, or returns no token or more than `max_length` for one.
+    ValueError: if there are no rows, or if `encode` returns a wrong number of
+      rows, or a row without tokens or with more than `max_length`.
   """
   batching.require_positive(max_length=max_length)
   if not rows:
@@ -191,7 +195,7 @@ def tokenize(rows: Sequence[Row], encode: Encode, max_length: int) -> Examples:
 
 
 def labels_of(values: Sequence[int | float]) -> np.ndarray:
-  """[rows] int32 of classes, or float32 of a regression."""
+  """Returns labels, [rows] int32 for classes, or float32 for a regression."""
   found = np.asarray(values)
   return found.astype(np.float32 if found.dtype.kind == "f" else np.int32)
 
@@ -209,32 +213,32 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator over training batches, shuffled anew in each epoch.
 
-  A batch is a function of the arguments and the step, so that the iterator's
-  state is the number of steps taken: `get_state()` is `{"next_index": step}`,
-  `set_state` resumes there, and Grain's Orbax handler saves it as JSON.
+  A batch is a function of the arguments and the step, so the iterator's state
+  is the number of steps. `get_state()` returns `{"next_index": step}`, and
+  `set_state` resumes there. Grain's Orbax handler saves the state as JSON.
 
   Args:
     examples: the training rows.
     batch_size: rows of the global batch. Rows that fill no batch are left out
       of their epoch.
     seed: any integer.
-    epochs: how many; without end if None.
-    process_index: which equal part of each global batch is wanted.
-    process_count: how many parts there are.
-    buckets: the lengths allowed, increasing; by default `lengths_for`. A
-      batch has the smallest that holds the longest row of the global batch, the
-      same in all processes.
+    epochs: the number of epochs; None: endless.
+    process_index: which of the equal parts of each global batch to return.
+    process_count: the number of parts.
+    buckets: the allowed lengths, increasing; by default `lengths_for`. A batch
+      has the smallest length that holds the longest row of the global batch, so
+      all processes have the same.
     pad_id: the token id beyond a row's end.
-    group_by_length: if n > 1, rows are sorted by length within each n batches'
-      worth of shuffled rows before they are cut into batches, and the batches
-      are shuffled: less padding for less random batches.
+    group_by_length: if n > 1, the shuffled rows are taken in groups of n
+      batches. Each group is sorted by length and cut into batches, and the
+      batches are shuffled. Batches then have less padding and are less random.
 
   Returns:
     an iterator of dicts, with B = batch_size / process_count and L a bucket:
       tokens: [B, L] int32.
       mask: [B, L] int32, 1 on tokens, 0 on padding.
       token_types: [B, L] int32.
-      labels: [B] int32.
+      labels: [B] int32, or float32 for a regression.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -264,8 +268,8 @@ def eval_batches(
 ) -> grain.DatasetIterator[Batch]:
   """Returns an iterator that gives every row once, the longest rows first.
 
-  Sorted rows need the least padding. The last batch is filled up with copies of
-  its first row, of weight 0.
+  Sorted rows need the least padding. The last batch is filled with copies of
+  its first row, with weight 0.
 
   Args:
     examples: the rows, at least one.
@@ -274,9 +278,9 @@ def eval_batches(
     pad_id: the token id beyond a row's end.
 
   Returns:
-    an iterator of dicts as `train_batches` gives them, and in each
-      weights: [B] float32, 1 on rows, 0 on copies.
-      index: [B] int32, the row's place in `examples`; -1 on copies.
+    an iterator of dicts with the arrays of `train_batches`, and with
+      weights: [B] float32, 1 for rows, 0 for copies.
+      index: [B] int32, the row's place in `examples`; -1 for copies.
 
   Raises:
     ValueError: if the arguments do not fit each other or the rows.
@@ -300,7 +304,7 @@ def buckets_of(examples: Examples) -> tuple[int, ...]:
 def _pad(
   examples: Examples, rows: np.ndarray, width: int, pad_id: int
 ) -> Batch:
-  """Writes rows out, padded to a width."""
+  """Returns the batch of some rows, padded to a width."""
   where = examples.offsets[rows, None] + np.arange(width)
   mask = where < examples.offsets[rows + 1, None]
   where = np.where(mask, where, 0)

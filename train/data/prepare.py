@@ -1,9 +1,9 @@
 """Prepares a task's dataset once, with TFDS, and opens its stored splits.
 
-TFDS prepares and reads without TensorFlow in the ArrayRecord format, but it
-unzips with TensorFlow, and tries for minutes to download where there is no
-network. So the original files are fetched and unzipped here, and TFDS finds
-them where it looks for files got by hand. It checks their SHA-256.
+TFDS needs no TensorFlow to write and read ArrayRecord files. But it needs
+TensorFlow to unzip, and without a network it tries to download for minutes. So
+this module downloads and unzips the original files, and puts them where TFDS
+looks for manual downloads. TFDS checks their SHA-256.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,14 +31,14 @@ _WORK = ".preparing-"
 
 
 class Dataset(NamedTuple):
-  """A TFDS dataset that is prepared here.
+  """A TFDS dataset that this module prepares.
 
   Attributes:
-    name: of the dataset, for errors.
+    name: the name of the dataset, for errors.
     builder: the TFDS builder, as `module:Class`.
     config: the builder's configuration, or None if it has none.
-    originals: (file name, URL) of each file it is prepared from; empty if it
-      comes with this repository.
+    originals: (file name, URL) of each file that the dataset is prepared from;
+      empty if the data are in this repository.
   """
 
   name: str
@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
 
 
 def default_data_dir() -> pathlib.Path:
-  """Returns the folder of prepared datasets if none is given."""
+  """Returns the default folder of prepared datasets."""
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(cache) / "bilora_jax" / "tfds"
 
@@ -56,23 +56,24 @@ def default_data_dir() -> pathlib.Path:
 def open_stored(
   dataset: Dataset, stored: str, data_dir: str | os.PathLike[str] | None = None
 ) -> Sequence[dict[str, Any]]:
-  """Returns the rows of a stored split, preparing the dataset if it is not yet.
+  """Returns the rows of a stored split, and prepares the dataset if needed.
 
-  Any number of processes may call this at once: each prepares in a folder of
-  its own, and the first to rename it into place wins.
+  Several processes may call this function at once. Each process prepares the
+  dataset in its own folder, and the first one moves its folder to the final
+  place.
 
   Args:
-    dataset: which.
+    dataset: the dataset.
     stored: the TFDS name of a split, such as `validation_matched`.
-    data_dir: the folder of prepared datasets; its `originals` folder is where
-      original files are looked for, and where they are downloaded to.
+    data_dir: the folder of prepared datasets; the user's cache if None. Its
+      subfolder `originals` holds the original files, also downloaded ones.
 
   Returns:
-    the rows, read at random access from ArrayRecord files.
+    the rows, read from ArrayRecord files with random access.
 
   Raises:
-    RuntimeError: if an original file can neither be found nor downloaded, or
-      the dataset cannot be prepared from it.
+    RuntimeError: if an original file is missing and cannot be downloaded, or
+      the dataset cannot be prepared.
   """
   folder = pathlib.Path(data_dir or default_data_dir()).expanduser().absolute()
   builder = _builder(dataset, folder)
@@ -115,13 +116,13 @@ def _prepare(
     try:
       source.rename(target)
     except OSError:
-      if not target.exists():  # else another process was first
+      if not target.exists():  # if it exists, another process was first
         raise
 
 
 @contextlib.contextmanager
 def _working(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to prepare in; what kills have left of others is removed first."""
+  """Yields a new working folder; removes those of killed processes first."""
   for left in folder.glob(f"{_WORK}*"):
     with contextlib.suppress(OSError), locks.taken(left / locks.FILE) as mine:
       if mine:
@@ -130,7 +131,7 @@ def _working(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     while True:
       work = pathlib.Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
       stack.callback(shutil.rmtree, work, ignore_errors=True)
-      # Another may just be looking whether it is left.
+      # Another process may hold the lock while it looks for old folders.
       if stack.enter_context(locks.taken(work / locks.FILE)):
         break
     yield work
@@ -185,8 +186,8 @@ def _unzip(path: pathlib.Path, folder: pathlib.Path) -> None:
     with zipfile.ZipFile(path) as archive:
       _check_zip(path, archive)
       archive.extractall(folder)
-  # Of a file in it that is damaged, encrypted, or packed in a way that is not
-  # known, it is one of the others.
+  # The other three types are for files inside the zip: damaged ones, and those
+  # with an unknown compression.
   except (
     zipfile.BadZipFile,
     zlib.error,
@@ -200,11 +201,12 @@ def _unzip(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _check_zip(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
-  """Refuses a zip before any of it is unpacked.
+  """Refuses an unsafe zip before it is unpacked.
 
   Raises:
-    RuntimeError: if a name in it leads out of its folder, something is no file
-      or folder, or it would become far more than it is.
+    RuntimeError: if an entry leads out of the folder, is encrypted, or is
+      neither a file nor a folder.
+    UsageError: if the unpacked files are far larger than the zip.
   """
   for info in archive.infolist():
     name = pathlib.PurePosixPath(info.filename.replace("\\", "/"))

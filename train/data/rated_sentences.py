@@ -1,4 +1,4 @@
-"""Rated sentences of three domains: reads, merges and divides them."""
+"""Reads, merges and divides the rated sentences of three domains."""
 
 import bisect
 from collections.abc import Iterable, Sequence
@@ -12,15 +12,15 @@ from . import hashing, shipped
 FILE = shipped.FOLDER / "rated_sentences.tsv.gz"
 DOMAINS = ("movies", "products", "tweets")
 LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
-# A decoder tells labels apart by their first tokens.
+# Different words, because a decoder distinguishes labels by their first tokens.
 WORDS = ("terrible", "negative", "neutral", "positive", "excellent")
 EDGES = (-2.0, -0.5, 0.5, 2.0)
-"""Between the classes; an edge itself belongs to the class above it."""
+"""The ratings between the classes; an edge belongs to the class above it."""
 TRAIN_SHARE, VALIDATION_SHARE = 0.4, 0.1
 
 
 class Sentence(NamedTuple):
-  """A sentence and what its raters said, each from -4 (worst) to 4 (best)."""
+  """A sentence and its raters' ratings, from -4 (worst) to 4 (best)."""
 
   domain: str
   ratings: tuple[int, ...]
@@ -28,14 +28,14 @@ class Sentence(NamedTuple):
 
 
 def read(path: pathlib.Path = FILE) -> list[Sentence]:
-  """Returns the sentences of a gzipped file, those without a word left out.
+  """Returns the sentences of a gzipped file, except those without a word.
 
-  Its columns are domain, id, mean rating, ratings, sentence; the mean is not
-  read, as that of some tweets is not of the ratings beside it.
+  The columns are domain, id, mean rating, ratings and sentence. The mean is
+  ignored, because for some tweets it is not the mean of the ratings.
 
   Raises:
-    ValueError: if the file is not there or not gzip, or a line is not as it
-      must be; the sentence names the file and the line.
+    ValueError: if the file is missing or is not gzip, or a line is invalid. The
+      message names the file and the line.
   """
   columns = ("domain", "id", "mean rating", "ratings", "sentence")
   lines = shipped.lines(path, "the rated sentences", columns)
@@ -46,8 +46,8 @@ def read(path: pathlib.Path = FILE) -> list[Sentence]:
 def merged(sentences: Iterable[Sentence]) -> list[Sentence]:
   """Returns one sentence per text, in the order of the hash of the text.
 
-  Sentences that differ only in case, punctuation or white space are one. It
-  keeps its first wording and domain, and the ratings of all.
+  Sentences that differ only in case, punctuation or white space are merged. The
+  merged sentence has the first wording and domain, and the ratings of all.
   """
   same: dict[str, Sentence] = {}
   for sentence in sentences:
@@ -62,8 +62,9 @@ def divided(sentences: Iterable[Sentence]) -> dict[str, list[Sentence]]:
   """Returns the splits of merged sentences.
 
   Returns:
-    of each domain all its sentences, as `movies`, and its own splits, as
-    `movies/train`; and of all three together `train`, `validation` and `test`.
+    for each domain, all its sentences, such as `movies`, and its own splits,
+    such as `movies/train`; and for the three domains together, `train`,
+    `validation` and `test`.
   """
   found: dict[str, list[Sentence]] = {
     name: [] for name in ("train", "validation", "test")
@@ -85,7 +86,10 @@ def divided(sentences: Iterable[Sentence]) -> dict[str, list[Sentence]]:
 
 
 def rows(sentences: Iterable[Sentence]) -> list[dict[str, Any]]:
-  """Returns rows: the class of the mean, and each rater's in `votes`."""
+  """Returns rows: the label is the class of the mean rating.
+
+  The field `votes` has the class of each rating.
+  """
   return [
     {
       "domain": x.domain,
@@ -99,7 +103,7 @@ def rows(sentences: Iterable[Sentence]) -> list[dict[str, Any]]:
 
 @functools.cache
 def stored() -> dict[str, list[dict[str, Any]]]:
-  """The rows of each of `divided`'s splits."""
+  """Returns the rows of the stored sentences, for each split of `divided`."""
   return {name: rows(x) for name, x in divided(merged(read())).items()}
 
 

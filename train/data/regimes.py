@@ -1,8 +1,8 @@
-"""Rows made harder to learn from: wrong labels, and rare classes.
+"""Makes rows harder to learn from: wrong labels, and rare classes.
 
-All is drawn by hashes of the seed and of a row's place in its draw, so that the
-labels of a smaller draw are drawn as those of a larger one, and no generator's
-version matters.
+All draws use hashes of the seed and of a row's place, so they do not depend on
+the version of a random generator. A row gets the same number in a smaller draw
+as in a larger one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,17 @@ Row = Mapping[str, Any]
 def rows(
   task: Task, split: str, options: DataOptions, seed: int
 ) -> tuple[list[Row], list[str]]:
-  """Returns the rows of a split as the options have them, and what was done.
+  """Returns the rows of a split that the options ask for, and notes.
 
   Args:
-    task: with a source.
-    split: one of the task's. Of any but `train`, and `validation` if
-      `noisy_validation` is set, labels are as they came.
-    options: how many rows, of which classes, with what labels.
-    seed: of all that is drawn.
+    task: a task with a source.
+    split: one of the task's splits. Labels change in `train` only, and in
+      `validation` if `noisy_validation` is set.
+    options: how many rows, of which classes, with which labels.
+    seed: the seed of all draws.
+
+  Returns:
+    the rows, and sentences for the user on what was changed.
 
   Raises:
     ValueError: as `pipeline.drawn`.
@@ -41,7 +44,7 @@ def rows(
     task,
     split,
     options.data_dir or None,
-    # A draw without end: in the seed's order.
+    # A limit gives the seed's order; this one is too large to drop rows.
     _ALL if tailed else limit or None,
     seed,
   )
@@ -65,7 +68,7 @@ def _relabelled(
     return found, []
   true = np.array([row[task.label] for row in found])
   labels = true
-  # Another draw for each split: their places are the same numbers.
+  # The split is part of the name, because all splits have the same places.
   draw = f"{split} {seed}"
   if options.one_rater:
     labels = one_vote([row[task.votes] for row in found], draw)
@@ -85,11 +88,11 @@ def _relabelled(
 
 
 def one_vote(votes: Sequence[Sequence[int]], draw: str) -> np.ndarray:
-  """Returns the label that one rater of each row gave it, [rows].
+  """Returns for each row the label of one of its raters, [rows].
 
   Args:
-    votes: of each row, the labels that its raters gave it.
-    draw: which draw this is; any text.
+    votes: for each row, the labels of all its raters.
+    draw: the name of the draw, any text.
   """
   places = _shares(f"rater {draw}", len(votes))
   return np.array([x[int(at * len(x))] for x, at in zip(votes, places)])
@@ -98,16 +101,17 @@ def one_vote(votes: Sequence[Sequence[int]], draw: str) -> np.ndarray:
 def noisy(
   labels: np.ndarray, classes: int, share: float, kind: NoiseKind, draw: str
 ) -> np.ndarray:
-  """Returns labels of which a share is wrong, [rows].
+  """Returns labels with a share of wrong ones, [rows].
 
   Args:
     labels: [rows], from 0 to `classes` - 1.
-    classes: how many there are.
-    share: of the labels that become wrong, rounded to whole labels.
-    kind: `symmetric`: labels of any class become any other, all alike.
-      `class-dependent`: of the classes 1, 3, 5, ... the share becomes the class
-      before, as 1 becomes 0; the classes 0, 2, 4, ... stay as they are.
-    draw: which draw this is; any text.
+    classes: the number of classes.
+    share: the share of wrong labels, rounded to whole labels.
+    kind: `symmetric`: labels of all classes can change, to any other class with
+      the same probability. `class-dependent`: the share applies to the odd
+      classes, whose labels change to the class below, such as 1 to 0. The even
+      classes do not change.
+    draw: the name of the draw, any text.
   """
   chosen = _shares(f"noise {draw}", len(labels))
   if kind == "symmetric":
@@ -127,16 +131,18 @@ def noisy(
 def long_tailed(
   labels: np.ndarray, classes: int, ratio: float, limit: int = 0
 ) -> np.ndarray:
-  """Returns the rows that are kept, so that class frequencies fall off.
+  """Returns the rows to keep, so that class frequencies fall exponentially.
 
-  The k-th most frequent of C classes keeps `ratio ** (k / (C - 1))` times as
-  many rows as the most frequent one, k from 0, and at least one.
+  The classes are sorted by frequency, and k counts them from 0. Of C classes,
+  class k keeps `ratio ** (k / (C - 1))` times the rows of class 0, and at least
+  one row.
 
   Args:
     labels: [rows], in the order in which rows are taken.
-    classes: how many there are, at least two.
-    ratio: of the rarest class's rows to the most frequent one's, above 0.
-    limit: the most rows to keep, which is no less than one a class; 0: all.
+    classes: the number of classes, at least two.
+    ratio: the rarest class's rows over those of the most frequent class,
+      above 0.
+    limit: the most rows to keep, but at least one of each class; 0: no limit.
 
   Returns:
     [kept] places in `labels`, increasing.
@@ -160,5 +166,5 @@ def long_tailed(
 
 
 def _shares(purpose: str, count: int) -> np.ndarray:
-  """[count] numbers in [0, 1), uniform, of a text."""
+  """Returns `count` uniform numbers in [0, 1), which depend on a text."""
   return np.array([hashing.share(f"{purpose} {i}") for i in range(count)])

@@ -1,4 +1,4 @@
-"""The tasks there are: those of `builtin`, and those that others register."""
+"""The registered tasks: those of `builtin`, and those of other packages."""
 
 from .task import Task
 
@@ -6,10 +6,10 @@ _BY_NAME: dict[str, Task] = {}
 
 
 def register(task: Task) -> Task:
-  """Adds a task, for `--task` to take; returns it.
+  """Registers a task for `--task`, and returns it.
 
   Raises:
-    ValueError: if there is another of that name.
+    ValueError: if another task has its name.
   """
   if _BY_NAME.setdefault(task.name, task) != task:
     raise ValueError(f"There is a task {task.name!r} already.")
@@ -27,7 +27,7 @@ def get(name: str = "snippets") -> Task:
   """Returns the task of that name.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if no task has it.
   """
   if name not in names():
     allowed = ", ".join(_BY_NAME)

@@ -1,7 +1,7 @@
 """Evaluation on a split: predictions, the task's metrics, an interval.
 
-SciPy's statistics and scikit-learn are imported where they are used: they take
-as long as all else that a run needs at its start.
+Functions import SciPy's statistics and scikit-learn when they need them. These
+imports take as long as all other imports at the start of a run.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ def _of_sklearn(name: str) -> Callable[[Any, Any], float]:
 
 
 def _correlation(name: str) -> Callable[[Any, Any], float]:
-  """A correlation of SciPy's; 0 where one side is constant, which has none."""
+  """Returns a correlation of SciPy; 0 if one side is constant."""
 
   def found(true: Any, predicted: Any) -> float:
     from scipy import stats
@@ -48,20 +48,20 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 }
 LOWER_IS_BETTER = ("rmse", "perplexity")
 VALUES = "values"
-"""The unit of what a regression predicts: none of them is right or wrong."""
+"""The unit of a regression's predictions, which are not right or wrong."""
 
 
 class Evaluation(NamedTuple):
-  """How a model does on a split.
+  """The scores of a model on a split.
 
   Attributes:
-    metrics: by name; shares are fractions.
-    loss: mean cross-entropy in nats, or mean squared error of standardised
-      values.
-    correct: number of right predictions; 0 of values.
-    rows: number of all.
-    unit: what they are of; tokens depend on each other, rows do not, and values
-      are not right or wrong.
+    metrics: the values of the metrics by name; shares are fractions.
+    loss: the mean cross-entropy in nats, or the mean squared error of
+      standardised values.
+    correct: the number of right predictions; 0 for values.
+    rows: the number of all predictions.
+    unit: what the predictions are of: independent `rows`, `tokens`, which
+      depend on each other, or `values`, which are not right or wrong.
   """
 
   metrics: dict[str, float]
@@ -71,7 +71,7 @@ class Evaluation(NamedTuple):
   unit: str = "rows"
 
   def interval(self) -> tuple[float, float] | None:
-    """Wilson's 95% interval of the accuracy; None where it does not hold."""
+    """Returns Wilson's 95% interval of the accuracy; None unless for rows."""
     if self.unit != "rows":
       return None
     from scipy import stats
@@ -82,7 +82,7 @@ class Evaluation(NamedTuple):
     return float(found.low), float(found.high)
 
   def to_json(self) -> dict[str, Any]:
-    """The numbers, as a run's `results.json` has them."""
+    """Returns the numbers in the form of a run's `results.json`."""
     return {
       **self.metrics,
       "loss": self.loss,
@@ -96,8 +96,8 @@ class Rows(NamedTuple):
   """The rows of a split.
 
   Attributes:
-    labels: [rows].
-    batches: each row once, as `pipeline.eval_batches` gives them.
+    labels: [rows], the true labels.
+    batches: batches as of `pipeline.eval_batches`, with each row once.
   """
 
   labels: np.ndarray
@@ -107,12 +107,12 @@ class Rows(NamedTuple):
 def evaluate(
   predict: Callable[[Batch], Items], rows: Rows, names: Sequence[str]
 ) -> Evaluation:
-  """Runs a model over all rows of a split.
+  """Evaluates a model on all rows of a split.
 
   Args:
-    predict: a batch to its items, (B,).
-    rows: of the split.
-    names: of the metrics.
+    predict: from a batch to its items, (B,).
+    rows: the rows of the split.
+    names: the names of the metrics.
   """
   labels = np.empty(len(rows.labels), rows.labels.dtype)
   losses = np.empty(len(rows.labels), np.float64)
@@ -132,17 +132,18 @@ def baseline(
   test: Rows,
   names: Sequence[str],
 ) -> Evaluation:
-  """A linear model of frozen features: what adapters have to beat.
+  """Evaluates a linear model of frozen features, which adapters should beat.
 
-  It is a logistic regression, or of values a ridge regression. Its inverse
-  regularisation, of 0.001 to 10, is chosen on the validation rows.
+  The model is a logistic regression for classes, and a ridge regression for
+  values. The validation rows choose its inverse regularisation, from 0.001 to
+  10.
 
   Args:
-    features: a batch to features, (B, D).
-    train: rows to fit.
-    validation: rows to choose by.
-    test: rows to report.
-    names: of the metrics, the one to choose by first.
+    features: from a batch to features, (B, D).
+    train: the rows to fit.
+    validation: the rows that choose the regularisation.
+    test: the rows of the evaluation.
+    names: the names of the metrics; the first one chooses the regularisation.
   """
 
   def of(rows):
@@ -161,7 +162,10 @@ def linear(
   test: tuple[np.ndarray, np.ndarray],
   names: Sequence[str],
 ) -> Evaluation:
-  """The `baseline` of each split's features, (rows, D), and labels, (rows,)."""
+  """As `baseline`, from the features and labels of each split.
+
+  The features are (rows, D), and the labels are (rows,).
+  """
   from sklearn import linear_model, metrics, pipeline, preprocessing
 
   (x_train, y_train), (x_validation, y_validation) = train, validation
@@ -194,7 +198,7 @@ def linear(
 
 
 def better(name: str, value: float) -> float:
-  """What is higher for a better value of a metric."""
+  """Returns a number that is higher for a better value of a metric."""
   return -value if name in LOWER_IS_BETTER else value
 
 

@@ -1,7 +1,6 @@
-"""Test rows as they may come in practice: other domains, typos, poor images.
+"""Shifted test rows: other domains, texts with errors, poor images.
 
-What is changed is drawn by a row's place in its split, not by the run's seed:
-all runs meet the same rows.
+The changes depend on a row's place in its split, and not on the run's seed.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,16 +26,16 @@ def examples(
   seed: int,
   read: Callable[[list[regimes.Row]], Examples],
 ) -> dict[str, Examples]:
-  """Returns shifted test sets by their names, a severity each.
+  """Returns shifted test sets by their names, one for each severity.
 
-  They are the task's test rows with errors in them, and, of a task that has
-  them, the rows of its other domains.
+  They are the task's test rows with errors, and the rows of other domains if
+  the task has them.
 
   Args:
-    task: of texts or images, with a source.
+    task: a task of texts or images, with a source.
     options: how many rows.
-    seed: that the rows are drawn by, if there is a limit to them.
-    read: from rows to what the model reads, as `load.Reader.examples`.
+    seed: the seed of the draw, if the number of rows has a limit.
+    read: from rows to the model's examples, as `load.Reader.examples`.
   """
   rows, _ = regimes.rows(task, "test", options, seed)
   if task.image:
@@ -60,12 +59,12 @@ def examples(
 def typos(text: str, share: float, draw: random.Random) -> str:
   """Returns a text in which some words have a typing error.
 
-  A word's error is a letter doubled, one left out, or two neighbours swapped.
+  An error doubles a letter, leaves a letter out, or swaps two neighbours.
 
   Args:
-    text: any.
-    share: of the words of two or more characters that have an error.
-    draw: of the words, the errors and their places.
+    text: any text.
+    share: the probability that a word of two or more characters gets an error.
+    draw: draws the words, the errors and their places.
   """
 
   def typed(word: str) -> str:
@@ -80,12 +79,12 @@ def typos(text: str, share: float, draw: random.Random) -> str:
 
 
 def dropped_words(text: str, share: float, draw: random.Random) -> str:
-  """Returns a text without some of its words; a text of none stays as it is.
+  """Returns a text without some of its words.
 
   Args:
-    text: any.
-    share: of the words that are left out; one stays at least.
-    draw: of the words.
+    text: any text; a text without words does not change.
+    share: the probability that a word is left out; at least one word stays.
+    draw: draws the words.
   """
   words = text.split()
   places = [draw.random() for _ in words]
@@ -98,9 +97,9 @@ def noise(pixels: np.ndarray, deviation: float) -> np.ndarray:
 
   Args:
     pixels: [rows, height, width] or [rows, height, width, 3] uint8.
-    deviation: the noise's, over the range of a pixel.
+    deviation: the noise's standard deviation, as a fraction of 255.
   """
-  # A RandomState's numbers are promised never to change.
+  # NumPy promises that the numbers of a RandomState never change.
   added = np.random.RandomState(0).normal(0, 255 * deviation, pixels.shape)
   return _pixels(pixels + added)
 
@@ -110,7 +109,7 @@ def blur(pixels: np.ndarray, width: float) -> np.ndarray:
 
   Args:
     pixels: as of `noise`.
-    width: the Gaussian's deviation, over the images' height.
+    width: the Gaussian's standard deviation, as a fraction of the height.
   """
   from scipy import ndimage  # imported here, since few runs need it
 
@@ -124,17 +123,19 @@ def contrast(pixels: np.ndarray, share: float) -> np.ndarray:
 
   Args:
     pixels: as of `noise`.
-    share: of its distance from the grey that a pixel keeps.
+    share: the factor of each pixel's distance from the middle grey.
   """
   return _pixels(_MIDDLE + share * (pixels.astype(np.float32) - _MIDDLE))
 
 
 def rotation(pixels: np.ndarray, degrees: float) -> np.ndarray:
-  """Returns images turned about their middle, their edges drawn out.
+  """Returns images rotated about their centre.
+
+  New corners get the colour of the nearest pixel.
 
   Args:
     pixels: as of `noise`.
-    degrees: how far, every other image to the other side.
+    degrees: the angle; every second image turns the other way.
   """
   from scipy import ndimage
 
@@ -175,7 +176,7 @@ def _changed(
   place: int,
   change: Callable[[str, random.Random], str],
 ) -> regimes.Row:
-  # Python promises the same numbers for a text in all its versions.
+  # Python promises that a text gives the same numbers in every version.
   draw = random.Random(f"shift {place}")
   changed: dict[str, Any] = {}
   for name in task.fields:

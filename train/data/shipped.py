@@ -1,4 +1,4 @@
-"""Reads the files of rows that are in the repository: gzipped, with tabs."""
+"""Reads the repository's own data files: gzipped, with columns between tabs."""
 
 from collections.abc import Iterator, Sequence
 import gzip
@@ -13,16 +13,17 @@ FOLDER = pathlib.Path(__file__).parent / "files"
 def lines(
   path: pathlib.Path, what: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
-  """Yields where each line is, in words, and its columns.
+  """Yields each line's place, in words, and its columns.
 
   Args:
-    path: of the file.
-    what: is in it, for a message.
-    columns: their names.
+    path: the file.
+    what: what the file holds, for error messages.
+    columns: the names of the columns.
 
   Raises:
-    ValueError: if the file is not there or not gzip, or a line is not UTF-8 or
-      has another number of columns; the sentence names the file and the line.
+    ValueError: if the file is missing or is not gzip, or if a line is not UTF-8
+      or has the wrong number of columns. The message names the file and the
+      line.
   """
   if not path.exists():
     raise ValueError(

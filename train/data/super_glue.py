@@ -1,8 +1,8 @@
-"""A TFDS builder for SuperGLUE's JSON lines that does without TensorFlow.
+"""A TFDS builder for SuperGLUE's JSON lines that needs no TensorFlow.
 
-TFDS's own builder names TensorFlow types. This one reads the same files: one
-zip for each task with a folder of `train.jsonl`, `val.jsonl` and `test.jsonl`.
-The last has no labels and is left alone.
+TFDS's own builder uses TensorFlow types. This builder reads the same files:
+each task has a zip with a folder of `train.jsonl`, `val.jsonl` and
+`test.jsonl`. `test.jsonl` has no labels, and the builder does not read it.
 """
 
 from collections.abc import Iterator, Mapping

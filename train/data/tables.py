@@ -1,4 +1,4 @@
-"""Reads a user's rows, whatever they are stored in, as mappings of columns."""
+"""Reads a user's rows in all supported formats, as mappings of columns."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
@@ -17,7 +17,7 @@ from ..errors import UsageError
 from . import idx
 
 TFDS = "tfds:"
-"""What the name of a TFDS dataset begins with."""
+"""The prefix of the name of a TFDS dataset."""
 IMAGE, LABEL = "image", "label"
 """The columns of a folder of images."""
 SUFFIXES = (
@@ -30,7 +30,7 @@ _ALLOWED = (
 )
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ROWS = 1024
-"""Of a Parquet file to read at a time: a few bytes of it may be gigabytes."""
+"""Rows of a Parquet file to read at once: few bytes may become gigabytes."""
 _SPLITS = {
   "train": "train",
   "training": "train",
@@ -48,12 +48,12 @@ class Table(NamedTuple):
   """Rows of one stored split.
 
   Attributes:
-    path: where they were read from.
-    columns: their names.
-    rows: values by column.
-    where: a row's place in words, by its number.
-    names: of the classes, of columns whose numbers stand for them.
-    folder: that the paths of images are in.
+    path: the file, folder or dataset of the rows.
+    columns: the names of the columns.
+    rows: mappings from the names of columns to values.
+    where: from a row's number to its place, in words.
+    names: from each column of class numbers to the names of its classes.
+    folder: the folder that relative paths of images start from.
   """
 
   path: str
@@ -67,18 +67,18 @@ class Table(NamedTuple):
 def read(
   path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Table]:
-  """Returns the tables of a path by the splits that it stores.
+  """Returns the tables of a path, by their splits.
 
-  A path with one table is all `train`.
+  If a path has one table, this table is `train`.
 
   Args:
     path: a file, a folder, or `tfds:` and the name of a prepared dataset.
     data_dir: the folder of prepared datasets; the user's cache if None.
 
   Raises:
-    UsageError: if there is nothing there, or it is not as it must be; the
-      sentence names the file and the line.
-    RuntimeError: if it cannot be read.
+    UsageError: if the path does not exist or its content is invalid. The
+      message names the file, and the line if there is one.
+    RuntimeError: if the path cannot be read.
   """
   name = os.fspath(path)
   if name.startswith(TFDS):
@@ -99,10 +99,15 @@ def one(
   split: str = "test",
   data_dir: str | os.PathLike[str] | None = None,
 ) -> Table:
-  """Returns the only table of a path, or that of a split if it has several.
+  """Returns the only table of a path, or one of several tables.
+
+  Args:
+    path: as of `read`.
+    split: which table to return if the path has several.
+    data_dir: as of `read`.
 
   Raises:
-    UsageError: as `read`; or if it has several, and none of that name.
+    UsageError: as `read`; or if the path has several tables, but not `split`.
     RuntimeError: as `read`.
   """
   found = read(path, data_dir)
@@ -117,7 +122,7 @@ def one(
 
 
 def shown(names: Sequence[Any], most: int = 8) -> str:
-  """Names in a sentence, the first of them if there are many."""
+  """Returns a list of names for a sentence, shortened if they are many."""
   text = ", ".join(str(name)[:40] for name in names[:most])
   return text if len(names) <= most else f"{text}, ... ({len(names)} in all)"
 
@@ -152,7 +157,7 @@ def _file(path: pathlib.Path) -> Table:
 
 
 def _csv(path: pathlib.Path, delimiter: str) -> Table:
-  """Reads text columns; a TSV whose quotes do not fit has none."""
+  """Reads text columns; in a TSV, unpaired quotes are plain characters."""
   try:
     return _quoted(path, delimiter, csv.QUOTE_MINIMAL)
   except UsageError:
@@ -167,14 +172,14 @@ def _quoted(path: pathlib.Path, delimiter: str, quoting: Any) -> Table:
     stored: Any = stack.enter_context(checked.open_file(path))
     if path.suffix == ".gz":
       stored = stack.enter_context(gzip.GzipFile(fileobj=stored))
-    # A byte order mark is no part of the first column's name.
+    # The codec removes a byte order mark from the first column's name.
     file = io.TextIOWrapper(stored, encoding="utf-8-sig", newline="")
     line = 1
     try:
       head = file.readline()
       file.seek(0)
       if delimiter == "," and "," not in head and ";" in head:
-        # As spreadsheets write it where a comma is in numbers.
+        # Spreadsheets write this in countries with decimal commas.
         delimiter = ";"
       reader = csv.reader(
         file, delimiter=delimiter, quoting=quoting, strict=True
@@ -252,7 +257,7 @@ def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
   }
 
   def listed(_: pathlib.Path) -> list[Any]:
-    # Its offsets are where Arrow reads, inside the file's memory or not.
+    # Arrow would follow offsets that point outside the file's memory.
     whole.validate(full=True)
     return whole.to_pylist()
 
@@ -261,18 +266,18 @@ def _arrow(path: pathlib.Path, tables: Sequence[Any]) -> Table:
 
 
 def _gathered(path: pathlib.Path, schema: Any, batches: Iterable[Any]) -> Any:
-  """A table of batches, which are counted as they come.
+  """Returns a table of batches, and checks their size while they are read.
 
   Raises:
-    UsageError: if they become far more than their file is.
+    UsageError: if the batches are far larger than their file.
   """
   import pyarrow as pa
 
   found, size = [], 0
   for batch in batches:
-    # Before its offsets are looked at.
+    # `nbytes` reads offsets, so they are checked first.
     batch.validate()
-    # Rows of nothing take memory as well, once they are Python's.
+    # Empty rows take memory too, when they become Python objects.
     size += batch.nbytes + 16 * batch.num_rows
     bounds.check(path, size)
     found.append(batch)
@@ -280,11 +285,11 @@ def _gathered(path: pathlib.Path, schema: Any, batches: Iterable[Any]) -> Any:
 
 
 def _pyarrow(reader: Callable[[Any], Any], path: pathlib.Path) -> Any:
-  """What Arrow reads of a file, with its faults in a sentence.
+  """Returns what `reader` reads from a file.
 
   Raises:
-    UsageError: if it cannot be read; Arrow raises many types, those of Python
-      for dates and texts among them.
+    UsageError: if the file cannot be read. Arrow raises many types of errors,
+      also Python's own for dates and texts.
   """
   try:
     return reader(path)
@@ -323,7 +328,7 @@ def _by_split(
   found = {}
   for name, table in tables.items():
     split = _SPLITS.get(name.lower())
-    if split is not None:  # others, as validation_mismatched, are left alone
+    if split is not None:  # others, such as validation_mismatched, are unused
       if split in found:
         raise UsageError(f"{path} has two splits for {split}: {tables.keys()}.")
       found[split] = table
@@ -335,7 +340,7 @@ def _by_split(
 
 
 def _saved(path: pathlib.Path) -> Table:
-  """What `save_to_disk` of Hugging Face's datasets wrote."""
+  """Reads a folder that `save_to_disk` of Hugging Face's datasets wrote."""
   from pyarrow import ipc
 
   def stream(file: pathlib.Path) -> Any:
@@ -359,7 +364,7 @@ def _saved(path: pathlib.Path) -> Table:
 
 
 def _check_name(where: str, name: str) -> None:
-  """Refuses a name that leads out of the folder."""
+  """Refuses the name of a file that is outside the folder."""
   if pathlib.PurePath(name).name != name:
     raise UsageError(
       f"{where} must list files in the same folder by their names; got "
@@ -368,14 +373,14 @@ def _check_name(where: str, name: str) -> None:
 
 
 def images(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The images of a folder and of its folders, in order of their names."""
+  """Yields the images of a folder and its subfolders, sorted by path."""
   for file in sorted(path.rglob("*")):
     if file.suffix.lower() in _IMAGES and file.is_file():
       yield file
 
 
 def _images(path: pathlib.Path) -> Table:
-  """A folder of images; their classes are the folders that they are in."""
+  """Reads a folder of images; each subfolder holds the images of a class."""
   files = list(images(path))
   if not files:
     raise UsageError(
@@ -434,7 +439,7 @@ def _tfds(
 
 
 def _text(value: Any) -> Any:
-  """As Python has it: TFDS has texts in bytes, and NumPy's numbers."""
+  """Returns a TFDS value as Python's own type: str for bytes, or a number."""
   if isinstance(value, np.generic):
     return value.item()
   return value.decode() if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""The records of data: where rows come from, and what is learned from them."""
+"""Records of tasks: where rows come from, and what is learned from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -26,12 +26,12 @@ class Source:
   """Where rows come from.
 
   Attributes:
-    read: (stored split, folder of prepared datasets or None) -> its rows, each
-      a mapping from fields to values, at random access.
+    read: (stored split, folder of prepared datasets or None) -> the rows of the
+      split, with random access. Each row is a mapping from fields to values.
     originals: (file name, URL) of each file that must be fetched first.
     where: (stored split, row) -> the row's place in words, for errors.
-    number: (stored split, row) -> the number that the row is drawn by; it
-      stays as it is when rows around it are held out.
+    number: (stored split, row) -> the number by which the row is drawn. The
+      number of a row does not change when other rows are held out.
   """
 
   read: Callable[[str, str | None], Sequence[Mapping[str, Any]]]
@@ -41,13 +41,14 @@ class Source:
 
 
 class Split(NamedTuple):
-  """A split of a task, in terms of the splits that its source stores.
+  """A split of a task, made from a split that its source stores.
 
   Attributes:
-    name: `train`, `validation`, `test`, or that of a shifted test.
+    name: `train`, `validation`, `test`, or the name of a shifted test.
     stored: the source's split that holds its rows.
-    part: `all` rows, or, where one stored split serves twice, the rows that
-      a hash of their text `keeps` or sets aside (`held_out`).
+    part: `all` takes all rows of the stored split. Two splits of a task can
+      share a stored split: a hash of the text decides whether a row belongs to
+      the `kept` or to the `held_out` part.
   """
 
   name: str
@@ -61,8 +62,11 @@ HELD_OUT = (
   Split("validation", "train", "held_out"),
   Split("test", "validation"),
 )
-"""Where the published test split has no labels, the published validation split
-is the task's `test`, and a fixed part of `train` its `validation`."""
+"""The splits of a task whose published test split has no labels.
+
+The published validation split is the task's `test`. A fixed part of the
+published training split is its `validation`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +76,28 @@ class Task:
   Attributes:
     name: what `--task` takes.
     kind: `classification`, `regression` or `conversations`.
-    source: of the rows; None for what `--data` names.
-    texts: one or two texts: each a `str.format` template over the row's
+    source: where the rows come from; None if `--data` names them.
+    texts: one or two texts. Each is a `str.format` template over the row's
       fields, or a tuple of fields, which are joined by newlines.
-    image: in place of texts, the field that holds an image: uint8 (height,
-      width) or (height, width, 3), a file's path, or its bytes.
-    side: pixels along the side of the square that a model is given; 0 until
+    image: the field of the image, if rows have images in place of texts. Its
+      value is uint8 (height, width) or (height, width, 3), a file's path, or
+      the bytes of a file.
+    side: the side, in pixels, of the square image that the model gets; 0 until
       the model is known.
-    label: the field of the label: of a class, its number; of a regression, a
-      float.
+    label: the field of the label, which is the number of a class, or a float
+      for a regression.
     labels: the classes' names; a label is an index into them.
-    votes: the field of the labels that a row's raters gave it, if rows have
-      any.
-    metrics: what is reported, the one to select by first.
-    splits: the labelled splits; those beside `train`, `validation` and `test`
-      are tests of a shift, as of another domain.
-    held_out: the share of the stored training rows that is set aside.
-    prompt: what a model that answers in words is asked of the texts.
-    words: what it answers, in the order of the labels; empty for their names.
-    centre: of a regression, what is taken from labels before they are learned.
-    spread: and what they are then divided by.
+    votes: the field that holds one label from each rater, if rows have it.
+    metrics: the names of the reported metrics. The first one selects the
+      checkpoint.
+    splits: the labelled splits. Splits other than `train`, `validation` and
+      `test` are tests on shifted data, such as another domain.
+    held_out: the share of the stored training rows that is held out.
+    prompt: the instruction for a model that answers in words.
+    words: the answers of such a model, in the order of the labels; empty if the
+      answers are the labels' names.
+    centre: for a regression, the value that is subtracted from each label.
+    spread: for a regression, the value that the difference is divided by.
   """
 
   name: str
@@ -113,7 +119,7 @@ class Task:
 
   @property
   def fields(self) -> tuple[str, ...]:
-    """The fields of a row that its texts are made of, in order of use."""
+    """The fields of a row that its texts contain, in order of use."""
     found: list[str] = []
     for text in self.texts:
       if isinstance(text, tuple):
@@ -124,7 +130,7 @@ class Task:
 
   @property
   def outputs(self) -> int:
-    """Numbers that a new head gives for a row."""
+    """How many numbers a new head returns for a row."""
     return 1 if self.kind == "regression" else len(self.labels)
 
   @property
@@ -166,7 +172,7 @@ class Task:
     raise ValueError(f"{self.name} has no split {name!r}; it has {allowed}.")
 
   def description(self) -> dict[str, Any]:
-    """All that new rows need, as JSON has it: `from_description` reads it."""
+    """What new rows need of the task, as JSON; see `from_description`."""
     return {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -175,14 +181,14 @@ class Task:
 
   @classmethod
   def from_description(cls, where: str, found: Mapping[str, Any]) -> "Task":
-    """Returns a task without a source, for rows that are new.
+    """Returns a task without a source, for new rows.
 
     Args:
-      where: its description is, in words, for a message.
-      found: its description.
+      where: where the description is, in words, for error messages.
+      found: the description.
 
     Raises:
-      UsageError: if it is not what `description` gives.
+      UsageError: if `found` is not a result of `description`.
     """
     kinds = {
       field.name: field.type
@@ -201,10 +207,10 @@ class Task:
 
 
 def _check(where: str, task: Task) -> None:
-  """Refuses a task that no run could have had.
+  """Refuses a task that no run can have.
 
   Raises:
-    UsageError: that names the key.
+    UsageError: if an attribute is impossible; the message names it.
   """
   faults = {
     "texts": len(task.texts) > 2 or not all(map(_is_template, task.texts)),
@@ -213,7 +219,7 @@ def _check(where: str, task: Task) -> None:
     "metrics": not task.metrics,
     "words": len(task.words) not in (0, len(task.labels)),
     "spread": task.spread <= 0,
-    # Of conversations, columns are known by their names.
+    # Conversations need neither, as their columns have fixed names.
     "image": task.kind != "conversations"
     and bool(task.image) is bool(task.texts),
   }
@@ -226,7 +232,7 @@ def _check(where: str, task: Task) -> None:
 
 
 def _is_template(text: str | tuple[str, ...]) -> bool:
-  """Whether a text is made of fields of a row, and of nothing in these."""
+  """Whether a text has fields, each of which is a plain name."""
   if isinstance(text, tuple):
     return bool(text)
   try:

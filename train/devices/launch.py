@@ -1,4 +1,4 @@
-"""How a process was started, and how it ends: what needs no JAX."""
+"""The start and the end of a process; this module does not import JAX."""
 
 from collections.abc import Callable
 import ctypes
@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from .. import command
 
-# Whoever starts the processes of a run says in these how many there are: srun,
-# mpirun, and what starts TPU pods on Kubernetes.
+# srun, mpirun and the launchers of TPU pods set these variables to the number
+# or the names of the processes of a run.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 
@@ -23,23 +23,24 @@ def in_cluster() -> bool:
 
 
 def watched(run: Callable[[], int]) -> int:
-  """Runs a function in a child process, whose end by a signal is explained.
+  """Runs a function in a child process, and explains an end by a signal.
 
-  JAX aborts a process that misses another for 100 seconds, from a thread of its
-  own, where no exception of Python's could tell what was the matter.
+  If a process loses another one for 100 seconds, JAX aborts it from one of
+  JAX's own threads. Python gets no exception that could explain the end.
 
   Args:
-    run: returns an exit status.
+    run: a function that returns an exit status.
 
   Returns:
-    In the child, what the function does. In the parent the child's status, or
-    128 and the signal that ended it; 1 if JAX aborted it.
+    In the child, the status of the function. In the parent, the child's status;
+    1 if JAX aborted it; 128 + the signal if another signal ended it.
   """
   child = os.fork()
   if not child:
     end_with_parent()
     return run()
-  # The terminal sends Ctrl-C to both; a scheduler its signal to one of them.
+  # The terminal sends Ctrl-C to both processes. A scheduler sends SIGTERM only
+  # to the parent.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
   status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -62,15 +63,15 @@ def watched(run: Callable[[], int]) -> int:
 
 
 def end_with_parent() -> None:
-  """Has Linux end this process when its parent is killed."""
+  """Makes Linux end this process when its parent ends."""
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process at once, where others are lost.
+  """Ends this process at once, when other processes are lost.
 
-  At an ordinary exit JAX waits for all of them, and then aborts.
+  At an ordinary exit, JAX would wait for the other processes and then abort.
   """
   sys.stdout.flush()
   sys.stderr.flush()

@@ -1,11 +1,11 @@
 """Meshes: how the arrays of a run are laid out over its devices.
 
 The base, the adapters and the optimizer's state are sharded by the names of
-their axes (`RULES`), a batch by its rows. The devices along `context` share the
-tokens of a row: each is given all of them, and a model takes its part. A
-dimension that the size of its mesh axis does not divide is left whole on every
-device, and so is the rank. A factor of an adapter is split over the mesh axes
-of both sides of its kernel.
+their axes (`RULES`). A batch is sharded by its rows. The devices along
+`context` share the tokens of a row: each device gets all tokens, and the model
+uses its part. A dimension stays whole on every device if its mesh axis does not
+divide it; the rank always stays whole. A factor of an adapter is split over the
+mesh axes of both sides of its kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +23,8 @@ from ..errors import UsageError
 from ..models.io import stored
 
 AXES = ("data", "fsdp", "context", "tensor")
-# Devices that share a row's tokens need the same weights, as those do that
-# share rows.
+# `context` also splits weights, because devices that share the tokens of a row
+# need the same weights, like devices that share rows.
 RULES = (
   ("batch", ("data", "fsdp")),
   ("length", "context"),
@@ -34,13 +34,14 @@ RULES = (
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
 )
-"""Name of an axis of an array -> the mesh axes it is split over."""
+"""From the name of an array's axis to the mesh axes that split it."""
 
 _Spec = jax.sharding.PartitionSpec
 _Rules = Sequence[tuple[str, Any]]
 
-# A factor has one side of its kernel: split as that alone, it would be whole
-# along the mesh axis of the other, and so would the optimizer's moments.
+# A factor has only one side of its kernel. With the rules of this side alone,
+# the factor and the optimizer's moments would not be split over the mesh axes
+# of the other side.
 FACTOR_RULES: Sequence[_Rules] = (
   (
     *((name, ("fsdp", "context", "tensor")) for name in ("embed", "vocab")),
@@ -51,15 +52,17 @@ FACTOR_RULES: Sequence[_Rules] = (
   ),
   RULES,
 )
-"""Of adapters' factors: the first of them that divides a size."""
+"""The rules of adapters' factors; the first one that divides a size is used."""
 
 
 def parse(text: str) -> dict[str, int]:
-  """The sizes of all axes, as `data=2,tensor=4` gives them; 1 if it does not.
+  """Returns the sizes of all axes from a text such as `data=2,tensor=4`.
+
+  Axes that the text does not name have the size 1.
 
   Raises:
-    UsageError: if an axis is unknown or comes twice, or a size is no positive
-      number.
+    UsageError: if an axis is unknown or named twice, or a size is not a
+      positive number.
   """
   sizes: dict[str, int] = {}
   for part in text.split(","):
@@ -82,13 +85,13 @@ def parse(text: str) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-  """Where the arrays of a run are: on a mesh, or on one device if None."""
+  """The mesh that holds the arrays of a run; None: one device."""
 
   mesh: jax.sharding.Mesh | None = None
 
   @property
   def replicated(self) -> jax.sharding.NamedSharding | None:
-    """The whole array on each device; None without a mesh."""
+    """The sharding of a whole array on each device; None without a mesh."""
     return self.sharding(_Spec(), ())
 
   def sharding(
@@ -97,9 +100,13 @@ class Layout:
     shape: tuple[int, ...],
     rules: Sequence[_Rules] = (RULES,),
   ) -> jax.sharding.NamedSharding | None:
-    """That of an array whose axes have these names; None without a mesh.
+    """Returns the sharding of an array; None without a mesh.
 
-    Each size is split by the first of the rules that divides it.
+    Args:
+      axes: the names of the array's axes.
+      shape: the array's shape.
+      rules: the rules to try. For each axis, the first rule whose mesh axes
+        divide the size is used.
     """
     mesh = self.mesh
     if mesh is None:
@@ -116,7 +123,7 @@ class Layout:
   def shardings(
     self, axes: Any, tree: Any, rules: Sequence[_Rules] = (RULES,)
   ) -> Any:
-    """As `sharding`, for a tree of arrays and one of their axes' names."""
+    """As `sharding`, for a tree of arrays and a tree of their axes' names."""
     return jax.tree.map(
       lambda names, x: self.sharding(names, x.shape, rules),
       axes,
@@ -125,10 +132,10 @@ class Layout:
     )
 
   def placer(self, axes: Any) -> stored.Place:
-    """Makes arrays of what is read from disk: each device's part by itself.
+    """Returns a `Place` that reads each device's part of an array separately.
 
     Args:
-      axes: a tree of nested dicts of their axes' names.
+      axes: nested dicts of the names of the arrays' axes.
     """
     if self.mesh is None:
       return stored.on_one_device
@@ -144,29 +151,29 @@ class Layout:
 
   @property
   def context(self) -> int:
-    """The devices that share the tokens of a row."""
+    """How many devices share the tokens of a row."""
     return 1 if self.mesh is None else self.mesh.shape["context"]
 
   @property
   def offloads(self) -> bool:
-    """Whether arrays of a step can wait in the memory of the host."""
+    """Whether a step can keep arrays in the memory of the host."""
     devices = (
       jax.local_devices() if self.mesh is None else self.mesh.devices.flat
     )
-    # Devices of other processes have none here.
+    # Devices of other processes have no memories in this process.
     kinds = {m.kind for x in devices for m in x.addressable_memories()}
     return "pinned_host" in kinds
 
   def part(self) -> tuple[int, int]:
-    """Which equal part of a batch's rows is this process's, of how many."""
+    """Returns this process's part of a batch, and the number of equal parts."""
     if self.mesh is None:
       return 0, 1
     found = _part(self.mesh, jax.process_index())
-    assert found is not None  # `make` has seen to it
+    assert found is not None  # `make` has checked it
     return found
 
   def rows(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Places a batch, of which each process has its own part."""
+    """Places a batch; each process gives its own part of the rows."""
     if self.mesh is None:
       return batch
     _, parts = self.part()
@@ -179,7 +186,7 @@ class Layout:
     return {name: place(x) for name, x in batch.items()}
 
   def all_rows(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-    """Places a batch, of which every process has all rows."""
+    """Places a batch; every process gives all rows."""
     index, parts = self.part()
 
     def own(x):
@@ -189,13 +196,13 @@ class Layout:
     return self.rows({name: own(x) for name, x in batch.items()})
 
   def gather(self, tree: Any) -> Any:
-    """All of each array, on the host of every process."""
+    """Returns whole arrays, on the host of every process."""
     if self.mesh is not None:
       tree = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
     return jax.device_get(tree)
 
   def within(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the model's own constraints on activations."""
+    """Returns the function, run with the mesh and its rules for activations."""
     mesh = self.mesh
     if mesh is None:
       return function
@@ -210,16 +217,16 @@ class Layout:
 def make(
   text: str, batch_size: int, devices: Sequence[Any] | None = None
 ) -> Layout:
-  """The layout that `--mesh` asks for, over all devices of all processes.
+  """Returns the layout of `--mesh`, over all devices of all processes.
 
   Args:
-    text: as `parse` takes it; empty for one device.
+    text: as of `parse`; empty for one device.
     batch_size: rows of a batch, which are split over `data` and `fsdp`.
-    devices: by default, those that there are.
+    devices: the devices; None: all devices of JAX.
 
   Raises:
-    UsageError: as `parse`; if the mesh has not as many devices as there are,
-      or cannot share a batch equally.
+    UsageError: as `parse`; or if the mesh and the machine have different
+      numbers of devices, or processes cannot share a batch equally.
   """
   devices = jax.devices() if devices is None else devices
   count, processes = len(devices), len(_processes(devices))
@@ -243,7 +250,7 @@ def make(
       f"--batch-size must be a multiple of data times fsdp, which is {rows} "
       f"in --mesh {text}; got {batch_size}."
     )
-  # Its own default are Explicit axes, for which models are written otherwise.
+  # jax.make_mesh defaults to Explicit axes, but these models need Auto axes.
   mesh = jax.make_mesh(
     tuple(sizes.values()),
     AXES,
@@ -251,8 +258,8 @@ def make(
     devices=devices,
   )
   if not _shares(mesh):
-    # It may spread a process's devices, to bring near what is near in the
-    # machine; the rows of a process have to be neighbours.
+    # jax.make_mesh orders devices by their places in the machine, and may
+    # spread those of a process. But the rows of a process must be neighbours.
     ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
     mesh = jax.sharding.Mesh(
       np.array(ordered).reshape(tuple(sizes.values())), AXES
@@ -275,9 +282,9 @@ def _shares(mesh: jax.sharding.Mesh) -> bool:
 
 
 def _part(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int] | None:
-  """The part of a batch that a process's devices hold, of how many parts.
+  """Returns a process's part of a batch, and the number of parts.
 
-  None, if it is not one of equal parts.
+  Returns None if the process's devices do not hold one of equal parts.
   """
   inner = mesh.shape["context"] * mesh.shape["tensor"]
   batch = mesh.devices.size // inner

@@ -1,4 +1,4 @@
-"""Several processes that run the same program, on as many machines."""
+"""Several processes that run the same program, usually on several machines."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,7 +12,7 @@ from .. import command
 from ..errors import LostError, RunError, UsageError
 from . import launch
 
-# Digits of other scripts, and a NUL, end the process in JAX's own C++.
+# JAX's C++ code aborts the process for non-ASCII digits and for a NUL.
 _ADDRESS = re.compile(r"[!-~]+:[0-9]{1,5}")
 _MOST = 2**20
 
@@ -20,18 +20,18 @@ _MOST = 2**20
 def join(
   coordinator: str | None, processes: int | None, index: int | None
 ) -> None:
-  """Joins the other processes; before anything touches a device.
+  """Joins the other processes. Call it before anything uses a device.
 
   Args:
-    coordinator: HOST:PORT of process 0; "auto" where JAX can find the cluster
-      by itself (Slurm, Open MPI, TPU, Kubernetes); None for that if
-      `launch.in_cluster`, and else for one process.
-    processes: how many there are; None for "auto".
-    index: which one this is; None for "auto".
+    coordinator: HOST:PORT of process 0; or "auto", if JAX can find the cluster
+      by itself (Slurm, Open MPI, TPU, Kubernetes). None means "auto" if
+      `launch.in_cluster`, and else a single process.
+    processes: the number of processes; None for "auto".
+    index: the number of this process, from 0; None for "auto".
 
   Raises:
     UsageError: if the three do not fit each other, or there is no cluster.
-    RunError: if the others cannot be reached.
+    RunError: if the other processes cannot be reached.
   """
   if coordinator is None and processes is None and index is None:
     if not launch.in_cluster():
@@ -75,13 +75,13 @@ def join(
 
 
 def is_first() -> bool:
-  """Whether this is the process that writes and prints."""
+  """Whether this is process 0, which writes and prints."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-  """Lets process 0 through, and then the others: they find what it made."""
+  """Runs the context in process 0 first, so that the others find its files."""
   if not is_first():
     multihost_utils.sync_global_devices("first_before_others")
   try:
@@ -92,14 +92,17 @@ def first_before_others() -> Iterator[None]:
 
 
 def any_of(flag: bool) -> bool:
-  """Whether it is set in any process; all have to ask."""
+  """Whether the flag is set in any process; all processes must call this."""
   if jax.process_count() == 1:
     return flag
   return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def summed(values: np.ndarray) -> np.ndarray:
-  """The sum of all processes' arrays; all have to give one, of one shape."""
+  """Returns the sum of all processes' arrays.
+
+  All processes must call this, with arrays of the same shape.
+  """
   if jax.process_count() == 1:
     return values
   return np.sum(multihost_utils.process_allgather(values), axis=0)
@@ -107,15 +110,16 @@ def summed(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def lost_ones_reported() -> Iterator[None]:
-  """Has the loss of another process told in a sentence.
+  """Turns JAX's error for a lost process into a LostError.
 
   Raises:
-    LostError: if the others cannot be reached any more.
+    LostError: if another process cannot be reached any more.
   """
   try:
     yield
   except (jax.errors.JaxRuntimeError, RunError) as error:
-    # What is written of a checkpoint is agreed on by all, too.
+    # All processes write a checkpoint together, so a save can fail in the same
+    # way; its RunError has JAX's error as its cause.
     found = error.__cause__ if isinstance(error, RunError) else error
     lost = isinstance(found, jax.errors.JaxRuntimeError)
     if (

@@ -1,1 +1,1 @@
-"""Models for the `train` program, and the reading of their weights."""
+"""Models for the `train` program, and readers of their weights."""

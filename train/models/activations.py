@@ -1,4 +1,4 @@
-"""Activations of feed-forwards, by transformers' names."""
+"""Activations of feed-forward layers, by transformers' names."""
 
 from collections.abc import Callable
 import functools
@@ -19,14 +19,14 @@ BY_NAME: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def check(key: str, name: Any) -> None:
-  """Refuses an activation that is not one of these.
+  """Refuses an activation that is not one of `BY_NAME`.
 
   Args:
-    key: of the config.json.
-    name: its value.
+    key: the key in config.json.
+    name: the value of this key.
 
   Raises:
-    ValueError: that names both.
+    ValueError: if the activation is unknown; the message names the key.
   """
   if name not in tuple(BY_NAME):
     raise ValueError(

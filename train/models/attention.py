@@ -3,13 +3,14 @@
 Shapes: B batch, L queries, S keys, H heads, J key-value heads, G = H/J, K head
 width, M segments.
 
-cuDNN's kernels and splash attention keep no array of L x S; 'matmul' and 'xla'
-do. Where the devices of a mesh share the tokens of a row, each has the queries
-of its own and gathers the keys and values of all.
+The kernels 'matmul' and 'xla' keep an array of L x S; 'cudnn' and 'splash' do
+not. If the devices of a mesh share the tokens of a row, each device computes
+its own queries and gathers all keys and values.
 
-The choice is made while a program is traced. `jax.lax.platform_dependent` would
-trace every branch, and cuDNN's asks for a GPU's library while it is traced;
-under a gradient it would keep the residuals of all of them.
+The kernel is chosen when a program is traced, and not by
+`jax.lax.platform_dependent`. That function traces every branch, but cuDNN's
+branch needs a GPU's library when it is traced. For a gradient, it would also
+keep the residuals of all branches.
 """
 
 import dataclasses
@@ -27,14 +28,15 @@ from . import splits
 
 CHOICES = ("auto", "matmul", "xla", "cudnn", "splash")
 
-# Finite, as a query with every key masked has a finite softmax then.
+# A finite value keeps the softmax finite when all keys of a query are masked.
 _MASKED = -1e9
 _HALVES = (jnp.bfloat16, jnp.float16)
-# Splash attention's blocks are multiples of a TPU's lanes; the largest that
-# divides the length is used.
+# Splash attention's blocks are multiples of a TPU's lanes. The largest block
+# that divides the length is used.
 _LANES, _BLOCKS = 128, (512, 256, 128)
-# On an H200 rows of 64 tokens took 1.3 times as long by cuDNN as by XLA, packed
-# ones 4 to 7 times; rows of 1,024 half as long.
+# Measured on an H200: for rows of 64 tokens, cuDNN took 1.3 times as long as
+# XLA. For packed rows of 64 tokens, it took 4 to 7 times as long. For rows of
+# 1,024 tokens, it took half as long.
 _SHORT_ON_GPU = 128
 
 _Spec = jax.sharding.PartitionSpec
@@ -46,16 +48,17 @@ class Seen:
   """Which keys a query sees, in the form that a kernel takes.
 
   Attributes:
-    kernel: one of `CHOICES` that is not 'auto'.
-    causal: whether a query sees none of the keys after it.
-    window: how many keys a query sees at most, its own and those before it;
-      None: there is no such limit, or the mask has it.
-    mask: bool (B, L, S), (B, 1, S) or (1, L, S), which is all there is to say.
-    lengths: tokens of each segment of a row, from its first token on, int32
-      (B, M). A query sees its own segment. What follows the last is padding.
+    kernel: one of `CHOICES`, but not 'auto'.
+    causal: whether the keys after a query are hidden from it.
+    window: the most keys that a query sees, which are its own key and those
+      before it; None: no limit, or the mask has it.
+    mask: bool (B, L, S), (B, 1, S) or (1, L, S), True where a query sees a key.
+      If it is given, it holds everything.
+    lengths: the tokens of each segment of a row, in order, int32 (B, M). A
+      query sees its own segment. The tokens after the last segment are padding.
     segment_ids: int32 (B, L). A query sees the keys that have its id.
-    parts: how many parts the queries of a row are split into, over the devices
-      that share it. The other attributes are of whole rows.
+    parts: the number of devices that share the queries of a row. The other
+      attributes describe whole rows.
     softcap: c of `capped`, which bounds the scores; None: they are unbounded.
   """
 
@@ -80,29 +83,30 @@ def chosen(
   length: int,
   softcap: bool = False,
 ) -> str:
-  """The kernel of a choice: for 'auto', that of the devices.
+  """Returns the kernel of a choice; 'auto' depends on the devices.
 
-  They are those of the mesh, or of this process's backend without one. On CPUs
-  it is 'matmul', batched products with heads in front, for whose backward pass
-  XLA has fast code. On TPUs it is 'splash', but 'xla' for rows shorter than its
-  largest block. On GPUs it is 'cudnn', but 'xla' for rows of less than 128
-  tokens, and where cuDNN does not take the dtype or the width
-  (`without_cudnn`).
+  The devices are those of the mesh, or of this process's backend if there is no
+  mesh. 'auto' means:
+    on CPUs, 'matmul': batched products with the heads in front, whose backward
+      pass is fast in XLA;
+    on TPUs, 'splash', but 'xla' for rows shorter than its largest block;
+    on GPUs, 'cudnn', but 'xla' for rows of less than 128 tokens, and for a
+      dtype or a width that cuDNN does not support (`without_cudnn`).
 
   Args:
     choice: one of `CHOICES`.
-    dtype: of queries, keys and values.
+    dtype: the dtype of queries, keys and values.
     head_size: K.
-    length: the queries of a row that a device has.
-    softcap: whether the scores are bounded, which 'matmul' and 'splash' do;
-      'auto' is 'matmul' then, where it would not be 'splash'.
+    length: the number of queries of a row on one device.
+    softcap: whether the scores are bounded. Only 'matmul' and 'splash' can
+      bound them, so 'auto' is then one of these two.
 
   Returns:
-    One of `CHOICES` that is not 'auto'.
+    One of `CHOICES`, but not 'auto'.
 
   Raises:
-    ValueError: the choice is unknown, or asks for cuDNN where it has no kernel,
-      or for a kernel that does not bound the scores.
+    ValueError: the choice is unknown, or its kernel does not support the
+      arguments.
   """
   if choice not in CHOICES:
     raise ValueError(
@@ -132,7 +136,7 @@ def chosen(
 
 
 def without_cudnn(dtype: typing.DTypeLike, head_size: int) -> str | None:
-  """Why cuDNN has no kernel; None if it has one. The arguments: `chosen`'s."""
+  """Returns why cuDNN has no kernel for these arguments, or None."""
   if jnp.dtype(dtype) not in _HALVES:
     return f"takes bfloat16 or float16, got {jnp.dtype(dtype)}"
   widest = 256 if _is_hopper() else 128
@@ -150,20 +154,20 @@ def causal(
   lengths: jax.Array | None = None,
   window: int | None = None,
 ) -> Seen:
-  """What causal attention sees: the tokens up to itself, of its segment.
+  """Returns what causal attention sees: earlier tokens of the same segment.
 
-  A row that is one segment, with padding after it, needs no mask but the causal
-  one: no token of it comes after padding. The queries are split as the mesh
-  splits the axis `length`. cuDNN is given a mask then, as its causal flag
-  counts queries from the first key. Splash attention takes parts of whole
-  blocks; others are XLA's.
+  A row of one segment needs only the causal mask, because its padding comes
+  last. The queries are split as the mesh splits the axis `length`. For split
+  queries, cuDNN gets a mask, because its causal flag assumes that the first
+  query belongs to the first key. Splash attention needs parts of whole blocks;
+  other parts use 'xla'.
 
   Args:
     kernel: from `chosen`.
     length: L.
-    lengths: tokens of each segment of a row, int (B, M); 0 if a row has fewer.
-      None: a row is one segment.
-    window: tokens that one sees at most, itself among them (sliding window
+    lengths: the tokens of each segment of a row, int (B, M), with 0 for missing
+      segments. None: a row is one segment.
+    window: the most tokens that a token sees, itself included (sliding window
       attention, Beltagy et al., arXiv 2004.05150); None: all.
   """
   if lengths is not None and lengths.shape[1] == 1:
@@ -188,24 +192,24 @@ def causal(
     mask_BxLxL = same_BxLxL & mask_1xLxL
   rows = None if segment_ids is None else "batch"
   mask_BxLxL = spmd.with_logical_constraint(mask_BxLxL, (rows, "length", None))
-  # cuDNN adds a mask to the scores: of even lengths, or not at all.
+  # cuDNN adds the mask to the scores, and supports only even lengths for that.
   odd = kernel == "cudnn" and length // parts % 2
   kernel = "xla" if kernel == "splash" or odd else kernel
   return Seen(kernel, mask=mask_BxLxL, parts=parts)
 
 
 def masked(kernel: str, mask: jax.Array) -> Seen:
-  """What a mask says, bool (B, L, S): in steps of generation.
+  """Returns what a mask shows, for the steps of generation.
 
   Args:
     kernel: from `chosen`.
-    mask: True where a query sees a key.
+    mask: True where a query sees a key, bool (B, L, S).
   """
   return Seen("matmul" if kernel == "matmul" else "xla", mask=mask)
 
 
 def real(kernel: str, mask: jax.Array | None = None) -> Seen:
-  """The real tokens of a row, before and after: what an encoder sees.
+  """Returns what an encoder sees: all tokens of a row, except padding.
 
   Args:
     kernel: from `chosen`.
@@ -215,7 +219,7 @@ def real(kernel: str, mask: jax.Array | None = None) -> Seen:
   if mask is None:
     return Seen(kernel)
   if kernel == "cudnn":
-    # A row of padding sees its first token, or its softmax would be NaN.
+    # A row of padding sees its first token, else its softmax would be NaN.
     lengths_Bx1 = jnp.maximum(mask.sum(1, keepdims=True), 1)
     return Seen(kernel, lengths=lengths_Bx1)
   if kernel == "splash":
@@ -224,18 +228,23 @@ def real(kernel: str, mask: jax.Array | None = None) -> Seen:
 
 
 def ids(lengths: jax.Array, length: int) -> jax.Array:
-  """Segment ids from 1, 0 at padding, int (B, L), of lengths (B, M)."""
+  """Returns segment ids from 1, and 0 at padding, int (B, L).
+
+  Args:
+    lengths: the tokens of each segment of a row, int (B, M).
+    length: L.
+  """
   stops_Bx1xM = jnp.cumsum(lengths, 1)[:, None]
   past_BxLxM = jnp.arange(length)[:, None] >= stops_Bx1xM
   return jnp.where(past_BxLxM.all(-1), 0, past_BxLxM.sum(-1) + 1)
 
 
 def positions(lengths: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-  """Places from 0 in each segment, int `shape`, which is (B, L).
+  """Returns the place of each token in its segment, from 0, int (B, L).
 
   Args:
     lengths: as in `causal`.
-    shape: of the tokens.
+    shape: the shape of the tokens, (B, L).
   """
   places_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
   if lengths is None or lengths.shape[1] == 1:
@@ -246,7 +255,7 @@ def positions(lengths: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
 
 
 def capped(x: jax.Array, softcap: float | None) -> jax.Array:
-  """c tanh(x / c), which is between -c and c (Gemma 2, arXiv 2408.00118)."""
+  """Returns c tanh(x / c), between -c and c (Gemma 2, arXiv 2408.00118)."""
   return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
@@ -257,29 +266,29 @@ def attention(
   seen: Seen,
   softcap: float | None = None,
 ) -> jax.Array:
-  """Softmax of the scaled products of queries and keys, times the values.
+  """Returns the softmax of scaled products of queries and keys, times values.
 
-  The softmax is float32, whatever the products are in.
+  The softmax is float32; the products have the dtype of the arguments.
 
   Args:
     q: queries (B, L, H, K).
-    k: keys (B, S, J, K), of which J divides H.
+    k: keys (B, S, J, K); J divides H.
     v: values (B, S, J, K).
-    seen: from `causal`, `masked` or `real`, of a kernel that was chosen for a
-      softcap if there is one.
-    softcap: c of `capped`, for the scaled products; None: they are as they are.
+    seen: from `causal`, `masked` or `real`. If there is a softcap, the kernel
+      must be one that `chosen` returned for a softcap.
+    softcap: c of `capped`, for the scaled products; None: they are unbounded.
 
   Returns:
-    (B, L, H, K) in the dtype of q. What stands at padding is finite and means
-    nothing.
+    (B, L, H, K) in the dtype of q. The values at padding are finite, but have
+    no meaning.
   """
   kernel = seen.kernel
   if softcap is not None:
-    # `masked` says 'xla' for what is 'splash' elsewhere.
+    # `masked` returns 'xla' for 'splash', but 'xla' cannot bound scores.
     kernel = "matmul" if kernel == "xla" else kernel
     seen = dataclasses.replace(seen, kernel=kernel, softcap=softcap)
   if kernel in ("matmul", "xla") and seen.parts == 1:
-    # XLA splits these over the devices of a mesh by itself.
+    # XLA itself splits these kernels over the devices of a mesh.
     return _KERNELS[kernel](q, k, v, seen)
   return _on_mesh(q, k, v, seen)
 
@@ -292,7 +301,7 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen):
   def in_front(x):
     return x.transpose(0, 2, 1, 3)
 
-  # The queries that share a key are rows of one product.
+  # All queries that share a key are rows of one matrix product.
   q_BxJxGLxK = in_front(q_BxLxHxK).reshape(batch, groups, -1, size)
   scores_BxHxLxS = jnp.matmul(
     q_BxJxGLxK,
@@ -301,7 +310,7 @@ def _matmul(q_BxLxHxK, k_BxSxJxK, v_BxSxJxK, seen):
   ).reshape(batch, heads, length, slots)
   scores_BxHxLxS = capped(scores_BxHxLxS * size**-0.5, seen.softcap)
   if mask_BxLxS is not None and mask_BxLxS.shape[1] == 1:
-    # Added, it takes no part in the backward pass.
+    # An added mask does not need to be kept for the backward pass.
     scores_BxHxLxS += jnp.where(mask_BxLxS, 0.0, _MASKED)[:, None]
   elif mask_BxLxS is not None:
     scores_BxHxLxS = jnp.where(mask_BxLxS[:, None], scores_BxHxLxS, _MASKED)
@@ -336,11 +345,11 @@ def _cudnn(q, k, v, seen):
 
 
 def _cudnn_packed(q, k, v, lengths_BxM, causal):
-  """Every segment by itself, without a mask (cuDNN's ragged layout)."""
+  """Computes each segment by itself, without a mask (cuDNN's ragged layout)."""
   length, heads, size = q.shape[1:]
-  # jax 0.10 takes the keys' offsets for those of as many heads as queries have.
+  # jax 0.10 computes the keys' offsets with the number of the queries' heads.
   k, v = (jnp.repeat(x, heads // x.shape[2], 2) for x in (k, v))
-  # Padding is a segment too: what no segment holds, cuDNN would not write.
+  # Padding is a segment too, because cuDNN writes only the tokens of segments.
   padding_Bx1 = length - lengths_BxM.sum(1, keepdims=True)
   lengths_BxM = jnp.concatenate([lengths_BxM, padding_Bx1], 1)
   lengths_BxM = lengths_BxM.astype(jnp.int32)
@@ -388,7 +397,7 @@ def _splash(q, k, v, seen, program):
 
 
 def _splash_program(length: int, heads: int, seen: Seen) -> Any:
-  """The kernel for rows of this length and so many heads on each device."""
+  """Returns the kernel for rows of this length and `heads` on each device."""
   whole = length + -length % _LANES
   block = next(x for x in _BLOCKS if whole // seen.parts % x == 0)
   one: Any = splash.CausalMask if seen.causal else splash.FullMask
@@ -423,7 +432,8 @@ _KERNELS = {
 def _on_mesh(q, k, v, seen) -> jax.Array:
   """Runs a kernel on each device's rows, queries and heads."""
   kernel, mesh = _KERNELS[seen.kernel], jax.sharding.get_abstract_mesh()
-  # Heads are split where those of the keys are; else each device has all.
+  # Heads are split if the mesh can split the keys' heads. If not, each device
+  # has all heads.
   rows, heads = (
     splits.axes(name) if size % splits.parts(name) == 0 else ()
     for name, size in (("batch", k.shape[0]), ("kv_heads", k.shape[2]))
@@ -457,7 +467,7 @@ def _on_mesh(q, k, v, seen) -> jax.Array:
         lengths=None if seen.lengths is None else by_row,
         segment_ids=None if seen.segment_ids is None else by_row,
       ),
-      # It has the blocks of the queries of each part.
+      # A program has blocks for the queries of each part.
       *(x.manual_sharding_spec(by_query) for x in programs),
     ),
     out_specs=spec,

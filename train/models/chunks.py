@@ -1,7 +1,7 @@
-"""What is read from the logits of each token, a chunk of tokens at a time.
+"""Computes losses from logits in chunks of tokens, to save memory.
 
-Logits of a whole batch, (B, L, V) in float32, would be the largest array of a
-step: 8.4 GB for 16,384 tokens of Llama 3's vocabulary.
+The float32 logits of a whole batch, (B, L, V), would be the largest array of a
+training step. For 16,384 tokens and Llama 3's vocabulary, they take 8.4 GB.
 
 Shapes: B batch, L length, P parts that a mesh splits a row into, C chunks, T
 tokens of a part in a chunk, D width, V vocabulary.
@@ -20,43 +20,44 @@ import numpy as np
 from . import splits
 
 Read = jax.tree_util.Partial
-"""A function of arrays with an entry a token, (..., *), and of logits (..., V).
+"""A function of arrays (..., *) with an entry for each token, and of logits.
 
-It returns arrays (...) with a number a token, each of which depends on the
-logits and the entries of its own token alone.
+The logits are (..., V). The function returns arrays (...) with a number for
+each token, which depends only on the logits and the entries of this token.
 """
 
 LIMIT = 2**28
-"""Bytes of the logits of a chunk on a device, the models' default."""
+"""The default limit of a chunk's logits on a device, in bytes."""
 
-_SLOPE = "slope"  # of what is read, along the hidden state
+_SLOPE = "slope"  # the gradient of a result by the hidden state
 
 
 def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
-  """`read(module.head(hidden))`, without all logits at once.
+  """Returns `read(module.head(hidden))`, without all logits at once.
 
-  If all logits take `module.logits_bytes` or less, they are read as they are.
-  If not, each chunk has the same tokens of every row, and of every part of it,
-  so that on a mesh each device keeps the rows and the tokens that it has. Where
-  a gradient is taken, the forward pass takes the gradient of each number by the
-  token's hidden state, while it has the token's logits; the backward pass
-  multiplies it by the cotangent. The head so runs as often as without chunks,
-  as in MaxText's tiling of the vocabulary. Only if the head's own parameters or
-  adapters are differentiated by does the backward pass compute the logits
-  again.
+  If all logits take at most `module.logits_bytes`, there is one chunk. If not,
+  each chunk has the same tokens of every row, and of every part of a row. So on
+  a mesh, each device keeps its own rows and tokens.
+
+  For a gradient, the forward pass computes the gradient of each number by the
+  token's hidden state, while the token's logits are in memory. The backward
+  pass multiplies this gradient by the cotangent. So the head runs as often as
+  without chunks, as in MaxText's tiling of the vocabulary. Only a gradient by
+  the head's own parameters or adapters makes the backward pass compute the
+  logits again.
 
   Args:
     module: a Linen module with a method `head`, from (B, ..., D) to float32
       (B, ..., V), and with `config.vocab_size` and `logits_bytes`.
     hidden: (B, L, D).
-    read: with arrays (B, L, *). None: the logits are returned.
+    read: a `Read` with arrays (B, L, *). None: the logits are returned.
 
   Returns:
-    What `read` returns, arrays (B, L).
+    The results of `read`, arrays (B, L).
 
   Raises:
-    NotImplementedError: if chunks are differentiated a second time, by the
-      hidden states; a model with a greater `logits_bytes` has no chunks.
+    NotImplementedError: if chunks are differentiated twice by the hidden
+      states. A model with a larger `logits_bytes` has no chunks.
   """
   if read is None:
     return module.head(hidden)
@@ -81,8 +82,8 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
     x_BxPxL = jnp.moveaxis(x_CxBxPxT, 0, 2).reshape(batch, parts, -1)
     return x_BxPxL[..., :length].reshape(batch, -1)
 
-  # A gradient by the hidden states needs nothing but slopes, and one by the
-  # head runs the chunk again. In a scan, XLA cannot undo that.
+  # A gradient by the hidden states needs only the slopes. A gradient by the
+  # head runs the chunk again; in a scan, XLA cannot undo that.
   of_chunk = nn.remat(
     _of_chunk,
     prevent_cse=False,
@@ -91,7 +92,7 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
   scanned: Any = nn.scan(
     of_chunk,
     variable_broadcast="params",
-    # Adapters draw their dropout in the head.
+    # The head's adapters draw their dropout here.
     split_rngs={"params": False, "dropout": True},
   )
   on_each_device: Any = nn.map_variables(
@@ -103,15 +104,15 @@ def read(module: Any, hidden: jax.Array, read: Read | None) -> Any:
 
 
 def _chunks(batch: int, length: int, vocab_size: int, limit: int) -> int:
-  """How many chunks there are; each has at least one token of each row."""
+  """Returns the number of chunks; each has at least one token of each row."""
   on_device = batch * length * vocab_size * 4 / splits.parts("batch")
   wanted = min(max(math.ceil(on_device / limit), 1), length)
-  # As many as there are of the size that this asks for.
+  # The number of chunks of this size, rounded up.
   return -(-length // -(-length // wanted))
 
 
 def _gathered(params: Any) -> Any:
-  """Whole on each device of a mesh: before a loop, and not in all its turns."""
+  """Gathers parameters on each device before the loop, and not in each turn."""
   return jax.tree.map(
     lambda x: spmd.with_logical_constraint(x, (None,) * x.ndim), params
   )
@@ -148,7 +149,7 @@ def _seed(x: jax.Array, value: float) -> Any:
 def _depending(
   value: jax.Array, slope: jax.Array, hidden: jax.Array
 ) -> jax.Array:
-  """The value, with the gradient by the hidden state that it has not."""
+  """Returns the value, and gives it the gradient `slope` by `hidden`."""
   del slope, hidden
   return value
 
@@ -163,7 +164,7 @@ def _(primals, tangents):
 
 @jax.custom_jvp
 def _once(slope: jax.Array, hidden: jax.Array) -> jax.Array:
-  """The slope, without a derivative by the hidden state."""
+  """Returns the slope; its own derivative is refused."""
   del hidden
   return slope
 

@@ -1,4 +1,4 @@
-"""Parts of encoders of texts: their inputs, the post-norm layer, and axes.
+"""Parts of text encoders: checks of inputs, the post-norm layer, and axes.
 
 Shapes: B batch, L length, N = B·L tokens, D width.
 """
@@ -16,7 +16,7 @@ from . import activations, pooling
 
 
 class Sizes(Protocol):
-  """Of a config, what a post-norm layer needs."""
+  """The part of a config that a post-norm layer needs."""
 
   @property
   def hidden_size(self) -> int: ...
@@ -35,14 +35,14 @@ def check_shapes(
   longest: int | None,
   model: str,
 ) -> None:
-  """Refuses what an encoder cannot be given.
+  """Refuses wrong inputs of an encoder.
 
   Args:
     tokens: int (B, L).
     mask: (B, L).
     token_types: int (B, L), or None.
-    longest: the most that L may be; None: any.
-    model: its name for the sentence.
+    longest: the largest L; None: no limit.
+    model: the model's name in the message.
 
   Raises:
     ValueError: a shape is wrong, or L exceeds the learned positions.
@@ -71,7 +71,7 @@ def dense(
   name: str | None = None,
   use_bias: bool = True,
 ) -> nn.Dense:
-  """A linear layer, as encoders begin."""
+  """Returns a linear layer with the initialisation of encoders."""
   init = nn.initializers.normal(0.02)
   return nn.Dense(
     features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name
@@ -81,8 +81,8 @@ def dense(
 def norm(
   epsilon: float, name: str | None = None, use_bias: bool = True
 ) -> nn.LayerNorm:
-  """A layer norm, float32 whatever it is given."""
-  # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+  """Returns a layer norm, which computes in float32 for every input."""
+  # The fast variance, E[x²] - E[x]², cancels if the mean is large.
   return nn.LayerNorm(
     epsilon=epsilon,
     dtype=jnp.float32,
@@ -95,15 +95,16 @@ def norm(
 def after_attention(
   config: Sizes, x_NxD: jax.Array, y_NxD: jax.Array
 ) -> jax.Array:
-  """What follows attention in a post-norm layer, within its module.
+  """Computes the part of a post-norm layer that follows attention.
 
-  The attention's output and a feed-forward, each with a residual and a norm
-  (Vaswani et al., NeurIPS 2017).
+  This part is the attention's output layer and a feed-forward layer, each with
+  a residual and a norm (Vaswani et al., NeurIPS 2017). It creates its modules
+  in the calling module.
 
   Args:
     config: the sizes.
-    x_NxD: what the layer was given.
-    y_NxD: what its heads saw, in the compute dtype.
+    x_NxD: the input of the layer.
+    y_NxD: the results of the attention heads, in the compute dtype.
 
   Returns:
     (N, D), in the dtype of `x_NxD`.
@@ -125,15 +126,15 @@ def _residual(
 
 
 class Classifier(nn.Module):
-  """An encoder of texts with a linear head on what it makes of a text.
+  """A text encoder with a linear head on the features of a text.
 
-  A subclass sets `encoder` and `head` up, and has `features`.
+  A subclass creates `encoder` and `head` in `setup`.
 
   Attributes:
     config: the sizes.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: compute dtype of the encoder; None is float32. The pooling and the
-      head are float32.
+    num_classes: the outputs of the head; 1 for regression.
+    dtype: the compute dtype of the encoder; None is float32. The pooling and
+      the head are float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -148,7 +149,7 @@ class Classifier(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits, float32 (B, num_classes); the arguments are the encoder's."""
+    """Returns logits, float32 (B, num_classes); takes the encoder's inputs."""
     return self.head(self.features(tokens, mask, token_types))
 
   def features(
@@ -157,10 +158,10 @@ class Classifier(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """The pooled hidden states without the head, float32 (B, D).
+    """Returns the pooled hidden states, without the head, float32 (B, D).
 
-    Call as `model.apply(variables, tokens, mask, method="features")`. That of a
-    row of padding is zeros.
+    Call as `model.apply(variables, tokens, mask, method="features")`. A row of
+    padding gives zeros.
     """
     x_BxLxD = self.encoder(tokens, mask, token_types)
     return pooling.pooled(x_BxLxD, mask, self.config.pooling)
@@ -178,22 +179,23 @@ AXES: Mapping[str, tuple[str | None, ...]] = {
   "position": ("vocab", None),
   "token_type": ("vocab", None),
 }
-"""Module of a post-norm encoder -> the axes of its kernel or embedding."""
+"""From a module of a post-norm encoder to the axes of its kernel."""
 
 
 def logical_axes(
   variables: Any, axes: Mapping[str, tuple[str | None, ...]] = AXES
 ) -> Any:
-  """Names of the axes of a classifier's variables: embed, heads, mlp or none.
+  """Returns the names of the axes of a classifier's variables.
 
-  Vectors of width D have none: it costs more to gather than to keep them.
+  The names are embed, heads and mlp. Vectors of width D have none, because they
+  are cheaper to keep on each device than to gather.
 
   Args:
-    variables: of the model; shapes are enough.
-    axes: of modules, as `AXES`.
+    variables: the variables of the model, or their shapes.
+    axes: the axes of each module, as `AXES`.
 
   Returns:
-    A tree like `variables` of `jax.sharding.PartitionSpec`.
+    A tree like `variables`, with a `jax.sharding.PartitionSpec` for each leaf.
   """
 
   def of(path, x):

@@ -1,4 +1,4 @@
-"""What the families of encoders of texts have in common."""
+"""Functions that all families of text encoders share."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -14,7 +14,7 @@ from .io import tokenizer, weights
 
 
 def complete(found: Pretrained) -> Pretrained:
-  """Adds how the folder pools, and the token that pads."""
+  """Adds the pooling of the model's folder, and the padding token."""
   how = pooling.read(found.path, found.hf_config)
   return dataclasses.replace(
     found,
@@ -24,7 +24,7 @@ def complete(found: Pretrained) -> Pretrained:
 
 
 def example_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Shapes of tokens and of their mask."""
+  """Returns the shapes of tokens and of their mask."""
   del config
   return (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2
 
@@ -32,19 +32,20 @@ def example_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 def token_classifier(
   architecture: str, names: Mapping[str, Any], prefix: str, how: str
 ) -> Kind:
-  """A classifier of tokens in transformers, of which ours is a part.
+  """Returns transformers' token classifier that is equivalent to our model.
 
-  Its logits, pooled as our hidden states are, are ours, for a linear head and a
-  mean may change places.
+  Our model pools the hidden states and then applies the head. transformers'
+  token classifier applies the head to each token. A linear head and a mean can
+  change places, so pooling these logits gives our logits.
 
   Args:
-    architecture: its class.
+    architecture: the class in transformers.
     names: from paths of the encoder's kernels to modules.
-    prefix: of the encoder.
-    how: our model pools; one of `pooling.CHOICES`.
+    prefix: the prefix of the encoder's names.
+    how: the pooling of our model, one of `pooling.CHOICES`.
 
   Raises:
-    ValueError: if it pools by the maximum, which is not linear.
+    ValueError: if the model pools by the maximum, which is not linear.
   """
   if how == "max":
     raise ValueError(
@@ -58,13 +59,13 @@ def token_classifier(
     prefix,
     "TOKEN_CLS",
     first=how == "cls",
-    # The last hidden states need no pooler.
+    # The last hidden states do not depend on the pooler.
     idle=("pooler.dense",),
   )
 
 
 def head(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The tensors of a classifier's new head."""
+  """Returns the tensors of a classifier's new head."""
   return {
     "classifier.weight": np.asarray(params["head"]["kernel"]).T,
     "classifier.bias": np.asarray(params["head"]["bias"]),
@@ -77,19 +78,19 @@ def by_full_name(
   parts: tuple[str, ...],
   model: str,
 ) -> dict[str, tensors_.Tensor]:
-  """Tensors of an encoder by the names that a classifier's folder has.
+  """Returns an encoder's tensors by the names of a classifier's folder.
 
-  Bare models lack the prefix, and layer norms have the older names gamma and
-  beta.
+  Folders of bare models lack the prefix. Old folders have layer norms with the
+  names gamma and beta.
 
   Args:
-    tensors: by name.
-    prefix: of the encoder.
-    parts: what names of a bare model's tensors begin with.
-    model: its name for the sentence.
+    tensors: the tensors by name.
+    prefix: the prefix of the encoder's names.
+    parts: the first parts of names in a bare model's folder.
+    model: the model's name in the message.
 
   Raises:
-    WeightsError: if one is there by two names.
+    WeightsError: if a tensor is there by two names.
   """
   found: dict[str, str] = {}
   for name in tensors:

@@ -1,6 +1,6 @@
-"""What a family of models is, and a model of one: opened, its weights unread.
+"""The records of a family of models, and of an opened model of a family.
 
-To add a family is to write one file with a `Family`, and to `register` it.
+To add a family, write one file with a `Family`, and `register` it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +20,22 @@ from .io import stored, tensors, weights
 from .io import template as templates
 
 Labels = int | Sequence[Sequence[int]]
-"""How many labels a new head has, or the tokens that each label is said by."""
+"""The number of labels of a new head, or the tokens of each label's word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What a model is in transformers and in PEFT.
+  """How transformers and PEFT represent a model.
 
   Attributes:
-    architecture: its class.
+    architecture: the model's class in transformers.
     names: from paths of parameters, and of the head, to modules; for `peft`.
-    prefix: what the names of the bare model lack.
-    task_type: PEFT's; None if it has none.
-    first: of a classifier of tokens, whether our logits are those of the first
-      token, and not the mean over all.
-    idle: ends of names of modules that it lacks and computes the same without.
+    prefix: the prefix that the names of the bare model lack.
+    task_type: the task type in PEFT; None if PEFT has none for the model.
+    first: for a token classifier, whether our logits are those of the first
+      token; if not, they are the mean over all tokens.
+    idle: the ends of names of modules that the class lacks, and that do not
+      change its results.
   """
 
   architecture: str
@@ -69,58 +70,60 @@ def _nothing(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
-  """All that the program knows of a family of models.
+  """The record of a family of models: all that the program knows of it.
 
-  A classifier that answers by a new head has it as its module `head`, a
-  `Dense` from the config's `hidden_size` to the model's `num_classes`. A
-  language model has the head that it came with. The config of a family that
-  reads images has `patch_size`, `grid`, `side`, `mean` and `deviation`, as
-  `vit.config.VitConfig` has them.
+  A classifier with a new head has it as the module `head`, a `Dense` from the
+  config's `hidden_size` to the model's `num_classes`. A language model keeps
+  its pretrained head. The config of a family that reads images has
+  `patch_size`, `grid`, `side`, `mean` and `deviation`, as
+  `vit.config.VitConfig`.
 
   Attributes:
-    name: as sentences have it: 'BERT'.
-    reads: what its models read.
-    answers: what a classifier's logits are of. 'head': the labels, by a new
-      head; 'token': the labels, by the first token of each one's word; 'words':
-      all tokens of the words, (B, M, V).
-    config: the sizes; `from_hf` makes them of a config.json, and raises a
-      ValueError that says what is wrong.
-    modules: the classes of its models.
-    classifier: `(config, labels, **options)` to a model with `features`;
-      the options are `dtype`, `param_dtype`, `remat` and, if the family
-      `scans`, `scan`.
-    check: of a config and tensors, refuses tensors that are not all there, of
-      the config's sizes and floats, by a WeightsError. It is called when a
-      model is opened: before a model of a billion layers is built, say.
-    params: `(model, tensors, dtype, place)` to the parameters that the tensors
-      hold: all but a new head.
-    example_inputs: of a config, the shapes of what its models are given.
-    logical_axes: of a model's variables, names of their axes.
-    model_types: of the config.json's that it opens.
-    sequence_types: of those that it opens for `--head sequence`.
-    suffix: of the files that `read_file` reads, as '.onnx'.
-    read_file: of a path, the config, the tensors and the config.json.
-    complete: adds to what was opened from a folder the tokens that pad and end
-      its texts, and a template.
-    language_model: `(config, **options)`, as `classifier`; None if it has none.
-    label_tokens: `(pretrained, words, after)` to the tokens that each word is
-      said by, where it follows a prompt that ends in `after`; None if it
-      answers by a new head.
-    converses: whether it learns what follows in conversations, token by token.
-    own_head: of a model, the module of the head that it came with, which no
-      adapters are put on; None if it has none of its own.
-    generate: `(model, apply, tokens, mask, max_new_tokens, **sampling)` to the
-      new tokens; None if it does not generate.
-    generate_methods: of the model, that `generate` calls.
-    scans: whether it can compile one layer for all.
+    name: the name in messages, such as 'BERT'.
+    reads: what the models read.
+    answers: what a classifier's logits are for. 'head': the labels, from a new
+      head. 'token': the labels, from the first token of each label's word.
+      'words': all tokens of the words, (B, M, V).
+    config: the class of the sizes. Its `from_hf` takes a config.json, and
+      raises a ValueError that says what is wrong.
+    modules: the classes of the models.
+    classifier: from `(config, labels, **options)` to a model with `features`.
+      The options are `dtype`, `param_dtype` and `remat`, and `scan` if the
+      family `scans`.
+    check: takes a config and tensors. It raises a WeightsError unless all
+      tensors are there, are floats and have the config's sizes. It runs when a
+      model is opened, before a model of a wrong size is built.
+    params: from `(model, tensors, dtype, place)` to all parameters except those
+      of a new head.
+    example_inputs: from a config to the shapes of the models' inputs.
+    logical_axes: from a model's variables to the names of their axes.
+    model_types: the values of config.json's `model_type` that it opens.
+    sequence_types: the values that it opens for `--head sequence`.
+    suffix: the end of the names of files that `read_file` reads, such as
+      '.onnx'.
+    read_file: from a path to the config, the tensors and the config.json.
+    complete: adds the padding and end tokens and the template to a model that
+      was opened from a folder.
+    language_model: from `(config, **options)` to a model, as `classifier`; None
+      if the family has no language models.
+    label_tokens: from `(pretrained, words, after)` to the tokens of each word,
+      after a prompt that ends in `after`; None if there is a new head.
+    converses: whether it can learn the responses of conversations.
+    own_head: from a model to the module of its pretrained head, which gets no
+      adapters; None if the model has no such head.
+    generate: from `(model, apply, tokens, mask, max_new_tokens, **sampling)` to
+      the new tokens; None if the models do not generate.
+    generate_methods: the methods of the model that `generate` calls.
+    scans: whether one layer can be compiled for all layers.
     splits_rows: whether devices can share the tokens of a row.
     head_bias: whether a new head has a bias.
-    sizes: of published models, by name.
-    kind: of a model, what it is in transformers; None if it is not there.
-    tensors: `(model, params)` to the tensors that it has there.
-    carried: of a config and the tensors that were read, those that our model
-      has not and transformers' has, by their names there: arrays, unchanged.
-    exported: of these tensors, what config.json has to say of them.
+    sizes: the sizes of published models, by name.
+    kind: from a model to its `Kind` in transformers; None if transformers has
+      no such models.
+    tensors: from `(model, params)` to the tensors of transformers' model.
+    carried: from a config and the tensors of the folder to those that only
+      transformers' model has. They are exported unchanged, by its names.
+    exported: from the exported tensors to further keys of config.json.
   """
 
   name: str
@@ -155,14 +158,14 @@ class Family:
 
   @property
   def has_new_head(self) -> bool:
-    """Whether a classifier's head is new, and is trained as it is."""
+    """Whether a classifier has a new head, which is trained in full."""
     return self.answers == "head"
 
   def kind_of(self, model: nn.Module) -> Kind:
-    """What a model is in transformers.
+    """Returns how transformers represents a model.
 
     Raises:
-      ValueError: if it is not there.
+      ValueError: if transformers has no such model.
     """
     if self.kind is None:
       raise ValueError(f"transformers has no {type(model).__name__}.")
@@ -171,20 +174,21 @@ class Family:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-  """A model on disk, of which no weight is read yet.
+  """An opened model on disk; no weight is read yet.
 
   Attributes:
-    path: its folder, or its one file.
-    family: what it is.
-    config: the sizes, of the family's `config`.
-    tensors: weights by Hugging Face's names, read when they are indexed.
-    text_tokenizer: without truncation and padding; None for images.
-    pad_id: the token that pads.
-    eos_id: the token that ends a turn or a text, if it has one.
-    stop_ids: all tokens that generation ends at, `eos_id` among them.
-    template: of conversations; None if the family holds none.
-    hf_config: the configuration as transformers has it, in its config.json.
-    notes: sentences for the user, of what was found in it.
+    path: the model's folder or single file.
+    family: the model's family.
+    config: the sizes, an instance of the family's `config`.
+    tensors: the weights by Hugging Face's names, read when they are indexed.
+    text_tokenizer: the tokenizer, without truncation and padding; None for
+      images.
+    pad_id: the id of the padding token.
+    eos_id: the id of the token that ends a turn or a text, if there is one.
+    stop_ids: the ids of all tokens that end generation, with `eos_id`.
+    template: the chat template; None if the family has no conversations.
+    hf_config: the configuration in transformers' form, its config.json.
+    notes: sentences for the user on what was found in the model.
   """
 
   path: pathlib.Path
@@ -201,7 +205,7 @@ class Pretrained:
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """The model's, without truncation and padding.
+    """The model's tokenizer, without truncation and padding.
 
     Raises:
       ValueError: if the model reads images.
@@ -216,38 +220,42 @@ class Pretrained:
   def label_tokens(
     self, words: Sequence[str], after: str
   ) -> tuple[tuple[int, ...], ...]:
-    """The tokens that each label is said by, as `classifier` takes them.
+    """Returns the tokens of each label's word, as `classifier` takes them.
 
     Args:
-      words: of each label.
-      after: how a prompt ends that is answered by one of them.
+      words: the word of each label.
+      after: the end of the prompt that a word answers.
 
     Raises:
-      ValueError: if they cannot be told apart.
+      ValueError: if the model cannot distinguish the words.
     """
     assert self.family.label_tokens is not None
     return self.family.label_tokens(self, words, after)
 
   def classifier(self, labels: Labels, **options: Any) -> nn.Module:
-    """A model that tells labels apart.
+    """Returns a classifier of this model's family and sizes.
 
     Args:
-      labels: how many, for a new head; or from `label_tokens`.
-      **options: `dtype`, of the products, None being float32; `param_dtype`, of
-        the weights; `remat`, what a layer's backward pass computes again; and
-        `scan`, whether one layer is compiled for all.
+      labels: the number of labels, for a new head; or from `label_tokens`.
+      **options: `dtype`, the dtype of products (None is float32);
+        `param_dtype`, the dtype of weights; `remat`, what a layer's backward
+        pass computes again; and `scan`, whether one layer is compiled for all.
 
     Raises:
-      ValueError: if there is no such model of the family.
+      ValueError: if the family does not support the options.
     """
     self._check(options)
     return self.family.classifier(self.config, labels, **options)
 
   def language_model(self, **options: Any) -> nn.Module:
-    """A model that tells the next token; the options are `classifier`'s.
+    """Returns a model that predicts the next token.
+
+    Args:
+      **options: as of `classifier`.
 
     Raises:
-      ValueError: if there is no such model of the family.
+      ValueError: if the family has no language models, or does not support the
+        options.
     """
     self._check(options)
     if self.family.language_model is None:
@@ -265,19 +273,20 @@ class Pretrained:
     place: stored.Place = stored.on_one_device,
     adapted: Adapted | None = None,
   ) -> dict[str, Any]:
-    """The variables of a model that was made here, read one at a time.
+    """Reads the variables of a model, one at a time.
 
     Args:
       model: from `classifier` or `language_model`.
-      key: seed or PRNG key of a new head's kernel; its bias is zeros.
-      dtype: of the weights.
-      place: makes an array of what is read; by default on one device.
-      adapted: the model with adapters; if they are for a quantised base, each
-        of its weights is quantised before the next one is read.
+      key: the seed or PRNG key of a new head's kernel; its bias is zeros.
+      dtype: the dtype of the weights.
+      place: makes an array of the values that are read; by default on one
+        device.
+      adapted: the model with adapters. If the base is to be quantised, each
+        weight is quantised before the next one is read.
 
     Raises:
       WeightsError: the weights do not fit the configuration.
-      RunError: they are not finite.
+      RunError: a weight is not finite.
     """
     place = stored.finite(place, self.path)
     if adapted is not None and adapted.spec.base_dtype is not None:
@@ -298,25 +307,28 @@ class Pretrained:
     return {"params": params}
 
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of what a model is given, for `bilora_jax.adapt`."""
+    """Returns the shapes of a model's inputs, for `bilora_jax.adapt`."""
     return self.family.example_inputs(self.config)
 
   def logical_axes(self, variables: Any) -> Any:
-    """Names of the axes of a model's variables, of which shapes are enough.
+    """Returns the names of the axes of a model's variables.
+
+    Args:
+      variables: the variables, or their shapes.
 
     Returns:
-      A tree like `variables` of `jax.sharding.PartitionSpec`.
+      A tree like `variables`, with a `jax.sharding.PartitionSpec` for each.
     """
     return self.family.logical_axes(variables)
 
   def kind(self, model: nn.Module) -> Kind:
-    """What a model is in transformers; `Family.kind_of`."""
+    """Returns how transformers represents a model; see `Family.kind_of`."""
     return self.family.kind_of(model)
 
   def tensors_of(
     self, model: nn.Module, params: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """The tensors of the model in transformers, a linear weight (out, in)."""
+    """Returns the tensors of transformers' model; linear weights (out, in)."""
     assert self.family.tensors is not None
     carried = self.family.carried(self.config, self.tensors)
     return self.family.tensors(model, params) | carried
@@ -327,18 +339,18 @@ class Pretrained:
     tensors: Mapping[str, Any],
     labels: Sequence[str] = (),
   ) -> dict[str, Any]:
-    """The config.json of a model that is written for transformers.
+    """Returns the config.json of a model that is exported to transformers.
 
     Args:
       model: from `classifier` or `language_model`.
       tensors: from `tensors_of`.
-      labels: of a new head.
+      labels: the names of a new head's labels.
     """
     gone = ("dtype", "_name_or_path", "num_labels", "quantization_config")
     config = {k: v for k, v in self.hf_config.items() if k not in gone}
     config |= {
       "architectures": [self.kind(model).architecture],
-      # That of the layers; a head may be wider.
+      # The dtype of the layers; a head may have a wider one.
       "torch_dtype": next(iter(tensors.values())).dtype.name,
       **self.family.exported(tensors),
     }
@@ -350,16 +362,16 @@ class Pretrained:
   def generator(
     self, model: nn.Module, apply: Callable[..., Any], **sampling: Any
   ) -> Callable[..., jax.Array]:
-    """Answers batches of prompts.
+    """Returns a function that answers batches of prompts.
 
     Args:
       model: from `language_model`.
-      apply: calls it by the family's `generate_methods`: a
-        `functools.partial` of `model.apply` or of `adapted.apply`.
+      apply: a `functools.partial` of `model.apply` or of `adapted.apply`, which
+        can call the family's `generate_methods`.
       **sampling: `max_new_tokens`, `temperature`, `top_k` and `top_p`.
 
     Returns:
-      From tokens and their mask, (B, L), and a `key` to draw with, to new
+      A function from tokens and their mask, (B, L), and a PRNG `key` to the new
       tokens, (B, T).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What T5s and decoders compute in float32, whatever their matmuls are in."""
+"""Operations that T5s and decoders always compute in float32."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 def rms_norm(
   epsilon: float, param_dtype: typing.DTypeLike, name: str | None = None
 ) -> nn.RMSNorm:
-  """A norm without mean and bias; what it returns is float32 too."""
+  """Returns a norm without mean and bias, whose output is float32."""
   return nn.RMSNorm(
     epsilon=epsilon, dtype=jnp.float32, param_dtype=param_dtype, name=name
   )
 
 
 class OffsetRMSNorm(nn.Module):
-  """A norm whose scale is 1 + the parameter, as Gemma's; the rest: `rms_norm`.
+  """Gemma's norm: as `rms_norm`, but the scale is 1 + the parameter.
 
-  The sum is float32: half precision would round it to steps of 2^-7.
+  The scale is float32, because bfloat16 would round it to steps of 2^-7.
   """
 
   epsilon: float
@@ -36,7 +36,7 @@ class OffsetRMSNorm(nn.Module):
 
 
 def residual(x: jax.Array, y: jax.Array) -> jax.Array:
-  """`x + y`, rounded once, to the dtype of x."""
+  """Returns `x + y`, rounded only once, to the dtype of x."""
   return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -48,7 +48,7 @@ def product(
   **kwargs: Any,
 ) -> jax.Array:
   """`jax.lax.dot_general` with float32 sums and result: for logits."""
-  # Looked up at each call, since Qwix puts its own function there.
+  # Looked up at each call, because Qwix replaces this function.
   return jax.lax.dot_general(
     lhs,
     rhs,

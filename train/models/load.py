@@ -1,4 +1,4 @@
-"""Opening a pretrained model: what it is at once, its weights when asked."""
+"""Opens a pretrained model: the configuration now, the weights later."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -24,17 +24,19 @@ __all__ = ["Pretrained", "open_pretrained"]
 def open_pretrained(
   name: str, revision: str = "", commit: str = "", head: str = "own"
 ) -> Pretrained:
-  """Finds a model and reads all but its weights.
+  """Finds a model and reads everything except its weights.
 
   Args:
     name: a folder, a GGUF or ONNX file, 'minilm', 'smollm2', 'vit',
       'package:NAME' or a hub name; see `weights.locate`.
-    revision: of a hub name, a branch, a tag or a commit; empty: the newest.
-    commit: of a hub name, what `revision` stood for when it was first used.
-    head: of `--head`: 'own', or 'sequence' for transformers' for sequences.
+    revision: for a hub name, a branch, a tag or a commit; empty: the newest.
+    commit: for a hub name, the commit of `revision` when it was first used.
+    head: the value of `--head`: 'own', or 'sequence' for transformers' head for
+      sequences.
 
   Raises:
-    WeightsError: the model cannot be found, read, or fitted together.
+    WeightsError: the model cannot be found or read, or its files do not fit
+      each other.
   """
   files = [x.suffix for x in registry.families() if x.suffix]
   path = weights.locate(name, revision, (".gguf", *files), commit)
@@ -78,7 +80,7 @@ def _open_folder(folder: pathlib.Path, head: str) -> Pretrained:
   try:
     return found.family.complete(found)
   except ValueError as error:
-    # A reader names its file; what is made of several names none.
+    # Errors of a single file name the file; errors of several files do not.
     said = str(error)
     whose = "" if str(folder) in said else f"{folder}: "
     raise weights.WeightsError(f"{whose}{said}") from error
@@ -127,7 +129,7 @@ def _opened(
   where: pathlib.Path,
   head: str,
 ) -> Pretrained:
-  """With its sizes, and yet without its tensors."""
+  """Returns the model with its sizes, but without its tensors."""
   try:
     family = registry.by_model_type(hf_config.get("model_type"), head=head)
     config = family.config.from_hf(hf_config)

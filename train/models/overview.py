@@ -1,4 +1,4 @@
-"""The table of docs/models.md, out of the registry.
+"""Makes the table of docs/models.md from the registry.
 
 python -m train.models.overview
 """
@@ -23,7 +23,7 @@ _ANSWERS = {
 
 
 def table() -> str:
-  """A row for each kind of model that is opened, in Markdown."""
+  """Returns a Markdown table with a row for each kind of model."""
   sequence = {x for family in OWN for x in family.sequence_types}
   rows = [_HEADS, ("---",) * len(_HEADS)]
   for family in OWN:

@@ -1,4 +1,4 @@
-"""Pooling: one vector of a text's hidden states, as a checkpoint has it."""
+"""Pooling: from a text's hidden states to one vector."""
 
 from collections.abc import Mapping
 import pathlib
@@ -15,10 +15,10 @@ _MODULES = "modules.json"
 
 
 def check(choice: Any) -> None:
-  """Refuses what is not one of `CHOICES`.
+  """Refuses a value that is not one of `CHOICES`.
 
   Raises:
-    ValueError: that says what came.
+    ValueError: if it is not; the message has the value.
   """
   if choice not in CHOICES:
     raise ValueError(
@@ -33,11 +33,12 @@ def pooled(x_BxLxD: jax.Array, mask_BxL: jax.Array, choice: str) -> jax.Array:
   Args:
     x_BxLxD: hidden states.
     mask_BxL: 1 or True at a real token, 0 or False at padding.
-    choice: 'mean' of all, the first ('cls'), or the largest of each number
-      ('max'); as sentence-transformers, models/Pooling.py.
+    choice: 'mean': the mean over tokens; 'cls': the first token; 'max': the
+      largest value of each number. As sentence-transformers'
+      models/Pooling.py.
 
   Returns:
-    float32 (B, D). That of a row of padding is zeros.
+    float32 (B, D). A row of padding gives zeros.
   """
   x_BxLxD = x_BxLxD.astype(jnp.float32)
   mask_BxLx1 = mask_BxL.astype(bool)[..., None]
@@ -52,21 +53,21 @@ def pooled(x_BxLxD: jax.Array, mask_BxL: jax.Array, choice: str) -> jax.Array:
 
 
 def read(folder: pathlib.Path, hf_config: Mapping[str, Any]) -> str:
-  """How a model folder pools.
+  """Returns the pooling of a model folder.
 
-  The folder's modules.json says so, if sentence-transformers wrote it. A
-  sequence classifier of transformers' reads the first token. Others pool by the
+  A folder of sentence-transformers has it in modules.json. A sequence
+  classifier of transformers reads the first token. Other models pool by the
   mean.
 
   Args:
-    folder: of the model.
-    hf_config: its config.json.
+    folder: the model's folder.
+    hf_config: the folder's config.json.
 
   Returns:
     One of `CHOICES`.
 
   Raises:
-    ValueError: a file is not as it must be, or the folder pools in another way.
+    ValueError: a file is invalid, or the folder pools in another way.
   """
   path = folder / _MODULES
   if checked.is_file(path):

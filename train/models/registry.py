@@ -32,7 +32,7 @@ _families = {family.name: family for family in OWN}
 
 
 def register(family: Family) -> None:
-  """Adds a family, or replaces the one of its name.
+  """Adds a family, or replaces the family of the same name.
 
   Raises:
     ValueError: if another family opens the same models.
@@ -51,15 +51,15 @@ def register(family: Family) -> None:
 
 
 def families() -> tuple[Family, ...]:
-  """All of them, the program's own first."""
+  """Returns all families, the program's own first."""
   return tuple(_families.values())
 
 
 def family_of(model: nn.Module) -> Family:
-  """The family whose model this is.
+  """Returns the family of a model.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if no registered family has models of this class.
   """
   for family in families():
     if isinstance(model, family.modules):
@@ -75,15 +75,15 @@ def by_model_type(
   among: Iterable[Family] | None = None,
   head: str = "own",
 ) -> Family:
-  """The family that opens folders whose config.json has this `model_type`.
+  """Returns the family that opens folders with this `model_type`.
 
   Args:
-    model_type: of config.json.
+    model_type: the value in config.json.
     among: the families to choose from; None: all.
-    head: of `--head`.
+    head: the value of `--head`.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if there is no such family.
   """
   among = families() if among is None else among
   known = {
@@ -101,5 +101,5 @@ def by_model_type(
 
 
 def names(families: Iterable[Family]) -> str:
-  """For a sentence."""
+  """Returns the names of families, as a list in a sentence."""
   return ", ".join(family.name for family in families)

@@ -9,24 +9,27 @@ import jax
 
 CHOICES = ("none", "full", "dots", "base", "offload")
 
-# Products of adapters are wider than the rank that they sum over by more than
-# this; layers of models are not.
+# A product is an adapter's if its output is more than this many times wider
+# than the sum inside it, which has the rank. The layers of models are narrower.
 _WIDER = 16
 
 
 def layer(
   module: type[nn.Module], what: str, in_scan: bool = False
 ) -> type[nn.Module]:
-  """The layer, with less of its forward pass kept for the backward pass.
+  """Returns a layer that keeps less of its forward pass for the backward pass.
 
   Args:
     module: the class of a layer.
-    what: to compute again: 'none'; 'full', all of the layer; 'dots', all but
-      the products with weights, which are kept; 'base', all but those with the
-      base's weights: 'dots' keeps x W and x A B of an adapted weight, though
-      their sum would do, and x A B is cheap; 'offload', as 'base', but what is
-      kept waits in the host's memory.
-    in_scan: whether the layer is run in a scan.
+    what: what the backward pass computes again.
+      'none': nothing.
+      'full': the whole layer.
+      'dots': everything except products with weights, which are kept.
+      'base': everything except products with the base's weights. For an
+      adapted weight, 'dots' keeps both x W and x A B; 'base' keeps only x W,
+      because x A B is cheap.
+      'offload': as 'base', but the kept products are in the host's memory.
+    in_scan: whether the layer runs in a scan.
 
   Raises:
     ValueError: if `what` is none of these.
@@ -46,12 +49,12 @@ def layer(
       policies.offload_dot_with_no_batch_dims("device", "pinned_host")
     ),
   }[what]
-  # In a scan, XLA cannot undo it by sharing what is computed twice.
+  # Outside of a scan, XLA would find the repeated computations and share them.
   return nn.remat(module, prevent_cse=not in_scan, policy=policy)
 
 
 def _of_base(policy: Callable[..., Any]) -> Callable[..., Any]:
-  """The policy, but for products over an adapter's rank: they are not kept."""
+  """Returns the policy, changed so that adapters' products are not kept."""
 
   def of_base(primitive, *avals, **params):
     if primitive.name == "dot_general":

@@ -1,4 +1,4 @@
-"""How the mesh that there is splits the axes of activations."""
+"""How the current mesh splits the axes of activations."""
 
 import math
 
@@ -7,10 +7,10 @@ import jax
 
 
 def axes(name: str) -> tuple[str, ...]:
-  """The mesh axes that an axis of this name is split over.
+  """Returns the mesh axes that split an axis of this name.
 
-  They are those of flax's logical rules. There are none without a mesh, and
-  none that has one device.
+  flax's logical rules decide. Without a mesh there are none, and mesh axes of
+  one device are left out.
   """
   (found,) = spmd.logical_to_mesh_axes((name,)) or (None,)
   names = (found,) if isinstance(found, str) else found or ()
@@ -19,6 +19,6 @@ def axes(name: str) -> tuple[str, ...]:
 
 
 def parts(name: str) -> int:
-  """How many parts an axis of this name is split into; 1 without a mesh."""
+  """Returns into how many parts the mesh splits an axis; 1 without a mesh."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes[x] for x in axes(name))

@@ -1,1 +1,1 @@
-"""The training step compiled for devices that need not be here."""
+"""Compiles training steps for devices that this machine need not have."""

@@ -1,4 +1,4 @@
-"""`python -m train compile`: what a step takes, before chips are rented."""
+"""`python -m train compile`: what a step needs, before one rents devices."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -23,8 +23,8 @@ from ..run.config import Config
 from . import figures, topology
 from .options import Compile
 
-# As "Used 20.15G of 15.75G hbm"; or, of temporary arrays alone, "(32.00G)
-# exceeds available HBM (15.75G)".
+# The compiler says "Used 20.15G of 15.75G hbm"; or, if temporary arrays alone
+# are too large, "(32.00G) exceeds available HBM (15.75G)".
 _EXHAUSTED = re.compile(
   r"Used ([\d.]+ ?[KMG]) of|\(([\d.]+ ?[KMG])\) exceeds available"
 )
@@ -37,7 +37,7 @@ def main(options: Compile) -> int:
     0; 1 if a step does not fit its devices.
 
   Raises:
-    UsageError: if the options are not as they must be.
+    UsageError: if the options are invalid.
   """
   configs = [_config(options, name) for name in options.method.split(",")]
   model, layout = _sizes(options), _layout(options)
@@ -107,7 +107,7 @@ def _config(options: Compile, method: str) -> Config:
 
 
 def _sizes(options: Compile) -> tuple[Family, Any]:
-  """The model's family and its sizes."""
+  """Returns the model's family and its sizes."""
   name = options.model
   families = [x for x in registry.families() if x.converses]
   known = {size: family for family in families for size in family.sizes}
@@ -187,10 +187,11 @@ def _lowered(
 def _flops(
   options: Compile, config: Config, family: Family, sizes: Any
 ) -> float:
-  """The operations of a step, before it is shared out.
+  """Returns the operations of a step, over all devices together.
 
-  Of a loop XLA counts one turn: the layers are written out, and the batch is
-  run at once, its logits too. Layers are all alike, so that two tell of all.
+  XLA counts one turn of a loop. So the layers are not scanned here, the batch
+  is not accumulated, and the logits are not computed in chunks. All layers are
+  equal, so programs with one and two layers give the number for all layers.
   """
   plain = dataclasses.replace(options, scan_layers=False, accumulate=1)
 
@@ -211,7 +212,7 @@ def _flops(
 
 
 def _needed(message: str) -> str:
-  """What a program would have used, from XLA's own words."""
+  """Returns the memory that a program needs, from XLA's error message."""
   found = _EXHAUSTED.search(message)
   if found is None:
     return "more than there is"

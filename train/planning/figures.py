@@ -1,4 +1,4 @@
-"""What a compiled step takes on each device, and a table of it."""
+"""The memory, operations and traffic of a compiled step, and their table."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,23 +11,24 @@ from . import hlo, topology, traffic
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What a step of one method takes, on each device.
+  """What a step of one method needs on each device.
 
   Attributes:
-    arguments: bytes of what is there before: weights, state and batch.
-    temporary: bytes of what is made and thrown away.
-    output: bytes of what is new after it, not put in the state's place.
+    arguments: bytes of the arguments, which are weights, state and batch.
+    temporary: bytes of temporary arrays.
+    output: bytes of results that do not replace the state.
     code: bytes of the program.
-    host: bytes of the host's memory, for what waits there.
-    peak: bytes of the device in use at once, as the compiler plans it;
-      temporary arrays may take more, if they leave gaps. Of a step that
-      offloads, all of them.
-    flops: of the step by its equations, over the devices.
-    bytes_accessed: read and written, loops in full; see `traffic`.
-    bytes_accessed_once: XLA's own count, that takes a loop's body once; 0 where
-      it has none.
-    bytes_sent: by kind of collective.
-    loops_known: whether all loops with collectives are of known length.
+    host: bytes of arrays that are kept in the host's memory.
+    peak: the most bytes of a device in use at once, as the compiler plans them.
+      Temporary arrays may take more if there are gaps between them. For a step
+      that offloads, the sum of all arrays.
+    flops: the operations of the step, from its equations, divided by the number
+      of devices.
+    bytes_accessed: bytes read and written, with loops in full; see `traffic`.
+    bytes_accessed_once: XLA's own count, which counts a loop's body once; 0 if
+      XLA has no count.
+    bytes_sent: bytes sent, by kind of collective.
+    loops_known: whether all loops with collectives have a known length.
   """
 
   method: str
@@ -45,16 +46,16 @@ class Figures:
 
 
 def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
-  """The figures of a compiled step.
+  """Returns the figures of a compiled step.
 
   Args:
-    method: its name.
-    compiled: for one of the devices, that all run it.
+    method: the name of the method.
+    compiled: the step; all devices run the same program.
     flops: see `Figures`.
   """
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None
-  # XLA gives none where it compiles for a GPU that is not there.
+  # XLA has no cost analysis when it compiles for a GPU that is not there.
   cost = compiled.cost_analysis() or {}
   collectives = hlo.collectives(text)
   return Figures(
@@ -76,8 +77,8 @@ def of(method: str, compiled: jax.stages.Compiled, flops: float) -> Figures:
 def _peak(memory: Any) -> int:
   if not memory.host_temp_size_in_bytes:
     return memory.peak_memory_in_bytes
-  # XLA's own was seen to be the arguments and what is in the host's memory:
-  # the device needs no more than all of its arrays.
+  # With offloading, XLA's own peak was wrong: it was the arguments and the
+  # arrays in the host's memory. The sum of a device's arrays is an upper bound.
   return (
     memory.argument_size_in_bytes
     + memory.temp_size_in_bytes
@@ -87,7 +88,7 @@ def _peak(memory: Any) -> int:
 
 
 def table(found: Sequence[Figures]) -> str:
-  """The figures side by side, and beside each its ratio to the first."""
+  """Returns a table of figures side by side, with ratios to the first."""
 
   def row(name, values, write):
     first = values[0]
@@ -134,5 +135,5 @@ def table(found: Sequence[Figures]) -> str:
 
 
 def gib(size: float) -> str:
-  """Bytes in GiB, to be read."""
+  """Returns a number of bytes as a text in GiB."""
   return f"{size / topology.GIB:.3f} GiB"

@@ -1,4 +1,4 @@
-"""The text of a compiled program: what runs, how often, what is sent."""
+"""Reads a compiled program's text: instructions, loops and collectives."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import math
@@ -33,8 +33,8 @@ class Array(NamedTuple):
   """The type of an array on one chip.
 
   Attributes:
-    dtype: XLA's name of it, as `f32`.
-    shape: without the padding of its layout.
+    dtype: XLA's name of the dtype, such as `f32`.
+    shape: the shape, without the padding of its layout.
   """
 
   dtype: str
@@ -42,10 +42,10 @@ class Array(NamedTuple):
 
   @property
   def bytes(self) -> float:
-    """Its size."""
+    """The size of the array."""
     if self.dtype == "pred":
       return math.prod(self.shape)
-    bits = re.match(r"[a-z]+(\d+)", self.dtype)  # of f8e4m3fn the first number
+    bits = re.match(r"[a-z]+(\d+)", self.dtype)  # for f8e4m3fn, this is 8
     return math.prod(self.shape) * int(bits[1]) / 8 if bits else 0
 
 
@@ -53,10 +53,10 @@ class Instruction(NamedTuple):
   """One instruction of a program.
 
   Attributes:
-    result: its type, one array or several.
+    result: the type of the result, one array or several.
     operands: the names of the instructions that it reads.
-    value: what stands in its brackets; of a constant, its value.
-    rest: its attributes, as they are written.
+    value: the text in the brackets, which is the value of a constant.
+    rest: the text of its attributes.
   """
 
   name: str
@@ -73,7 +73,7 @@ class Instruction(NamedTuple):
 
   @property
   def called(self) -> dict[str, list[str]]:
-    """The computations that it names, by what they are to it."""
+    """The names of the computations that it calls, by their role."""
     return {
       role: re.findall(r"[\w.-]+", names)
       for role, names in _CALLED.findall(self.rest)
@@ -87,24 +87,24 @@ class Computation(NamedTuple):
   root: Instruction
 
   def source(self, name: str) -> Instruction:
-    """Where a value comes from, before it is copied."""
+    """Returns the instruction that makes a value, behind all copies."""
     x = self.instructions[name]
     return self.source(x.operands[0]) if x.opcode == "copy" else x
 
   def constant(self, name: str) -> int | None:
-    """The whole number that a value is, if the program says so."""
+    """Returns the value of an integer constant; None for other values."""
     x = self.source(name)
     return int(x.value) if x.opcode == "constant" else None
 
   def carried(self, name: str) -> int | None:
-    """Which of the values that a loop carries this is, if it is one."""
+    """Returns the place of a value among those that a loop carries, or None."""
     x = self.source(name)
     index = _INDEX.search(x.rest)
     return int(index[1]) if x.opcode == "get-tuple-element" and index else None
 
 
 class Program(NamedTuple):
-  """A program for one of `devices` chips, that all run it."""
+  """A program that runs on each of `devices` chips."""
 
   computations: Mapping[str, Computation]
   entry: str
@@ -112,10 +112,10 @@ class Program(NamedTuple):
 
 
 class Executed(NamedTuple):
-  """An instruction, where it stands, and how often it runs.
+  """An instruction, its computation, and how often it runs.
 
   Attributes:
-    times: None in a loop of unknown length.
+    times: how often it runs; None in a loop of unknown length.
   """
 
   instruction: Instruction
@@ -128,11 +128,11 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    dtype: XLA's name of it, as `f32`.
-    shape: of the result on one chip.
-    group: the number of chips that take part with each other.
-    times: how often it runs; None if in a loop of unknown length.
-    op_name: where in the program it comes from, as JAX names it.
+    dtype: XLA's name of the dtype, such as `f32`.
+    shape: the shape of the result on one chip.
+    group: the number of chips in a group.
+    times: how often it runs; None in a loop of unknown length.
+    op_name: JAX's name of the operation that it comes from.
   """
 
   kind: str
@@ -144,11 +144,11 @@ class Collective(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    """What one chip sends each time, if the chips stand in a ring.
+    """The bytes that one chip sends each time, if the chips form a ring.
 
-    Of n chips, and a result of s bytes: 2 s (n - 1) / n in an all-reduce,
-    s (n - 1) / n in an all-gather and in an all-to-all, s (n - 1) in a
-    reduce-scatter, s in a permutation.
+    For n chips and a result of s bytes, these are 2 s (n - 1) / n in an
+    all-reduce, s (n - 1) / n in an all-gather or an all-to-all, s (n - 1) in a
+    reduce-scatter, and s in a permutation.
     """
     others = self.group - 1
     share = {
@@ -162,13 +162,13 @@ class Collective(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads a program.
+  """Parses the text of a program.
 
   Args:
-    text: of the program, as `compiled.as_text()` gives it.
+    text: the text of the program, from `compiled.as_text()`.
 
   Raises:
-    ValueError: if that is not the text of a program.
+    ValueError: if `text` is not the text of a program.
   """
   computations: dict[str, Computation] = {}
   name = entry = root = None
@@ -192,21 +192,22 @@ def parse(text: str) -> Program:
 
 
 def executed(program: Program, fusions: bool = False) -> Iterator[Executed]:
-  """All instructions that run, those in loops and branches among them.
+  """Yields all instructions that run, also those in loops and branches.
 
-  Of a conditional all branches count, as if they ran.
+  All branches of a conditional count as running.
 
   Args:
     program: from `parse`.
-    fusions: what is in a fusion too, after the fusion itself.
+    fusions: whether to yield the instructions inside a fusion, after the fusion
+      itself.
   """
   return _executed(program, program.entry, 1, fusions)
 
 
 def collectives(text: str) -> list[Collective]:
-  """The collectives of a compiled program, an entry for each array.
+  """Returns the collectives of a compiled program, an entry for each array.
 
-  What starts and what ends an asynchronous one count as one.
+  The start and the end of an asynchronous collective count as one.
 
   Args:
     text: as in `parse`.
@@ -217,8 +218,8 @@ def collectives(text: str) -> list[Collective]:
   program = parse(text)
   found = []
   for x, computation, times in executed(program, fusions=True):
-    # The end of an asynchronous one has the type of the result, and its
-    # beginning all else.
+    # The end of an asynchronous collective has the type of the result, and its
+    # start has the attributes.
     opcode = x.opcode.removesuffix("-done")
     kind = _ALIASES.get(opcode, opcode)
     if kind not in KINDS or (is_chained(x) and not _begins(computation, x)):
@@ -241,9 +242,9 @@ def collectives(text: str) -> list[Collective]:
 
 
 def bytes_by_kind(found: Sequence[Collective]) -> dict[str, int]:
-  """What one chip sends in a run of the program, for each of `KINDS`.
+  """Returns the bytes that one chip sends in a run, for each of `KINDS`.
 
-  What is in a loop of unknown length counts once: see `Collective.times`.
+  A collective in a loop of unknown length counts once; see `Collective.times`.
   """
   return {
     kind: sum(
@@ -256,10 +257,10 @@ def bytes_by_kind(found: Sequence[Collective]) -> dict[str, int]:
 
 
 def is_chained(x: Instruction) -> bool:
-  """Whether a collective in a fusion is a part of one, that goes on in others.
+  """Whether a collective in a fusion is one of several parts of a collective.
 
-  The compiler for TPUs interleaves some with other work; each part of that
-  names the collective anew.
+  The compiler for TPUs interleaves some collectives with other work. Each part
+  then names the collective again.
   """
   return "chain_id=" in x.rest
 
@@ -273,7 +274,7 @@ def _begins(computation: Computation, x: Instruction) -> bool:
 
 def _instruction(line: str) -> Instruction:
   name, _, definition = line.removeprefix("ROOT ").partition(" = ")
-  # A type is one word, or a tuple in brackets; layouts have brackets too.
+  # A type is one word, or a tuple in brackets, which may hold more brackets.
   end = _closing(definition) if definition[0] == "(" else definition.index(" ")
   result, rest = definition[:end], definition[end:].lstrip()
   opcode, _, _ = rest.partition("(")
@@ -294,7 +295,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """The place after the bracket that closes the first one."""
+  """Returns the place after the bracket that closes the first bracket."""
   depth = 0
   for place in re.finditer(r"[()]", text):
     depth += 1 if place[0] == "(" else -1
@@ -323,11 +324,11 @@ def _executed(
 def _trips(
   program: Program, around: Computation, loop: Instruction
 ) -> int | None:
-  """How often the body of a loop runs, if that is known before it does."""
+  """Returns how often the body of a loop runs; None if it is unknown."""
   if stated := _TRIPS.search(loop.rest):
     return int(stated[1])
-  # The compiler for TPUs does not state it. As `lax.scan` writes a loop, it
-  # runs while i < n, and i is one of the values that it carries.
+  # The compiler for TPUs does not write the number. A loop of `lax.scan` runs
+  # while i < n, and i is one of the values that it carries.
   condition, body = (
     program.computations[loop.called[role][0]] for role in ("condition", "body")
   )
@@ -350,14 +351,14 @@ def _trips(
 
 
 def _group_size(attributes: str, devices: int) -> int:
-  """How many chips exchange with each other, from any way XLA writes it."""
-  # {{0,1},{2,3}}: every group by name.
+  """Returns the number of chips in a group, from any of XLA's notations."""
+  # {{0,1},{2,3}}: all chips of each group.
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
     return listed[1].count(",") + 1
   # [groups,chips]<=[chips of all]
   if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
     return int(tiled[1])
-  # mesh['x'=2,'y'=4] {'y'}, and of an axis a part: {'y':(1)2}.
+  # mesh['x'=2,'y'=4] {'y'}, or a part of an axis: {'y':(1)2}.
   if named := re.search(
     r"replica_groups=(mesh\[[^\]]*\])[^{]*\{([^}]*)\}", attributes
   ):

@@ -1,4 +1,4 @@
-"""TPUs and GPUs that are not there, and what memory they have."""
+"""TPUs and GPUs that this machine need not have, and their memory."""
 
 import os
 import pathlib
@@ -14,13 +14,13 @@ NAMES = (
   *("v5p:4x4x4", "v6e:4x4", "v6e:16x16", "tpu7x:2x2x2"),
   *("a100:8", "h100:8", "h100:4x8", "h200:8"),
 )
-"""Some of those that the compilers know; others are made in the same way."""
+"""Examples of topologies; the compilers know more of the same form."""
 
 GIB = 2**30
 
-# What the compiler lets a program have of one TPU's memory, in GiB: it says so
-# when one asks for more. Their makers name 32, 16, 95, 32 and 192 GB a chip;
-# one of v4 and of tpu7x is two devices here.
+# The part of a TPU's memory that the compiler allows a program, in GiB. Its
+# error message has this number when a program needs more. The makers name 32,
+# 16, 95, 32 and 192 GB for a chip; a chip of v4 or tpu7x is two devices here.
 _USABLE = {
   "TPU v4": 15.25,
   "TPU v5 lite": 15.75,
@@ -28,7 +28,7 @@ _USABLE = {
   "TPU v6 lite": 31.25,
   "TPU7x": 94.75,
 }
-# Of a GPU's, in GiB, JAX takes three quarters unless it is told another share.
+# The memory of GPUs in GiB. JAX takes three quarters of it by default.
 _GPU_MEMORY = {
   "NVIDIA A100-SXM4-80GB": 79.25,
   "NVIDIA H100 80GB HBM3": 79.65,
@@ -38,12 +38,12 @@ _GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _GPUS = pathlib.Path(__file__).with_name("gpus")
 _GPU_NAME = re.compile(r"(a100|h100|h200):(?:([1-9]\d{0,3})x)?([1-9]\d?)")
-# There is no card to try kernels on.
+# Without a GPU, XLA cannot measure which kernel is fastest.
 WITHOUT_GPU: dict[str, Any] = {"xla_gpu_autotune_level": 0}
-"""Options of XLA to compile with, where a GPU is not there."""
+"""Options of XLA for a GPU that is not there."""
 
-# It asks the machine which TPU it is, and refuses a second process: neither
-# matters where none is used.
+# libtpu asks the machine which TPU it has, and refuses a second process.
+# Neither matters here, because no TPU is used.
 _WITHOUT_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -52,12 +52,12 @@ _WITHOUT_TPU = {
 
 
 def devices(name: str) -> list[Any]:
-  """The devices of a topology, to build a mesh of and to compile for.
+  """Returns the devices of a topology, for a mesh and for the compiler.
 
   Args:
-    name: as `v5e:4x4`, the generation and the chips along each axis; or as
-      `h100:8` and `h100:4x8`, the GPUs of one machine, or the machines and the
-      GPUs of each.
+    name: for TPUs, the generation and the chips along each axis, such as
+      `v5e:4x4`. For GPUs, the GPUs of one machine, such as `h100:8`, or the
+      machines and the GPUs of each, such as `h100:4x8`.
 
   Raises:
     UsageError: if the compiler is not installed or has no such topology.
@@ -76,7 +76,7 @@ def devices(name: str) -> list[Any]:
     description = topologies.get_topology_desc(
       platform="tpu", topology_name=name
     )
-  except Exception as error:  # JAX has no narrower one in common
+  except Exception as error:  # JAX raises types with no common base
     text = str(error)
     if "not installed" in text or "libtpu" in text:
       raise UsageError(
@@ -92,12 +92,12 @@ def devices(name: str) -> list[Any]:
 
 
 def is_gpu(name: str) -> bool:
-  """Whether a topology is one of GPUs."""
+  """Whether a topology has GPUs."""
   return _GPU_NAME.fullmatch(name) is not None
 
 
 def _gpus(name: str, kind: str, machines: str | None, each: str) -> list[Any]:
-  # The plugin looks for a driver.
+  # Without this variable, the plugin requires a driver.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   try:
     description = topologies.get_topology_desc(
@@ -106,7 +106,7 @@ def _gpus(name: str, kind: str, machines: str | None, each: str) -> list[Any]:
       topology=f"1x{machines or 1}x{each}",
       target_config=(_GPUS / f"{kind}.textproto").read_text(),
     )
-  except Exception as error:  # JAX has no narrower one in common
+  except Exception as error:  # JAX raises types with no common base
     raise UsageError(
       f"--topology {name} needs JAX's plugin for CUDA, which works without a "
       f"GPU: pip install 'jax[cuda12]'. JAX says: {_sentence(str(error))}"
@@ -115,7 +115,7 @@ def _gpus(name: str, kind: str, machines: str | None, each: str) -> list[Any]:
 
 
 def memory(device: Any) -> int | None:
-  """The bytes of a device that a program may use, if that is known."""
+  """Returns the bytes of a device that a program may use; None if unknown."""
   if device.device_kind in _USABLE:
     return int(_USABLE[device.device_kind] * GIB)
   if device.device_kind in _GPU_MEMORY:

@@ -1,12 +1,12 @@
-"""The bytes that a compiled program reads and writes, loops counted in full.
+"""Counts the bytes that a compiled program reads and writes.
 
-XLA's own count, `cost_analysis()["bytes accessed"]`, takes the body of a loop
-once, and with it one of all layers that a scan runs.
+Loops are counted in full. XLA's own count, `cost_analysis()["bytes accessed"]`,
+counts the body of a loop once, so it counts only one of the layers in a scan.
 """
 
 from . import hlo
 
-# They say where a value is, and move nothing; or others move it for them.
+# These instructions move nothing, or the instructions that they call do.
 FREE = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("while", "conditional", "call", "after-all", "opt-barrier"),
@@ -17,18 +17,18 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def accessed(text: str) -> float:
-  """Bytes read and written in a run: operands and results of what runs.
+  """Returns the bytes that one chip reads and writes in a run of a program.
 
-  As XLA counts, on one chip, whichever memory they are in: a fusion reads what
-  it is given and writes its result; of an array that is sliced, the slice
-  counts, and of one that is updated in place, the update. What is in a loop of
-  unknown length counts once.
+  These are the operands and results of all instructions that run, in any kind
+  of memory. The rules are XLA's: a fusion reads its operands and writes its
+  result. If an array is sliced, only the slice counts. If an array is updated
+  in place, only the update counts. A loop of unknown length counts once.
 
   Args:
-    text: of the program, as `compiled.as_text()` gives it.
+    text: the text of the program, from `compiled.as_text()`.
 
   Raises:
-    ValueError: if that is not the text of a program.
+    ValueError: if `text` is not the text of a program.
   """
   program = hlo.parse(text)
   return sum(
@@ -46,7 +46,7 @@ def _bytes(
     or _is_free_call(x)
   ):
     return 0
-  # What ends an asynchronous instruction has the type of its result.
+  # The end of an asynchronous instruction has the type of its result.
   if x.opcode in _SLICES or x.opcode.endswith("-done"):
     return 2 * x.bytes
   if x.opcode == "dynamic-update-slice":

@@ -1,1 +1,1 @@
-"""One run: prepared, trained, logged, saved and reported."""
+"""A run: how it is prepared, trained, logged, saved and reported."""

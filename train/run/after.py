@@ -1,7 +1,7 @@
-"""What a trained model is good for: shifted rows, few bits, trusted odds.
+"""Tests after training: shifted rows, compressed weights, calibration.
 
-All is measured at the end of a run, on the plain model that the adapters are
-merged into, by one compiled function.
+The tests run at the end of a run, on the plain model with merged adapters. They
+all use one compiled function.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from .assemble import Prepared
 
 
 class Programs(NamedTuple):
-  """The compiled functions of what is measured.
+  """The compiled functions of the tests.
 
   Attributes:
-    answers: `(variables, batch)` of the plain model to the probabilities of
+    answers: from the plain model's `(variables, batch)` to the probabilities of
       the labels, (B, labels).
-    changes: from variables to those in fewer bits and the like, by names.
+    changes: by name, functions from variables to compressed variables.
   """
 
   answers: Callable[[Any, Batch], jax.Array]
@@ -32,11 +32,11 @@ class Programs(NamedTuple):
 
 
 Shifted = Mapping[str, data_lib.Examples]
-"""Test sets by their names."""
+"""Test sets by name."""
 
 
 def make(prepared: Prepared) -> Programs:
-  """Returns the functions, which all runs of a model share."""
+  """Returns the compiled functions, which all runs of a model share."""
   model, objective = prepared.model, prepared.data.objective
 
   @jax.jit
@@ -58,16 +58,16 @@ def evaluations(
   programs: Programs,
   shifted: Callable[[], Shifted],
 ) -> dict[str, dict[str, float]]:
-  """Returns `calibration.scores` by the names of what they are of.
+  """Returns the `calibration.scores` of each test, by name.
 
-  `test` is always there: the test rows, by the best weights.
+  `test` is always there: the best weights on the test rows.
 
   Args:
-    prepared: of the run.
-    best: what is evaluated, of the step that did best on validation rows.
-    last: the same, of the last step.
-    programs: of `make`.
-    shifted: of `Labelled.shifted`.
+    prepared: the prepared run.
+    best: the evaluated weights of the step with the best validation score.
+    last: the evaluated weights of the last step.
+    programs: from `make`.
+    shifted: the function `Labelled.shifted`.
   """
   data, kinds = prepared.data, options.after(prepared.config.evaluation)
   assert isinstance(data, data_lib.Labelled)

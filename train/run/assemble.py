@@ -1,4 +1,4 @@
-"""What a run needs before its first step: checks, data, weights, method."""
+"""Prepares a run before its first step: checks, data, weights, method."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -28,16 +28,19 @@ from .config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """All that a run needs before its first step.
+  """Everything that a run needs before its first step.
 
   Attributes:
-    opened: what the model was opened from.
-    variables: of the model, laid out; without what the primary starts at.
-    shapes: of the variables, before they are quantised.
-    axes: a tree like `shapes` of the names of their axes.
-    start: the adapters at the start, if they were taken out of the variables.
-    fingerprint: of what the run begins or goes on with.
-    changed: a sentence, if that is not what it was begun with.
+    opened: the opened pretrained model.
+    variables: the variables of the model, placed on the devices. If there is a
+      `start`, it was subtracted from them.
+    shapes: the shapes of the variables, before they are quantised.
+    axes: a tree like `shapes`, with the names of the axes.
+    start: the first values of the adapters, if they were subtracted from the
+      variables; else None.
+    fingerprint: the fingerprint of rows, weights and tokenizer as they are now.
+    changed: a sentence, if the fingerprint differs from that of the run's
+      first start.
   """
 
   config: Config
@@ -60,21 +63,25 @@ class Prepared:
 
   @property
   def training_objective(self) -> Objective:
-    """What a step learns; validation and test have `data.objective`."""
+    """The objective of a step; validation and test have `data.objective`."""
     share = self.config.optimisation.label_smoothing
     if not share:
       return self.data.objective
     return objectives.smoothed(self.data.objective, share)
 
   def pretrained(self) -> Any:
-    """The variables as they came."""
+    """The original variables of the pretrained model."""
     if self.start is None:
       return self.variables
     assert self.method.adapted is not None
     return self.method.adapted.merge(self.variables, self.start)
 
   def saved(self, evaluated: Any) -> tuple[bilora_jax.Adapted | None, Any]:
-    """What is kept: adapters for the variables as they came, or parameters."""
+    """Returns what to save: adapters for the original variables, or parameters.
+
+    Args:
+      evaluated: the evaluated adapters or parameters.
+    """
     if self.start is None:
       return self.method.adapted, evaluated
     assert self.method.adapted is not None
@@ -92,10 +99,11 @@ def prepare(config: Config) -> Prepared:
   """Checks a configuration, and loads data, weights and method.
 
   Args:
-    config: of a run whose folder is claimed; see `claim.claimed`.
+    config: the configuration of a run whose folder is claimed; see
+      `claim.claimed`.
 
   Raises:
-    UsageError: if any of them is not to be had.
+    UsageError: if the data, the weights or the method cannot be had.
     RunError: if weights are not finite.
   """
   folder = config.folder()
@@ -147,8 +155,8 @@ def _prepared(config: Config, folder: pathlib.Path) -> Prepared:
       f"--epochs {optimisation.epochs:,} of {data.steps_per_epoch:,} steps "
       "each are too many steps: they are counted in 31 bits."
     )
-  # An adapter's folder alone is compared with the base; methods of new adapters
-  # do not depend on it.
+  # Only an adapter that is read from a folder is compared with the base. New
+  # adapters do not depend on the base's tensors.
   base_tensors = pretrained.tensors if config.adapter.path else None
   method = method_of(config, model, inputs, steps, data.objective, base_tensors)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
@@ -192,7 +200,7 @@ def load_data(
   pretrained: Pretrained,
   layout: mesh_lib.Layout | None = None,
 ) -> data_lib.Data:
-  """The data of a run; the first process may have to prepare it for all."""
+  """Loads the data of a run; the first process may prepare them for all."""
   optimisation = config.optimisation
   mesh = layout.mesh if layout is not None else None
   shared = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
@@ -216,7 +224,7 @@ def method_of(
   objective: Objective,
   base: Mapping[str, Any] | None = None,
 ) -> methods.Method:
-  """The method of a configuration, for a model; see `methods.method.build`."""
+  """Returns the method of a configuration; see `methods.method.build`."""
   return methods.build(
     config.method,
     config.adapter,
@@ -244,18 +252,18 @@ def check_layout(
   family: Family,
   lengths: Sequence[int] = (),
 ) -> None:
-  """Checks that devices can do what is asked of them.
+  """Checks that the devices support the layout and `remat`.
 
   Args:
-    layout: of the run.
+    layout: the layout of the run.
     remat: what a layer's backward pass computes again.
-    family: the model's.
-    lengths: tokens that the rows of a batch may have.
+    family: the family of the model.
+    lengths: the lengths, in tokens, that a batch may have.
 
   Raises:
-    UsageError: if the family's models cannot share the tokens of a row, or the
-      devices along `context` do not divide a length, or have no host's memory
-      to keep products in.
+    UsageError: if the family's models cannot share the tokens of a row, if the
+      devices along `context` do not divide a length, or if products cannot be
+      kept in the host's memory.
   """
   if remat == "offload" and not layout.offloads:
     raise UsageError(
@@ -280,7 +288,7 @@ def check_layout(
 
 
 def eval_rows(config: Config) -> int:
-  """Rows that are evaluated together."""
+  """Returns the number of rows of an evaluation batch."""
   optimisation = config.optimisation
   return (
     config.evaluation.eval_batch_size

@@ -1,4 +1,4 @@
-"""Checkpoints of a run with Orbax: the last, to resume; the best, to keep."""
+"""Checkpoints of a run with Orbax: the last to resume, the best to keep."""
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
@@ -25,28 +25,29 @@ from ..devices import processes
 from ..errors import RunError, UsageError
 from .step import TrainState
 
-# Orbax writes arrays twice, first by process, then merged; and JSON about each.
+# Orbax writes arrays twice, for each process and then merged, and also JSON.
 _SPACE_FACTOR = 2
 _SPACE_BESIDE = 2**20
-# The second is for when the first is damaged.
+# If the last checkpoint is damaged, the one before it is used.
 _LASTS = 2
 FOLDER = "checkpoints"
-"""Of a run's folder."""
+"""The name of the subfolder in a run's folder."""
 _NEWER = "radius"
-"""A record of a ball's last update that older versions did not keep."""
+"""A field of the state of balls that older versions did not save."""
 
 
 class DamagedError(UsageError):
-  """A checkpoint cannot be read, or is not what was saved."""
+  """A checkpoint cannot be read, or differs from what was saved."""
 
 
 class Resumed(NamedTuple):
-  """What the last whole checkpoint holds.
+  """The content of the last undamaged checkpoint.
 
   Attributes:
     state: the training state.
-    loop: the loop's own, JSON: the data iterator's state, the best so far.
-    damaged: why later checkpoints were passed over, a sentence each.
+    loop: the state of the loop, as JSON: that of the data iterator, and the
+      best step so far.
+    damaged: for each later checkpoint, a sentence on its damage.
   """
 
   state: TrainState
@@ -55,11 +56,11 @@ class Resumed(NamedTuple):
 
 
 class Checkpoints:
-  """Two folders of checkpoints; neither ever holds the frozen base.
+  """Two folders of checkpoints, without the frozen base.
 
-  Saving runs in the background. Orbax writes beside and renames, so that a
-  kill at any moment leaves the checkpoint before it whole. What is read is
-  compared with checksums from the time of the save.
+  Saves run in the background. Orbax writes to a temporary folder and renames
+  it, so a kill at any time does not damage the previous checkpoint. A
+  checkpoint that is read is compared with the checksums of the save.
   """
 
   def __init__(
@@ -68,13 +69,15 @@ class Checkpoints:
     """Opens the folders, or makes them.
 
     Args:
-      folder: of both.
-      begun: what the run is of, JSON, which each checkpoint keeps (`stored`).
+      folder: the folder of both.
+      begun: the fingerprint of the run, as JSON, which each checkpoint keeps
+        (see `stored`).
     """
     _quiet_orbax()
     self._folder = folder.absolute()
     self._begun = dict(begun or {})
-    # The best that each of the last names, which must stay as long as it does.
+    # From each last checkpoint to the best one that it names. The best one must
+    # be kept as long as the last one.
     self._named: dict[int, int] = {}
     self._digests: dict[int, str | None] = {}
     for step, found in stored(self._folder):
@@ -86,13 +89,13 @@ class Checkpoints:
   def save_last(
     self, step: int, state: TrainState, loop: Mapping[str, Any]
   ) -> None:
-    """Starts to save what resuming needs.
+    """Starts to save the state that a resumed run needs.
 
     Raises:
       RunError: if this save, or the one before, cannot be written.
     """
     with self._writing():
-      # It names the best, which must not be lost to a kill in between.
+      # This checkpoint names the best one, which must therefore be whole.
       self._best.wait_until_finished()
       self._require_space(state)
       while self._damaged:
@@ -117,7 +120,7 @@ class Checkpoints:
       self._name(step, found)
 
   def save_best(self, step: int, evaluated: Any) -> None:
-    """Starts to save what is evaluated, after it was the best so far.
+    """Starts to save the evaluated weights, which are the best so far.
 
     Raises:
       RunError: as `save_last`.
@@ -128,8 +131,8 @@ class Checkpoints:
       self._require_space(evaluated)
       lasts = sorted(self._named)[-_LASTS:]
       kept = {self._named[last] for last in lasts}
-      # Those after it are from a run that was killed after them, and went on
-      # from before them.
+      # Later best checkpoints are from a run that was killed after them, and
+      # then resumed at an earlier step.
       for old in self._best.all_steps():
         if old >= step or old not in kept:
           self._best.delete(old)
@@ -142,10 +145,10 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Waits until all that was started is on disk.
+    """Waits until all saves are on disk.
 
     Raises:
-      RunError: if it could not be written.
+      RunError: if a save could not be written.
     """
     with self._writing():
       self._last.wait_until_finished()
@@ -154,19 +157,19 @@ class Checkpoints:
   def resume(
     self, like: TrainState, evaluated: Callable[[Any], Any] | None = None
   ) -> Resumed | None:
-    """The last checkpoint that is whole, or None if there is none at all.
+    """Returns the last undamaged checkpoint, or None if there are none.
 
-    One that is damaged, or names a best that is, is passed over; the next save
-    removes it.
+    A checkpoint is skipped if it is damaged, or if its best checkpoint is. The
+    next save removes it.
 
     Args:
       like: a state of the same method, model and spec.
-      evaluated: from what is trained to what `save_best` is given; None looks
-        at no best.
+      evaluated: from the trained arrays to the argument of `save_best`; None:
+        best checkpoints are not checked.
 
     Raises:
-      UsageError: if a checkpoint is of another method, model or spec, or all
-        are damaged; they are left as they are.
+      UsageError: if a checkpoint has another method, model or spec, or if all
+        are damaged. They are not changed.
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._last.all_steps(), reverse=True):
@@ -190,10 +193,10 @@ class Checkpoints:
     return None
 
   def best(self, step: int, like: Any) -> Any:
-    """What was evaluated best, at that step.
+    """Returns the best weights, which were saved at that step.
 
     Raises:
-      UsageError: if it is not there, or is damaged.
+      UsageError: if the checkpoint is missing or damaged.
     """
     where = self._folder / "best" / str(step)
     if step not in self._best.all_steps():
@@ -206,7 +209,8 @@ class Checkpoints:
   def close(self) -> None:
     """Ends the background threads; `wait` says whether they succeeded."""
     for manager in (self._last, self._best):
-      # It raises what its thread did, once, and only then can be closed.
+      # The manager raises its thread's error once, and can be closed only
+      # after that.
       with contextlib.suppress(Exception):
         manager.wait_until_finished()
       manager.close()
@@ -220,10 +224,11 @@ class Checkpoints:
   def _whole(
     self, step: int, like: TrainState
   ) -> tuple[dict[str, Any], TrainState]:
-    """The JSON and the state of a checkpoint."""
+    """Returns the JSON and the state of a checkpoint."""
     where = self._folder / "last" / str(step)
     found = _read(where)
-    # Orbax would say so too, of one array and in four kinds of exceptions.
+    # Orbax would also refuse other shapes, with four kinds of exceptions that
+    # name only one array.
     there, here = found["shapes"], _shapes(like)
     newer = {x for x in here if x.endswith(f".{_NEWER}") and x not in there}
     for name in {**there, **here}:
@@ -238,7 +243,7 @@ class Checkpoints:
     state = _restore(self._last, step, state=args)["state"]
     _require_digest(where, state, found.get("state"))
     if newer:
-      # The record is the new run's own, until the next update writes it.
+      # The new field has its first value, until the next update sets it.
       leaves = {
         jax.tree_util.keystr(path): x
         for path, x in jax.tree_util.tree_leaves_with_path(state)
@@ -251,7 +256,7 @@ class Checkpoints:
   def _require_best(
     self, step: int, loop: Mapping[str, Any], evaluated: Any
   ) -> None:
-    """Refuses a checkpoint whose best is damaged, and cannot be made again."""
+    """Refuses a checkpoint if its best one is damaged and cannot be remade."""
     best = loop.get("best", {}).get("step")
     if not best:
       return
@@ -260,11 +265,11 @@ class Checkpoints:
     except DamagedError:
       if best != step:
         raise
-      # It is that of the state.
+      # The best step is the last one, so the state has its weights.
       self.save_best(step, evaluated)
 
   def _require_space(self, tree):
-    # Orbax too finds a disk full, but late, and its threads are loud about it.
+    # Orbax also reports a full disk, but late and with many messages.
     needed = _SPACE_FACTOR * sum(x.nbytes for x in jax.tree.leaves(tree))
     needed += _SPACE_BESIDE
     free = shutil.disk_usage(self._folder).free
@@ -278,7 +283,7 @@ class Checkpoints:
   def _writing(self):
     try:
       yield
-    except Exception as error:  # Orbax raises many kinds
+    except Exception as error:  # Orbax raises many types
       raise RunError(
         f"a checkpoint could not be written to {self._folder}; earlier ones "
         f"are whole: {command.RESUMES} {_first_line(error)}"
@@ -286,12 +291,12 @@ class Checkpoints:
 
 
 def stored(folder: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields the JSON of each checkpoint of a run, the last first, by its step.
+  """Yields the step and the JSON of each checkpoint, the last one first.
 
-  Those whose JSON is damaged are left out. Nothing is written.
+  Checkpoints with damaged JSON are left out. Nothing is written.
 
   Args:
-    folder: of `Checkpoints`.
+    folder: the folder of `Checkpoints`.
   """
   steps = [
     int(path.name)
@@ -304,10 +309,10 @@ def stored(folder: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read(where: pathlib.Path) -> dict[str, Any]:
-  """The JSON of a checkpoint."""
+  """Returns the JSON of a checkpoint."""
   try:
     found = json.loads((where / "loop" / "metadata").read_bytes())
-    # Those of older versions have no seal.
+    # Checkpoints of older versions have no seal.
     if set(found) == {"loop", "shapes"}:
       best = found["loop"].get("best", {})
       if isinstance(best, dict) and isinstance(found["shapes"], dict):
@@ -316,24 +321,24 @@ def _read(where: pathlib.Path) -> dict[str, Any]:
       raise ValueError("its JSON is not what was saved.")
   except (
     *(OSError, ValueError, RecursionError),
-    *(AttributeError, TypeError),  # it is JSON, and no such table
+    *(AttributeError, TypeError),  # JSON, but with wrong types
   ) as error:
     raise _damage(where, error) from error
   return found
 
 
 def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-  """The value as JSON has it, with a digest of itself."""
+  """Returns the value after a round trip through JSON, with its digest."""
   found = json.loads(json.dumps(files.finite(dict(value))))
   text = json.dumps(found, sort_keys=True)
   return {**found, "seal": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _digest(tree: Any) -> str:
-  """Of the bits of all arrays, on whichever devices they are."""
+  """Returns a digest of the bits of all arrays, on any devices."""
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-  # Shard by shard: many programs at once whose devices exchange something can
-  # hang on a CPU.
+  # Shard by shard, because many programs at once with communication between
+  # devices can hang on a CPU.
   parts = [_checksums(jnp.asarray(x)) for _, x in paths]
   sums = [
     sum(int(x.sum()) for x in part) % 2**32 for part in jax.device_get(parts)
@@ -345,17 +350,17 @@ def _digest(tree: Any) -> str:
 
 
 def _checksums(x: jax.Array) -> list[jax.Array]:
-  """Of the bits of an array, uint32 whose sum modulo 2^32 is meant.
+  """Returns checksums of an array's parts; their sum modulo 2^32 counts.
 
-  Every word counts an odd number of times, by its place in the whole array: a
-  flipped bit always changes the sum, and the sharding never does, so that a run
-  may resume on another mesh.
+  Each word is multiplied by an odd number, which depends on its place in the
+  whole array. So a flipped bit always changes the sum. The sharding never
+  changes it, so a run may resume on another mesh.
   """
   strides = np.cumprod([1, *x.shape[:0:-1]])[: x.ndim][::-1] % 2**32
   strides = strides.astype(np.uint32)
   sharding = x.sharding
   if isinstance(sharding, NamedSharding) and not x.is_fully_replicated:
-    # One program for all devices; else each of them has its own to compile.
+    # One program for all devices, instead of a compilation for each device.
     sums = _checksum_of_shards(sharding.mesh, sharding.spec)(x, strides)
     return [y.data for y in sums.addressable_shards if y.replica_id == 0]
   return [
@@ -373,7 +378,10 @@ def _checksums(x: jax.Array) -> list[jax.Array]:
 def _checksum_of_shards(
   mesh: jax.sharding.Mesh, spec: PartitionSpec
 ) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-  """`_checksum` of every shard, (shards,), of which each device has its own."""
+  """Returns a function for the checksums of all shards, (shards,).
+
+  Each device holds the checksum of its own shard.
+  """
   axes = [
     () if x is None else x if isinstance(x, tuple) else (x,) for x in spec
   ]
@@ -399,7 +407,13 @@ def _checksum_of_shards(
 
 @jax.jit
 def _checksum(x: jax.Array, start: Any, strides: Any) -> jax.Array:
-  """Of a shard that begins at `start` of an array with these strides."""
+  """Returns the checksum of a shard.
+
+  Args:
+    x: the shard.
+    start: the place of the shard's first word in the whole array.
+    strides: the strides of the whole array, in words.
+  """
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -414,7 +428,7 @@ def _checksum(x: jax.Array, start: Any, strides: Any) -> jax.Array:
 
 
 def _require_digest(where: pathlib.Path, tree: Any, digest: str | None) -> None:
-  # Those of older versions have none.
+  # Checkpoints of older versions have no digest.
   if digest is not None and _digest(tree) != digest:
     raise _damage(where, ValueError("its arrays are not what was saved."))
 
@@ -425,9 +439,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
     found = manager.restore(step, args=ocp.args.Composite(**args))
   except MemoryError:
     raise
-  except Exception as error:  # Orbax raises many kinds
+  except Exception as error:  # Orbax raises many types
     why = error
-  # A process reads its own shards alone, and all go on from one step.
+  # A process reads only its own shards, but all must resume at the same step.
   if processes.any_of(why is not None):
     why = why or ValueError("another process cannot read it.")
     raise _damage(pathlib.Path(manager.directory) / str(step), why) from why
@@ -435,7 +449,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
 
 
 def _damage(where: pathlib.Path, error: BaseException) -> DamagedError:
-  # TensorStore adds all of its options.
+  # TensorStore adds all its options to its messages.
   why = _first_line(error, " [tensorstore_spec")
   return DamagedError(f"the checkpoint {where} is damaged: {why.rstrip('.')}.")
 
@@ -454,13 +468,13 @@ def _manager(folder: pathlib.Path, keep: int | None) -> ocp.CheckpointManager:
 
 @jax.jit
 def _copy(tree: Any) -> Any:
-  # The step donates its buffers, and a save in the background may still read
-  # them; on the CPU it would read them in place.
+  # The step donates its buffers, but a save in the background may still read
+  # them. On the CPU, a save reads them in place.
   return jax.tree.map(jnp.copy, tree)
 
 
 def _older(tree: Any) -> Any:
-  """As older versions had it: states of balls without their radius."""
+  """Returns the state as in older versions: balls have no radius."""
 
   def is_ball(x):
     return isinstance(x, tuple) and _NEWER in getattr(x, "_fields", ())
@@ -484,11 +498,11 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
 
 
 def _quiet_orbax() -> None:
-  """Has a failure told once, by what is raised.
+  """Makes sure that a failure is reported only once, by its exception.
 
-  Orbax logs its traceback in each thread on the way, and closes an event loop
-  that TensorStore's threads still report to. Of several arrays that fail, it
-  awaits the first, and asyncio logs the others when they are collected.
+  Orbax logs the traceback in each of its threads. It also closes an event loop
+  to which TensorStore's threads still report. If several arrays fail, Orbax
+  awaits only the first, and asyncio logs the others when they are collected.
   """
   logging.getLogger("absl").addFilter(_is_not_of_orbax)
   logging.getLogger("asyncio").addFilter(_is_not_of_a_checkpoint)
@@ -507,7 +521,7 @@ def _is_not_of_a_checkpoint(record: logging.LogRecord) -> bool:
 
 
 def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:
-  # Of several arrays that cannot be read, too, it awaits the first.
+  # If several arrays cannot be read, Orbax awaits only the first coroutine.
   code = getattr(unraisable.object, "cr_code", None)
   if code is not None and "orbax" in code.co_filename:
     return
@@ -515,7 +529,7 @@ def _unraisable(otherwise: Callable[[Any], None], unraisable: Any) -> None:
     otherwise(unraisable)
 
 
-# What the system says of a disk that takes no more.
+# The system's errors for a disk that cannot be written.
 _REASONS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -524,8 +538,8 @@ def _first_line(error: BaseException, end: str = "\n") -> str:
   line = text.splitlines()[0].partition(end)[0]
   if len(line) <= 300:
     return line
-  # TensorStore says where at the start, and why at the end or before a long
-  # specification of an array.
+  # In TensorStore's messages, the place is at the start. The reason is at the
+  # end, or before a long specification of an array.
   short = f"{line[:100]} ... {line[-195:]}"
   reasons = [os.strerror(number) for number in _REASONS]
   missing = [x for x in reasons if x in text and x not in short]

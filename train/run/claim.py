@@ -1,6 +1,6 @@
-"""The folder of a run, which is one job's at a time, and of one run for good.
+"""Claims the folder of a run: for one job at a time, and always for one run.
 
-Several processes of a job are one holder: the first takes the lock for all.
+The processes of a job share a claim; the first process takes the lock.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ _OF_A_RUN = (
   *("checkpoints", kept.ADAPTERS, kept.PARAMETERS),
   *(report.RESULTS, jsonl.FILE),
 )
-"""What is there of a run that has begun, beside its configuration."""
-# As `bilora_jax.save_adapters` calls a file that is not whole yet.
+"""The files of a run that has begun, except its configuration."""
+# `bilora_jax.save_adapters` adds this to the name of an unfinished file.
 _PART = re.compile(r"\.[0-9a-f]{32}")
 
 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[pathlib.Path]:
-  """The folder of a run, for this job alone as long as the context lasts.
+  """Yields the folder of a run, which belongs to this job within the context.
 
-  It is made, and its `config.json` is written at once. If the context fails
-  before anything else of the run is in it, it is gone again.
+  The folder and its `config.json` are written at once. If the context fails
+  before the run writes anything else, the configuration is removed again.
 
   Raises:
-    UsageError: if another command is in it, it holds another run, or it cannot
-      be written; in all processes alike.
+    UsageError: if another command uses the folder, it holds another run, or it
+      cannot be written. All processes raise the same error.
   """
   folder, refusal = config.folder(), None
   with contextlib.ExitStack() as stack:
@@ -46,7 +46,7 @@ def claimed(config: Config) -> Iterator[pathlib.Path]:
             locks.held(folder / locks.FILE, f"the run's folder {folder}")
           )
           _begin(folder, config, stack)
-        # Where the first was refused there may be none.
+        # If the first process was refused, there may be no configuration.
         if (folder / _CONFIG).exists():
           _require_same(folder, config_lib.from_run(folder), config)
       except (UsageError, OSError) as error:
@@ -61,7 +61,7 @@ def claimed(config: Config) -> Iterator[pathlib.Path]:
 def _begin(
   folder: pathlib.Path, config: Config, stack: contextlib.ExitStack
 ) -> None:
-  """Writes the configuration where there is none; removes what kills left."""
+  """Writes the configuration if there is none; removes unfinished files."""
   for path in (folder / kept.ADAPTERS).glob(".*"):
     if _PART.fullmatch(path.name):
       path.unlink()
@@ -94,6 +94,6 @@ def _require_same(folder: pathlib.Path, begun: Config, config: Config) -> None:
 
 
 def _give_up(folder: pathlib.Path) -> None:
-  """Removes the configuration, if nothing else of a run is there."""
+  """Removes the configuration, if the folder has no other files of a run."""
   if {path.name for path in folder.glob("*")} <= {_CONFIG, locks.FILE}:
     (folder / _CONFIG).unlink(missing_ok=True)

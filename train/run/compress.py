@@ -1,4 +1,4 @@
-"""The linear layers' kernels in fewer bits, or with fewer weights."""
+"""Compresses the kernels of linear layers: fewer bits, or fewer weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,16 +22,18 @@ PRUNED = (0.3, 0.5)
 def changes(
   model: nn.Module, inputs: tuple[Any, ...], kinds: tuple[str, ...]
 ) -> dict[str, Callable[[Any], Any]]:
-  """Returns functions of the variables of a model, by what they do.
+  """Returns functions that compress the variables of a model, by name.
 
-  `quantised`: `int8` and `int3` with a scale for each output channel, `nf4`
-  with one for each 64 weights along the input; the largest magnitude of what
-  shares a scale is the largest code. `pruned`: of each kernel, the weights of
-  the smallest magnitude are 0. The kernels are those of all linear layers but
-  the head; they come back as floats, so that one compiled model runs them all.
+  The kind `quantised` has `int8` and `int3` with a scale for each output
+  channel, and `nf4` with a scale for each 64 weights along the input. The
+  largest magnitude that shares a scale becomes the largest code. The kind
+  `pruned` sets the weights of smallest magnitude in each kernel to 0.
+
+  The functions change the kernels of all linear layers except the head. The
+  results are floats, so one compiled model runs them all.
 
   Args:
-    model: of a family, without adapters.
+    model: a model of a family, without adapters.
     inputs: example inputs of the model.
     kinds: some of `quantised` and `pruned`.
   """
@@ -57,12 +59,12 @@ def changes(
 def quantised(
   kernel: jax.Array, qtype: str, tile: tuple[int, ...]
 ) -> jax.Array:
-  """Returns a kernel rounded to what a type of few bits holds, float32.
+  """Returns a kernel rounded to the values of a quantised type, float32.
 
   Args:
-    kernel: of floats.
-    qtype: as Qwix calls it.
-    tile: along each axis, how many weights share a scale.
+    kernel: a kernel of floats.
+    qtype: Qwix's name of the type.
+    tile: for each axis, how many weights share a scale.
   """
   sizes = dict(enumerate(tile))
   array = qwix.quantize(
@@ -70,19 +72,19 @@ def quantised(
     qtype,
     channelwise_axes=[axis for axis, size in sizes.items() if size == 1],
     tiled_axes={axis: size for axis, size in sizes.items() if size > 1},
-    # By itself Qwix makes the largest magnitude a half more than the largest
-    # code of an integer.
+    # By default, Qwix scales the largest magnitude to the largest integer code
+    # plus a half.
     calibration_method=f"absmax,{_half_more(qtype)}",
   )
   return qwix.dequantize(array)
 
 
 def pruned(kernel: jax.Array, share: float) -> jax.Array:
-  """Returns a kernel with a share of its weights at 0, the smallest ones.
+  """Returns a kernel whose smallest weights are 0.
 
   Args:
-    kernel: of floats.
-    share: of the weights, rounded to whole ones.
+    kernel: a kernel of floats.
+    share: the share of the weights that become 0, rounded to whole weights.
   """
   order = jnp.argsort(jnp.abs(kernel).ravel())
   kept = jnp.ones(kernel.size, bool)
@@ -106,7 +108,7 @@ def _pruned(share: float) -> Change:
 
 
 def _over(by_path: Mapping[str, Change]) -> Callable[[Any], Any]:
-  """Changes some of the parameters."""
+  """Returns a function that changes the parameters at some paths."""
 
   @jax.jit
   def change(variables):
@@ -123,7 +125,7 @@ def _over(by_path: Mapping[str, Change]) -> Callable[[Any], Any]:
 def _tiles(
   model: nn.Module, inputs: tuple[Any, ...], size: int | None
 ) -> dict[str, tuple[int, ...]]:
-  """How kernels are cut into what shares a scale, by their paths."""
+  """Returns, by kernels' paths, the tiles of weights that share a scale."""
   family = registry.family_of(model)
   adapted = bilora_jax.adapt(
     model,

@@ -20,7 +20,7 @@ from ..models.options import ModelOptions
 from .loggers import registry as loggers
 from .options import EvaluationOptions, OutputOptions, after
 
-# What may differ between two calls that are of one run.
+# Options that may differ between two calls for the same run.
 _NEUTRAL = {
   *("run_dir", "data_dir", "compilation_cache", "log_every", "mesh", "profile"),
   *("checkpoint_every", "eval_batch_size", "loggers", "samples", "plugins"),
@@ -30,7 +30,10 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run. Each group is in the room that uses it; all flags are different."""
+  """The configuration of a run, in groups of options.
+
+  Each group is defined in the room that uses it. All flags are different.
+  """
 
   data: DataOptions = dataclasses.field(default_factory=DataOptions)
   model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -62,11 +65,11 @@ GROUPS: dict[str, Any] = {
   for field in dataclasses.fields(Config)
   if field.name != "method"
 }
-"""The groups that all methods have; `adapter` is for those with adapters."""
+"""The groups of all methods; only methods with adapters have `adapter`."""
 
 
 def groups(method: str) -> dict[str, Any]:
-  """The groups of options of a run by a method, its own among them."""
+  """Returns the groups of options of a method's runs, with its own group."""
   spec = methods.get(method)
   found = {}
   for name, kind in GROUPS.items():
@@ -79,7 +82,7 @@ def groups(method: str) -> dict[str, Any]:
 
 
 def kinds() -> dict[str, Any]:
-  """The types of all options of all methods, by their flags."""
+  """Returns the types of all options of all methods, by flag."""
   found: dict[str, Any] = {"method": str}
   for group in (*GROUPS.values(), *_method_groups()):
     found |= {name: x.type for name, x in options.fields(group).items()}
@@ -91,7 +94,7 @@ def _method_groups() -> list[Any]:
 
 
 def flat(config: Config) -> dict[str, Any]:
-  """All options of a configuration by their flags."""
+  """Returns all options of a configuration by flag."""
   found: dict[str, Any] = {"method": config.method.name}
   for name in groups(config.method.name):
     group = config.method.options if name == "method" else getattr(config, name)
@@ -100,15 +103,15 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def build(given: Mapping[str, Any], where: str = "") -> Config:
-  """A configuration from options by their flags.
+  """Returns a configuration from options by flag.
 
   Args:
-    given: options; those that are not there are at their defaults.
-    where: who gave them, for a message.
+    given: the options; missing options have their defaults.
+    where: where the options are from, for messages.
 
   Raises:
-    UsageError: if an option is unknown, out of its bounds, or of another
-      method.
+    UsageError: if an option is unknown, out of its bounds, or belongs to
+      another method.
   """
   method = given.get("method", methods.DEFAULT)
   try:
@@ -137,17 +140,17 @@ def build(given: Mapping[str, Any], where: str = "") -> Config:
 
 
 def fitting(given: Mapping[str, Any]) -> dict[str, Any]:
-  """Options without those of other methods than the one among them."""
+  """Returns options without those of methods other than `given["method"]`."""
   method = given.get("method", methods.DEFAULT)
   other = set(kinds()) - set(flat(build({"method": method})))
   return {flag: value for flag, value in given.items() if flag not in other}
 
 
 def replace(config: Config, **changes: Any) -> Config:
-  """The configuration with other options, by their flags.
+  """Returns the configuration with some options changed, by flag.
 
-  With another method, options of the old one that the new one lacks are gone,
-  and those that were at the old one's default are at the new one's.
+  If the method changes, options that only the old method has are removed.
+  Options with the old method's default get the new method's default.
   """
   base, method = flat(config), changes.get("method", config.method.name)
   if method != config.method.name:
@@ -161,7 +164,7 @@ def replace(config: Config, **changes: Any) -> Config:
 
 
 def misplaced(flag: str, method: str) -> str:
-  """Why a flag is refused with a method."""
+  """Returns a sentence on why a method refuses a flag."""
   name = options.spelt(flag)
   if flag in options.fields(AdapterOptions):
     return (
@@ -180,10 +183,11 @@ def misplaced(flag: str, method: str) -> str:
 
 
 def check(config: Config) -> None:
-  """Refuses what cannot be run, before any work starts.
+  """Refuses a configuration that cannot be run, before any work starts.
 
   Raises:
-    UsageError: that names the option, what came and what is allowed.
+    UsageError: if it cannot be run. The message names the option, its value and
+      the allowed values.
   """
   for name in groups(config.method.name):
     group = config.method.options if name == "method" else getattr(config, name)
@@ -302,7 +306,7 @@ def _check_folder(adapter: AdapterOptions) -> None:
 
 
 def nested(config: Config) -> dict[str, Any]:
-  """The configuration as JSON has it: a table a group, by flags."""
+  """Returns the configuration as tables for JSON, one for each group."""
   found: dict[str, Any] = {}
   for name in groups(config.method.name):
     if name == "method":
@@ -314,19 +318,19 @@ def nested(config: Config) -> dict[str, Any]:
 
 
 def to_json(config: Config) -> str:
-  """The configuration as JSON, an option a line."""
+  """Returns the configuration as JSON, with an option on each line."""
   return json.dumps(nested(config), indent=2) + "\n"
 
 
 def from_tables(where: str, tables: Any) -> dict[str, Any]:
-  """Options by their flags, from tables of groups, or all in one table.
+  """Returns options by flag, from tables of groups or from one table.
 
   Args:
-    where: where the tables are, for a message.
-    tables: as `nested` gives them; also with options beside the groups.
+    where: where the tables are, for messages.
+    tables: the result of `nested`; it may also have options outside of groups.
 
   Raises:
-    UsageError: if an option is unknown or of another type.
+    UsageError: if an option is unknown or has a wrong type.
   """
   every = kinds()
   options.known(where, tables, [*GROUPS, *every], "option or group")
@@ -347,7 +351,7 @@ def from_tables(where: str, tables: Any) -> dict[str, Any]:
 
 
 def from_run(folder: pathlib.Path) -> Config:
-  """The configuration that a run was made with, by this version or an older.
+  """Returns the configuration of a run of this or an older version.
 
   Raises:
     UsageError: if there is no such run, or its file cannot be read.
@@ -360,25 +364,26 @@ def from_run(folder: pathlib.Path) -> Config:
     plugins_lib.load(
       checked.field(str(path), tables["plugins"], "plugins", str, "")
     )
-  # Older runs have all options in one table, of all methods.
+  # Older runs have one table with the options of all methods.
   return from_any(str(path), tables)
 
 
 def from_any(where: str, tables: Any) -> Config:
-  """The configuration in tables, without options of other methods.
+  """Returns the configuration in tables, without options of other methods.
 
   Raises:
-    UsageError: if an option is unknown, of another type or out of its bounds.
+    UsageError: if an option is unknown, has a wrong type or is out of its
+      bounds.
   """
   given = from_tables(where, tables)
-  # It was of that command.
+  # This option was only for the command that wrote the tables.
   given.pop("accept_changes", None)
   build({"method": given.get("method", methods.DEFAULT)}, where)
   return build(fitting(given), where)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-  """What decides a run's numbers and differs between two configurations."""
+  """Returns the differences of two configurations that change the results."""
   there, here = flat(old), flat(new)
   return {
     name: (there.get(name), here.get(name))

@@ -1,4 +1,4 @@
-"""What the auxiliary does while it climbs, logged every few steps."""
+"""Diagnoses of the auxiliary adapter, which are logged every few steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,15 +16,19 @@ class Diagnosis(NamedTuple):
   """Scalars; cosines and overlaps are over all adapted weights together.
 
   Attributes:
-    cosine_present: of the auxiliary's weights with the gradient of the step
-      that meets them, at the weights with the auxiliary: is its direction
-      stale?
-    cosine_sam: with the gradient at the weights without it, which SAM's own
-      perturbation has the direction of.
-    overlap_gradient: of the auxiliary's subspaces with as many of that
-      gradient's top singular directions; 1 is the best of its rank.
-    overlap_primary: of the auxiliary's subspaces with the primary's.
-    turnover: 1 - cosine of the auxiliary's weights with those diagnosed last.
+    cosine_present: the cosine of the auxiliary's weights and the gradient of
+      the step that uses them, at the weights with the auxiliary. A low value
+      means that the auxiliary's direction is stale.
+    cosine_sam: the cosine of the auxiliary's weights and the gradient at the
+      weights without the auxiliary. SAM's perturbation has the direction of
+      this gradient.
+    overlap_gradient: the overlap of the auxiliary's subspaces with the top
+      singular directions of SAM's gradient, as many as the rank; 1 is the best
+      possible value.
+    overlap_primary: the overlap of the auxiliary's subspaces with the
+      primary's.
+    turnover: 1 - the cosine of the auxiliary's weights and those of the
+      previous diagnosis.
   """
 
   cosine_present: jax.Array
@@ -37,17 +41,18 @@ class Diagnosis(NamedTuple):
 def make(
   method: Method, objective: Objective
 ) -> Callable[[Any, Any, Any, Batch], Diagnosis]:
-  """Returns `(variables, trained, auxiliary, batch)` to the diagnosis.
+  """Returns a function from `(variables, trained, auxiliary, batch)`.
 
-  `auxiliary` is that of the last diagnosis. It costs two gradients by the dense
-  weights, and a singular value decomposition of each.
+  The function returns the diagnosis. `auxiliary` is the auxiliary of the
+  previous diagnosis. A diagnosis costs two gradients by the dense weights, and
+  a singular value decomposition for each weight.
 
   Args:
-    method: one that trains an auxiliary, on weights that are floats.
-    objective: what is learned from a batch.
+    method: a method with an auxiliary, on weights that are floats.
+    objective: the objective of the loss.
   """
   assert method.adapted is not None
-  # With the adapted kernels among what is differentiated.
+  # This method also differentiates by the adapted kernels.
   dense = method._replace(weights=kernels(method.adapted))
 
   def loss_fn(params, variables, batch):
@@ -59,7 +64,7 @@ def make(
   def gradient(trained, variables, batch):
     params = dense.differentiated(trained, variables)
     grads = jax.grad(loss_fn)(params, variables, batch)["weights"]
-    # Of kernels of more axes than two, as their pair has them.
+    # A kernel with more than two axes gets the matrix shape of its factors.
     return jax.tree.map(
       lambda g, pair: g.reshape(*pair.a.shape[:-1], pair.b.shape[-1]),
       grads,

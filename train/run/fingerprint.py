@@ -1,7 +1,8 @@
-"""What a run was begun with: rows, weights, tokenizer, template, plugins.
+"""The fingerprint of a run: rows, weights, tokenizer, template and plugins.
 
-A fingerprint is small and quick to take. Each checkpoint keeps it, and so does
-the run's folder, for what is done with the run when it has ended.
+A fingerprint is small and takes little time. It shows whether these have
+changed since the run began. Each checkpoint keeps it. The run's folder keeps it
+too, for commands that use a finished run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,9 @@ FILE = "fingerprint.json"
 _OWN_TOKENIZER = "tokenizer.json"
 _TOKENIZER = (_OWN_TOKENIZER, "spiece.model", "tokenizer_config.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Files of so many bytes in all are read whole, which takes less than 0.1 s. Of
-# more, the headers, the beginning of every tensor and places all over each are.
+# Files of up to so many bytes together are read whole, in less than 0.1 s. From
+# larger files, only samples are read: the header, the beginning of every tensor
+# and evenly spaced places.
 _WHOLE = 2**25
 _HEAD = 2**23
 _SAMPLE = 2**12
@@ -41,16 +43,16 @@ _MOST_TENSORS = 4096
 def of(
   config: Config, pretrained: Pretrained, data: data_lib.Data
 ) -> dict[str, Any]:
-  """What a run is begun with, as JSON has it.
+  """Returns the fingerprint of a run, as JSON.
 
-  Of files it has sizes and digests, by names without folders: what is moved
-  stays the same. Of large files it has samples, by which a change of a few
-  weights may go unseen.
+  It has the sizes and digests of files, by names without folders, so files may
+  be moved. The digests of large files are over samples, so a change of a few
+  weights may stay unnoticed.
 
   Args:
-    config: of the run.
-    pretrained: its model.
-    data: its rows, of which it has a digest as they are encoded.
+    config: the configuration of the run.
+    pretrained: the pretrained model.
+    data: the data; the fingerprint has a digest of the encoded rows.
   """
   template = None
   if isinstance(data, data_lib.Conversations):
@@ -74,14 +76,14 @@ def begin(folder: pathlib.Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def commit(folder: pathlib.Path) -> str:
-  """The commit on the hub that a run was begun at; empty if there is none."""
+  """Returns the hub's commit of a run's model; empty if there is none."""
   return str(_begun(folder)[1].get("commit") or "")
 
 
 def configuration(folder: pathlib.Path) -> Config | None:
-  """The configuration that a run was begun with, if that is known.
+  """Returns the configuration in a run's fingerprint, or None.
 
-  It stands in for a config.json that is missing.
+  It replaces a config.json that is missing.
 
   Raises:
     UsageError: if it cannot be read.
@@ -95,20 +97,22 @@ def configuration(folder: pathlib.Path) -> Config | None:
 def require_same(
   folder: pathlib.Path, config: Config, now: Mapping[str, Any]
 ) -> str:
-  """Compares what a run was begun with to what there is now.
+  """Compares the fingerprint of a run with the fingerprint of today.
 
   Args:
-    folder: of the run. Without a checkpoint, nothing is compared: it begins
-      anew. Checkpoints of older versions have no fingerprint.
-    config: of the run.
-    now: of `of`.
+    folder: the folder of the run. Without a checkpoint, the run starts again,
+      and nothing is compared. Checkpoints of older versions have no
+      fingerprint.
+    config: the configuration of the run.
+    now: the result of `of`.
 
   Returns:
-    A sentence for the user about what has changed, if `--accept-changes`;
-    else, and if nothing has, an empty one.
+    A sentence for the user on what has changed, if `--accept-changes` is set;
+    empty if nothing has changed.
 
   Raises:
-    UsageError: that names what has changed.
+    UsageError: if something has changed without `--accept-changes`; the message
+      names it.
   """
   step, then = _begun(folder)
   if not step or not then:
@@ -135,17 +139,17 @@ def require_same_base(
   pretrained: Pretrained,
   template: templates.Template | None,
 ) -> None:
-  """Refuses a model that is not the one that a run was trained on.
+  """Refuses a model that differs from the one that a run was trained on.
 
   Args:
-    folder: of the run.
-    config: of the run.
-    then: its fingerprint.
-    pretrained: what its model is now.
-    template: of conversations, if the run learned from some.
+    folder: the folder of the run.
+    config: the configuration of the run.
+    then: the fingerprint of the run.
+    pretrained: the model of today.
+    template: the chat template, if the run learned from conversations.
 
   Raises:
-    UsageError: that names what has changed.
+    UsageError: if the model has changed; the message names the change.
   """
   changed = _base_changes(config, then, _base(pretrained, template))
   if changed:
@@ -157,7 +161,7 @@ def require_same_base(
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """The fingerprint in a run's folder; empty if it has none.
+  """Returns the fingerprint in a run's folder; empty if there is none.
 
   Raises:
     UsageError: if it cannot be read.
@@ -188,7 +192,7 @@ def _is_fingerprint(found: Any) -> bool:
 
 
 def _begun(folder: pathlib.Path) -> tuple[int, dict[str, Any]]:
-  """The step of the last whole checkpoint, and what it was begun with."""
+  """Returns the last checkpoint's step, and the fingerprint of the run."""
   for step, found in checkpoints.stored(folder / checkpoints.FOLDER):
     return step, found.get("begun") or {}
   return 0, read(folder)
@@ -214,7 +218,7 @@ def _base(
 
 
 def _files(paths: list[pathlib.Path]) -> dict[str, Any]:
-  """Size and digest of those that are there, by their names."""
+  """Returns the size and digest of each file that exists, by name."""
   paths = [path for path in paths if path.is_file()]
   whole = sum(path.stat().st_size for path in paths) <= _WHOLE
   return {path.name: _file(path, whole) for path in paths}
@@ -239,7 +243,7 @@ def _file(path: pathlib.Path, whole: bool) -> dict[str, Any]:
 
 
 def _places(path: pathlib.Path, size: int, head: bytes) -> list[int]:
-  """Where a large file is looked at."""
+  """Returns the places where a large file is sampled."""
   found = np.linspace(0, size - _SAMPLE, _SAMPLES).astype(int).tolist()
   length = int.from_bytes(head[:8], "little") + 8
   if path.suffix == ".safetensors" and length <= len(head):
@@ -254,7 +258,10 @@ def _places(path: pathlib.Path, size: int, head: bytes) -> list[int]:
 
 
 def _without_template(text: bytes) -> bytes:
-  """A tokenizer_config.json; the template counts where it is used."""
+  """Returns a tokenizer_config.json without its template.
+
+  The template has its own digest if the run uses it.
+  """
   try:
     found = json.loads(text)
     found.pop("chat_template", None)
@@ -264,7 +271,7 @@ def _without_template(text: bytes) -> bytes:
 
 
 def _plugins(config: Config) -> Iterator[pathlib.Path]:
-  """The files of --plugins."""
+  """Yields the files of --plugins."""
   names = filter(None, map(str.strip, config.plugins.plugins.split(",")))
   for name in names:
     if name.endswith(".py"):
@@ -277,7 +284,7 @@ def _plugins(config: Config) -> Iterator[pathlib.Path]:
 
 
 def _rows(data: data_lib.Data) -> dict[str, Any]:
-  """How many rows each split has, and a digest of how a model reads them."""
+  """Returns each split's number of rows and a digest of the encoded rows."""
   encoded = (
     data.packed
     if isinstance(data, data_lib.Conversations)
@@ -314,7 +321,7 @@ def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
 def _base_changes(
   config: Config, then: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
-  """What has changed of the model, a phrase each."""
+  """Returns a phrase for each change of the model."""
   name, found = config.model.name, []
   commits = then.get("commit"), now["commit"]
   if all(commits) and commits[0] != commits[1]:
@@ -323,7 +330,7 @@ def _base_changes(
       f"{commits[1]})"
     )
   found += _of_files(then.get("model", {}), now["model"], f"--model {name}")
-  pooled = then.get("pooling", now["pooling"])  # older versions' have none
+  pooled = then.get("pooling", now["pooling"])  # older versions have no pooling
   if pooled != now["pooling"]:
     found.append(
       f"the pooling of --model {name} (it was {pooled}, and is "
@@ -339,16 +346,16 @@ def _base_changes(
 def _changes(
   config: Config, then: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
-  """What has changed of all else, a phrase each."""
+  """Returns a phrase for each change except those of the model."""
   folder = f"--adapter {config.adapter.path}"
   found = _of_files(then.get("adapter", {}), now["adapter"], folder)
-  # --plugins may name others, as of loggers, without being another run.
+  # A run stays the same if --plugins names other files, such as loggers.
   both = then.get("plugins", {}).keys() & now["plugins"].keys()
   old, new = ({name: x["plugins"][name] for name in both} for x in (then, now))
   found += _of_files(old, new, "--plugins")
   if then.get("labels") != now["labels"]:
     found.append(f"the labels of {_source(config, 'train')}")
-  # Rows that are encoded by another tokenizer or template are other ones.
+  # Another tokenizer or template changes the encoded rows too.
   encoder = then.get("template") != now["template"] or any(
     then["model"].get(name) != now["model"].get(name)
     for name in (*_TOKENIZER, *vocabulary.FILES, *_single(then, now))
@@ -364,7 +371,7 @@ def _changes(
 
 
 def _single(*fingerprints: Mapping[str, Any]) -> list[str]:
-  """The one file of a model that is no folder, its tokenizer in it."""
+  """Returns the file of each model that is a single file with a tokenizer."""
   every = [list(x["model"]) for x in fingerprints]
   return [names[0] for names in every if len(names) == 1]
 

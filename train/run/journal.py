@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: to all of its loggers, as to one."""
+"""The journal of a run, which passes numbers and sentences to all loggers."""
 
 from collections.abc import Sequence
 import contextlib
@@ -11,25 +11,25 @@ from .loggers.logger import Logger, Opened
 
 
 class Journal:
-  """All loggers of a run; with none it is silent."""
+  """All loggers of a run; without loggers, it does nothing."""
 
   def __init__(self, loggers: Sequence[Logger] = (), name: str = ""):
-    """Logs to several.
+    """Makes a journal of several loggers.
 
     Args:
-      loggers: of the run.
-      name: of the run, for a message.
+      loggers: the loggers of the run.
+      name: the name of the run, for messages.
     """
     self._loggers = loggers
     self._name = name
 
   @property
   def is_heard(self) -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether the journal has loggers, as in the process that writes."""
     return bool(self._loggers)
 
   def log(self, step: int, **values: float | None) -> None:
-    """Logs scalars of a step; those that are None are left out.
+    """Logs scalars of a step, except those that are None.
 
     Raises:
       RunError: if they cannot be written.
@@ -45,31 +45,31 @@ class Journal:
         ) from error
 
   def say(self, sentence: str) -> None:
-    """Tells the user a sentence."""
+    """Passes a sentence for the user to all loggers."""
     for logger in self._loggers:
       logger.say(sentence)
 
   def advance(self, step: int) -> None:
-    """Says that a step is done."""
+    """Tells all loggers that a step is done."""
     for logger in self._loggers:
       logger.advance(step)
 
   def close(self) -> None:
-    """Ends all loggers."""
+    """Closes all loggers."""
     with contextlib.ExitStack() as stack:
       for logger in self._loggers:
         stack.callback(logger.close)
 
 
 def make(opened: Opened, more: str = "") -> Journal:
-  """The journal of a run; silent in all processes but the first.
+  """Returns the journal of a run, which has loggers only in the first process.
 
   Args:
     opened: the run.
-    more: the loggers of `--loggers`.
+    more: the value of `--loggers`.
 
   Raises:
-    UsageError: if one of these cannot be opened.
+    UsageError: if a logger of `--loggers` cannot be opened.
   """
   if not processes.is_first():
     return Journal()

@@ -1,4 +1,4 @@
-"""What a run leaves for later: what its task was, and what it has trained."""
+"""The files that a run keeps: its task, and what it has trained."""
 
 from collections.abc import Mapping
 import pathlib
@@ -21,10 +21,10 @@ from .config import Config
 
 ADAPTERS = "adapters"
 PARAMETERS = "parameters.safetensors"
-"""In place of adapters, what a method without them has trained."""
+"""The file of trained parameters, for methods without adapters."""
 TASK = "task.json"
 TEMPLATE = "chat_template.jinja"
-"""Of the conversations, if the run has its own."""
+"""The file of the chat template, if the run has its own."""
 
 
 def begin(
@@ -33,7 +33,7 @@ def begin(
   task: Task,
   fingerprint: Mapping[str, Any],
 ) -> None:
-  """Writes what a run is of, before its first step."""
+  """Writes a run's task, fingerprint and template, before its first step."""
   files.write_json(folder / TASK, task.description())
   fingerprints.begin(folder, fingerprint)
   if config.data.chat_template:
@@ -42,14 +42,14 @@ def begin(
 
 
 def task(folder: pathlib.Path, config: Config) -> Task:
-  """The task of a run: its labels, columns and metrics.
+  """Returns the task of a run, with labels, columns and metrics.
 
   Raises:
     UsageError: if its file cannot be read.
   """
   path = folder / TASK
   if not checked.is_file(path):
-    # Older runs have none; their tasks come with the program.
+    # Older runs have no file, and their tasks are those of the program.
     try:
       return tasks.get(config.data.task)
     except ValueError as error:
@@ -65,21 +65,21 @@ def task(folder: pathlib.Path, config: Config) -> Task:
 
 
 def save_parameters(folder: pathlib.Path, parameters: Any) -> None:
-  """Writes parameters by their paths, as `encoder/layer_0/query/kernel`.
+  """Writes parameters by paths such as `encoder/layer_0/query/kernel`.
 
   Raises:
-    OSError: if they cannot be written; there is then no file.
+    OSError: if they cannot be written; then there is no file.
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(parameters, sep="/")
   files.save_tensors(folder / PARAMETERS, flat)
 
 
 def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
-  """Parameters, nested as a model has them, in the dtypes they were saved in.
+  """Returns saved parameters, nested as in the model, in their saved dtypes.
 
   Raises:
-    UsageError: if their file is damaged.
-    RunError: if one is not finite.
+    UsageError: if the file is damaged.
+    RunError: if a parameter is not finite.
   """
   path = folder / PARAMETERS
   checked.is_file(path)
@@ -90,7 +90,7 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
     raise UsageError(
       f"{path} is not a whole safetensors file: {str(error)[:300]}."
     ) from error
-  # Of a dtype that NumPy has not; of a name that is the beginning of another.
+  # NumPy may lack a dtype, and a path may be the beginning of another path.
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UsageError(
       f"{path} does not hold the parameters of a model: {str(error)[:300]}."
@@ -104,7 +104,7 @@ def load_parameters(folder: pathlib.Path) -> dict[str, Any]:
 def save(
   folder: pathlib.Path, adapted: bilora_jax.Adapted | None, trained: Any
 ) -> None:
-  """Writes what was trained: adapters of a model, or else its parameters."""
+  """Writes trained adapters, or trained parameters if there are no adapters."""
   if adapted is None:
     save_parameters(folder, trained)
   else:

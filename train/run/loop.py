@@ -1,4 +1,4 @@
-"""The training loop, of a run and of a study, and a run from start to end."""
+"""The training loop of runs and studies, and a run from start to end."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -45,19 +45,20 @@ from .loggers.logger import Opened
 
 _NONFINITE_IN_A_ROW = 10
 _MAY_HELP = "A smaller --learning-rate or --dtype float32 may help."
-# Of float32, whose fraction has so many bits.
+# float32's fraction has 24 bits. If a larger number is added to a weight of
+# about 1, the weight is lost.
 _DROWNS = 2.0**24
 
 Predict = Callable[[Any, str], evaluate.Evaluation]
-"""From what is evaluated, and a split's name, to what the split says of it."""
+"""From evaluated weights and the name of a split to their evaluation."""
 
 
 class NonfiniteError(RunError):
-  """Steps were not finite, too many in a row.
+  """Too many steps in a row were not finite.
 
   Attributes:
-    step: the last of them.
-    in_a_row: how many.
+    step: the last of these steps.
+    in_a_row: the number of these steps.
   """
 
   def __init__(self, sentence: str, step: int, in_a_row: int):
@@ -66,17 +67,19 @@ class NonfiniteError(RunError):
 
 
 class NothingLearnedError(RunError):
-  """A run has ended, and no weights that are of use came of it."""
+  """A run has ended without useful weights."""
 
 
 class Programs(NamedTuple):
   """The compiled functions of a run.
 
   Attributes:
-    step: `(variables, state, batch)` to the next state and metrics.
+    step: from `(variables, state, batch)` to the next state and metrics.
     predict: evaluates a split.
-    diagnose: `(trained, batch)` to scalars, if the configuration asks for it.
-    sample: `(step, evaluated)`: shows what is generated, likewise.
+    diagnose: from `(trained, batch)` to scalars, if the configuration asks for
+      it.
+    sample: shows generated answers for `(step, evaluated)`, if the
+      configuration asks for it.
   """
 
   step: Callable[..., tuple[step.TrainState, step.Metrics]]
@@ -86,27 +89,27 @@ class Programs(NamedTuple):
 
 
 class Kept(Protocol):
-  """Where weights go: `checkpoints.Checkpoints`, or memory."""
+  """The place for weights: `checkpoints.Checkpoints`, or memory."""
 
   def save_best(self, step: int, evaluated: Any) -> None:
-    """Keeps what did best on the validation rows so far."""
+    """Keeps the weights with the best validation score so far."""
     ...
 
   def save_last(
     self, step: int, state: step.TrainState, loop: Mapping[str, Any]
   ) -> None:
-    """Keeps what resuming needs."""
+    """Keeps the state that a resumed run needs."""
     ...
 
 
 class Sinks(NamedTuple):
-  """Where what comes of the steps goes.
+  """Where the results of steps go.
 
   Attributes:
-    journal: numbers and sentences.
-    kept: weights.
-    log_every: steps between lines of metrics.
-    interrupted: whether to stop after a step, given whether it is logged.
+    journal: gets numbers and sentences.
+    kept: gets weights.
+    log_every: the steps between lines of metrics.
+    interrupted: from whether a step is logged to whether to stop after it.
   """
 
   journal: journal_lib.Journal
@@ -116,16 +119,16 @@ class Sinks(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What came of the steps.
+  """The results of training.
 
   Attributes:
-    state: after the last of them.
-    best: the `step` that did best on the validation rows, its `score`, the
-      `value` of the metric, and all `numbers`.
+    state: the state after the last step.
+    best: the `step` with the best validation score, its `score`, the `value` of
+      the metric, and all `numbers`.
     last: the numbers of the last validation of this call.
-    ended: whether the run is over, and not interrupted.
-    stopped_at: the step that it was stopped after, as validations had not
-      been better for `--patience` times.
+    ended: whether the run is finished; if not, it was interrupted.
+    stopped_at: the step of an early stop, after `--patience` validations
+      without a better score; else None.
   """
 
   state: step.TrainState
@@ -142,17 +145,17 @@ def train(
   state: step.TrainState,
   loop: Mapping[str, Any] | None = None,
 ) -> Trained:
-  """Runs the steps that are left of a run.
+  """Runs the remaining steps of a run.
 
   Args:
-    prepared: what there is before the first step.
-    programs: compiled.
-    sinks: where what comes of the steps goes.
-    state: before the first of the steps.
-    loop: what was last given to `Kept.save_last` beside the state.
+    prepared: the prepared run.
+    programs: the compiled functions.
+    sinks: where the results of steps go.
+    state: the state before these steps.
+    loop: the argument `loop` of the last `Kept.save_last`; None: a new run.
 
   Raises:
-    RunError: if the run cannot go on, or nothing has come of it.
+    RunError: if the run cannot continue, or has no useful result.
   """
   config, data, method = prepared.config, prepared.data, prepared.method
   journal, layout = sinks.journal, prepared.layout
@@ -188,7 +191,7 @@ def train(
       profile.before(at)
       batch = next(batches)
       if programs.diagnose and (at + 1) % config.output.diagnose_every == 0:
-        # Of the auxiliary as this step meets it, on rows it has not seen.
+        # The auxiliary is the one of this step, and has not seen these rows.
         journal.log(at + 1, **programs.diagnose(state.trained, batch))
         window.discard_time()
       state, metrics = programs.step(
@@ -200,13 +203,14 @@ def train(
       if profile.after(at, metrics):
         window.discard_time()
       ends = at == prepared.steps
-      # Read once: the signal may come at any moment of the step.
+      # Asked only once a step, because the signal may come at any moment.
       logs = ends or at % sinks.log_every == 0
       interrupted = sinks.interrupted(logs)
       validates = ends or at % validates_every == 0
       saves = ends or interrupted or at % config.output.checkpoint_every == 0
       if logs or saves or (validates and patience < math.inf):
-        # Before the save: a run that stops here must not resume beyond.
+        # Before the save, so that a run that fails here cannot resume after
+        # the failure.
         _check_finite(config, at, window.fresh(), journal)
       if logs:
         rows, times = window.close(at)
@@ -214,7 +218,8 @@ def train(
       if validates:
         found = validate()
         last = {**found.metrics, "loss": found.loss}
-        # Of what is not finite, an accuracy is that of the first label.
+        # Without finite logits, the prediction is always the first label, so
+        # the accuracy means nothing.
         score = data.score(found) if math.isfinite(found.loss) else math.nan
         known = -math.inf if best["score"] is None else best["score"]
         waited += 1
@@ -236,7 +241,7 @@ def train(
         )
   finally:
     profile.close()
-  # With --accept-changes there may be fewer steps than were taken.
+  # With --accept-changes, a run may have taken more steps than it now has.
   ended = at >= prepared.steps or waited >= patience
   if ended:
     _require_learned(state, best)
@@ -245,19 +250,19 @@ def train(
 
 
 def run(config: Config, command: Sequence[str]) -> dict[str, Any] | None:
-  """Trains, tests and reports; resumes what an earlier call began.
+  """Trains, tests and reports; resumes a run that an earlier call began.
 
   Args:
-    config: of the run.
-    command: that started it, for the report.
+    config: the configuration of the run.
+    command: the command line, for the report.
 
   Returns:
-    The results, as in the run's `results.json`; None if the run was
-    interrupted and its state saved.
+    The results, as in the run's `results.json`; None if the run was interrupted
+    and its state saved.
 
   Raises:
-    UsageError: if the request cannot be carried out as it was put.
-    RunError: if the run cannot go on.
+    UsageError: if the options cannot be carried out.
+    RunError: if the run cannot continue.
   """
   config_lib.check(config)
   with claim.claimed(config) as folder:
@@ -361,7 +366,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> dict[str, Any] | None:
 def initial(
   prepared: Prepared, key: jax.Array
 ) -> tuple[step.TrainState, step.TrainState | None]:
-  """The state before the first step, and its shardings if there is a mesh."""
+  """Returns the first state, and its shardings if there is a mesh."""
   init = functools.partial(step.init, prepared.method)
   variables = prepared.variables
   shardings = state_shardings.of(
@@ -373,7 +378,7 @@ def initial(
   )
   if shardings is None:
     return init(key, variables), None
-  # Each device makes its own shards.
+  # With `out_shardings`, each device makes only its own shards.
   return jax.jit(init, out_shardings=shardings)(key, variables), shardings
 
 
@@ -381,7 +386,8 @@ def _interrupted(interruption: monitor.Interruption, logs: bool) -> bool:
   """Whether to stop after this step, the same in all processes."""
   if jax.process_count() == 1:
     return interruption.asked
-  # A question to the others waits for the step; so does a line of metrics.
+  # To ask the other processes is to wait for the step. A line of metrics waits
+  # anyway, so they are asked only then.
   return logs and processes.any_of(interruption.asked)
 
 
@@ -454,12 +460,12 @@ def predictor(
   eval_step: Callable[[Any, Any, Any], Any] | None = None,
   look: Callable[[Any, Any], None] = lambda batch, items: None,
 ) -> Predict:
-  """Evaluates splits.
+  """Returns a function that evaluates splits.
 
   Args:
-    prepared: what there is before the first step.
-    eval_step: of `step.make_eval_step`; None makes it.
-    look: is shown each batch and its items.
+    prepared: the prepared run.
+    eval_step: from `step.make_eval_step`; None: it is made here.
+    look: is called with each batch and its items.
   """
   layout = prepared.layout
   if eval_step is None:
@@ -485,11 +491,13 @@ def predictor(
 def diagnoser(
   prepared: Prepared, diagnose: Callable[..., diagnostics.Diagnosis]
 ) -> Callable[[Any, Any], dict[str, float]]:
-  """From what is trained, and a batch, to scalars; it remembers the last.
+  """Returns a function from trained arrays and a batch to scalars.
+
+  The function keeps the auxiliary of its last call.
 
   Args:
-    prepared: what there is before the first step.
-    diagnose: of `diagnostics.make`.
+    prepared: the prepared run.
+    diagnose: from `diagnostics.make`.
   """
   before = None
 
@@ -502,7 +510,7 @@ def diagnoser(
       own if before is None else before,
       prepared.layout.rows(batch),
     )
-    # A copy, since the next step donates it.
+    # A copy, because the next step donates these arrays.
     before = jax.tree.map(jnp.copy, own)
     return {name: float(x) for name, x in found._asdict().items()}
 
@@ -538,7 +546,7 @@ def _check_finite(
 
 
 def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
-  """Refuses to call a success what took no step, or was never finite."""
+  """Refuses a run that took no step, or was never finite."""
   at = int(state.step)
   if int(optax.tree.get(state.opt_state, "total_notfinite")) >= at:
     raise NothingLearnedError(
@@ -546,7 +554,7 @@ def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
       f"finite, so the weights never changed. {_MAY_HELP}"
     )
   if not best.get("step", at):
-    # With --accept-changes there may be fewer steps than were taken.
+    # With --accept-changes, a run may have taken more steps than it now has.
     raise NothingLearnedError(
       f"the run has no steps left after step {at}, and was never validated; "
       "give another --run-dir."
@@ -561,10 +569,12 @@ def _require_learned(state: step.TrainState, best: Mapping[str, Any]) -> None:
 
 
 def require_useful(evaluated: Any) -> None:
-  """Refuses weights that are not finite, or drown those they are added to.
+  """Refuses weights that are not finite, or too large.
+
+  If a weight is too large, float32 loses the weight that it is added to.
 
   Raises:
-    NothingLearnedError: if there is one.
+    NothingLearnedError: if there is such a weight.
   """
   found = [
     float(np.max(np.abs(x), initial=0))
@@ -580,7 +590,7 @@ def require_useful(evaluated: Any) -> None:
 
 
 def _means(rows: Sequence[step.Metrics]) -> dict[str, float]:
-  """Means over steps, without what is not finite, or not measured."""
+  """Returns means over steps, without values that are not finite."""
   found = {}
   for name in step.Metrics._fields:
     if name in ("nonfinite", "tokens"):

@@ -1,4 +1,4 @@
-"""A training step made of shapes alone: nothing is read, made or run."""
+"""Lowers a training step from shapes alone: no array is read or made."""
 
 from collections.abc import Mapping
 import functools
@@ -15,7 +15,7 @@ from .config import Config
 
 
 def next_token_batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a batch for `objectives.NEXT_TOKEN`, of unpacked rows."""
+  """Returns the shapes of an unpacked batch for `objectives.NEXT_TOKEN`."""
   dtypes = {
     "tokens": jnp.int32,
     "positions": jnp.int32,
@@ -35,14 +35,14 @@ def abstract(
   variables: Any,
   axes: Any,
 ) -> tuple[Any, step.TrainState]:
-  """A run's variables and its first state, as shapes that are laid out.
+  """Returns a run's variables and first state, as shapes with shardings.
 
   Args:
-    config: says what the frozen weights are stored in.
+    config: the configuration, which has the dtype of the frozen weights.
     method: what to train and how.
-    layout: whose devices need not be there.
-    variables: of the model; shapes, as they are before they are quantised.
-    axes: a tree like `variables` of the names of their axes.
+    layout: the layout; its devices need not exist.
+    variables: the shapes of the model's variables, before they are quantised.
+    axes: a tree like `variables`, with the names of the axes.
   """
   base_axes = axes
   base = jax.tree.map(
@@ -74,15 +74,15 @@ def lower(
   batch: Mapping[str, jax.ShapeDtypeStruct],
   accumulate: int = 1,
 ) -> jax.stages.Lowered:
-  """The step of `step.make_train_step`, ready to be compiled.
+  """Returns the lowered step of `step.make_train_step`, ready to compile.
 
   Args:
-    layout: whose devices need not be there.
+    layout: the layout; its devices need not exist.
     method: what to train and how.
-    objective: what is learned from a batch.
+    objective: the objective of the loss.
     variables: from `abstract`.
     state: from `abstract`.
-    batch: shapes, those of all processes together.
+    batch: the shapes of a batch, of all processes together.
     accumulate: as in `make_train_step`.
   """
   shardings = None
@@ -104,7 +104,7 @@ def lower_eval(
   state: step.TrainState,
   batch: Mapping[str, jax.ShapeDtypeStruct],
 ) -> jax.stages.Lowered:
-  """The step of `step.make_eval_step`; the arguments are `lower`'s."""
+  """Returns the lowered step of `step.make_eval_step`; arguments as `lower`."""
   eval_step: Any = step.make_eval_step(method, objective, layout.replicated)
   evaluated = method.evaluated(state.trained)
   return layout.within(eval_step.lower)(

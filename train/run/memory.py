@@ -1,4 +1,4 @@
-"""Whether a run can fit the memory there is, before any of it is taken."""
+"""Checks that a run fits into memory, before memory is allocated."""
 
 import os
 from typing import Any
@@ -10,16 +10,19 @@ from ..errors import UsageError
 
 
 def check(variables: Any, trained: Any) -> None:
-  """Refuses a run whose arrays alone are more than a device holds.
+  """Refuses a run whose arrays do not fit into a device's memory.
 
-  Activations come on top, and are not counted: `compile` tells what they take.
+  Activations are not counted; the command `compile` reports their size.
 
   Args:
-    variables: shapes of the frozen model, with shardings if there is a mesh.
-    trained: shapes of the training state, likewise.
+    variables: the shapes of the frozen model, with shardings if there is a
+      mesh.
+    trained: the shapes of the training state, with shardings if there is a
+      mesh.
 
   Raises:
-    UsageError: with both sizes, and what there is.
+    UsageError: if the arrays do not fit. The message has their sizes and the
+      size of the memory.
   """
   base, state = bytes_on_device(variables), bytes_on_device(trained)
   room = _room()
@@ -34,10 +37,11 @@ def check(variables: Any, trained: Any) -> None:
 
 
 def bytes_on_device(tree: Any) -> int:
-  """Bytes of a tree's arrays on the device that holds the most of them.
+  """Returns the bytes of a tree's arrays on the device that holds the most.
 
   Args:
-    tree: of arrays or `jax.ShapeDtypeStruct`; whole without a sharding.
+    tree: arrays or `jax.ShapeDtypeStruct`. An array without a sharding is whole
+      on the device.
   """
 
   def of(x):
@@ -49,10 +53,10 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def _room() -> int | None:
-  """Bytes that one device has; None if it does not say."""
+  """Returns the memory of a device in bytes; None if it is unknown."""
   device = jax.local_devices()[0]
   if device.platform == "cpu":
-    # All of the process's share the host's.
+    # All CPU devices of the process share the host's memory.
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages // jax.local_device_count()
   return (device.memory_stats() or {}).get("bytes_limit")

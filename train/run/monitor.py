@@ -1,4 +1,4 @@
-"""Times and metrics of the steps of a window, traces, and signals."""
+"""Watches a run: times and metrics of steps, traces, and signals."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ _STOPS = (
 
 
 class Window:
-  """The steps since the last line of metrics, and the time they took."""
+  """The metrics and the time of the steps since the last line of metrics."""
 
   def __init__(self, at: int):
     self._restart(at)
@@ -24,7 +24,7 @@ class Window:
   def _restart(self, at: int) -> None:
     self._start: float | None = time.perf_counter()
     self._at = at
-    # Kept on the device, so that steps are dispatched ahead.
+    # The rows stay on the device, so that JAX can dispatch steps ahead.
     self._rows: list[step.Metrics] = []
     self._seen = 0
 
@@ -32,19 +32,22 @@ class Window:
     self._rows.append(metrics)
 
   def fresh(self) -> list[step.Metrics]:
-    """The metrics of the steps since it was last called."""
+    """Returns the metrics of the steps since the last call."""
     rows = jax.device_get(self._rows[self._seen :])
     self._seen = len(self._rows)
     return rows
 
   def discard_time(self) -> None:
-    """Leaves the time out: something else took some of it."""
+    """Discards the time of this window, because other work took a part."""
     self._start = None
 
   def close(
     self, at: int
   ) -> tuple[list[step.Metrics], dict[str, float | None]]:
-    """The metrics of each step, and times: none if its time was discarded."""
+    """Returns the metrics of each step, and times; starts a new window.
+
+    There are no times if they were discarded.
+    """
     rows = jax.device_get(self._rows)
     times: dict[str, float | None] = {}
     if self._start is not None:
@@ -61,29 +64,30 @@ class Profile:
   """A trace of some steps, for TensorBoard or Perfetto."""
 
   def __init__(self, folder: pathlib.Path, first: int, steps: int):
-    """Traces into a folder.
+    """Prepares a trace.
 
     Args:
-      folder: to write to.
-      first: how many steps to let pass; compilation is not to be in it.
-      steps: how many to trace; 0 for none.
+      folder: the folder to write to.
+      first: the number of steps before the trace, so that it has no
+        compilation.
+      steps: the number of steps to trace; 0: none.
     """
     self._folder = folder
     self._steps = range(first, first + steps)
     self._on = False
 
   def before(self, at: int) -> None:
-    """Is told how many steps there were."""
+    """Starts the trace if it begins after `at` steps."""
     if self._steps and at == self._steps[0]:
       jax.profiler.start_trace(str(self._folder))
       self._on = True
 
   def after(self, at: int, metrics: step.Metrics) -> bool:
-    """Whether the step that ended was traced."""
+    """Ends the trace after its last step; returns whether a step was traced."""
     if not self._on:
       return False
     if at == self._steps[-1] + 1:
-      # Steps are dispatched ahead.
+      # JAX dispatches steps ahead, so the trace must wait for the step.
       jax.block_until_ready(metrics)
       self.close()
     return True
@@ -95,10 +99,10 @@ class Profile:
 
 
 class Interruption:
-  """SIGTERM and the first Ctrl-C ask the loop to save and to stop.
+  """Turns SIGTERM and the first Ctrl-C into a request to save and stop.
 
-  A second Ctrl-C ends the run at once, as one does that comes before the steps
-  or after them; the last checkpoint is whole.
+  A second Ctrl-C ends the run at once. A Ctrl-C before or after the steps does
+  so too. The last checkpoint is not damaged.
   """
 
   def __init__(self):
@@ -120,6 +124,6 @@ class Interruption:
       handler = self._before[number]
       if self.asked and callable(handler):
         handler(number, frame)
-      # Not print, which the signal may have come in the middle of.
+      # Not `print`, because the signal may have interrupted another `print`.
       os.write(2, _STOPS)
     self.asked = True

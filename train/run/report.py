@@ -1,4 +1,4 @@
-"""The report at the end of a run: Markdown, a figure, and a line to print."""
+"""The report of a run: Markdown, a figure, and a summary to print."""
 
 from collections.abc import Iterable
 import pathlib
@@ -15,8 +15,8 @@ RESULTS = "results.json"
 
 
 _NUMBER = float | None
-# What is asked of results.json, of a part of it that is an evaluation, and of
-# its configuration.
+# The required fields of results.json, of an evaluation in it, and of its
+# configuration.
 _FIELDS = {
   "config": dict,
   "metric": str,
@@ -43,10 +43,10 @@ _EVALUATION = {
 
 
 def results(folder: pathlib.Path) -> dict[str, Any] | None:
-  """The results of a finished run, or None.
+  """Returns the results of a finished run; None if it is not finished.
 
   Raises:
-    UsageError: if the file is not as a run writes it.
+    UsageError: if the file is invalid.
   """
   path = folder / RESULTS
   if not checked.is_file(path):
@@ -85,9 +85,9 @@ def _check_evaluation(
 
 
 def summary(found: dict[str, Any], folder: pathlib.Path) -> str:
-  """The outcome in two or three lines."""
+  """Returns the results as a text of two or three lines."""
   test, metric = found["test"], found["metric"]
-  # The interval is of the accuracy, which values do not have.
+  # The interval belongs to the accuracy, which a regression does not have.
   first = "accuracy" if "accuracy" in test else metric
 
   def line(row, method):
@@ -132,7 +132,7 @@ def _markdown(found: dict[str, Any]) -> str:
   config, test, baseline = found["config"], found["test"], found["baseline"]
   other = ("loss", "rows", "unit", "accuracy_95")
   names = [k for k in test if k not in other]
-  # Tokens depend on each other.
+  # Tokens depend on each other, so their accuracy has no interval.
   has_interval = test["accuracy_95"] is not None
 
   def cells(label, x):
@@ -227,7 +227,7 @@ def _plot(rows, found: dict[str, Any], path: pathlib.Path) -> None:
   ]
   if any("c_over_rho" in row for row in rows):
     panels.append(("c / rho, before the clip", {"auxiliary": "c_over_rho"}))
-  # Imported at the end of a run, and not before its first step.
+  # Imported only here, so that the first step need not wait for it.
   import matplotlib
   from matplotlib import figure
 

@@ -1,4 +1,4 @@
-"""Answers to the first validation prompts, generated as a run goes."""
+"""Generates answers to the first validation prompts during a run."""
 
 from collections.abc import Callable
 import functools
@@ -23,13 +23,13 @@ _NEW_TOKENS = 64
 def sampler(
   prepared: Prepared, journal: journal_lib.Journal, step: int
 ) -> Callable[[int, Any], None]:
-  """Returns `(step, evaluated)`, which tells the answers and writes them down.
+  """Returns a function of `(step, evaluated)` that shows and saves answers.
 
   Args:
-    prepared: of a run on conversations.
-    journal: that the answers are told to.
-    step: after which the run begins or resumes; answers of later steps are
-      dropped from the file.
+    prepared: a prepared run on conversations.
+    journal: the journal that gets the answers.
+    step: the step after which the run begins or resumes. Answers of later steps
+      are removed from the file.
   """
   tokenizer = prepared.opened.tokenizer
   rows = _prompts(prepared)
@@ -61,14 +61,14 @@ def _append(path: pathlib.Path, step: int, prompts: Any, answers: Any) -> None:
 
 
 def _prompts(prepared: Prepared) -> list[list[int]]:
-  """The tokens of validation rows, up to the first that is learned."""
+  """Returns validation prompts: rows up to the first token that is learned."""
   assert isinstance(prepared.data, data_lib.Conversations)
   found = prepared.data.packed["validation"].sequences
   ends = found.offsets.tolist()
   rows = []
   for start, end in itertools.pairwise(ends):
     learned = np.flatnonzero(found.loss[start:end])
-    # One that was cut before its answer has nothing to be answered.
+    # A row that was cut before its answer is no whole prompt.
     if len(learned) and learned[0]:
       rows.append(found.tokens[start : start + learned[0]].tolist())
     if len(rows) == prepared.config.evaluation.samples:
@@ -79,11 +79,14 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
 def _generator(
   prepared: Prepared,
 ) -> Callable[[Any, list[list[int]]], list[list[int]]]:
-  """From what is evaluated, and prompts, to their answers, all in tokens."""
+  """Returns a function from evaluated weights and prompts to answers.
+
+  Prompts and answers are tokens.
+  """
   opened, model, layout = prepared.opened, prepared.model, prepared.layout
   adapted = prepared.method.adapted
   if adapted is not None:
-    # Adapters are active in the methods that they were planned for.
+    # Adapters act only in the methods that `adapt` was given.
     inputs = prepared.data.objective.inputs(next(prepared.data.train_batches()))
     adapted = bilora_jax.adapt(
       model,

@@ -1,4 +1,4 @@
-"""How a training state is laid out: as the kernels that it belongs to."""
+"""Shardings of a training state, which follow those of the kernels."""
 
 from typing import Any
 
@@ -17,17 +17,18 @@ def of(
   variables: Any,
   state: TrainState,
 ) -> TrainState | None:
-  """Shardings of a training state; None without a mesh.
+  """Returns the shardings of a training state; None without a mesh.
 
-  Adapters follow their kernels, whose two sides each factor is split over, and
-  the optimizer's arrays the adapters that they belong to.
+  A factor of an adapter is split over the mesh axes of both sides of its
+  kernel. The optimizer's arrays are split like the adapters that they belong
+  to.
 
   Args:
-    layout: of the run.
-    method: of the run.
-    axes: a tree like `variables` of their axes' names.
-    variables: of the model; shapes are enough.
-    state: what to describe; shapes are enough.
+    layout: the layout of the run.
+    method: the method of the run.
+    axes: a tree like `variables`, with the names of the axes.
+    variables: the variables of the model, or their shapes.
+    state: the training state, or its shapes.
   """
   replicated: Any = layout.replicated
   if replicated is None:
@@ -58,8 +59,8 @@ def of(
 
 
 def _following(tree: Any, trained: Any, shardings: Any, otherwise: Any) -> Any:
-  # Each of an optimizer's trees is like what it optimizes or a part of it, so
-  # that the end of a path says what the array belongs to.
+  # Each tree in an optimizer's state has the structure of the optimized tree or
+  # of a part of it. So the end of a path says which array it belongs to.
   paths = jax.tree_util.tree_leaves_with_path(trained)
   known = {
     path: (x.shape, sharding)

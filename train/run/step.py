@@ -1,4 +1,4 @@
-"""The training step and the evaluation step, each one jitted function."""
+"""The training step and the evaluation step, each as one jitted function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,15 +13,17 @@ from .nonfinite import skip_nonfinite
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint holds, and all that a step changes.
+  """The training state: everything that a step changes or a checkpoint holds.
 
   Attributes:
-    step: optimizer steps so far, int32 scalar.
+    step: the number of optimizer steps so far, int32 scalar.
     trained: adapters, or all parameters.
-    opt_state: of `optimizer(method)`.
-    estimator: what the gradient's estimator keeps, as SAM's kin of old ones.
-    key: of the run's dropout and noise, uint32; every step folds its number
-      into it. It is no constant of the step: one compilation for all seeds.
+    opt_state: the state of `optimizer(method)`.
+    estimator: the state of the gradient's estimator, such as an old gradient in
+      variants of SAM.
+    key: the key of the run's dropout and noise, uint32. Every step folds its
+      number into it. The key is not a constant of the step, so all seeds share
+      one compilation.
   """
 
   step: jax.Array
@@ -35,13 +37,15 @@ class Metrics(NamedTuple):
   """Scalars of one step, on the device.
 
   Attributes:
-    loss: mean cross-entropy in nats, at the weights that the step met.
-    accuracy: share of right predictions among them.
-    nonfinite: how many steps in a row were skipped.
-    tokens: real tokens in the batch.
-    c_over_rho: norm of the auxiliary before the clip, over the step's radius;
-      NaN without.
-    clip_factor: what the clip multiplied each factor by; 1 without.
+    loss: the mean loss of the batch (cross-entropy in nats, or squared error),
+      at the weights of the step's forward pass.
+    accuracy: the share of right predictions.
+    nonfinite: the number of skipped steps in a row.
+    tokens: the number of real tokens in the batch.
+    c_over_rho: the norm of the auxiliary before the clip, divided by the radius
+      of the step; NaN without an auxiliary.
+    clip_factor: the factor by which the clip multiplied each factor of the
+      auxiliary; 1 without an auxiliary.
   """
 
   loss: jax.Array
@@ -53,14 +57,14 @@ class Metrics(NamedTuple):
 
 
 def optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
-  """The method's transformation, which skips steps that are not finite."""
+  """Returns the method's transformation, with steps skipped unless finite."""
   return skip_nonfinite(method.tx)
 
 
 def init(method: Method, key: jax.Array, variables: Any) -> TrainState:
-  """The state before the first step; the key is of all that is drawn in it."""
+  """Returns the state before the first step; all draws depend on the key."""
   own, later = jax.random.split(key)
-  # A copy, since the step donates it: the base must not go with it.
+  # A copy, because the step donates it, and must not donate the base's arrays.
   trained = jax.tree.map(jnp.copy, method.init(own, variables))
   return TrainState(
     step=jnp.zeros([], jnp.int32),
@@ -77,14 +81,14 @@ def make_train_step(
   shardings: Any = None,
   accumulate: int = 1,
 ) -> Callable[[Any, TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns `(variables, state, batch)` to the next state and the metrics.
+  """Returns a function from `(variables, state, batch)` to state and metrics.
 
   Args:
     method: what to train and how.
-    objective: what is learned from a batch.
-    shardings: of the next state and the metrics, on a mesh.
-    accumulate: parts that a batch is run in, one after another; their
-      gradients add up to that of the batch.
+    objective: the objective of the loss.
+    shardings: the shardings of the next state and the metrics, on a mesh.
+    accumulate: the number of parts of a batch, which run one after another;
+      their gradients add up to the gradient of the batch.
   """
   tx = optimizer(method)
 
@@ -119,14 +123,14 @@ def make_train_step(
       dropout_key,
     )
     grads, _ = method.unpacked(grads, variables)
-    # Where steps are skipped, a transformation's own count is another. A loss
-    # that is not finite may still have a finite gradient.
+    # `step`, because the transformation's own count leaves out skipped steps.
+    # `value`, because a loss that is not finite may have a finite gradient.
     updates, opt_state = tx.update(
       grads, state.opt_state, state.trained, value=loss, step=state.step
     )
     trained = optax.apply_updates(state.trained, updates)
     nonfinite = optax.tree.get(opt_state, "notfinite_count")
-    # What is kept of a step that was skipped would spoil all that follow.
+    # The estimator's state of a skipped step would spoil all later steps.
     estimator = jax.tree.map(
       lambda new, old: jnp.where(nonfinite == 0, new, old),
       estimator,
@@ -150,17 +154,17 @@ def make_train_step(
 
 
 def _over(norm: jax.Array, radius: jax.Array) -> jax.Array:
-  """The quotient; NaN without a ball, or with one of no size."""
+  """Returns norm / radius; NaN without a ball, or if its radius is 0."""
   return jnp.where(radius > 0, norm / radius, jnp.float32(jnp.nan))
 
 
 def _accumulated(
   value_and_grad: Callable[..., Any], parts: int
 ) -> Callable[..., Any]:
-  """Runs a batch in parts, of which values and gradients are added up.
+  """Returns a function that runs a batch in parts and adds up their results.
 
-  Every part takes every `parts`-th row, so that on a mesh each device keeps
-  the rows that it has.
+  A part has every `parts`-th row of the batch. So on a mesh, each device keeps
+  its own rows.
   """
   if parts == 1:
     return value_and_grad
@@ -191,12 +195,12 @@ def _accumulated(
 def make_eval_step(
   method: Method, objective: Objective, sharding: Any = None
 ) -> Callable[[Any, Any, Batch], Items]:
-  """Returns `(variables, evaluated, batch)` to the batch's items.
+  """Returns a function from `(variables, evaluated, batch)` to the items.
 
   Args:
-    method: what was trained.
-    objective: what was learned.
-    sharding: of the items, on a mesh.
+    method: the method that trained the weights.
+    objective: the objective of the loss.
+    sharding: the sharding of the items, on a mesh.
   """
 
   def eval_step(variables, evaluated, batch):
@@ -207,11 +211,11 @@ def make_eval_step(
 
 
 def make_features(model: Any, sharding: Any = None) -> Callable[..., jax.Array]:
-  """Returns `(variables, *inputs)` to the frozen features, [rows, width].
+  """Returns a function from `(variables, *inputs)` to features, [rows, width].
 
   Args:
-    model: a classifier, that has `features`.
-    sharding: of the features, on a mesh.
+    model: a classifier with a method `features`.
+    sharding: the sharding of the features, on a mesh.
   """
 
   def features(variables, *inputs):

@@ -1,1 +1,1 @@
-"""Studies: methods x tasks x seeds, under one budget of tuning."""
+"""Studies: methods x tasks x seeds, with the same tuning budget for all."""

@@ -8,16 +8,16 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 100_000
-"""How often signs are drawn if the ways to give them are more."""
+"""How many draws of signs a test makes if there are more possible signs."""
 EXACT_PAIRS = int(math.log2(DRAWS))
-"""Up to so many pairs all signs are gone through."""
+"""Up to so many pairs, a test goes through all signs."""
 RESAMPLES = 10_000
-"""Of seeds, in a bootstrap."""
+"""How many resamples of seeds a bootstrap makes."""
 
 _LEVEL = 0.95
-# Signs of so many resamples are in memory at once.
+# The signs of so many resamples are in memory at once.
 _BATCH = 10_000
-# Sums of the same numbers in another order differ by rounding alone.
+# Sums of the same numbers in different orders differ only by rounding.
 _DIGITS = 9
 
 
@@ -25,9 +25,9 @@ class Estimate(NamedTuple):
   """A mean over seeds.
 
   Attributes:
-    mean: of them.
+    mean: the mean.
     half: half of the 95% t-interval's width; None for a single seed.
-    seeds: how many.
+    seeds: the number of seeds.
   """
 
   mean: float
@@ -36,20 +36,20 @@ class Estimate(NamedTuple):
 
   @property
   def interval(self) -> tuple[float, float] | None:
-    """The interval's ends."""
+    """The ends of the interval; None for a single seed."""
     if self.half is None:
       return None
     return self.mean - self.half, self.mean + self.half
 
 
 class Share(NamedTuple):
-  """A recovered share.
+  """A recovered share; see `recovered`.
 
   Attributes:
-    share: ratio of means; None where the denominator is 0.
-    interval: 95%, of the bootstrap; None where there is none.
-    defined: whether the target's interval is on one side of the reference.
-    seeds: how many.
+    share: the ratio of means; None if the denominator is 0.
+    interval: the 95% interval of the bootstrap; None if it is not defined.
+    defined: whether the denominator's 95% t-interval is above 0.
+    seeds: the number of seeds.
   """
 
   share: float | None
@@ -59,7 +59,9 @@ class Share(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> Estimate | None:
-  r"""The mean of independent values with its t-interval; None for no values.
+  r"""Returns the mean of independent values with its t-interval.
+
+  Returns None if there are no values. The interval is
 
   .. math:: \bar x \pm t_{0.975,\, n - 1}\, s / \sqrt n
 
@@ -81,22 +83,23 @@ def mean(values: Sequence[float]) -> Estimate | None:
 def differences(
   left: Mapping[int, float], right: Mapping[int, float]
 ) -> list[float]:
-  """`left - right` by seed, of the seeds that both have, in their order."""
+  """Returns `left - right` for each seed that both have, sorted by seed."""
   return [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
 
 
 def sign_flip(values: Sequence[float]) -> float | None:
-  r"""p that the mean of paired differences is 0, two-sided; None for no pair.
+  r"""Returns the two-sided p-value of the sign-flip test; None for no pair.
 
-  If the two of each pair are exchangeable, all signs are equally likely:
+  The null hypothesis is that the mean of the paired differences is 0. If the
+  two members of each pair are exchangeable, all signs are equally likely:
 
   .. math::
     p = 2^{-n} \left|\left\{\epsilon \in \{-1, 1\}^n : \left|\sum_i
     \epsilon_i d_i\right| \ge \left|\sum_i d_i\right|\right\}\right|
 
-  exactly, up to `EXACT_PAIRS` pairs; of more, `DRAWS` signs are drawn, with
-  seed 0, and the ones observed are counted among them. The smallest p of n
-  pairs is `smallest(n)`.
+  This is exact up to `EXACT_PAIRS` pairs. For more pairs, `DRAWS` signs are
+  drawn with seed 0, and the observed signs are counted among them. The smallest
+  p of n pairs is `smallest(n)`.
 
   Examples:
     >>> sign_flip([1.0, 2.0, 3.0])
@@ -111,7 +114,7 @@ def sign_flip(values: Sequence[float]) -> float | None:
   return float(
     stats.permutation_test(
       (found,),
-      # SciPy's own margin is of the observed mean, which may be 0.
+      # SciPy's own tolerance is relative to the observed mean, which may be 0.
       lambda x, axis: np.round(np.abs(np.mean(x, axis)), _DIGITS),
       permutation_type="samples",
       alternative="greater",
@@ -123,11 +126,12 @@ def sign_flip(values: Sequence[float]) -> float | None:
 
 
 def wilcoxon(values: Sequence[float]) -> float | None:
-  """p of Wilcoxon's signed-rank test, two-sided, exact with ties too.
+  """Returns the two-sided p-value of Wilcoxon's signed-rank test.
 
-  Differences of 0 are left out, and equal ones have the mean of their ranks;
-  None if no difference is left. With ties, of more than `EXACT_PAIRS` pairs,
-  signs are drawn as in `sign_flip`.
+  Differences of 0 are left out, and equal differences get the mean of their
+  ranks. The result is None if no difference is left. The test is exact, also
+  with ties. Only with ties and more than `EXACT_PAIRS` pairs, signs are drawn
+  as in `sign_flip`.
 
   Examples:
     >>> wilcoxon([1.0, -2.0, 3.0, 4.0, 5.0])
@@ -136,34 +140,34 @@ def wilcoxon(values: Sequence[float]) -> float | None:
   References:
     Wilcoxon, Individual comparisons by ranking methods, 1945.
   """
-  # Rounded, what comes of other sums of the same numbers is a tie.
+  # Rounding makes ties of values that are sums of the same numbers.
   found = np.round(_scaled(values), _DIGITS)
   found = found[found != 0]
   ranks = stats.rankdata(np.abs(found))
   if len(set(ranks)) < len(ranks):
-    # SciPy's own takes seconds where there are ties, or approximates.
+    # With ties, SciPy's own test takes seconds or approximates.
     return sign_flip(np.sign(found) * ranks)
   if not len(found):
     return None
-  test: Any = stats.wilcoxon  # its stub does not say what it returns
+  test: Any = stats.wilcoxon  # its stub lacks the type of the result
   return float(test(found, method="exact").pvalue)
 
 
 def _scaled(values: Sequence[float]) -> np.ndarray:
-  """The values over the largest of them, which no test here looks at."""
+  """Returns the values divided by the largest; the tests ignore the scale."""
   found = np.asarray(values, np.float64)
   return found / (np.abs(found).max(initial=0) or 1)
 
 
 def smallest(count: int) -> float:
-  """The smallest two-sided p that so many pairs can have in `sign_flip`."""
+  """Returns the smallest p that `sign_flip` can give for `count` pairs."""
   if count > EXACT_PAIRS:
     return 1 / (DRAWS + 1)
   return min(2.0 ** (1 - count), 1.0)
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-  """p-values corrected for how many there are; None stays, and counts not.
+  """Returns p-values after Holm's correction; None stays and does not count.
 
   Examples:
     >>> holm([0.01, None, 0.04, 0.03])
@@ -189,26 +193,26 @@ def recovered(
   reference: Mapping[int, float],
   target: Mapping[int, float],
 ) -> Share | None:
-  r"""What share of the drop from a reference to a target a method has.
+  r"""Returns a method's share of the drop from a reference to a target.
 
   .. math::
     \frac{\bar S_{start} - \bar S_{method}}
          {\bar S_{reference} - \bar S_{target}}
 
-  with means over the seeds that all have. The interval is that of the
-  percentile bootstrap over seeds, the values of a seed together, of
-  `RESAMPLES` resamples with seed 0. A ratio whose denominator may be 0 has no
-  interval: it is defined if the denominator's 95% t-interval is above 0.
+  The means are over the seeds that all four have. The interval is a percentile
+  bootstrap over seeds, with `RESAMPLES` resamples and seed 0; the values of a
+  seed stay together. There is an interval only if the denominator's 95%
+  t-interval is above 0, because the denominator may be 0 otherwise.
 
   Args:
-    start: sharpness by seed, that the method's drop is from; often that of the
-      reference.
-    method: likewise.
-    reference: likewise.
-    target: likewise.
+    start: the sharpness, by seed, from which the method's drop is measured;
+      often the same as `reference`.
+    method: the sharpness of the method, by seed.
+    reference: the sharpness of the reference, by seed.
+    target: the sharpness of the target, by seed.
 
   Returns:
-    The share, or None if there is no seed that all have.
+    The share, or None if no seed is in all four.
   """
   every = (start, method, reference, target)
   seeds = sorted(set.intersection(*map(set, every)))

@@ -1,6 +1,6 @@
-"""What each method gains over the reference, paired by the seed, in plots.
+"""Plots of each method's gain over the reference, paired by the seed.
 
-Means of unequal seeds say little: seeds differ by more than methods do.
+Gains are paired because seeds differ more than methods do.
 """
 
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ _ONE, _MORE, _DARK = "#0072b2", "#d55e00", "#777777"
 def differences(
   study: Study, tasks: Mapping[str, Results]
 ) -> plots.Figure | None:
-  """A forest plot of the test metric, a panel for each task.
+  """Returns a forest plot of the test metric, with a panel for each task.
 
   Args:
     study: the study.
-    tasks: results by the task and the method.
+    tasks: the results by task and method.
   """
   panels = {task: _gains(study, results) for task, results in tasks.items()}
   panels = {task: gains for task, gains in panels.items() if gains}
   if not panels:
     return None
-  # The first method at the top, as in the tables.
+  # The first method is at the top, as in the tables.
   labels = [
     x for x in study.labels if any(x in gains for gains in panels.values())
   ]
@@ -88,12 +88,15 @@ def differences(
 
 
 def _half(gain: estimates.Estimate) -> float | None:
-  """Half the interval's width; of two seeds it would hide all others."""
+  """Returns half the interval's width; None for two seeds.
+
+  With two seeds, the interval would be so wide that it hides the others.
+  """
   return gain.half if gain.seeds > 2 else None
 
 
 def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
-  """The gain in the test metric against that in sharpness, by the method."""
+  """Returns a plot of each method's gain in the metric and in sharpness."""
   options = study.sharpness
   if options is None or "full" not in options.spaces:
     return None
@@ -129,7 +132,7 @@ def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
       linewidth=0.5,
       label=f"{number}  {label}",
     )
-    # Names would lie over each other.
+    # Numbers, because the methods' names would overlap.
     axes.annotate(
       str(number),
       (rise.mean, gains[label].mean),
@@ -152,7 +155,7 @@ def against_sharpness(study: Study, results: Results) -> plots.Figure | None:
 
 
 def _gains(study: Study, results: Results) -> dict[str, estimates.Estimate]:
-  """The paired differences of the test metric, in points, by the method."""
+  """Returns each method's paired difference of the test metric, in points."""
   reference = results.get(study.reference)
   if reference is None:
     return {}

@@ -1,4 +1,4 @@
-"""The rows of landscapes: drawn once for each chosen method, and kept."""
+"""The rows of landscapes, one for each chosen method and task."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -15,20 +15,23 @@ FILE = "landscapes.jsonl"
 
 
 def steps(options: Landscape) -> np.ndarray:
-  """Where the losses are taken, `[points]`, as shares of the filters' norms."""
+  """Returns the steps at which losses are measured, `[points]`.
+
+  A step of 1 is as long as the norm of the filters.
+  """
   return np.linspace(-options.radius, options.radius, options.points)
 
 
 def key(recorded: str, options: Landscape) -> str:
-  """What decides a landscape: the run, and what is drawn.
+  """Returns a key of everything that decides a landscape.
 
   Args:
-    recorded: the key in the row of the run. Today's own may be another: it
-      changes with each new field of the configuration.
-    options: of the landscape.
+    recorded: the key in the row of the run. The run's key today may differ,
+      because each new field of the configuration changes it.
+    options: the options of the landscape.
   """
   measured = dataclasses.asdict(options)
-  # Who else is drawn does not matter.
+  # A landscape does not depend on which other methods have one.
   del measured["methods"]
   return f"{recorded} {json.dumps(measured, sort_keys=True)}"
 
@@ -36,7 +39,10 @@ def key(recorded: str, options: Landscape) -> str:
 def row(
   run: plan.Run, recorded: str, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The row of a landscape, for `landscapes.jsonl`; bare if a run broke off."""
+  """Returns the row of a landscape, for `landscapes.jsonl`.
+
+  It has no losses if the run broke off.
+  """
   assert run.landscape is not None
   return {
     "key": key(recorded, run.landscape),
@@ -49,12 +55,12 @@ def row(
 
 
 def keys(study: Study) -> set[str]:
-  """Those of the landscapes that are there."""
+  """Returns the keys of the landscapes that are recorded."""
   return {row["key"] for row in record.read(study.folder / FILE)}
 
 
 def due(run: plan.Run, recorded: str, there: Collection[str]) -> bool:
-  """Whether a run is to be drawn, and is not among those there."""
+  """Whether a run needs a landscape, and its key is not in `there`."""
   return run.landscape is not None and (
     key(recorded, run.landscape) not in there
   )
@@ -63,7 +69,7 @@ def due(run: plan.Run, recorded: str, there: Collection[str]) -> bool:
 def collect(
   study: Study, found: Results, rows: list[dict[str, Any]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-  """The rows that are of the study, by task and method."""
+  """Returns the rows of the study's landscapes, by task and method."""
   if study.landscape is None:
     return {}
   known = {x["key"]: x for x in rows if "line" in x}
@@ -82,7 +88,7 @@ def collect(
 
 
 def note(study: Study) -> str:
-  """What the plots of landscapes are of."""
+  """Returns the sentence that explains the plots of landscapes."""
   assert study.landscape is not None
   return (
     f"The loss of {study.landscape.rows} training rows around the weights "

@@ -1,4 +1,4 @@
-"""The loss around final weights, on a line or a plane."""
+"""Measures the loss around final weights, on a line or a plane."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from ..methods import method as methods
 from . import landscape_rows, measure
 from .spec import Landscape
 
-# Kernels are (in, out), under scan with the layers in front.
+# Kernels are (in, out), with scan (layers, in, out).
 _INPUT_AXES = -2
 
 Draw = Callable[[Any, Any, Any, jax.Array], dict[str, jax.Array]]
@@ -25,19 +25,19 @@ def make(
   objective: Objective,
   options: Landscape,
 ) -> Draw:
-  r"""Returns `(variables, evaluated, batches, key)` to the losses.
+  r"""Returns a function from `(variables, evaluated, batches, key)` to losses.
 
   .. math:: L(w + s d_1), \qquad L(w + s d_1 + t d_2)
 
-  over the kernels of the adapted layers, merged, along directions that are
-  drawn from the key alone and scaled to the norms of each method's own filters.
+  Here, w are the merged kernels of the adapted layers. The directions depend
+  only on the key, and are scaled to the norms of each method's own filters.
 
   Args:
-    method: what was trained.
-    model: without adapters.
-    targets: paths of the kernels.
-    objective: what was learned.
-    options: of the study.
+    method: the method that trained the weights.
+    model: the model without adapters.
+    targets: the paths of the kernels.
+    objective: the objective of the loss.
+    options: the study's options of landscapes.
 
   References:
     Li et al, `Visualizing the Loss Landscape of Neural Nets

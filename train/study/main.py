@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command.
 
   Returns:
-    0; 1 if a worker failed; 2 if one was wrongly asked.
+    0; 1 if a worker failed; 2 if a worker had a UsageError.
 
   Raises:
-    UsageError: if the study or the options are not as they must be.
+    UsageError: if the study or the options are invalid.
     OSError: if a file cannot be written.
   """
   place, rest = _place().parse_known_args(argv)
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   code = 0
   if not options.report:
     code = _run(options, place, study, cells)
-  # What there is of a study is told, however its workers ended.
+  # The report of the finished runs is written even if a worker failed.
   if code != 2 and place.worker < 0:
-    # Imported late, as the runner is: a wrong file is told of at once.
+    # Imported late, so that an error in the study's file is reported at once.
     from . import report
 
     print(f"report: {report.write(study)}")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _place() -> argparse.ArgumentParser:
-  """What `workers.start` tells each worker."""
+  """Returns a parser of the options that `workers.start` gives each worker."""
   place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   place.add_argument("--worker", type=int, default=-1)
   place.add_argument("--cores", default="")
@@ -87,7 +87,7 @@ def _run(
   cells: Sequence[Cell],
 ) -> int:
   if place.worker >= 0:
-    # Of the command that holds the folder.
+    # The parent is the command that holds the folder.
     launch.end_with_parent()
     cores = [core for core in place.cores.split(",") if core]
     if not all(re.fullmatch("[0-9]{1,6}", core) for core in cores):
@@ -112,17 +112,17 @@ def _run(
 
 
 def select(study: Study, only: str) -> list[Cell]:
-  """The cells that `--only` names, all if it names none.
+  """Returns the cells that `--only` names; all cells if it is empty.
 
   Raises:
-    UsageError: if a name fits none.
+    UsageError: if a name fits no cell.
   """
   if not only:
     return list(study.cells)
   chosen: list[Cell] = []
   rest = only.split(",")
   while rest:
-    # A label may hold commas itself: the longest name that there is counts.
+    # A label may contain commas, so the longest name that exists is taken.
     for count in range(len(rest), 0, -1):
       name = ",".join(rest[:count]).strip()
       label, _, task = name.partition("/")

@@ -1,10 +1,12 @@
-"""Sharpness at the end of a run: how far the training loss rises nearby.
+"""Sharpness at the end of a run: how much the training loss rises nearby.
 
-All points are on the same rows. With R radii, of N rows a measurement costs a
-gradient over the N rows for each space and R losses over them for each
-direction: one in LoRA space; in full space the gradient's, that of low rank and
-the random ones. Of 64 rows, in batches of 32, three radii and one random
-direction that is the time of 12 steps of training at the batches' full length.
+All losses are over the same N rows. Each space costs a gradient over these
+rows. Each direction costs R losses over them, for R radii. LoRA space has one
+direction. Full space has the gradient's direction, the low-rank direction and
+the random directions.
+
+With 64 rows in batches of 32, three radii and one random direction, the
+measurement takes as long as 12 training steps at the batches' full length.
 """
 
 from collections.abc import Callable
@@ -25,27 +27,29 @@ from ..data.pipeline import Batch
 from ..methods import method as methods
 from .spec import Sharpness
 
-# Directions more than are wanted, and products with the matrix and back.
+# The additional directions, and the products with the matrix and its transpose,
+# of a subspace iteration.
 _MORE, _ITERATIONS = 8, 6
 
 Measure = Callable[[Any, Any, Any, jax.Array], dict[str, Any]]
 Means = Callable[[Any], jax.Array]
-"""From parameters to the mean loss and the accuracy, `[2]`."""
+"""A function from parameters to the mean loss and the accuracy, `[2]`."""
 
 
 def batches(data: data_lib.Data, rows: int, batch_size: int) -> Batch:
-  """The first training batches, padded to one length.
+  """Returns the first training batches, padded to one length.
 
-  Their rows and order are drawn by the seed alone, so that they are the same
-  for all methods.
+  Their rows and order depend only on the seed, so all methods have the same
+  batches.
 
   Args:
-    data: of the run.
-    rows: how many; at least one batch, and what fills none is left out.
+    data: the data of the run.
+    rows: the number of rows. It is rounded down to whole batches, but at least
+      one batch.
     batch_size: rows of a batch.
 
   Returns:
-    A batch with the batches in front: tokens (batches, B, L), or images
+    A batch with a leading axis of batches: tokens (batches, B, L), or images
     (batches, B, height, width).
   """
   count = max(rows // batch_size, 1)
@@ -53,7 +57,7 @@ def batches(data: data_lib.Data, rows: int, batch_size: int) -> Batch:
 
   def stacked(*parts):
     shape = np.max([x.shape for x in parts], axis=0)
-    # Zeros are what is padding to a mask and to a weight.
+    # Zeros are padding in masks and in weights.
     return np.stack(
       [
         np.pad(x, [(0, size - own) for size, own in zip(shape, x.shape)])
@@ -71,18 +75,18 @@ def make(
   objective: Objective,
   options: Sharpness,
 ) -> Measure:
-  """Returns `(variables, evaluated, batches, key)` to what is measured.
+  """Returns a function from `(variables, evaluated, batches, key)` to results.
 
-  That is, by the names of the table `sharpness` of a row: `loss` and `accuracy`
-  at the weights; for each space the gradient's norm, and for each direction
-  the rises of the loss at the radii and the accuracies there.
+  The results have the names of the table `sharpness` of a row. They are the
+  `loss` and `accuracy` at the weights; for each space, the gradient's norm; and
+  for each direction, the rises of the loss and the accuracies at the radii.
 
   Args:
-    method: what was trained.
-    model: without adapters.
-    targets: paths of the kernels that are the full space.
-    objective: what was learned.
-    options: of the study.
+    method: the method that trained the weights.
+    model: the model without adapters.
+    targets: the paths of the kernels of full space.
+    objective: the objective of the loss.
+    options: the study's options of sharpness.
   """
   radii = jnp.asarray(options.radii, jnp.float32)
 
@@ -145,7 +149,7 @@ def make(
 def in_kernels(
   model: Any, variables: Any, targets: list[str]
 ) -> tuple[dict[str, jax.Array], Callable[..., jax.Array]]:
-  """The kernels by their paths, and the model as a function of them."""
+  """Returns kernels by their paths, and the model as a function of them."""
   flat: dict[Any, Any] = traverse_util.flatten_dict(
     variables["params"], sep="/"
   )
@@ -160,9 +164,9 @@ def in_kernels(
 def over(
   apply: Callable[..., jax.Array], objective: Objective, data: Any
 ) -> tuple[Means, Callable[[Any], tuple[jax.Array, Any]]]:
-  """Means over batches, and means with the gradient of the loss.
+  """Returns functions for means over batches, without and with the gradient.
 
-  One batch after the other: what is kept is what one needs.
+  The batches run one after the other, so the memory is that of one batch.
   """
   count = jax.tree.leaves(data)[0].shape[0]
 
@@ -172,7 +176,7 @@ def over(
     return mean, jnp.stack([mean, items.mean(items.right)])
 
   def summed(one: Callable[[Any], Any]):
-    one = jax.jit(one)  # traced once, for its shapes and for the scan
+    one = jax.jit(one)  # one trace serves the shapes and the scan
     first = jax.tree.map(lambda x: x[0], data)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
@@ -198,10 +202,10 @@ def over(
 
 
 def _worst(key: jax.Array, gradient: Any, rank: int) -> Any:
-  """The unit direction of low rank in which the linearised loss rises most.
+  """Returns the low-rank unit direction of the linearised loss's largest rise.
 
-  As `sharpness.low_rank` finds it, without its singular value decompositions,
-  which would take longer than all else that is measured.
+  `sharpness.low_rank` finds this direction by singular value decompositions,
+  which would take longer than the whole measurement.
   """
   leaves, structure = jax.tree.flatten(gradient)
   keys = jax.random.split(key, len(leaves))
@@ -211,13 +215,13 @@ def _worst(key: jax.Array, gradient: Any, rank: int) -> Any:
 
 
 def truncated(key: jax.Array, matrix: jax.Array, rank: int) -> jax.Array:
-  """Nearly the best approximation of a rank, by subspace iteration.
+  """Returns nearly the best approximation of a rank, by subspace iteration.
 
   Args:
-    key: random key of where the iteration starts.
-    matrix: `(..., in, out)`, each of the leading axes' a matrix of its own; a
-      kernel of more axes is taken as it is stored.
-    rank: of the approximation.
+    key: the random key of the iteration's start.
+    matrix: `(..., in, out)`; the leading axes hold separate matrices. A kernel
+      with more axes is used in its stored shape.
+    rank: the rank of the approximation.
 
   Returns:
     An array like `matrix`, float32.
@@ -243,7 +247,8 @@ def truncated(key: jax.Array, matrix: jax.Array, rank: int) -> jax.Array:
     u, sigma, vt = jnp.linalg.svd(product(basis.T, matrix), full_matrices=False)
     return product(basis, product(u[:, :rank] * sigma[:rank], vt[:rank]))
 
-  # In turn: batches can hang on jaxlib's CPU, see `bilora_jax._linalg`.
+  # One matrix after the other: batched decompositions can hang in jaxlib on
+  # CPU, see `bilora_jax._linalg`.
   matrices = matrix.astype(jnp.float32).reshape(-1, size_in, size_out)
   starts = jax.random.normal(key, (len(matrices), size_out, width))
   return jax.lax.map(of_one, (starts, matrices)).reshape(matrix.shape)

@@ -1,8 +1,8 @@
-"""What methods have learned where they fit the training rows equally well.
+"""Compares methods at equal training loss.
 
-A method that keeps the training loss higher memorises less of wrong labels,
-whether its minimum is flat or not: a comparison at the end of equal numbers of
-steps mixes the two.
+A method that keeps the training loss higher memorises fewer wrong labels,
+whether its minimum is flat or not. A comparison after equal numbers of steps
+would mix these two effects.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ Results = Mapping[str, Result]
 
 
 class Trajectory(NamedTuple):
-  """A run at its validations.
+  """The losses and scores of a run, at each of its validations.
 
   Attributes:
-    loss: mean training loss of the steps since the validation before, in nats,
-      as the method was given it.
-    score: of the validation rows.
+    loss: the mean training loss of the steps since the previous validation, in
+      nats, at the weights where the method computed it.
+    score: the score of the validation rows.
   """
 
   loss: np.ndarray
@@ -31,7 +31,7 @@ class Trajectory(NamedTuple):
 
 
 def trajectory(row: Row, metric: str) -> Trajectory | None:
-  """The validations of a run; None if fewer than two were logged."""
+  """Returns the validations of a run; None if fewer than two were logged."""
   curves = row.get("curves") or {}
   found = curves.get(f"validation_{metric}") or []
   losses = [x for x in curves.get("loss") or [] if x[1] is not None]
@@ -51,30 +51,34 @@ def trajectory(row: Row, metric: str) -> Trajectory | None:
 
 
 def at_loss(run: Trajectory, level: float) -> float:
-  """The score where the training loss first falls to a level, interpolated.
+  """Returns the score where the training loss first falls to a level.
+
+  The score is interpolated between two validations.
 
   Args:
-    run: whose lowest loss is at most `level`.
-    level: nats.
+    run: a run whose lowest loss is at most `level`.
+    level: the level of the loss, in nats.
   """
   lowest = np.minimum.accumulate(run.loss)
   after = int(np.argmax(lowest <= level))
   if after == 0:
     return float(run.score[0])
-  # The loss falls between the two, for it is the first at or below the level.
+  # The loss crosses the level between these two validations.
   pair = slice(after - 1, after + 1)
   losses = (lowest[after - 1], lowest[after])
   return float(np.interp(-level, [-x for x in losses], run.score[pair]))
 
 
 class Paired(NamedTuple):
-  """A method and the reference, at the loss that both reach, by the seed.
+  """A method and the reference at a training loss that both reach.
+
+  For each seed, this level is the higher one of the two runs' lowest losses.
 
   Attributes:
-    level: mean of the seeds' levels: the higher one of the two lowest losses.
-    reference: the reference's score there.
-    score: the method's.
-    differences: score minus the reference's, of each seed.
+    level: the mean level over seeds.
+    reference: the reference's mean score at the levels.
+    score: the method's mean score at the levels.
+    differences: for each seed, the method's score minus the reference's.
   """
 
   level: float
@@ -105,7 +109,10 @@ def paired(result: Result, reference: Result, metric: str) -> Paired | None:
 
 
 def table(study: Study, results: Results) -> list[str]:
-  """The scores at equal training loss, in Markdown; empty without curves."""
+  """Returns the scores at equal training loss, as a Markdown table.
+
+  The list is empty if there are no curves.
+  """
   metric = tables.metric(results)
   factor, sign = tables.unit(metric)
   reference = results.get(study.reference)
@@ -141,7 +148,7 @@ def table(study: Study, results: Results) -> list[str]:
 
 
 def note(study: Study) -> str:
-  """What the table's columns are."""
+  """Returns the sentences that explain the table's columns."""
   return (
     "Validation at equal training loss. Each pair of runs of one seed is "
     "compared at the higher one of the two training losses that they end at or "
@@ -157,7 +164,7 @@ def note(study: Study) -> str:
 
 
 def figure(study: Study, results: Results) -> plots.Figure | None:
-  """The validation score against the training loss, mean of the seeds."""
+  """Returns a plot of the mean validation score against the training loss."""
   metric = tables.metric(results)
   factor, sign = tables.unit(metric)
   lines = {}
@@ -181,7 +188,7 @@ def figure(study: Study, results: Results) -> plots.Figure | None:
       linewidth=1.4 if colour else 0.7,
       color=colour or plots.GREY,
     )
-  # Training goes to the right.
+  # The loss falls in training, so training goes to the right.
   axes.invert_xaxis()
   axes.set(
     xlabel="training loss, nats (training goes to the right)",

@@ -1,4 +1,4 @@
-"""What runs a study has, which come next, and which of a grid won."""
+"""The runs of a study, the next runs, and the winner of each grid."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -28,12 +28,13 @@ class Run(NamedTuple):
   """One run.
 
   Attributes:
-    stage: a trial of the tuning, or a final run, which alone is tested.
-    config: whole, but for the folder.
-    point: of the grid, what was tried; empty if the method is not tuned.
-    sharpness: what is measured at its end.
-    landscape: what is drawn at its end. It is kept apart, and no part of the
-      key: to ask for it later changes no row.
+    stage: whether the run is a trial of the tuning, or a final run. Only final
+      runs are tested.
+    config: the whole configuration, except the folder.
+    point: the point of the grid; empty if the method is not tuned.
+    sharpness: the options of the measurement at the end; None: none.
+    landscape: the options of the landscape at the end; None: none. It is not a
+      part of the key, so a study can ask for it later without changing rows.
   """
 
   cell: Cell
@@ -50,14 +51,14 @@ class Run(NamedTuple):
 
   @property
   def name(self) -> str:
-    """For a line of output."""
+    """The name of the run in a line of output."""
     tried = "".join(f", {k} {v:g}" for k, v in self.point.items())
     seed = self.config.optimisation.seed
     return f"{self.cell.name}, {self.stage}{tried}, seed {seed}"
 
 
 def key(stage: str, config: Config, sharpness: Sharpness | None) -> str:
-  """The digest of a run, 16 hexadecimal digits."""
+  """Returns the digest of a run, 16 hexadecimal digits."""
   fields = {
     name: value
     for name, value in config_lib.flat(config).items()
@@ -69,10 +70,10 @@ def key(stage: str, config: Config, sharpness: Sharpness | None) -> str:
 
 
 def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """The rows by the keys that their runs would have today.
+  """Returns the rows by the keys that their runs have today.
 
-  A field of the configuration that is new since then is at its default in old
-  rows; a row with one that is gone is of no run.
+  If the configuration has a new field, old rows have its default. A row with a
+  field that no longer exists is left out.
   """
   found = {}
   known = set(config_lib.kinds())
@@ -89,10 +90,10 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def trials(study: Study, cell: Cell) -> list[Run]:
-  """The runs that tune a method on a task, point by point.
+  """Returns the runs that tune a method on a task, point by point.
 
-  Those of another cell, if its point is taken over. A trial is there for its
-  score: it diagnoses nothing, and is not tested.
+  If the cell takes over another cell's point, these are the other cell's runs.
+  A trial only gives a score: it has no diagnosis and no test.
   """
   tuned = cell.point_of or cell
   config = config_lib.replace(tuned.config, diagnose_every=0, after="")
@@ -110,7 +111,7 @@ def trials(study: Study, cell: Cell) -> list[Run]:
 
 
 def finals(study: Study, cell: Cell, point: Mapping[str, Any]) -> list[Run]:
-  """The final runs of a method on a task, at a point of its grid."""
+  """Returns the final runs of a method on a task, at a point of its grid."""
   return [
     Run(
       cell,
@@ -125,13 +126,14 @@ def finals(study: Study, cell: Cell, point: Mapping[str, Any]) -> list[Run]:
 
 
 def winner(study: Study, cell: Cell, done: Rows) -> Mapping[str, Any] | None:
-  """The point of the best mean score over the seeds of tuning; ties: the first.
+  """Returns the point with the best mean score over the seeds of tuning.
 
-  A point of which a run broke off is behind all others.
+  Of equal points, the first one wins. A point with a run that broke off is
+  worse than all others.
 
   Returns:
-    No point, `{}`, if the method is not tuned; None while a trial is missing;
-    that of another cell, if it is taken over.
+    The point; `{}` if the method is not tuned; None if a trial is missing. If
+    the cell takes over another cell's point, it is the other cell's result.
   """
   cell = cell.point_of or cell
   if not cell.grid:
@@ -143,19 +145,19 @@ def winner(study: Study, cell: Cell, done: Rows) -> Mapping[str, Any] | None:
     score = done[run.key]["score"]
     place = cell.grid.index(run.point)
     scores.setdefault(place, []).append(-math.inf if score is None else score)
-  # max() takes the first of equals.
+  # max() returns the first of equal points.
   return cell.grid[max(scores, key=lambda i: statistics.fmean(scores[i]))]
 
 
 def known_runs(study: Study, cell: Cell, done: Rows) -> list[Run]:
-  """The runs of a cell that are known by now: final ones once it is tuned."""
+  """Returns the known runs of a cell; final runs are known after tuning."""
   point = winner(study, cell, done)
   last = [] if point is None else finals(study, cell, point)
   return [*trials(study, cell), *last]
 
 
 def remaining(study: Study, cells: list[Cell], done: Rows) -> Iterator[Run]:
-  """The runs that are known by now and not finished, cell by cell."""
+  """Yields the known runs that are not finished, cell by cell."""
   for cell in cells:
     for run in known_runs(study, cell, done):
       if run.key not in done:
@@ -163,14 +165,14 @@ def remaining(study: Study, cells: list[Cell], done: Rows) -> Iterator[Run]:
 
 
 def complete(study: Study, cells: list[Cell], done: Rows) -> bool:
-  """Whether nothing is left to run."""
+  """Whether all runs of these cells are finished."""
   return all(
     winner(study, cell, done) is not None for cell in cells
   ) and not any(True for _ in remaining(study, cells, done))
 
 
 def _landscape(study: Study, cell: Cell, seed: int) -> Landscape | None:
-  """What is drawn of a final run, if it is among the chosen ones."""
+  """Returns the landscape's options if a final run is chosen for one."""
   options = study.landscape
   if options is None or seed != options.seed:
     return None

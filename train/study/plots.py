@@ -1,4 +1,4 @@
-"""The plots of a study, from its rows alone: small SVGs, the same each time."""
+"""The plots of a study, as small SVGs that depend only on its rows."""
 
 from collections.abc import Collection, Mapping, Sequence
 import contextlib
@@ -24,7 +24,7 @@ Results = Mapping[str, Result]
 Figure = figure.Figure
 
 GREY = "#b8b8b8"
-# Wong's colours, that the colour-blind tell apart.
+# Wong's colours, which colour-blind people can distinguish.
 _COLOURS = (
   *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
   *("#000000", "#f0e442"),
@@ -41,7 +41,7 @@ _STYLE: Any = {
 
 
 def save(canvas: Figure, path: pathlib.Path) -> None:
-  """Writes an SVG whose bytes depend on what is drawn alone.
+  """Writes an SVG whose bytes depend only on the figure.
 
   Raises:
     OSError: if it cannot be written.
@@ -50,25 +50,25 @@ def save(canvas: Figure, path: pathlib.Path) -> None:
   with styled():
     nothing = dict.fromkeys(("Date", "Creator"))
     canvas.savefig(text, format="svg", metadata=nothing)
-  # A hundredth of a point is not to be seen, and is half of a file.
+  # Digits after a hundredth of a point are invisible, but half of the file.
   short = re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue())
   files.write_atomically(path, short)
 
 
 def styled() -> contextlib.AbstractContextManager[Any]:
-  """What all plots are drawn within."""
+  """Returns the context with the style of all plots."""
   return matplotlib.rc_context(_STYLE)
 
 
 def figures(
   study: Study, results: Results, landscapes: Mapping[str, Any]
 ) -> dict[str, Figure]:
-  """The plots of a task by their names, those that there are rows for.
+  """Returns the plots of a task by name, except those without rows.
 
   Args:
     study: the study.
-    results: of the task, by the method.
-    landscapes: rows of `drawn`, by the method.
+    results: the results of the task, by method.
+    landscapes: the rows of landscapes, by method.
   """
   with styled():
     found = {
@@ -83,7 +83,7 @@ def figures(
 
 
 def sharpness(study: Study, results: Results) -> Figure | None:
-  """The rise of the loss against the radius, a panel for each direction."""
+  """Returns plots of the loss's rise against the radius, for each direction."""
   if study.sharpness is None:
     return None
   radii = study.sharpness.radii
@@ -121,7 +121,7 @@ def sharpness(study: Study, results: Results) -> Figure | None:
 
 
 def curves(study: Study, results: Results) -> Figure | None:
-  """The losses and metrics logged in training, means over seeds."""
+  """Returns plots of the logged losses and metrics, means over seeds."""
   name = tables.metric(results)
   titles = {
     "loss": "training loss, nats",
@@ -132,7 +132,10 @@ def curves(study: Study, results: Results) -> Figure | None:
 
 
 def diagnostics(study: Study, results: Results) -> Figure | None:
-  """What else was logged: of the auxiliary, mostly; means over seeds."""
+  """Returns plots of the other logged numbers, means over seeds.
+
+  Most of them are diagnoses of the auxiliary.
+  """
   known = ("loss", "accuracy")
   names = {
     name
@@ -147,7 +150,8 @@ def diagnostics(study: Study, results: Results) -> Figure | None:
     "cosine_present": "cosine with the gradient at the perturbed weights",
     "cosine_sam": "cosine with the gradient at the weights alone",
     "overlap_gradient": "overlap with the gradient's top directions",
-    # Of older rows: on the batch that the auxiliary had just climbed on.
+    # Only older rows have these. Their batch was the one of the auxiliary's
+    # latest update.
     "cosine_present_seen": "cosine with the gradient of the batch just seen",
     "cosine_sam_seen": "the same, at the weights alone",
     "overlap_gradient_seen": "overlap with that gradient's top directions",
@@ -160,7 +164,7 @@ def diagnostics(study: Study, results: Results) -> Figure | None:
 
 
 def tuning(study: Study, results: Results) -> Figure | None:
-  """The validation score of each point that was tried."""
+  """Returns plots of the validation score of each point of the grids."""
   tuned = {
     label: result
     for label, result in results.items()
@@ -179,7 +183,7 @@ def tuning(study: Study, results: Results) -> Figure | None:
 
 
 def line(study: Study, found: Mapping[str, Any]) -> Figure | None:
-  """The loss along one direction, of each method that was drawn."""
+  """Returns a plot of the loss along one direction, for each method."""
   if not found:
     return None
   colours = colours_of(study, found)
@@ -193,7 +197,7 @@ def line(study: Study, found: Mapping[str, Any]) -> Figure | None:
 
 
 def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
-  """The loss over two directions, a panel for each method, equal levels."""
+  """Returns plots of the loss over two directions, with equal levels."""
   planes = {label: row for label, row in found.items() if "plane" in row}
   if not planes:
     return None
@@ -202,7 +206,8 @@ def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
   if not all(x.size for x in finite):
     return None
   low = min(x.min() for x in finite)
-  # Of the flattest: what is above in the others is left white.
+  # The highest level is the flattest method's maximum. Higher losses of other
+  # methods stay white.
   high = min(x.max() for x in finite)
   levels = np.linspace(low, high if high > low else low + 1.0, 12)
   canvas, grid = _panels(len(planes), sharey=True)
@@ -218,7 +223,10 @@ def plane(study: Study, found: Mapping[str, Any]) -> Figure | None:
 
 
 def highlighted(study: Study, labels: Collection[str]) -> list[str]:
-  """Labels to be told apart: the reference, the target, the first Bi-LoRA."""
+  """Returns the labels that always have a colour.
+
+  These are the reference, the targets and the first Bi-LoRA.
+  """
   chosen = [study.reference]
   for one in study.recovery:
     chosen += [one.reference, one.target]
@@ -229,9 +237,10 @@ def highlighted(study: Study, labels: Collection[str]) -> list[str]:
 
 
 def colours_of(study: Study, results: Mapping[str, Any]) -> dict[str, str]:
-  """Colours by label: of all methods if they are few, else of some.
+  """Returns colours by label, for all methods if the colours suffice.
 
-  Those of the highlighted are the same in all plots.
+  If not, only the highlighted methods have colours. Their colours are the same
+  in all plots.
   """
   chosen = highlighted(study, study.labels)
   others = [label for label in results if label not in chosen]
@@ -262,14 +271,14 @@ def _curves(
       _band(axes, steps, middle, width, colours.get(label))
     axes.set(title=wrapped(title), xlabel="step")
     if title == titles.get("c_over_rho"):
-      # From about 1 to what an ascent at an infinite rate has.
+      # The values go from about 1 to those of an infinite ascent rate.
       axes.set_yscale("log")
   legend_below(canvas, colours, list(every))
   return canvas
 
 
 def _curve(result: Result, name: str) -> tuple[list[float], Any, Any]:
-  """Steps that all seeds have a value of, the means and half intervals."""
+  """Returns the steps that all seeds have, with means and half intervals."""
   of_seeds = [
     {step: value for step, value in row["curves"][name] if value is not None}
     for row in result.finals.values()
@@ -287,7 +296,7 @@ def _curve(result: Result, name: str) -> tuple[list[float], Any, Any]:
 
 
 def _grid(axes: mpl_axes.Axes, result: Result, factor: float) -> None:
-  """The scores of a grid along its first field, a line for each of the rest."""
+  """Draws a grid's scores along its first field, with a line for each rest."""
   first, *others = result.cell.grid[0]
   numbers = all(
     isinstance(point[first], (int, float)) for point, _ in result.trials
@@ -315,19 +324,19 @@ def _grid(axes: mpl_axes.Axes, result: Result, factor: float) -> None:
 
 
 def blank(width: float, height: float) -> Figure:
-  """An empty figure, in inches."""
+  """Returns an empty figure of this size, in inches."""
   return Figure(figsize=(width, height), layout="constrained")
 
 
 def wrapped(text: str) -> str:
-  """A title on as many lines as it takes."""
+  """Returns a title that is wrapped to several lines."""
   return textwrap.fill(text, 32)
 
 
 def _panels(
   count: int, sharey: bool = False
 ) -> tuple[Figure, list[mpl_axes.Axes]]:
-  """As many axes, in rows of up to four."""
+  """Returns a figure with `count` axes, in rows of up to four."""
   columns = min(count, 4) if count != 5 else 3
   rows = -(-count // columns)
   canvas = blank(max(2.6 * columns, 4.4), 2.5 * rows if count > 1 else 3.2)
@@ -346,7 +355,7 @@ def _band(
   colour: str | None,
   marker: str = "",
 ) -> None:
-  """A line with its interval; thin, grey and alone if it has no colour."""
+  """Draws a line with its interval, or a thin grey line without a colour."""
   if colour is None:
     axes.plot(x, middle, color=GREY, linewidth=0.7)
     return
@@ -360,7 +369,7 @@ def _band(
 def last_coloured(
   lines: Mapping[str, Any], colours: Mapping[str, str]
 ) -> list[tuple[str, Any]]:
-  """Grey lines first, for the others to lie over them."""
+  """Returns the lines with the grey ones first, so that others cover them."""
   return sorted(lines.items(), key=lambda item: item[0] in colours)
 
 
@@ -374,7 +383,7 @@ def _label_rows(grid: Sequence[mpl_axes.Axes], text: str) -> None:
 def legend_below(
   canvas: Figure, colours: Mapping[str, str], labels: Sequence[str]
 ) -> None:
-  """Below the panels: who has which colour, and that the rest is grey."""
+  """Draws a legend below the panels, with one entry for all grey lines."""
   shown = [label for label in colours if label in labels]
   handles: list[Any] = [
     mpl_lines.Line2D([], [], color=colours[label], label=label)
@@ -383,7 +392,7 @@ def legend_below(
   rest = len(set(labels) - set(shown))
   if rest:
     handles.append(mpl_lines.Line2D([], [], color=GREY, label=f"{rest} others"))
-  # 0.07 inches a letter, and half an inch of line.
+  # A letter takes 0.07 inches, and the line of an entry half an inch.
   longest = max(len(handle.get_label()) for handle in handles)
   columns = max(1, int(canvas.get_figwidth() / (0.07 * longest + 0.6)))
   canvas.legend(

@@ -1,8 +1,9 @@
-"""What is compiled once for all the runs that differ in numbers alone.
+"""Keeps compiled functions for all runs that differ only in numbers.
 
-A run of a study takes less time than its compilation, once for each length of
-a batch: the steps are kept from one run to the next, over seeds, and over a
-grid's points where what is tuned is no constant of the step.
+The compilation of a run, once for each length of a batch, takes longer than the
+run itself. So compiled functions are kept from one run to the next. Runs with
+different seeds share them. Different points of a grid share them too, if the
+tuned fields need not be constants of the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ from ..run.config import Config
 from . import landscapes, measure, plan
 
 _KEPT = 2
-# What no trained model differs in: how it came to its weights.
+# Fields of the training alone. A trained model does not depend on them except
+# by its weights.
 _OF_STEPS = ("learning_rate", "rho", "weight_decay", "warmup_ratio", "clip")
-# Whose rows and labels a batch has is no matter to what is compiled for it.
+# Fields that decide rows and labels, which compiled functions do not depend on.
 _OF_ROWS = (
   *("seed", "train_rows", "eval_rows", "label_noise", "label_noise_kind"),
   *("one_rater", "noisy_validation", "imbalance"),
@@ -37,14 +39,16 @@ class Programs:
   """The compiled functions of runs.
 
   Attributes:
-    step: `(numbers, variables, state, batch)` to the next state and metrics.
+    step: from `(numbers, variables, state, batch)` to the next state and
+      metrics.
     traced: the fields of the configuration that `numbers` holds.
-    predict: `(variables, evaluated, batch)` to the items.
-    measure: of `study.measure.make`, if there is something to measure.
-    diagnose: of `diagnostics.make`, if the configuration asks for it.
-    draw: of `landscapes.make`, if there is a landscape to draw.
-    after: of `after.make`, if the configuration asks for it.
-    shifted: of `after.evaluations`.
+    predict: from `(variables, evaluated, batch)` to the items.
+    measure: the function of `study.measure.make`; None: nothing is measured.
+    diagnose: the function of `diagnostics.make`, if the configuration asks for
+      it.
+    draw: the function of `landscapes.make`; None: no landscape is drawn.
+    after: the functions of `after.make`, if the configuration asks for them.
+    shifted: returns the shifted test sets for `after.evaluations`.
   """
 
   step: Callable[..., Any]
@@ -58,16 +62,16 @@ class Programs:
 
 
 Kept = dict[Any, Any]
-"""Compiled functions by what decides them, the latest last."""
+"""Compiled functions by the values that decide them, the latest last."""
 
 
 def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
-  """The functions of a run, from those that are kept if they are there.
+  """Returns the functions of a run, and reuses kept functions if possible.
 
   Args:
-    prepared: what there is before the first step.
-    run: whose point other runs will have otherwise; and what it measures.
-    kept: is changed: the functions of a few runs are held.
+    prepared: the prepared run.
+    run: the run; other runs differ from it in the fields of its point.
+    kept: the kept functions of a few runs, which this call changes.
   """
   names = tuple(
     name for name, value in run.point.items() if isinstance(value, float)
@@ -115,7 +119,7 @@ def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
     ),
     after=None
     if not prepared.config.evaluation.after
-    # Of the plain model, whatever the method was.
+    # These run the plain model, so all methods share them.
     else _keep(
       kept,
       ("after", prepared.config.evaluation, _data(prepared), prepared.model),
@@ -128,15 +132,15 @@ def of(prepared: Prepared, run: plan.Run, kept: Kept) -> Programs:
 
 
 def _data(prepared: Prepared) -> Any:
-  """What decides how batches are read and judged."""
+  """Returns the options of data that decide how batches are read and scored."""
   of_rows = dict.fromkeys(_OF_ROWS)
   return tuple({**options.values(prepared.config.data), **of_rows}.items())
 
 
 def _test(prepared: Prepared) -> Any:
-  """What decides the test rows, as the model reads them."""
+  """Returns the options that decide the test rows and their reading."""
   config = prepared.config
-  # Without a limit they are the same for all seeds.
+  # Without a limit, the rows are the same for all seeds.
   rows = config.data.eval_rows
   seed = config.optimisation.seed if rows else 0
   return _data(prepared), rows, seed, config.model.name
@@ -156,8 +160,8 @@ def _keep(kept: Kept, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def _same(prepared: Prepared, but: Sequence[str]) -> tuple[Any, ...]:
-  """What two runs have in common that share a program, but for some fields."""
-  # A trial asks for less than a final run.
+  """Returns what runs that share a program have in common, except `but`."""
+  # Trials and final runs differ in these fields, but share their programs.
   of_loop = (
     *("run_dir", "eval_every", "log_every", "patience", "after"),
     "diagnose_every",
@@ -187,7 +191,7 @@ def _step(prepared: Prepared, traced: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
-  """Those of the fields that need not be constants of the step."""
+  """Returns the fields that need not be constants of the step."""
   state = jax.eval_shape(
     functools.partial(step.init, prepared.method),
     jax.random.key(0),
@@ -203,7 +207,7 @@ def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
       jax.eval_shape(
         _step(prepared, fields), numbers, prepared.variables, state, batch
       )
-    except TypeError:  # as all are that say that a value is not known
+    except TypeError:  # JAX raises its subclasses if a value is not known
       return False
     return True
 
@@ -215,10 +219,10 @@ def _traceable(prepared: Prepared, names: tuple[str, ...]) -> tuple[str, ...]:
 def _in_kernels(
   make: Callable[..., Any], prepared: Prepared, options: Any
 ) -> Callable[..., Any]:
-  """What is measured in the space of the kernels that have adapters."""
+  """Returns a measurement in the space of the kernels that have adapters."""
   adapted = prepared.method.adapted
   if adapted is None:
-    # The full space is that of the kernels which adapters would be put on.
+    # Full space has the kernels that would have adapters.
     plain = config_lib.replace(prepared.config, method="lora")
     adapted = _build(prepared, plain).adapted
   assert adapted is not None

@@ -1,4 +1,4 @@
-"""The rows of a study: what is finished, kept whole, and who runs what."""
+"""The rows of a study's finished runs, and the claims of running ones."""
 
 from collections.abc import Mapping
 import contextlib
@@ -14,11 +14,12 @@ from ..errors import UsageError
 
 RUNS = "runs.jsonl"
 RUNNING = "running"
-"""The folder of what runs write meanwhile."""
+"""The folder of the files of runs that are not finished."""
 _LOCKS = "locks"
 
 
-# What is asked of the rows of runs.jsonl; and of those that did not break off.
+# The fields of all rows of runs.jsonl; then those of runs that did not break
+# off.
 _ROW = {
   "key": str,
   "label": str,
@@ -47,22 +48,22 @@ _DRAWN = {
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a JSONL file; a last line cut by a kill is left out.
+  """Returns the rows of a JSONL file, without a last line that a kill has cut.
 
   Raises:
-    UsageError: if another line than the last is no JSON, or none of a study's.
+    UsageError: if another line is not JSON, or is not a row of a study.
   """
   return Rows(path).new()
 
 
 class Rows:
-  """The rows of a JSONL file to which workers add, each read once."""
+  """A reader of a JSONL file to which workers add rows; reads each row once."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._log = path, jsonl.Log(path)
 
   def new(self) -> list[dict[str, Any]]:
-    """The rows since the last call; the errors are those of `read`."""
+    """Returns the rows since the last call; the errors are those of `read`."""
     rows = self._log.new()
     for row in rows:
       if self._path.name == RUNS:
@@ -89,10 +90,10 @@ def _check_run(where: str, row: Mapping[str, Any]) -> None:
 
 
 def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-  """Adds a row, whole and on the disk when this returns.
+  """Adds a row; it is whole and on the disk when this returns.
 
-  Any number of processes may call this at once. A last line that a kill has
-  cut is dropped.
+  Several processes may call this at once. If a kill has cut the last line, this
+  line is removed.
 
   Raises:
     OSError: if it cannot be written.
@@ -110,7 +111,7 @@ def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
 
 
 def _whole(file: Any, end: int) -> int:
-  """Where the last whole line ends."""
+  """Returns the place after the last whole line."""
   step = 4096
   for start in range(max(end - step, 0), -step, -step):
     file.seek(max(start, 0))
@@ -123,19 +124,20 @@ def _whole(file: Any, end: int) -> int:
 def claimed(
   folder: pathlib.Path, key: str
 ) -> contextlib.AbstractContextManager[bool]:
-  """Whether a run is this process's to do, for as long as the context lasts.
+  """Returns a context whose value is whether this process has claimed a run.
 
-  No claim is ever stale: its lock goes with its process, however that went.
+  The claim lasts as long as the context. A claim is never stale, because its
+  lock ends with its process in any case.
 
   Args:
-    folder: of the study.
-    key: of the run.
+    folder: the folder of the study.
+    key: the key of the run.
   """
   return locks.taken(folder / _LOCKS / f"{key}.lock")
 
 
 def sweep(folder: pathlib.Path) -> None:
-  """Removes what killed processes have left of their runs."""
+  """Removes the files that killed processes have left."""
   left = [path.name for path in (folder / RUNNING).glob("*")]
   left += [path.stem for path in (folder / _LOCKS).glob("*.lock")]
   for key in left:

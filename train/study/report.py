@@ -1,4 +1,4 @@
-"""The report of a study: tables and plots, of what is finished by now."""
+"""Writes the report of a study: tables and plots of its finished runs."""
 
 import pathlib
 import re
@@ -25,14 +25,14 @@ PLOTS = "plots"
 def write(study: Study) -> pathlib.Path:
   """Writes `report.md` and `plots/` into the folder of a study.
 
-  They are a function of the study and of its rows alone.
+  They depend only on the study and its rows.
 
   Returns:
     The path of the report.
 
   Raises:
     UsageError: if the rows cannot be read.
-    OSError: if it cannot be written.
+    OSError: if the report cannot be written.
   """
   done = plan.finished(record.read(study.folder / record.RUNS))
   found = results.collect(study, done)
@@ -169,7 +169,7 @@ def _pictures(
   landscapes: dict[str, Any],
   folder: pathlib.Path,
 ) -> dict[str, str]:
-  """The Markdown of each plot that there is something for, by its name."""
+  """Returns the Markdown of each plot by its name, except empty plots."""
   links = {}
   drawn_of = plots.figures(study, found, landscapes)
   with plots.styled():

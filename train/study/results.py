@@ -1,4 +1,4 @@
-"""What a study has found by now: its finished runs, by task and method."""
+"""The results of a study: its finished runs, by task and method."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ Row = Mapping[str, Any]
 
 
 class Result(NamedTuple):
-  """What there is of a method on a task.
+  """The finished runs of a method on a task.
 
   Attributes:
-    point: of its grid, that won; None while it is not known.
+    point: the winning point of the grid; None if it is not known yet.
     trials: the finished runs of each point of the grid, in its order.
     finals: the finished final runs that did not break off, by seed.
-    failed: runs that broke off, of tuning too.
-    finished: runs that are done, broken off or not.
-    planned: runs in all.
+    failed: the runs that broke off, trials too.
+    finished: the number of runs that ended, also of those that broke off.
+    planned: the number of all runs.
   """
 
   cell: Cell
@@ -36,31 +36,33 @@ class Result(NamedTuple):
     return self.cell.label
 
   def of(self, *names: str | int) -> dict[int, float]:
-    """A number of each final run by its seed; without runs that lack it.
+    """Returns a number of each final run by its seed.
+
+    Runs that lack the number are left out.
 
     Args:
-      names: the way to it in a row.
+      names: the path of the number in a row.
 
     Examples:
       `result.of("test", "accuracy")`
     """
     found = {seed: at(row, *names) for seed, row in self.finals.items()}
     for seed, value in found.items():
-      # Rows are read without the names of their metrics being checked.
+      # The reader of rows does not check metrics.
       place = f"the row {self.finals[seed]['key']} of runs.jsonl"
       options.checked(place, ", ".join(map(str, names)), value, float | None)
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 Results = dict[str, dict[str, Result]]
-"""By the task, then by the method, in the order of the file."""
+"""Results by task, then by method, in the order of the study's file."""
 
 
 def collect(study: Study, done: plan.Rows) -> Results:
-  """The results of a study.
+  """Returns the results of a study.
 
   Args:
-    study: what was to be run; rows of no run of it do not count.
+    study: the study; rows of other runs are ignored.
     done: finished runs by their keys.
   """
   found: Results = {task: {} for task in study.tasks}
@@ -70,7 +72,7 @@ def collect(study: Study, done: plan.Rows) -> Results:
 
 
 def at(row: Any, *names: str | int) -> Any:
-  """What is in nested tables at some names; None if one is not there."""
+  """Returns the value at a path in nested tables; None if it is missing."""
   for name in names:
     try:
       row = row[name]

@@ -1,4 +1,4 @@
-"""Runs what a study has left to run, alone or as one of several workers."""
+"""Runs the unfinished runs of a study, alone or as one of several workers."""
 
 from collections.abc import Sequence
 import os
@@ -15,19 +15,20 @@ _POLL_SECONDS = 2.0
 def work(
   study: Study, cells: Sequence[Cell], worker: int = 0, workers: int = 1
 ) -> None:
-  """Runs until nothing is left.
+  """Runs until all runs are finished.
 
-  A worker begins at its own place among the methods, since what it compiles is
-  for one of them on several tasks, and then helps with the others.
+  Cells are sorted by method, because tasks of a method share compiled
+  functions. Each worker begins at a different cell. When it has passed the last
+  cell, it continues with the first.
 
   Args:
     study: the study.
-    cells: those of its cells to run.
-    worker: the number of this one.
-    workers: how many there are.
+    cells: the cells to run.
+    worker: the number of this worker, from 0.
+    workers: the number of workers.
 
   Raises:
-    UsageError: if a run cannot be carried out as it was put.
+    UsageError: if the options of a run cannot be carried out.
   """
   kept: training.Kept = {}
   finished = _Finished(study)
@@ -41,12 +42,12 @@ def work(
       return
     for run in plan.remaining(study, mine, done):
       with record.claimed(study.folder, run.key) as claimed:
-        # It may have been finished since the rows were read.
+        # Another worker may have finished it since the rows were read.
         if not claimed or run.key in finished.load():
           continue
         row = _run(study, run, kept)
         landscape = row.pop("landscape", {})
-        # One that is there was made again for its landscape alone.
+        # If the row exists, the run was repeated only for its landscape.
         there = finished.rows().get(run.key)
         if run.landscape is not None:
           recorded = row["key"] if there is None else there["key"]
@@ -59,18 +60,18 @@ def work(
         print(_line(run, row), flush=True)
         break
     else:
-      time.sleep(_POLL_SECONDS)  # the others have what is left
+      time.sleep(_POLL_SECONDS)  # other workers have claimed the rest
     if workers > 1 and os.getppid() != parent:
       raise UsageError("the process that started this worker is gone.")
 
 
 def load(study: Study) -> dict[str, dict[str, Any]]:
-  """The finished runs by their keys, but those without a landscape due."""
+  """Returns the finished runs by key, except those that lack a landscape."""
   return _Finished(study).load()
 
 
 class _Finished:
-  """What is finished of a study; what it has read it does not read again."""
+  """The finished runs of a study; reads each row only once."""
 
   def __init__(self, study: Study):
     self._study = study
@@ -78,7 +79,7 @@ class _Finished:
     self._rows: dict[str, dict[str, Any]] = {}
 
   def rows(self) -> dict[str, dict[str, Any]]:
-    """The finished runs by their keys."""
+    """Returns the finished runs by their keys."""
     self._rows |= plan.finished(self._new.new())
     return self._rows
 

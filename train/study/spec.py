@@ -1,4 +1,4 @@
-"""What a study is to run: its TOML file, read and checked before any work."""
+"""Reads and checks the TOML file of a study, before any work starts."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from ..run import config as config_lib
 from ..run.config import Config
 
 _MOST = 10**5
-"""Of seeds, points and rows: more take weeks, and their lists the memory."""
+"""The most seeds, points or rows: more would take weeks and too much memory."""
 _FAR = 1e6
 _OF_METHODS = ("name", "seeds", "tune", "tasks", "point_of")
 _SET_BY_THE_STUDY = {
@@ -32,17 +32,18 @@ _SET_BY_THE_STUDY = {
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
-  """What is measured at the end of each final run; `[sharpness]`.
+  """The measurement at the end of each final run; `[sharpness]`.
 
   Attributes:
-    rows: training rows that the loss is a mean over, the same for all methods
-      of a seed; 0: no measurement.
-    radii: how far one step up the gradient goes, in units of the weights.
-    spaces: "full", the kernels of the adapted layers, merged; "lora", the
-      factors of the primary.
-    average: random directions at each radius, in full space; 0: none.
+    rows: the number of training rows in the loss, which are the same for all
+      methods of a seed; 0: no measurement.
+    radii: the lengths of a step along the gradient, in units of the weights.
+    spaces: "full", the merged kernels of the adapted layers; "lora", the
+      factors of the primary adapter.
+    average: the number of random directions at each radius, in full space; 0:
+      none.
     low_rank: the rank of the worst low-rank step, in full space; 0: none.
-    at: "last", the weights after the last step, or "best", those tested.
+    at: "last", the weights after the last step; or "best", the tested weights.
   """
 
   rows: int = 64
@@ -55,11 +56,11 @@ class Sharpness:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """The budget of tuning, equal for all methods that are tuned; `[tuning]`.
+  """The budget of tuning, the same for all tuned methods; `[tuning]`.
 
   Attributes:
-    trials: points of each method's grid.
-    seeds: that each point is run with; not those of the final runs.
+    trials: the number of points in each method's grid.
+    seeds: the seeds of each point's runs, which no final run has.
   """
 
   trials: int
@@ -68,12 +69,13 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-  """Of what drop in sharpness a method has a share; `[[recovery]]`, labels.
+  """The drop in sharpness that methods have a share of; `[[recovery]]`.
 
   Attributes:
-    reference: what the drop is from.
-    target: what it is to.
-    start: what a method's own drop is from; it recovers nothing.
+    reference: the label of the method where the drop starts.
+    target: the label of the method where the drop ends.
+    start: the label of the method where a method's own drop starts; its own
+      share is 0.
   """
 
   reference: str
@@ -83,15 +85,15 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True)
 class Landscape:
-  """Loss along random, filter-normalised directions; `[landscape]`.
+  """The loss along random, filter-normalised directions; `[landscape]`.
 
   Attributes:
-    methods: labels; empty: all.
-    seed: of the runs to be drawn.
-    radius: how far, as a share of each filter's norm.
-    points: on a line; a plane has its square.
+    methods: the labels of the methods to draw; empty: all.
+    seed: the seed of the runs to draw.
+    radius: the longest step, as a fraction of each filter's norm.
+    points: the points of a line; a plane has `points` squared.
     plane: whether a plane is drawn too.
-    rows: training rows that the loss is a mean over.
+    rows: the number of training rows in the loss.
   """
 
   methods: tuple[str, ...] = ()
@@ -104,16 +106,16 @@ class Landscape:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A method on a task: what is tuned, and what is run with which seeds.
+  """A method on a task, with its grid and its seeds.
 
   Attributes:
-    label: of the method.
+    label: the label of the method.
     task: the name of the task in the study.
-    config: but for the seed and the folder of the run.
-    grid: the points to try, each some fields of the configuration; empty if
-      the method is not tuned.
-    seeds: of the final runs.
-    point_of: the cell whose winning point is taken over, if it is another's.
+    config: the configuration, except the seed and the folder of a run.
+    grid: the points to try, each with some fields of the configuration; empty
+      if the method is not tuned.
+    seeds: the seeds of the final runs.
+    point_of: the other cell whose winning point this cell takes over, if any.
   """
 
   label: str
@@ -125,7 +127,7 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """The method and the task, as `--only` takes them."""
+    """The method and the task in the form of `--only`."""
     return f"{self.label}/{self.task}"
 
 
@@ -134,10 +136,10 @@ class Study:
   """A study.
 
   Attributes:
-    name: for titles.
-    folder: of its rows, tables and plots.
-    cells: each method on each of its tasks, tasks first.
-    reference: label of the method that others are compared with.
+    name: the name in titles.
+    folder: the folder of the rows, tables and plots.
+    cells: each method on each of its tasks, task by task.
+    reference: the label of the method that others are compared with.
   """
 
   name: str
@@ -164,14 +166,15 @@ def read(path: pathlib.Path) -> Study:
   """Reads a study.
 
   Raises:
-    UsageError: that names the table and the key, what came and what may.
+    UsageError: if the file is invalid. The message names the table and the key,
+      the value that was given, and the values that are allowed.
   """
   text = checked.read_text(path)
   try:
     found = tomllib.loads(text)
   except RecursionError as error:
     raise UsageError(f"{path} is nested too deeply.") from error
-  except ValueError as error:  # a number may have too many digits, too
+  except ValueError as error:  # also for a number with too many digits
     raise UsageError(f"{path} is not TOML: {error}.") from error
   try:
     return parse(found)
@@ -180,7 +183,7 @@ def read(path: pathlib.Path) -> Study:
 
 
 def parse(found: Mapping[str, Any]) -> Study:
-  """A study from the tables of its file.
+  """Returns a study from the tables of its file.
 
   Raises:
     UsageError: as `read`.
@@ -263,7 +266,7 @@ def _cells(
 
 
 def _taking_over(cell: Cell, name: str, cells: Sequence[Cell]) -> Cell:
-  """The cell, told which other's winning point it takes over."""
+  """Returns the cell with `point_of` set to the cell of that name."""
   where = f"[[method]] {cell.label!r} on the task {cell.task!r}: point_of"
   label, _, task = name.partition("/")
   task = task or cell.task
@@ -434,10 +437,10 @@ def _in_bounds(where: str, found: Any, **least: int) -> None:
 
 
 def plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
-  """A dataclass of a table, whose values are of the fields' types.
+  """Returns a dataclass from a table, after a check of the values' types.
 
   Raises:
-    UsageError: if a key is unknown, or a value of another type.
+    UsageError: if a key is unknown, or a value has a wrong type.
   """
   fields = {field.name: field for field in dataclasses.fields(kind)}
   options.known(where, row, fields)
@@ -452,13 +455,13 @@ def plain(where: str, kind: Any, row: Mapping[str, Any]) -> Any:
 def _config(
   where: str, shared: Mapping[str, Any], of_method: Mapping[str, Any]
 ) -> Config:
-  """The configuration of a method on a task.
+  """Returns the configuration of a method on a task.
 
   Args:
-    where: for a message.
-    shared: options of the study and of the task; those that the method does
-      not have are left out.
-    of_method: of the method, each of which it has.
+    where: the place in the file, for messages.
+    shared: options of the study and of the task; options that the method lacks
+      are ignored.
+    of_method: options of the method, which must have all of them.
   """
   method = of_method.get("method", shared.get("method"))
   named = {} if method is None else {"method": method}
@@ -472,7 +475,7 @@ def _config(
 
 
 def _changed(where: str, config: Config, changes: Mapping[str, Any]) -> Config:
-  """A configuration that can be run, with other options."""
+  """Returns a configuration with changed options, and checks it."""
   try:
     changed = config_lib.replace(config, **changes)
     config_lib.check(changed)
@@ -484,7 +487,7 @@ def _changed(where: str, config: Config, changes: Mapping[str, Any]) -> Config:
 def _fields(
   where: str, row: Any, besides: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Options of a configuration from a table, each of its type."""
+  """Returns a table's options, after a check of their types."""
   kinds = config_lib.kinds()
   options.known(where, row, [*besides, *kinds])
   fields = {}
@@ -517,7 +520,7 @@ def _label(where: str, label: Any, labels: Sequence[str]) -> None:
 
 
 def _seeds(where: str, value: Any) -> tuple[int, ...]:
-  """Seeds from a list of them, or from 0 if they are a number."""
+  """Returns seeds from a list, or 0, 1, ... from their number."""
   seeds: Any = value
   if type(value) is int and 0 <= value <= _MOST:
     seeds = list(range(value))

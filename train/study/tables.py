@@ -1,4 +1,4 @@
-"""The tables of a study, in Markdown, from its rows alone."""
+"""The tables of a study, in Markdown; they depend only on its rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,18 +17,18 @@ DIRECTIONS = {
   ("full", "average"): "the mean of random directions, merged weights",
   ("lora", "one_step"): "one step along the gradient, primary's factors",
 }
-"""What is measured at the end of a run, by where it is in a row."""
+"""From the place of a measurement in a row to its title."""
 
 _UNITS = {"perplexity": (1.0, "")}
 
 
 def unit(metric: str) -> tuple[float, str]:
-  """What to multiply a metric by, and what follows its name."""
+  """Returns the factor of a metric in tables, and the unit after its name."""
   return _UNITS.get(metric, (100.0, ", %"))
 
 
 def metric(results: Mapping[str, Result]) -> str:
-  """The metric of a task; "score" while there is no row."""
+  """Returns the metric of a task; "score" if there is no row yet."""
   for result in results.values():
     rows = [*result.finals.values(), *(r for _, t in result.trials for r in t)]
     for row in rows:
@@ -37,7 +37,7 @@ def metric(results: Mapping[str, Result]) -> str:
 
 
 def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
-  """The test metric of each method, and its difference to the reference's."""
+  """Returns each method's test metric, and its difference to the reference."""
   name = metric(results)
   factor, sign = unit(name)
   reference = results.get(study.reference)
@@ -84,11 +84,11 @@ def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
 
 
 def after(study: Study, results: Mapping[str, Result]) -> list[list[str]]:
-  """Tables of what was tested after training; none if nothing was.
+  """Returns the tables of the tests after training; none if there were none.
 
   Returns:
-    the accuracies, their differences to the reference's, and what the
-    probabilities of the test rows say.
+    the table of accuracies, the table of their differences to the reference,
+    and the table of the scores of the test rows' probabilities.
   """
   names: dict[str, None] = {}
   for result in results.values():
@@ -130,12 +130,16 @@ def after(study: Study, results: Mapping[str, Result]) -> list[list[str]]:
 
 
 def loss(result: Result) -> dict[int, float]:
-  """The training loss at the end: at the weights alone, if it was measured."""
+  """Returns the training loss at the end of each run.
+
+  It is the loss at the final weights if it was measured, and else the last
+  logged loss.
+  """
   return result.of("sharpness", "loss") or result.of("curves", "loss", -1, 1)
 
 
 def accuracy_note(study: Study, results: Mapping[str, Result]) -> str:
-  """What the table of accuracies says, and what it does not."""
+  """Returns the sentences that explain the table of accuracies."""
   reference = results.get(study.reference)
   counts = sorted(
     {
@@ -195,10 +199,10 @@ def _tuned(results: Mapping[str, Result]) -> str:
 def sharpness(
   study: Study, results: Mapping[str, Result], space: str, direction: str
 ) -> list[str]:
-  """The rise of the training loss at each radius, in nats.
+  """Returns a table of the training loss's rise at each radius, in nats.
 
   Returns:
-    No line if it was not to be measured.
+    The lines of the table; no lines if nothing was to be measured.
   """
   options = study.sharpness
   if options is None or space not in options.spaces:
@@ -225,10 +229,11 @@ def sharpness(
 def sharpness_differences(
   study: Study, results: Mapping[str, Result], space: str, direction: str
 ) -> list[str]:
-  """The rise of each method minus the reference's, paired by the seed.
+  """Returns a table of each method's rise minus the reference's, in pairs.
 
   Returns:
-    No line if it was not to be measured, or there is no pair yet.
+    The lines of the table; no lines if nothing was to be measured, or there is
+    no pair of runs with the same seed yet.
   """
   options, reference = study.sharpness, results.get(study.reference)
   if options is None or reference is None or space not in options.spaces:
@@ -268,14 +273,14 @@ def sharpness_differences(
 def rises(
   result: Result, space: str, direction: str, place: int
 ) -> dict[int, float]:
-  """The rise at a radius by the seed."""
+  """Returns the rise of the loss at a radius, by seed."""
   return result.of("sharpness", space, direction, "rise", place)
 
 
 def shares(
   study: Study, results: Mapping[str, Result], recovery: Recovery
 ) -> list[str]:
-  """The recovered share of each method at each radius."""
+  """Returns a table of each method's recovered share at each radius."""
   options = study.sharpness
   if options is None or "full" not in options.spaces:
     return []
@@ -307,7 +312,7 @@ def shares(
 
 
 def shares_note(recovery: Recovery) -> str:
-  """What a recovered share is."""
+  """Returns the sentences that explain a recovered share."""
   one, other, own = recovery.reference, recovery.target, recovery.start
   scale = (
     f"0 means as sharp as {one}, and 1 as flat as {other}"
@@ -327,7 +332,7 @@ def shares_note(recovery: Recovery) -> str:
 
 
 def tuning(results: Mapping[str, Result]) -> list[str]:
-  """All points that were tried, and which won."""
+  """Returns a table of all points of the grids, with the winners."""
   name = metric(results)
   rows = []
   for label, result in results.items():
@@ -353,7 +358,7 @@ def tuning(results: Mapping[str, Result]) -> list[str]:
 
 
 def tuning_note(study: Study) -> str:
-  """The budget, equal for all that are tuned."""
+  """Returns the sentences that explain the budget of tuning."""
   if study.tuning is None:
     return "No method was tuned."
   seeds = ", ".join(map(str, study.tuning.seeds))
@@ -365,7 +370,7 @@ def tuning_note(study: Study) -> str:
 
 
 def text(point: Mapping[str, Any]) -> str:
-  """A point of a grid, to be read."""
+  """Returns a point of a grid as a text."""
   return ", ".join(
     f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
     for name, value in point.items()
@@ -373,7 +378,7 @@ def text(point: Mapping[str, Any]) -> str:
 
 
 def failures(results: Iterable[Result]) -> list[str]:
-  """The runs that broke off, a line each."""
+  """Returns a line for each run that broke off."""
   return [
     f"- {row['label']} on {row['task']}, {row['stage']}"
     + (f", {text(row['point'])}" if row["point"] else "")
@@ -384,7 +389,7 @@ def failures(results: Iterable[Result]) -> list[str]:
 
 
 def gains(result: Result, reference: Result, name: str) -> list[float]:
-  """The test metric minus the reference's, by the seeds that both have."""
+  """Returns the test metric minus the reference's, for each common seed."""
   return estimates.differences(
     result.of("test", name), reference.of("test", name)
   )
@@ -405,13 +410,16 @@ def _estimate(
   digits: int | None,
   signed: bool = False,
 ) -> str:
-  """Mean ± half, of fixed digits or of as many as the half has to show."""
+  """Returns mean ± half as a text.
+
+  If `digits` is None, the text has enough digits to show the half.
+  """
   if found is None:
     return ""
   value = found.mean * factor
   half = None if found.half is None else found.half * factor
   if digits is None:
-    # Equal differences have a width of rounding.
+    # If all differences are equal, the width is only rounding.
     wide = half is not None and half > 1e-9 * abs(value)
     digits = _digits(min(abs(value), half or 0.0) if wide else value)
   shown = f"{value:{'+' if signed else ''}.{digits}f}"
@@ -419,7 +427,7 @@ def _estimate(
 
 
 def _digits(value: float) -> int:
-  """Digits after the point that show two of a number's own."""
+  """Returns how many decimals show two significant digits of a number."""
   if not value:
     return 2
   return int(np.clip(1 - np.floor(np.log10(abs(value))), 0, 8))

@@ -1,7 +1,7 @@
-"""A run of a study: `run.loop`'s, whose numbers and weights stay in memory.
+"""A run of a study: the loop of `run.loop`, with its results in memory.
 
-It has no checkpoints and no report of its own: one that is killed starts anew,
-and all that is kept is a row.
+Such a run has no checkpoints and no report. If it is killed, it starts again.
+Only a row is kept.
 """
 
 import base64
@@ -39,27 +39,27 @@ _DIGESTED = 8
 
 
 class Curves(Logger):
-  """Keeps what is logged: [step, value] by its name, of 6 digits."""
+  """Keeps logged values as [step, value] by name, rounded to 6 digits."""
 
   def __init__(self):
     self.found: dict[str, list[list[float]]] = {}
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-      # A study has times of its own, of steps that are waited for.
+      # A study has its own times, see `Timed`.
       if name not in ("step_seconds", "tokens_per_second"):
         rounded = float(f"{value:.6g}")
         self.found.setdefault(name, []).append([step, rounded])
 
 
 class Memory:
-  """Keeps the best weights, and nothing to resume from."""
+  """Keeps the best weights, but nothing to resume from."""
 
   best: Any = None
 
   def save_best(self, step: int, evaluated: Any) -> None:
     """As `run.loop.Kept.save_best`."""
-    # A copy, since the next step donates it.
+    # A copy, because the next step donates these arrays.
     self.best = jax.tree.map(jnp.copy, evaluated)
 
   def save_last(
@@ -69,7 +69,7 @@ class Memory:
 
 
 class Timed:
-  """A step that is waited for: the seconds of each, and the tokens of all."""
+  """A step that blocks until it ends; keeps its seconds and counts tokens."""
 
   def __init__(self, train_step: Callable[..., Any]):
     self._step = train_step
@@ -85,26 +85,25 @@ class Timed:
 
 
 class Weights(NamedTuple):
-  """What is evaluated at the best step, and at the last."""
+  """The evaluated weights at the best step, and at the last step."""
 
   best: Any
   last: Any
 
 
 def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
-  """Trains, and tests and measures if the run is a final one.
+  """Trains a run; a final run is also tested and measured.
 
   Args:
-    task: what to run.
-    folder: for what the run writes meanwhile; it is gone afterwards.
-    kept: compiled functions of earlier runs, to which its own are added.
+    task: the run.
+    folder: the folder for temporary files, which is removed at the end.
+    kept: compiled functions of earlier runs; those of this run are added.
 
   Returns:
-    The row of the run; its landscape, if one is to be drawn, is in it as
-    "landscape".
+    The row of the run. Its landscape, if it has one, is in "landscape".
 
   Raises:
-    UsageError: if the run cannot be carried out as it was put.
+    UsageError: if the options of the run cannot be carried out.
   """
   start = time.perf_counter()
   config = config_lib.replace(task.config, run_dir=str(folder))
@@ -141,10 +140,10 @@ def run(task: plan.Run, folder: pathlib.Path, kept: Kept) -> dict[str, Any]:
 
 
 def steps(config: Config) -> int:
-  """The steps of a run, from its data alone.
+  """Returns the number of steps of a run, without preparing the run.
 
   Raises:
-    UsageError: if the data are not to be had.
+    UsageError: if the model or the data cannot be read.
   """
   try:
     pretrained = models.open_pretrained(
@@ -157,7 +156,7 @@ def steps(config: Config) -> int:
 
 
 def digest(data: data_lib.Data) -> str:
-  """Of the first training batches: what the rows are, and their order."""
+  """Returns a digest of the first training batches: rows and order."""
   found = hashlib.sha256()
   for _, batch in zip(range(_DIGESTED), data.train_batches()):
     for name in sorted(batch):
@@ -196,7 +195,7 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
   weights = Weights(
     memory.best, prepared.method.evaluated(trained.state.trained)
   )
-  # The second half: by then every length has been compiled.
+  # Only the second half counts, because it has no compilations.
   times = timed.seconds[len(timed.seconds) // 2 :]
   found = {
     "failed": None,
@@ -227,7 +226,10 @@ def _outcome(task: plan.Run, prepared: Prepared, kept: Kept) -> dict[str, Any]:
 def _tested(
   prepared: Prepared, compiled: Programs, evaluated: Any
 ) -> dict[str, Any]:
-  """The test, and which of its rows were right, a bit each, if it has rows."""
+  """Tests a model, and returns a bit for each row that was right.
+
+  There are no bits if the task predicts values or tokens.
+  """
   right = np.zeros(prepared.data.rows["test"], bool)
 
   def look(batch, items):

@@ -1,4 +1,4 @@
-"""Several processes for one study: who has which device, or which cores."""
+"""Starts several processes for one study, and shares devices or cores."""
 
 from collections.abc import Mapping, Sequence
 import itertools
@@ -14,17 +14,17 @@ from ..command import PACKAGE
 def start(study: pathlib.Path, chosen: Sequence[str], count: int) -> int:
   """Starts workers and waits for them.
 
-  With GPUs each sees one of them, and those that share one take memory as they
-  need it. Otherwise each is bound to its own share of the cores, which XLA
-  makes as many threads for.
+  If there are GPUs, each worker sees one of them. Workers that share a GPU
+  allocate memory when they need it. Without GPUs, each worker is bound to its
+  own share of the cores, and XLA starts one thread for each of these cores.
 
   Args:
     study: the TOML file of the study.
-    chosen: options that say which of its runs to do.
-    count: of workers.
+    chosen: the options that choose runs of the study.
+    count: the number of workers.
 
   Returns:
-    0 if all of them did well; 2 if one was asked for what cannot be; else 1.
+    0 if all workers succeeded; 2 if a worker had a UsageError; else 1.
   """
   devices = gpus(os.environ)
   print(
@@ -45,7 +45,8 @@ def start(study: pathlib.Path, chosen: Sequence[str], count: int) -> int:
       own = [*command, "--workers", str(count), "--worker", str(i)]
       if cores is not None:
         own += ["--cores", ",".join(map(str, cores[i]))]
-      # Apart, so that Ctrl-C comes to this process alone, which ends them.
+      # In another process group, so that Ctrl-C reaches only this process,
+      # which then ends the workers.
       running.append(subprocess.Popen(own, env=environment, process_group=0))
     codes = [process.wait() for process in running]
     return 2 if 2 in codes else int(any(codes))
@@ -58,13 +59,13 @@ def start(study: pathlib.Path, chosen: Sequence[str], count: int) -> int:
 
 
 def bind(cores: Sequence[int]) -> None:
-  """Binds this process to cores; before JAX makes its threads."""
+  """Binds this process to cores; call this before JAX starts threads."""
   if cores and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores)
 
 
 def gpus(environment: Mapping[str, str]) -> list[str]:
-  """The NVIDIA GPUs that JAX may use, as `CUDA_VISIBLE_DEVICES` names them."""
+  """Returns the GPUs that JAX may use, by names for `CUDA_VISIBLE_DEVICES`."""
   platforms = environment.get("JAX_PLATFORMS", "")
   if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
     return []
@@ -78,7 +79,7 @@ def gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def shares(cores: Sequence[int], count: int) -> list[list[int]]:
-  """Cores dealt out to workers, each at least one; some shared if too few."""
+  """Returns the cores of each worker; workers share cores if they are few."""
   if count > len(cores):
     return [[cores[i % len(cores)]] for i in range(count)]
   ends = [len(cores) * i // count for i in range(count + 1)]

@@ -1,4 +1,4 @@
-"""Sizes of encoders of BERT's kind, from a config.json."""
+"""Sizes of encoders like BERT, from a config.json."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,7 +17,7 @@ _HF_KEYS = {
   "type_vocab_size": "type_vocab_size",
   "layer_norm_eps": "layer_norm_eps",
 }
-# Field of BertConfig -> key of Hugging Face's config.json, for each kind.
+# From each model_type and field of BertConfig to the key of config.json.
 _KEYS = {
   "bert": _HF_KEYS,
   "roberta": _HF_KEYS,
@@ -32,39 +32,41 @@ _KEYS = {
     "max_positions": "max_position_embeddings",
   },
 }
-# Positions of RoBERTa follow the id that pads; the first is one more than it.
+# RoBERTa's first position is the padding token's id + 1.
 _FROM_PADDING = ("roberta", "xlm-roberta")
-_ROBERTAS_PADDING = 1  # of transformers, where config.json is silent
+_ROBERTAS_PADDING = 1  # transformers' default
 
 MODEL_TYPES = tuple(_KEYS)
-"""What `BertConfig.from_hf` reads."""
+"""The model types that `BertConfig.from_hf` reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
   """Sizes of a BERT encoder (Devlin et al., NAACL 2019, section 3).
 
-  RoBERTa (Liu et al., arXiv 1907.11692) and XLM-R (Conneau et al., ACL 2020)
-  number their positions in another way, ELECTRA (Clark et al., ICLR 2020) has
-  embeddings of another width, and DistilBERT (Sanh et al., arXiv 1910.01108)
-  has no segments.
+  Three kinds of models are similar. RoBERTa (Liu et al., arXiv 1907.11692) and
+  XLM-R (Conneau et al., ACL 2020) number positions in another way. ELECTRA
+  (Clark et al., ICLR 2020) has embeddings of another width. DistilBERT (Sanh et
+  al., arXiv 1910.01108) has no segments.
 
   Attributes:
-    vocab_size: rows of the embedding of words.
+    vocab_size: the rows of the embedding of words.
     hidden_size: D, the width.
-    num_layers: of the encoder.
+    num_layers: the layers of the encoder.
     num_heads: H.
-    intermediate_size: width within the feed-forward.
-    max_positions: rows of the embedding of positions.
-    type_vocab_size: rows of the embedding of segments; None: it has none.
-    layer_norm_eps: added to the variance.
-    hidden_act: of the feed-forward.
-    embedding_size: E, the width of the embeddings; None: D. If it is another, a
-      linear layer follows them.
-    padding_id: of RoBERTa's kind, the token that pads: the n-th real token is
-      at the position `padding_id + n`. None: the first is at 0.
-    pooling: what the head of a classifier is given; see `pooling.pooled`.
-    model_type: transformers'; the names of the tensors follow from it.
+    intermediate_size: the width inside the feed-forward layer.
+    max_positions: the rows of the embedding of positions.
+    type_vocab_size: the rows of the embedding of segments; None: there are no
+      segments.
+    layer_norm_eps: the number added to the variance.
+    hidden_act: the activation of the feed-forward layer.
+    embedding_size: E, the width of the embeddings; None: D. If E is not D, a
+      linear layer follows the embeddings.
+    padding_id: for RoBERTa and XLM-R, the id of the padding token. Real token
+      n, from 1, is at the position `padding_id + n`. None: the first position
+      is 0.
+    pooling: how a classifier pools hidden states; see `pooling.pooled`.
+    model_type: the type in transformers, which decides the tensors' names.
 
   Raises:
     ValueError: a size is not a positive integer, the heads do not divide the
@@ -142,14 +144,14 @@ class BertConfig:
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
       config: the decoded JSON object.
 
     Raises:
-      ValueError: a key is missing or has a value that this encoder does not
-        implement (another model_type, relative positions, a decoder).
+      ValueError: a key is missing, or has a value that this encoder does not
+        implement, such as another model_type, relative positions or a decoder.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _KEYS:
@@ -184,7 +186,7 @@ class BertConfig:
         )
     sizes = {field: config[key] for field, key in keys.items()}
     if sizes.get("embedding_size") == sizes["hidden_size"]:
-      del sizes["embedding_size"]  # and there is no layer between them
+      del sizes["embedding_size"]  # no linear layer follows the embeddings
     act = "activation" if kind == "distilbert" else "hidden_act"
     return cls(
       **sizes,

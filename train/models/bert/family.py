@@ -1,9 +1,9 @@
-"""BERT and its like, as the program knows them.
+"""The record of the family of BERT and similar encoders.
 
-transformers has no model with our head, but one computes the same: as the
-`classifier` of a `BertForTokenClassification`, the mean of whose logits over
-the real tokens is ours; or, if a model pools by its first token, whose logits
-at the first token are ours.
+transformers has no model with our head, but its `BertForTokenClassification`
+can compute the same. With our head as its `classifier`, the mean of its logits
+over the real tokens is our logits. If a model pools by its first token, its
+logits at the first token are our logits.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def _classifier(
   remat: str = "none",
   **_: Any,
 ) -> bert.BertClassifier:
-  # Weights are of the dtype that they are read in.
+  # `param_dtype` has no effect, because weights keep the dtype of the reading.
   return bert.BertClassifier(config, labels, dtype, remat)
 
 

@@ -26,8 +26,8 @@ class Bert(nn.Module):
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls; None is float32. The softmax, the layer norms
-      and the residual sums are float32 whatever it is, and so are parameters.
+    dtype: the dtype of matrix products; None is float32. The softmax, the layer
+      norms, the residual sums and the parameters are always float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -42,17 +42,17 @@ class Bert(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Hidden states of the last layer.
+    """Returns the hidden states of the last layer.
 
     Args:
       tokens: token ids, int (B, L).
       mask: 1 or True at a real token, 0 or False at padding, (B, L).
-      token_types: segment ids, int (B, L); None is all zeros. They are not
-        looked at where the model has no segments.
+      token_types: segment ids, int (B, L); None: all are 0. A model without
+        segments ignores them.
 
     Returns:
-      (B, L, D) in the compute dtype. What stands at padding is finite and
-      means nothing.
+      (B, L, D) in the compute dtype. The values at padding are finite, but have
+      no meaning.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the learned positions.
@@ -71,20 +71,17 @@ class Bert(nn.Module):
     )
     seen = attention.real(kernel, mask.astype(bool))
     layer = remat.layer(_Layer, self.remat)
-    # Activations stay 2-D between layers: XLA on CPU compiles the backward
-    # pass of (N, D) matmuls to about twice the speed of (B, L, D) ones.
+    # Activations stay 2-D between layers. In XLA on CPU, the backward pass of
+    # (N, D) products is about twice as fast as that of (B, L, D) products.
     for i in range(c.num_layers):
-      # On a mesh: weights are brought to the rows, not rows to the weights.
+      # On a mesh, devices keep their rows and gather the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(c, length, self.dtype, name=f"layer_{i}")(x_NxD, seen)
     return x_NxD.reshape(*tokens.shape, -1)
 
 
 class BertClassifier(encoder_layers.Classifier):
-  """BERT with a linear head on the pooled hidden states of the real tokens.
-
-  By the mean, or as the config's `pooling` says.
-  """
+  """BERT with a linear head on the pooled hidden states of the real tokens."""
 
   def setup(self):
     self.encoder = Bert(self.config, self.dtype, self.remat)
@@ -92,12 +89,12 @@ class BertClassifier(encoder_layers.Classifier):
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a classifier's variables; see `encoder_layers`."""
+  """Returns the names of the variables' axes, as `encoder_layers` does."""
   return encoder_layers.logical_axes(variables, _AXES)
 
 
 class _Embeddings(nn.Module):
-  """Normed sum of the word, position and segment embeddings, (N, D)."""
+  """The normed sum of the word, position and segment embeddings, (N, D)."""
 
   config: BertConfig
   dtype: typing.DTypeLike | None
@@ -123,7 +120,10 @@ class _Embeddings(nn.Module):
 
 
 def _positions(config: BertConfig, tokens: jax.Array) -> jax.Array:
-  """Rows of the embedding of positions, int (L,), or (B, L) by the tokens."""
+  """Returns rows of the embedding of positions, int (L,).
+
+  If padding tokens have no position, the rows depend on the tokens, (B, L).
+  """
   if config.padding_id is None:
     return jnp.arange(tokens.shape[1])
   real_BxL = (tokens != config.padding_id).astype(jnp.int32)

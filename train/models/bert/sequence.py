@@ -1,6 +1,7 @@
-"""A BERT with transformers' head for sequences: `classifier`, on its pooler.
+"""A BERT with transformers' head for sequences, `classifier` on its pooler.
 
-As `BertForSequenceClassification`, whose adapters are PEFT's task_type SEQ_CLS.
+This is transformers' `BertForSequenceClassification`. PEFT calls its adapters
+SEQ_CLS.
 """
 
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ class SequenceBert(encoder_layers.Classifier):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """What the pooler makes of the first token, float32 (B, D)."""
+    """Returns the pooler's output for the first token, float32 (B, D)."""
     x_BxD = self.encoder(tokens, mask, token_types)[:, 0]
     return jnp.tanh(self.pooler(x_BxD).astype(jnp.float32))
 
@@ -60,7 +61,7 @@ def _plan(config: bert.BertConfig) -> dict[stored.Path, stored.Source]:
 
 
 def _pooler(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """Its tensors, by their names in a whole model."""
+  """Returns the pooler's tensors, by their names in a whole model."""
   short = _POOLER.removeprefix("bert.")
   return {
     name.replace(short, _POOLER) if name.startswith(short) else name: x
@@ -77,7 +78,7 @@ def _classifier(
   remat: str = "none",
   **_: Any,
 ) -> SequenceBert:
-  # Weights are of the dtype that they are read in.
+  # `param_dtype` has no effect, because weights keep the dtype of the reading.
   return SequenceBert(config, labels, dtype, remat)
 
 
@@ -124,7 +125,7 @@ FAMILY = Family(
   classifier=_classifier,
   params=_params,
   check=_check,
-  # Tokens, and their mask.
+  # The inputs are tokens and their mask.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2,
   logical_axes=bert.logical_axes,
   kind=_kind,

@@ -1,4 +1,4 @@
-"""Hugging Face's tensors of BERT's kind as parameters of `BertClassifier`."""
+"""Converts Hugging Face's tensors to parameters of `BertClassifier`."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -16,15 +16,15 @@ from .config import BertConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-  """What tensors are called in transformers.
+  """The names of tensors in transformers.
 
   Attributes:
-    model: for sentences.
+    model: the model's name in messages.
     architecture: the class that classifies tokens.
-    prefix: of the encoder in it.
-    layers: what the names of layers begin with.
-    denses: our module within a layer -> theirs.
-    norms: as `denses`.
+    prefix: the prefix of the encoder's names in this class.
+    layers: the prefix of the layers' names.
+    denses: our linear module within a layer -> theirs.
+    norms: our norm within a layer -> theirs.
   """
 
   model: str
@@ -89,12 +89,12 @@ _NAMES = {
   ),
 }
 _EMBEDDINGS, _PROJECTION = "embeddings.", "embeddings_project."
-# Buffers, not weights; old checkpoints saved them.
+# Buffers, which old checkpoints saved.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def names(config: BertConfig) -> tuple[str, str]:
-  """The class that classifies tokens, and the prefix of the encoder in it."""
+  """Returns transformers' token classifier, and its prefix of the encoder."""
   found = _NAMES[config.model_type]
   return found.architecture, found.prefix
 
@@ -106,27 +106,26 @@ def params(
   dtype: typing.DTypeLike = jnp.float32,
   place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of the encoder from a Hugging Face checkpoint, one at a time.
+  """Reads the encoder's parameters from a Hugging Face checkpoint.
 
-  Names may lack the prefix, which is 'bert.' of a BERT, and layer norms have
-  the older names gamma and beta. The pooler and any head (names outside the
-  embeddings and layers) are left out: this project's classifier pools by itself
-  and trains its own head.
+  Names may lack the prefix, such as BERT's 'bert.'. Layer norms may have the
+  older names gamma and beta. Names outside the embeddings and layers belong to
+  the pooler and to heads. They are left out, because this project's classifier
+  has its own pooling and trains its own head.
 
   Args:
     config: the sizes.
-    tensors: tensors by name; a linear weight is (out, in).
-    dtype: of the parameters.
+    tensors: the tensors by name; a linear weight is (out, in).
+    dtype: the dtype of the parameters.
     place: makes a parameter; by default an array on one device.
 
   Returns:
-    `encoder` of a `BertClassifier`, of what `place` made; a Dense kernel is
+    The `encoder` of a `BertClassifier`, which `place` made; a Dense kernel is
     (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, there by two names, or in the encoder and unknown to it;
-      and nothing was read.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, have
+      two names, or are in the encoder but unknown. Nothing is read then.
   """
   check(config, tensors)
   found = _by_full_name(config, tensors)
@@ -156,11 +155,11 @@ def check(config: BertConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
 def tensors(
   config: BertConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the encoder's tensors, by names with their prefix.
+  """Returns the encoder's tensors, by names with prefix; undoes `params`.
 
   Args:
     config: the sizes.
-    params: of `BertClassifier`.
+    params: the parameters of `BertClassifier`.
 
   Returns:
     Arrays on the host, in the dtype of the parameters; a linear weight is
@@ -170,12 +169,12 @@ def tensors(
 
 
 def modules(config: BertConfig) -> dict[str, str | tuple[str, ...]]:
-  """The path of each of the encoder's parameters, and its module."""
+  """Returns the path of each parameter of the encoder, and its module."""
   return stored.modules(_plan(config))
 
 
 def _plan(config: BertConfig) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> where its values are."""
+  """Returns the plan: from a parameter's path to where its values are."""
   theirs = _NAMES[config.model_type]
   width, inner = config.hidden_size, config.intermediate_size
   narrow = config.embedding_width

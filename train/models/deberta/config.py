@@ -23,17 +23,17 @@ _INTEGERS = {
   "type_vocab_size": "type_vocab_size",
 }
 _OPTIONAL = ("buckets", "type_vocab_size")
-# Keys of config.json that change the equations, and the only values of them
-# that are implemented; absent is implemented too.
+# Keys of config.json that change the equations, and their implemented values. A
+# key may be missing.
 _ONLY = {
   "talking_head": (False, None),
-  # A convolution beside the first layer, of deberta-v2-xlarge.
+  # A convolution beside the first layer, as in deberta-v2-xlarge.
   "conv_kernel_size": (0, None),
 }
 _KINDS = ("c2p", "p2c")
 
 MODEL_TYPES = ("deberta", "deberta-v2")
-"""What `DebertaConfig.from_hf` reads; v3's is v2's."""
+"""The model types that `DebertaConfig.from_hf` reads; v3 has that of v2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +41,31 @@ class DebertaConfig:
   """Sizes of a DeBERTa (He et al., ICLR 2021; v3: He et al., ICLR 2023).
 
   Attributes:
-    vocab_size: rows of the embedding of words.
+    vocab_size: the rows of the embedding of words.
     hidden_size: D, the width.
-    num_layers: of the encoder.
+    num_layers: the layers of the encoder.
     num_heads: H.
-    intermediate_size: width within the feed-forward.
-    max_positions: rows of the embedding of positions, if it has one.
-    furthest: the largest distance that the model tells from others.
-    layer_norm_eps: added to the variance.
-    hidden_act: of the feed-forward.
-    type_vocab_size: rows of the embedding of segments; None: it has none.
-    has_positions: whether positions are added to the words too.
-    attends: what attention sums beside content to content: 'c2p', content to
-      position, and 'p2c', position to content.
-    buckets: half the number of buckets of distances, of which those beyond half
-      of it are logarithmic; None: each distance has its own.
-    shares_projections: whether positions are projected as the contents are.
+    intermediate_size: the width inside the feed-forward layer.
+    max_positions: the rows of the embedding of positions, if there is one.
+    furthest: the largest distance that the model distinguishes from others.
+    layer_norm_eps: the number added to the variance.
+    hidden_act: the activation of the feed-forward layer.
+    type_vocab_size: the rows of the embedding of segments; None: there are no
+      segments.
+    has_positions: whether an embedding of positions is added to the words.
+    attends: the terms that attention adds to content-to-content: 'c2p', content
+      to position, and 'p2c', position to content.
+    buckets: half the number of buckets of distances. Distances above
+      `buckets / 2` have logarithmic buckets; None: each distance has its own
+      bucket.
+    shares_projections: whether positions have the projections of the contents.
     norms_positions: whether the embedding of distances is normed.
-    pooling: what the head of a classifier is given; see `pooling.pooled`.
-    model_type: 'deberta', whose queries, keys and values are one product, or
-      'deberta-v2'.
+    pooling: how a classifier pools hidden states; see `pooling.pooled`.
+    model_type: 'deberta-v2', or 'deberta', which computes queries, keys and
+      values in one product.
 
   Raises:
-    ValueError: a value is not one of those implemented.
+    ValueError: a value is not implemented.
   """
 
   vocab_size: int
@@ -105,7 +107,7 @@ class DebertaConfig:
       )
     activations.check("hidden_act", self.hidden_act)
     pooling.check(self.pooling)
-    # Half of them are of one distance each, and the others of more.
+    # Half of the buckets hold one distance each, the others hold more.
     if self.buckets is not None and not (
       self.buckets >= 4 and self.buckets // 2 < self.furthest - 1
     ):
@@ -126,12 +128,12 @@ class DebertaConfig:
 
   @property
   def longest(self) -> int | None:
-    """The most tokens of a text; None: distances alone do not limit it."""
+    """The most tokens of a text; None: no limit, as distances have none."""
     return self.max_positions if self.has_positions else None
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "DebertaConfig":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
       config: the decoded JSON object.
@@ -189,7 +191,7 @@ def _refuse(
 
 
 def _positive(config: Mapping[str, Any], key: str) -> int | None:
-  """A size that is none where it is -1, say."""
+  """Returns a size; None if it is missing or not positive, such as -1."""
   value = config.get(key, -1)
   if not options.fits(value, int):
     raise ValueError(f"{key} must be an integer, got {options.shown(value)}.")
@@ -197,7 +199,7 @@ def _positive(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _attends(value: Any) -> tuple[str, ...]:
-  """From a list, or a text with bars between its parts."""
+  """Returns the terms of attention, from a list or a text with bars."""
   found = value
   if isinstance(value, str):
     found = [part.strip() for part in value.lower().split("|")]

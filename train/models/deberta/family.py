@@ -1,7 +1,7 @@
-"""DeBERTas, as the program knows them.
+"""The record of the family of DeBERTas.
 
-As a `classifier` of `DebertaForTokenClassification`, our head computes what it
-does here; see train/models/bert/family.py.
+transformers' equivalent class is `DebertaForTokenClassification`, with our head
+as its `classifier`; see train/models/bert/family.py.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def _classifier(
   remat: str = "none",
   **_: Any,
 ) -> deberta.DebertaClassifier:
-  # Weights are of the dtype that they are read in.
+  # `param_dtype` has no effect, because weights keep the dtype of the reading.
   return deberta.DebertaClassifier(config, labels, dtype, remat)
 
 

@@ -1,7 +1,7 @@
 """DeBERTa's encoder and classifier in Flax Linen.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, K = D/H, and
-P = 2L - 1 distances of two tokens.
+P = 2L - 1 distances between two tokens.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from .. import encoder_layers, remat
 from .config import DebertaConfig
 
-# Finite, as a query with every key masked has a finite softmax then.
+# A finite value keeps the softmax finite when all keys of a query are masked.
 _MASKED = -1e9
 _AXES = {
   **encoder_layers.AXES,
@@ -31,8 +31,8 @@ class Deberta(nn.Module):
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls; None is float32. The softmax, the layer norms
-      and the residual sums are float32 whatever it is, and so are parameters.
+    dtype: the dtype of matrix products; None is float32. The softmax, the layer
+      norms, the residual sums and the parameters are always float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -47,17 +47,17 @@ class Deberta(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Hidden states of the last layer.
+    """Returns the hidden states of the last layer.
 
     Args:
       tokens: token ids, int (B, L).
       mask: 1 or True at a real token, 0 or False at padding, (B, L).
-      token_types: segment ids, int (B, L); None is all zeros. They are not
-        looked at where the model has no segments.
+      token_types: segment ids, int (B, L); None: all are 0. A model without
+        segments ignores them.
 
     Returns:
-      (B, L, D) in the compute dtype. What stands at padding is finite and
-      means nothing.
+      (B, L, D) in the compute dtype. The values at padding are finite, but have
+      no meaning.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the learned positions.
@@ -76,7 +76,7 @@ class Deberta(nn.Module):
     layer = remat.layer(_Layer, self.remat)
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     for i in range(c.num_layers):
-      # On a mesh: weights are brought to the rows, not rows to the weights.
+      # On a mesh, devices keep their rows and gather the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(c, dtype, name=f"layer_{i}")(
         x_NxD, distances_PxD, mask.astype(bool)
@@ -93,7 +93,7 @@ class DebertaClassifier(encoder_layers.Classifier):
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a classifier's variables; see `encoder_layers`."""
+  """Returns the names of the variables' axes, as `encoder_layers` does."""
   return encoder_layers.logical_axes(variables, _AXES)
 
 
@@ -103,7 +103,7 @@ def _embed(config: DebertaConfig, rows: int, name: str) -> nn.Embed:
 
 
 class _Embeddings(nn.Module):
-  """Normed sum of the word, position and segment embeddings, (N, D)."""
+  """The normed sum of the word, position and segment embeddings, (N, D)."""
 
   config: DebertaConfig
   dtype: typing.DTypeLike
@@ -122,10 +122,11 @@ class _Embeddings(nn.Module):
 
 
 class _Layer(nn.Module):
-  """Disentangled self-attention and a feed-forward, post-norm.
+  """Disentangled self-attention and a feed-forward layer, post-norm.
 
-  A score sums q_i·k_j, q_i·r_ij and k_j·s_ij, of which r and s are projections
-  of the embedding of the distance i - j (He et al., ICLR 2021, equation 4).
+  A score is the sum of q_i·k_j, q_i·r_ij and k_j·s_ij. The vectors r_ij and
+  s_ij are projections of the embedding of the distance i - j (He et al., ICLR
+  2021, equation 4).
   """
 
   config: DebertaConfig
@@ -153,7 +154,7 @@ class _Layer(nn.Module):
       r_HxPxK = self._split(key(distances_PxD), row)[0]
       scores_BxHxLxL += _by_distance(_products(q_BxHxLxK, r_HxPxK))
     if "p2c" in c.attends:
-      # Turned round, as it is queries here that go along a row.
+      # The distances are reversed, because a row has the queries of one key.
       s_HxPxK = self._split(query(distances_PxD[::-1]), row)[0]
       by_key = _by_distance(_products(k_BxHxLxK, s_HxPxK))
       scores_BxHxLxL += by_key.swapaxes(2, 3)
@@ -167,9 +168,9 @@ class _Layer(nn.Module):
   def _joined_heads(
     self, x_NxD: jax.Array, shape: tuple[int, ...]
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first DeBERTa's queries, keys and values, (B, H, L, K)."""
+    """Returns the first DeBERTa's queries, keys and values, (B, H, L, K)."""
     c = self.config
-    # One product, in which each head has its query, key and value together.
+    # In this one product, each head has its query, key and value together.
     qkv = encoder_layers.dense(3 * c.hidden_size, self.dtype, "qkv", False)
     q, k, v = jnp.split(self._split(qkv(x_NxD), shape), 3, axis=-1)
 
@@ -184,26 +185,27 @@ class _Layer(nn.Module):
     return encoder_layers.dense(width, self.dtype, name, use_bias)
 
   def _split(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """(N, H·M) to (B, H, L, M)."""
+    """Splits heads, from (N, H·M) to (B, H, L, M)."""
     return y.reshape(*shape, self.config.num_heads, -1).swapaxes(1, 2)
 
 
 def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Of each row of one with each row of the other, in float32."""
+  """Returns the products of all rows of `x` with all rows of `y`, float32."""
   return jnp.matmul(x, y.swapaxes(-1, -2), preferred_element_type=jnp.float32)
 
 
 def _by_distance(x_BxHxLxP: jax.Array) -> jax.Array:
-  """Has in row i and column j what is in row i and column j - i + L - 1."""
+  """Returns (B, H, L, L), whose entry (i, j) is entry (i, j - i + L - 1)."""
   *front, length, count = x_BxHxLxP.shape
-  # A row longer by one puts the next row's first one to the right.
+  # Each row gets one more column. When the flat array is cut into rows of the
+  # old length, each row then starts one column earlier than the row before.
   x = jnp.pad(x_BxHxLxP, [(0, 0)] * (len(front) + 1) + [(0, 1)])
   x = x.reshape(*front, -1)[..., length - 1 :][..., : length * count]
   return x.reshape(*front, length, count)[..., :length]
 
 
 def _rows(config: DebertaConfig, length: int) -> np.ndarray:
-  """Of the distances from L - 1 to 1 - L, rows of their embedding, int (P,)."""
+  """Returns the embedding's rows for the distances L - 1 to 1 - L, int (P,)."""
   distance = np.arange(length - 1, -length, -1)
   if config.buckets is not None:
     distance = _bucket(distance, config.buckets, config.furthest)
@@ -211,7 +213,10 @@ def _rows(config: DebertaConfig, length: int) -> np.ndarray:
 
 
 def _bucket(distance: np.ndarray, buckets: int, furthest: int) -> np.ndarray:
-  """DeBERTa v2's (transformers, make_log_bucket_position), in its float32."""
+  """Returns the buckets of DeBERTa v2, computed in float32 as transformers.
+
+  See transformers' `make_log_bucket_position`.
+  """
   middle = buckets // 2
   far = np.maximum(np.abs(distance), middle).astype(np.float32)
   whole = np.log(np.float32((furthest - 1) / middle))

@@ -1,4 +1,4 @@
-"""Hugging Face's DeBERTa tensors as parameters of `DebertaClassifier`."""
+"""Converts Hugging Face's tensors to parameters of `DebertaClassifier`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,24 +47,23 @@ def params(
   dtype: typing.DTypeLike = jnp.float32,
   place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of the encoder from a Hugging Face checkpoint, one at a time.
+  """Reads the encoder's parameters from a Hugging Face checkpoint.
 
   Names may lack the prefix 'deberta.'. The pooler and any head are left out.
 
   Args:
     config: the sizes.
-    tensors: tensors by name; a linear weight is (out, in).
-    dtype: of the parameters.
+    tensors: the tensors by name; a linear weight is (out, in).
+    dtype: the dtype of the parameters.
     place: makes a parameter; by default an array on one device.
 
   Returns:
-    `encoder` of a `DebertaClassifier`, of what `place` made; a Dense kernel is
-    (in, out).
+    The `encoder` of a `DebertaClassifier`, which `place` made; a Dense kernel
+    is (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, there by two names, or in the encoder and unknown to it;
-      and nothing was read.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, have
+      two names, or are in the encoder but unknown. Nothing is read then.
   """
   check(config, tensors)
   return stored.read(_plan(config), _by_full_name(tensors), dtype, place)
@@ -79,7 +78,7 @@ def check(
     WeightsError: as `params`.
   """
   parts = tuple(f"{PREFIX}{part}" for part in _PARTS)
-  # Positions that only the decoder of the pretraining used.
+  # The pretraining's decoder alone used these positions.
   buffers = {f"{PREFIX}{name}" for name in (*_BUFFERS, _POSITIONS)}
 
   def ignored(name: str) -> bool:
@@ -92,12 +91,12 @@ def check(
 def tensors(
   config: DebertaConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the encoder's tensors, by names with their prefix."""
+  """Returns the encoder's tensors, by names with prefix; undoes `params`."""
   return stored.tensors(_plan(config), params)
 
 
 def modules(config: DebertaConfig) -> dict[str, str | tuple[str, ...]]:
-  """The path of each of the encoder's kernels, and its module."""
+  """Returns the path of each parameter of the encoder, and its module."""
   return stored.modules(_plan(config))
 
 
@@ -108,7 +107,7 @@ def _by_full_name(
 
 
 def _plan(config: DebertaConfig) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> where its values are."""
+  """Returns the plan: from a parameter's path to where its values are."""
   width, inner = config.hidden_size, config.intermediate_size
   plan: dict[stored.Path, stored.Source] = {}
 

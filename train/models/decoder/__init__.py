@@ -1,1 +1,1 @@
-"""Decoders of Llama's kind."""
+"""Decoders like Llama."""

@@ -1,4 +1,4 @@
-"""Sizes of decoders of Llama's kind: from a config.json, or by name."""
+"""Sizes of decoders like Llama, from a config.json."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -31,24 +31,25 @@ _INTEGERS = {
 
 
 class _Type(NamedTuple):
-  """What differs between the decoders of one `model_type` and another's.
+  """The properties of the decoders of one `model_type`.
 
   Attributes:
-    architecture: transformers' class.
-    qkv_bias: whether queries, keys and values always have a bias; None: where
-      `attention_bias` says so, and the output then has one too.
-    qk_norm: whether each head's queries and keys are normed.
-    reads_mlp_bias: whether `mlp_bias` is read.
-    windows: where sliding windows come from: nowhere; `sliding_window`, in all
-      layers; `use_sliding_window` and `layer_types`; or `layer_types` alone.
-    default: values of keys that config.json may lack.
-    is_gemma: whether the keys that `gemma.read` reads are read too.
-    sequence: transformers' class with a head for sequences; "": named as
-      `architecture` is; None: there is none.
-    reads_images: whether only a part of it reads texts.
-    prefix: what the names of all tensors but the head's begin with, where it
+    architecture: the class in transformers.
+    qkv_bias: whether queries, keys and values always have a bias. None: they
+      have one, and the output too, if `attention_bias` says so.
+    qk_norm: whether the queries and keys of each head are normed.
+    reads_mlp_bias: whether the key `mlp_bias` is read.
+    windows: which keys define sliding windows. 'none': no key; 'all':
+      `sliding_window`, for all layers; 'types': `use_sliding_window` and
+      `layer_types`; 'layers': `layer_types` alone.
+    default: the values of keys that config.json may lack.
+    is_gemma: whether `gemma.read` reads further keys.
+    sequence: transformers' class with a head for sequences. "": its name
+      follows from `architecture`; None: there is none.
+    reads_images: whether the model has another part, which reads images.
+    prefix: the prefix of all tensors' names except the head's, if the model
       reads no images.
-    fields: of DecoderConfig, that all of this type have.
+    fields: the fields of DecoderConfig that this type fixes.
   """
 
   architecture: str
@@ -90,7 +91,7 @@ _TYPES = {
       ("qwen3_vl", "Qwen3VL", 500000.0),
     )
   },
-  # Its shared head and its base are not written where they are the defaults.
+  # Files of SmolLM3 omit the tied head and the rotary base if they are default.
   "smollm3": _Type(
     "SmolLM3ForCausalLM",
     reads_mlp_bias=True,
@@ -117,75 +118,77 @@ _TYPES = {
     fields=gpt2.FIELDS,
   ),
 }
-# Keys that change the equations, and the only values that are implemented.
+# Keys that change the equations, and the only implemented values.
 _ONLY = {
   "hidden_act": ("silu",),
   "rope_interleaved": (False, None),
 }
-# Qwen 2 and 3: the first layers see all tokens.
+# In Qwen 2 and 3, so many first layers see all tokens.
 _MAX_WINDOW_LAYERS = 28
-# Where each layer has a window, before its tensors are looked for.
+# The windows are made for each layer before the tensors are counted.
 _MOST_LAYERS = 10_000
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 MODEL_TYPES = tuple(_TYPES)
-"""What `DecoderConfig.from_hf` reads."""
+"""The model types that `DecoderConfig.from_hf` reads."""
 
 SEQUENCE_TYPES = tuple(
   kind for kind, type_ in _TYPES.items() if type_.sequence is not None
 )
-"""Those of which transformers has a class with a head for sequences."""
+"""The model types with a class for sequences in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Sizes of a decoder of Llama's kind (Touvron et al., arXiv 2302.13971).
+  """Sizes of a decoder like Llama (Touvron et al., arXiv 2302.13971).
 
   Attributes:
-    vocab_size: rows of the embedding, which may exceed the tokenizer's.
+    vocab_size: the rows of the embedding, which may be more than the tokens.
     hidden_size: D, the width.
-    num_layers: decoder layers.
-    num_heads: H, heads of the queries.
-    num_kv_heads: heads of keys and values, each shared by H / num_kv_heads.
+    num_layers: the number of layers.
+    num_heads: H, the number of query heads.
+    num_kv_heads: the number of key and value heads; H / num_kv_heads query
+      heads share each.
     head_dim: K, the width of a head; H * K need not be D.
-    intermediate_size: width within the feed-forward.
-    max_positions: the longest sequence the model was made for.
-    rms_norm_eps: added to the mean square, or to the variance.
-    rope_theta: base of the rotary wavelengths.
-    rope_scaling: None, or how a longer context scales them.
+    intermediate_size: the width inside the feed-forward layer.
+    max_positions: the longest sequence that the model supports.
+    rms_norm_eps: the number added to the mean square, or to the variance.
+    rope_theta: the base of the rotary wavelengths.
+    rope_scaling: how a longer context scales the wavelengths; None: not.
     tied: whether the head is the transposed embedding.
-    qkv_bias: whether queries, keys and values have a bias, as Qwen 2's.
+    qkv_bias: whether queries, keys and values have a bias, as in Qwen 2.
     out_bias: whether the output of attention has a bias.
-    mlp_bias: whether the feed-forward has biases.
-    qk_norm: whether each head's queries and keys are normed, as Qwen 3's.
-    windows: of each layer, how many tokens one sees, itself among them, as
-      Mistral's; None: all. Empty: all in every layer.
-    rotary: of each layer, whether it turns queries and keys, as SmolLM3's.
+    mlp_bias: whether the feed-forward layer has biases.
+    qk_norm: whether the queries and keys of each head are normed, as in Qwen 3.
+    windows: for each layer, how many tokens a token sees, itself included, as
+      in Mistral; None: all. Empty: all layers see all tokens.
+    rotary: for each layer, whether it rotates queries and keys, as in SmolLM3.
       Empty: all layers do.
-    hidden_act: the activation of the feed-forward, by transformers' name.
-    embed_scaled: whether the embeddings are multiplied by the root of
-      hidden_size, as Gemma's.
-    norm_offset: whether 1 is added to the scales of all norms, as Gemma's.
-    post_norms: whether the results of attention and of the feed-forward are
-      normed too, as Gemma 2's.
-    query_scalar: the products of queries and keys are divided by its root;
-      None: by that of head_dim.
-    attention_softcap: c of c tanh(x / c), which bounds those products, as
-      Gemma 2's; None: nothing does.
-    logit_softcap: likewise of the logits.
-    local_rope_theta: base of the rotary wavelengths in layers with a window,
-      which are not scaled, as Gemma 3's; None: as in all layers.
-    learned_positions: whether a learned vector of each position is added to the
-      embeddings, as GPT-2's, and queries and keys are not turned.
+    hidden_act: the activation of the feed-forward layer, by transformers' name.
+    embed_scaled: whether the embeddings are multiplied by the square root of
+      hidden_size, as in Gemma.
+    norm_offset: whether 1 is added to the scales of all norms, as in Gemma.
+    post_norms: whether the results of attention and of the feed-forward layer
+      are normed too, as in Gemma 2.
+    query_scalar: products of queries and keys are divided by the square root of
+      this number; None: of head_dim.
+    attention_softcap: c of c tanh(x / c), which bounds these products, as in
+      Gemma 2; None: they are unbounded.
+    logit_softcap: the same for the logits.
+    local_rope_theta: the base of the rotary wavelengths in layers with a
+      window, which have no scaling, as in Gemma 3; None: all layers have the
+      same base and scaling.
+    learned_positions: whether a learned vector for each position is added to
+      the embeddings, as in GPT-2. Queries and keys are then not rotated.
     layer_norm: whether norms subtract the mean and have a bias.
     joint_qkv: whether one product makes queries, keys and values.
-    gated: whether the feed-forward has a gate.
-    model_type: that of config.json.
+    gated: whether the feed-forward layer has a gate.
+    model_type: the `model_type` of config.json.
 
   Raises:
     ValueError: a size is not a positive integer, the key-value heads do not
       divide the heads, the width of a head is odd, or `windows` or `rotary`
-      is not of all layers.
+      has a wrong length.
   """
 
   vocab_size: int
@@ -270,7 +273,7 @@ class DecoderConfig:
 
   @property
   def prefix(self) -> str:
-    """What the names of all tensors but the head's begin with."""
+    """The prefix of all tensors' names, except the head's."""
     return (
       images.PREFIX if self.reads_images else _TYPES[self.model_type].prefix
     )
@@ -282,21 +285,21 @@ class DecoderConfig:
 
   @property
   def bare_prefix(self) -> str:
-    """What of `prefix` a model lacks that was saved without its head."""
+    """The part of `prefix` that files of a model without a head lack."""
     return self.prefix.split(".")[0] + "."
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
-      config: the decoded JSON object of one of `MODEL_TYPES`, as transformers 4
-        or 5 writes it. A key that transformers does not read for this type is
-        not looked at.
+      config: the decoded JSON object, of one of `MODEL_TYPES`, in the form of
+        transformers 4 or 5. Keys that transformers does not read for this type
+        are ignored.
 
     Raises:
-      ValueError: a key is missing or has a value that this decoder does not
-        implement (another model_type, rotary type or activation).
+      ValueError: a key is missing, or has a value that this decoder does not
+        implement, such as another model_type, rotary type or activation.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -363,7 +366,7 @@ class DecoderConfig:
 def _windows(
   config: Mapping[str, Any], source: str, rotary: tuple[bool, ...]
 ) -> tuple[int | None, ...]:
-  """The window of each layer; empty if no layer has one."""
+  """Returns the window of each layer; empty if no layer has one."""
   count = config["num_hidden_layers"]
   layers = config.get("layer_types")
   if not options.fits(layers, list | None):
@@ -389,7 +392,7 @@ def _windows(
     return ()
   _check_size("sliding_window", window)
   if source == "all":
-    # transformers' Mistral does not look at layer_types.
+    # transformers' Mistral ignores layer_types.
     if layers and _LAYER_TYPES[0] in layers:
       raise ValueError(
         "layer_types has 'full_attention', and every layer of a mistral has "
@@ -410,9 +413,9 @@ def _windows(
 
 
 def _rotary(config: Mapping[str, Any]) -> tuple[bool, ...]:
-  """Of each layer of a SmolLM3, whether it turns queries and keys."""
+  """Returns for each layer of a SmolLM3 whether it rotates queries and keys."""
   count = config["num_hidden_layers"]
-  flags = config.get("no_rope_layers")  # named for its zeros: 1 is a turn
+  flags = config.get("no_rope_layers")  # despite its name, 1 is with rotation
   if flags is None:
     interval = config.get("no_rope_layer_interval", 4)
     _check_size("no_rope_layer_interval", interval)

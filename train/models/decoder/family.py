@@ -1,4 +1,4 @@
-"""Decoders, as the program knows them."""
+"""The record of the family of decoders."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -43,7 +43,7 @@ def _complete(found: Pretrained) -> Pretrained:
   else:
     notes = (*notes, _NO_END)
   eos_id = stop_ids[0] if stop_ids else None
-  # What stands at padding is never seen nor learned.
+  # Any token can pad, because padding is never seen or learned.
   return dataclasses.replace(
     found,
     config=config,
@@ -112,7 +112,7 @@ FAMILY = Family(
   language_model=decoder.Decoder,
   params=_params,
   check=weights.check,
-  # Tokens.
+  # The input is tokens.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),),
   logical_axes=decoder.logical_axes,
   converses=True,

@@ -1,7 +1,7 @@
-"""What config.json says of Gemma 1, 2 and 3 and of no other decoder.
+"""Reads the keys of config.json that only Gemma 1, 2 and 3 have.
 
-Gemma Team, arXiv 2403.08295, 2408.00118 and 2503.19786. Where a file is silent,
-transformers' defaults hold.
+Gemma Team, arXiv 2403.08295, 2408.00118 and 2503.19786. Missing keys have
+transformers' defaults.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,11 @@ ARCHITECTURES = {
     "Gemma3ForSequenceClassification",
   ),
 }
-"""Of each `model_type`, transformers' classes: with its head, and with one for
-sequences, "" where its name follows from the first."""
+"""From each `model_type` to two classes of transformers.
+
+The first is the language model. The second has a head for sequences; "" means
+that its name follows from the first.
+"""
 
 _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 _GEMMA2 = _GEMMA | {"sliding_window": 4096}
@@ -41,7 +44,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
   "gemma3_text": _GEMMA3,
   WITH_IMAGES: _GEMMA3,
 }
-"""Of each `model_type`, values of keys that config.json may lack."""
+"""From each `model_type` to the values of keys that config.json may lack."""
 
 NUMBERS = {
   "query_scalar": "query_pre_attn_scalar",
@@ -49,13 +52,13 @@ NUMBERS = {
   "logit_softcap": "final_logit_softcapping",
   "local_rope_theta": "rope_local_base_freq",
 }
-"""Field of DecoderConfig that may be None -> key of config.json."""
+"""From each optional field of DecoderConfig to the key of config.json."""
 
 _TANH = "gelu_pytorch_tanh"
 _QUERY_SCALAR = 256
 _SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _LOCAL, _FULL = "sliding_attention", "full_attention"
-# Of which one layer in so many sees all tokens.
+# One layer in so many sees all tokens.
 _PATTERN = {"gemma2": 2, "gemma3_text": 6, WITH_IMAGES: 6}
 _THETA, _LOCAL_THETA = 1000000.0, 10000.0
 
@@ -63,18 +66,19 @@ _THETA, _LOCAL_THETA = 1000000.0, 10000.0
 def read(
   kind: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What a Gemma's config.json says, in the terms of other decoders.
+  """Translates a Gemma's config.json to the keys of other decoders.
 
   Args:
-    kind: its `model_type`.
-    config: it, with `DEFAULTS`; the number of layers was checked.
+    kind: the `model_type`.
+    config: the config.json, with `DEFAULTS`; its number of layers must have
+      been checked.
 
   Returns:
-    the config.json that another decoder would have, with its layers' types and
-    one rotary scaling; and the fields of DecoderConfig that are Gemma's.
+    a config.json with the keys of other decoders, the types of all layers and
+    one rotary scaling; and the fields of DecoderConfig that only Gemma has.
 
   Raises:
-    ValueError: a value is wrong, or asks for what is not implemented.
+    ValueError: a value is wrong or not implemented.
   """
   if checked.truth(config, "use_bidirectional_attention", False):
     raise ValueError(
@@ -104,7 +108,7 @@ def read(
 
 def _activation(kind: str, config: Mapping[str, Any]) -> str:
   if kind == "gemma":
-    # The tanh form, whatever older files say.
+    # Older files say gelu, but Gemma has always had the tanh form.
     name = config.get("hidden_act", _TANH)
     return _TANH if name == "gelu" else name
   return config.get("hidden_activation", _TANH)
@@ -127,7 +131,10 @@ def _with_layer_types(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _with_one_rope(
   config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Any]:
-  """The rotary parameters of the layers that see all, and the others' base."""
+  """Returns a config with one rotary scaling, and the local layers' base.
+
+  The scaling is that of the layers that see all tokens.
+  """
   both = config.get("rope_parameters") or {}
   if not options.fits(both, dict):
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Generation: tokens that follow a prompt, with a cache of keys and values."""
+"""Generates tokens after a prompt, with a cache of keys and values."""
 
 from collections.abc import Callable
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from . import model as decoder
 
-_NONE = -1  # is no token
+_NONE = -1  # not the id of any token
 
 
 def generate(
@@ -34,20 +34,23 @@ def generate(
   row has ended or is full. It is compiled once for its shapes and options.
 
   Args:
-    model: what is run; gives the sizes of the cache.
-    apply: calls it, with `method='decode'`: `functools.partial(model.apply,
-      variables)`, or `functools.partial(adapted.apply, variables, adapters)`
-      where `adapt` was given `methods=('__call__', 'decode')`. Arrays that it
-      has in a partial are passed to the program, others become part of it.
-    tokens: prompts, int (B, L), padded on either side.
+    model: the model, which gives the sizes of the cache.
+    apply: calls the model with `method='decode'`. It is
+      `functools.partial(model.apply, variables)`, or
+      `functools.partial(adapted.apply, variables, adapters)` if `adapt` got
+      `methods=('__call__', 'decode')`. Arrays in the partial are arguments of
+      the program; other arrays become constants.
+    tokens: the prompts, int (B, L), padded on either side.
     mask: 1 or True at a real token, 0 or False at padding, (B, L).
-    max_new_tokens: tokens to add, T.
-    temperature: of the softmax that is drawn from; 0 takes the likeliest.
-    top_k: draw from the likeliest k tokens; 0 from all.
-    top_p: draw from the likeliest tokens whose probabilities reach p (Holtzman
+    max_new_tokens: T, the number of tokens to add.
+    temperature: the temperature of the softmax that tokens are drawn from; 0
+      takes the likeliest token.
+    top_k: draws from the likeliest k tokens; 0: from all.
+    top_p: draws from the likeliest tokens whose probabilities reach p (Holtzman
       et al., arXiv 1904.09751), within the top k.
-    key: JAX random key to draw with.
-    stop_ids: the tokens that end a row, which repeats the one it ended with.
+    key: the JAX random key of the draws.
+    stop_ids: the tokens that end a row. A row that has ended repeats its last
+      token.
 
   Returns:
     The new tokens, int32 (B, T).
@@ -62,10 +65,10 @@ def generate(
   _check_sampling(sampling, model.config.vocab_size, key)
   if not isinstance(apply, functools.partial):
     apply = functools.partial(apply)
-  # A pytree, whose leaves are the variables.
+  # As a pytree, the variables are leaves and not constants of the program.
   call = jax.tree_util.Partial(apply.func, *apply.args, **apply.keywords)
   if key is None:
-    key = jax.random.key(0)  # nothing is drawn with it
+    key = jax.random.key(0)  # unused, because nothing is drawn
   return _generate(
     call, tokens, mask, key, model, max_new_tokens, sampling, stop_ids
   )
@@ -89,14 +92,14 @@ def _generate(
   stop_ids: tuple[int, ...],
 ) -> jax.Array:
   batch, length = tokens.shape
-  # The last token is returned without being run.
+  # The model does not read the last new token.
   slots = jnp.arange(length + count - 1)
   real_BxS = jnp.pad(mask, ((0, 0), (0, count - 1)), constant_values=True)
   places_BxS = jnp.maximum(jnp.cumsum(real_BxS, 1) - 1, 0)
 
   def run(tokens, positions, columns, cache, last):
-    # What is real and not later; padding sees itself, so that its softmax is
-    # over something.
+    # A token sees real tokens that are not later. Padding sees itself, so that
+    # its softmax has a term.
     seen_BxLxS = real_BxS[:, None] & (slots <= columns[:, None])
     return call(
       tokens,
@@ -139,7 +142,7 @@ def _generate(
       cache,
       jnp.zeros(batch, jnp.int32),
     )
-    # A row that has ended repeats its end.
+    # A row that has ended repeats its last token.
     new_B = jnp.where(ended(new_B), new_B, pick(logits_BxV, number))
     out_BxT = out_BxT.at[:, number].set(new_B)
     return number + 1, new_B, out_BxT, cache
@@ -152,7 +155,7 @@ def _generate(
 def _pick(
   logits_BxV: jax.Array, key: jax.Array, sampling: _Sampling
 ) -> jax.Array:
-  """A token for each row, int32 (B,)."""
+  """Returns a token for each row, int32 (B,)."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
   logits_BxV /= sampling.temperature
@@ -162,7 +165,7 @@ def _pick(
     logits_BxV, sampling.top_k or logits_BxV.shape[-1]
   )
   probs_BxK = jax.nn.softmax(logits_BxK)
-  # The likeliest is always kept: nothing comes before it.
+  # The likeliest token is always kept, as no probability comes before it.
   before_BxK = jnp.cumsum(probs_BxK, -1) - probs_BxK
   logits_BxK = jnp.where(before_BxK < sampling.top_p, logits_BxK, -jnp.inf)
   choice_B = jax.random.categorical(key, logits_BxK)

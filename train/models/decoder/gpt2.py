@@ -1,7 +1,7 @@
-"""What GPT-2's config.json and tensors call the parts of a decoder.
+"""The names of a decoder's parts in GPT-2's config.json and tensors.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
-Where a file is silent, transformers' defaults hold.
+Missing keys have transformers' defaults.
 """
 
 from collections.abc import Mapping
@@ -38,12 +38,12 @@ MODULES = {
   "mlp.up_proj": "mlp.c_fc",
   "mlp.down_proj": "mlp.c_proj",
 }
-"""Module of `Decoder` -> its name in transformers."""
+"""From a module of `Decoder` to its name in transformers."""
 
 BUFFER = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
-"""Of tensors that are no weights, but masks; old versions saved them."""
+"""The names of masks, which old versions saved as tensors."""
 
-# Key of another decoder's config.json -> GPT-2's, and its default.
+# Key of another decoder's config.json -> GPT-2's key and its default.
 _SIZES = {
   "vocab_size": ("vocab_size", 50257),
   "hidden_size": ("n_embd", 768),
@@ -51,24 +51,25 @@ _SIZES = {
   "num_attention_heads": ("n_head", 12),
   "max_position_embeddings": ("n_positions", 1024),
 }
-# Keys that change the equations, and their only value that is implemented.
+# Keys that change the equations, and the only implemented value.
 _ONLY = {
   "scale_attn_weights": True,
   "scale_attn_by_inverse_layer_idx": False,
   "add_cross_attention": False,
 }
-# What hidden scores are set to is at most this.
+# Hidden scores are set to this value or a lower one.
 _HIDDEN = -1e4
 
 
 def read(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-  """The config.json that another decoder of these sizes would have.
+  """Translates GPT-2's config.json to the keys of other decoders.
 
   Returns:
-    that, and the activation of the feed-forward, by transformers' name.
+    a config.json with the keys of other decoders, and the activation of the
+    feed-forward layer, by transformers' name.
 
   Raises:
-    ValueError: a value is wrong, or asks for what is not implemented.
+    ValueError: a value is wrong or not implemented.
   """
   for key, only in _ONLY.items():
     if checked.truth(config, key, only) is not only:
@@ -111,7 +112,7 @@ def check_buffer(name: str, tensor: tensors_.Tensor) -> None:
   """Refuses a `BUFFER` that hides other tokens than this decoder does.
 
   Raises:
-    WeightsError: that says so.
+    WeightsError: if it hides other tokens.
   """
   values = np.asarray(tensor[(slice(None),) * len(tensor.shape)])
   if name.endswith("masked_bias"):

@@ -1,6 +1,6 @@
-"""Decoders that read images too: which part of their files is about texts.
+"""Decoders that also read images: finds the part of their files for texts.
 
-The part for images is neither read nor trained; an export carries it along.
+The part for images is not trained. An export copies it unchanged.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from typing import Any
 from ... import options
 
 PREFIX = "model.language_model."
-"""Of the names of the tensors that read texts."""
+"""The prefix of the names of tensors that read texts."""
 
-# Of those that read images.
+# The names of tensors that read images.
 _IMAGES = re.compile(
   r"(model\.)?(vision_tower|multi_modal_projector|visual)\..*"
 )
 _HEAD = "lm_head."
-# Names that older files have -> theirs; the first that fits.
+# Prefixes of older files -> the new prefix; the first prefix that fits is used.
 _OLD_PREFIXES = {
   PREFIX: PREFIX,
   "language_model.model.": PREFIX,
@@ -25,7 +25,8 @@ _OLD_PREFIXES = {
   "language_model.": PREFIX,
   "model.": PREFIX,
 }
-# A position of a text is three equal ones, so that its angles are the plain.
+# In texts, the three positions of these types are equal, so that the angles are
+# those of plain rotary positions.
 _PLAIN = ("mrope", "default")
 _ROPES = ("rope_scaling", "rope_parameters")
 
@@ -33,15 +34,15 @@ _ROPES = ("rope_scaling", "rope_parameters")
 def texts(
   kind: str, config: Mapping[str, Any], tied: bool = False
 ) -> dict[str, Any]:
-  """The part of a config.json that is about texts.
+  """Returns the part of a config.json for texts.
 
   Args:
-    kind: its `model_type`.
-    config: it. Older files have the part among the rest.
-    tied: whether the head is the embedding where the file does not say.
+    kind: the `model_type`.
+    config: the config.json. Older files do not separate the part.
+    tied: whether the head is the embedding, if the file does not say.
 
   Raises:
-    ValueError: the part is no object, or its rotary parameters are none.
+    ValueError: the part is not an object.
   """
   part = config.get("text_config", config)
   if not options.fits(part, dict):
@@ -71,7 +72,7 @@ def are_read_by(name: str) -> bool:
 
 
 def new_name(name: str) -> str:
-  """The name that transformers 5 gives a tensor, of whatever age its name."""
+  """Returns transformers 5's name of a tensor, from a name of any version."""
   if are_read_by(name):
     return name if name.startswith("model.") else f"model.{name}"
   if name.startswith(_HEAD):

@@ -1,4 +1,4 @@
-"""A decoder as a classifier: its answer is one of a few words."""
+"""A decoder as a classifier, which answers with one of a few words."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from . import model as decoder
 
 
 class LabelWords(decoder.Decoder):
-  """A decoder that is asked for the token after a prompt, of a few tokens.
+  """A decoder that chooses the token after a prompt from a few tokens.
 
-  Its parameters are those of `Decoder`.
+  The parameters are those of `Decoder`.
 
   Attributes:
-    label_ids: the token that begins each label's word.
+    label_ids: the first token of each label's word.
   """
 
   label_ids: tuple[int, ...] = ()
@@ -27,12 +27,12 @@ class LabelWords(decoder.Decoder):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits of the labels' words, float32 (B, labels).
+    """Returns the logits of the labels' words, float32 (B, labels).
 
     Args:
-      tokens: prompts, int (B, L), padded at the end.
+      tokens: the prompts, int (B, L), padded at the end.
       mask: 1 at a real token, 0 at padding, (B, L).
-      token_types: not looked at; an encoder's.
+      token_types: ignored; only encoders have them.
     """
     del token_types
     logits_BxV = self.head(self._last(tokens, mask))
@@ -44,7 +44,7 @@ class LabelWords(decoder.Decoder):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """The hidden state that the answer is made of, float32 (B, D)."""
+    """Returns the hidden state behind the answer, float32 (B, D)."""
     del token_types
     return self._last(tokens, mask).astype(jnp.float32)
 
@@ -58,10 +58,10 @@ class LabelWords(decoder.Decoder):
 def tokens(
   tokenizer: tokenizers.Tokenizer, words: Sequence[str], after: str
 ) -> tuple[tuple[int, ...], ...]:
-  """The token that begins each word where it follows `after`, and a space.
+  """Returns the first token of each word, after `after` and a space.
 
   Raises:
-    ValueError: if two words begin with the same token, or one has none.
+    ValueError: if two words begin with the same token, or a word has no token.
   """
   by_token: dict[int, str] = {}
   for word in words:

@@ -1,9 +1,9 @@
 """Decoders in Flax Linen: Llama, Mistral, Qwen, SmolLM, Gemma, GPT-2.
 
 Shapes: B batch, L length, N = B·L tokens, D width, H heads, J key-value heads,
-G = H/J, K head width, S cache slots or keys, V vocabulary. Where the devices of
-a mesh share the tokens of a row, N stands for two axes, B and L: no device has
-neighbours of the N tokens then.
+G = H/J, K head width, S cache slots or keys, V vocabulary. If the devices of a
+mesh share the tokens of a row, N stands for the two axes B and L, because a
+device's tokens are then not neighbours in a single axis.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from . import rope as rope_lib
 from .config import DecoderConfig
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
-# width are split over one mesh axis, so that an array names one of the two.
+# width are split over the same mesh axis, so an array can name only one of
+# them.
 _AXES = {
   "q_proj": ("embed", "heads"),
   "k_proj": ("embed", "kv_heads"),
@@ -43,22 +44,24 @@ Cache = Any
 class Decoder(nn.Module):
   """A causal language model, pre-norm, without dropout.
 
-  Touvron et al., arXiv 2302.13971; grouped queries, Ainslie et al., arXiv
-  2305.13245; rotary positions in the half-split form, as Hugging Face stores
-  the weights (Su et al., arXiv 2104.09864), or learned ones. Modules have the
-  names of Hugging Face's Llama.
+  The model is Llama's (Touvron et al., arXiv 2302.13971), with grouped queries
+  (Ainslie et al., arXiv 2305.13245). Positions are learned or rotary (Su et
+  al., arXiv 2104.09864); the rotary form is half-split, as Hugging Face stores
+  the weights. Modules have the names of Hugging Face's Llama.
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls and of the residual stream; None is float32.
-      Norms, rotary angles, softmax, residual sums and logits are float32.
-    param_dtype: dtype of the parameters that `init` makes.
+    dtype: the dtype of matrix products and of the residual stream; None is
+      float32. Norms, rotary angles, softmax, residual sums and logits are
+      float32.
+    param_dtype: the dtype of the parameters that `init` makes.
     remat: what a layer's backward pass computes again; see `remat.layer`.
-    scan: one `layers` with a leading layer axis, compiled once, in place of
-      `layers_0`, `layers_1` and so on. All layers have one window then.
-    attention: the kernel of it; see `attention.chosen`.
-    logits_bytes: of float32 logits, that a device holds at a time where they
-      are read; see `chunks.read`.
+    scan: whether one module `layers`, which is compiled once and has a leading
+      axis of layers, replaces `layers_0`, `layers_1` and so on. All layers must
+      have the same window.
+    attention: the kernel of attention; see `attention.chosen`.
+    logits_bytes: the most bytes of float32 logits that a device holds at once,
+      when they are read; see `chunks.read`.
   """
 
   config: DecoderConfig
@@ -98,7 +101,7 @@ class Decoder(nn.Module):
       layer = nn.scan(
         layer,
         variable_axes={"params": 0},
-        # Adapters draw their dropout in the layer.
+        # Each layer's adapters draw their own dropout.
         split_rngs={"params": True, "dropout": True},
         in_axes=(  # pyright: ignore[reportArgumentType]
           nn.broadcast,
@@ -129,22 +132,22 @@ class Decoder(nn.Module):
     lengths: jax.Array | None = None,
     read: chunks.Read | None = None,
   ) -> Any:
-    """Logits of the token after each, or what is read from them.
+    """Returns the logits of each next token, or the results of `read`.
 
     Args:
       tokens: token ids, int (B, L).
-      positions: places for the rotary angles, or of the learned vectors, int
-        (B, L). None counts within the row, or within each segment.
-      lengths: tokens of each segment of a row, in order, int (B, M); 0 if a
-        row has fewer. A token sees those before it of its segment; what
-        follows the last segment is padding. None: a row is one segment.
-      read: what to read from the logits of each token; its arrays are
-        (B, L, *). None: the logits themselves are returned.
+      positions: the positions of the tokens, int (B, L). None: they are counted
+        within the row, or within each segment.
+      lengths: the tokens of each segment of a row, in order, int (B, M), with 0
+        for missing segments. A token sees earlier tokens of its segment. The
+        tokens after the last segment are padding. None: a row is one segment.
+      read: what to compute from the logits of each token; its arrays are
+        (B, L, *). None: the logits are returned.
 
     Returns:
-      float32 (B, L, V); or what `read` returns, arrays (B, L), and the model
-      never holds all logits, see `chunks.read`. What stands at padding is
-      finite and means nothing.
+      float32 (B, L, V); or the results of `read`, arrays (B, L). With `read`,
+      the model never holds all logits; see `chunks.read`. The values at padding
+      are finite, but have no meaning.
 
     Raises:
       ValueError: a shape is wrong, or L exceeds the positions.
@@ -158,9 +161,10 @@ class Decoder(nn.Module):
     positions: jax.Array | None = None,
     lengths: jax.Array | None = None,
   ) -> jax.Array:
-    """Normed hidden states of the last layer, (B, L, D) in the compute dtype.
+    """Returns normed hidden states of the last layer, (B, L, D).
 
-    The arguments and errors are those of `__call__`, but for `read`.
+    Their dtype is the compute dtype. The arguments and errors are those of
+    `__call__`, except `read`.
     """
     _check_shapes(self.config, tokens, positions, lengths)
     if positions is None:
@@ -176,7 +180,7 @@ class Decoder(nn.Module):
     return x_NxD.reshape(*tokens.shape, -1)
 
   def head(self, x: jax.Array) -> jax.Array:
-    """Logits of normed hidden states (B, ..., D), float32 (B, ..., V)."""
+    """Returns the logits of normed hidden states, float32 (B, ..., V)."""
     x_NxD = x
     if splits.parts("length") == 1:
       x_NxD = x.reshape(-1, x.shape[-1])
@@ -201,18 +205,18 @@ class Decoder(nn.Module):
     last: jax.Array,
     places: jax.Array,
   ) -> tuple[jax.Array, Cache]:
-    """Runs some columns of a batch after those that are in the cache.
+    """Runs columns of a batch that follow those in the cache.
 
     Args:
       tokens: token ids, int (B, L).
-      positions: places, as in `__call__`, int (B, L).
-      mask: which of the cache's slots a token sees, its own among them, bool
+      positions: positions, as in `__call__`, int (B, L).
+      mask: which slots of the cache a token sees, with its own slot, bool
         (B, L, S).
       cache: from `empty_cache`, or returned by the last call.
       start: the slot of the first column, int scalar; the others follow.
-      last: of each row, the column whose logits are asked for, int (B,).
-      places: positions of the cache's slots, int (B, S); of those that `mask`
-        hides from a token, anything.
+      last: for each row, the column whose logits are returned, int (B,).
+      places: the positions of the cache's slots, int (B, S); any value for the
+        slots that `mask` hides.
 
     Returns:
       The logits, float32 (B, V), and the cache with these columns in it.
@@ -252,7 +256,7 @@ class Decoder(nn.Module):
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     x_NxD = self.embed_tokens(tokens_N)
     if c.embed_scaled:
-      # Rounded to the compute dtype first, as Gemma was trained.
+      # The factor is rounded to the compute dtype, as in Gemma's training.
       x_NxD *= jnp.asarray(c.hidden_size**0.5, x_NxD.dtype)
     if c.learned_positions:
       x_NxD += self.embed_positions(positions.reshape(tokens_N.shape))
@@ -280,11 +284,11 @@ class Decoder(nn.Module):
 
 
 def empty_cache(model: Decoder, batch: int, length: int) -> Cache:
-  """Room for the keys and values of `length` columns.
+  """Returns an empty cache for the keys and values of `length` columns.
 
   Returns:
-    A pair of zeros (B, S, J, K) in the compute dtype for each layer; under
-    `scan` one pair, (num_layers, B, S, J, K).
+    For each layer, a pair of zeros (B, S, J, K) in the compute dtype. With
+    `scan`, one pair (num_layers, B, S, J, K).
   """
   c = model.config
   shape = (batch, length, c.num_kv_heads, c.head_dim)
@@ -299,17 +303,17 @@ def empty_cache(model: Decoder, batch: int, length: int) -> Cache:
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a decoder's parameters.
+  """Returns the names of the axes of a decoder's parameters.
 
-  They are embed, heads, kv_heads, mlp, vocab or none. Vectors of width D have
-  none: it costs more to gather than to keep them; nor has the axis of scanned
-  layers.
+  The names are embed, heads, kv_heads, mlp and vocab. Vectors of width D have
+  none, because they are cheaper to keep on each device than to gather. The axis
+  of scanned layers has no name.
 
   Args:
-    variables: of `Decoder`, or its parameters; shapes are enough.
+    variables: the variables of `Decoder`, its parameters, or their shapes.
 
   Returns:
-    A tree like `variables` of `jax.sharding.PartitionSpec`.
+    A tree like `variables`, with a `jax.sharding.PartitionSpec` for each leaf.
   """
 
   def of(path, x):
@@ -324,9 +328,9 @@ def logical_axes(variables: Any) -> Any:
 
 
 class _Layer(nn.Module):
-  """Attention and feed-forward, each after a norm and with a residual.
+  """Attention and a feed-forward layer, each after a norm and with a residual.
 
-  With `post_norms` what each returns is normed as well.
+  With `post_norms`, the results of both are normed too.
   """
 
   config: DecoderConfig
@@ -343,11 +347,11 @@ class _Layer(nn.Module):
     start: jax.Array | None,
     turns: jax.Array | bool | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    # On a mesh: weights are brought to the rows, not rows to the weights.
+    # On a mesh, devices keep their rows and gather the weights.
     x_NxD = _split(x_NxD)
     c, dtypes = self.config, (self.dtype, self.param_dtype)
     if turns is not None:
-      # A turn by no angle leaves queries and keys as they are.
+      # A rotation by 0 does not change queries and keys.
       cos, sin = rope
       rope = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
@@ -358,8 +362,8 @@ class _Layer(nn.Module):
     y_NxD, cache = _Attention(c, *dtypes, name="self_attn")(
       normed("input_layernorm", x_NxD), rope, seen, cache, start
     )
-    # Llama's name for the norm before the feed-forward is Gemma's for the one
-    # after attention.
+    # Llama has this name for the norm before the feed-forward layer, and Gemma
+    # for the norm after attention.
     before = "post_attention_layernorm"
     if c.post_norms:
       y_NxD = normed("post_attention_layernorm", y_NxD)
@@ -372,7 +376,7 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-  """Causal attention of grouped queries, with rotary positions or none."""
+  """Causal attention with grouped queries, with or without rotary positions."""
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -407,7 +411,7 @@ class _Attention(nn.Module):
       q_BxLxHxK = _rotated(q_BxLxHxK, rope)
       k_BxSxJxK = _rotated(k_BxSxJxK, rope)
     if c.query_scalar not in (None, c.head_dim):
-      # Attention divides by the root of the width of a head.
+      # `attention` divides by the square root of head_dim.
       q_BxLxHxK *= jnp.asarray(
         (c.head_dim / c.query_scalar) ** 0.5, q_BxLxHxK.dtype
       )
@@ -424,7 +428,7 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-  """SwiGLU, another gated unit (Shazeer, arXiv 2002.05202), or a plain one."""
+  """A gated layer, as SwiGLU (Shazeer, arXiv 2002.05202), or a plain one."""
 
   config: DecoderConfig
   dtype: typing.DTypeLike
@@ -467,7 +471,7 @@ def _norm(
   config: DecoderConfig, param_dtype: typing.DTypeLike, name: str | None = None
 ) -> nn.Module:
   if config.layer_norm:
-    # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+    # The fast variance, E[x²] - E[x]², cancels if the mean is large.
     return nn.LayerNorm(
       config.rms_norm_eps,
       jnp.float32,
@@ -481,7 +485,7 @@ def _norm(
 
 
 def _split(x: jax.Array) -> jax.Array:
-  """Splits tokens (N, *), or (B, L, *) and (B, parts, T, *), over a mesh."""
+  """Splits tokens over a mesh: (N, *), (B, L, *) or (B, parts, T, *)."""
   names = ("batch", "length", None)[: x.ndim - 1]
   return spmd.with_logical_constraint(x, (*names, None))
 
@@ -489,7 +493,10 @@ def _split(x: jax.Array) -> jax.Array:
 def _rope(
   config: DecoderConfig, positions_BxL: jax.Array, window: int | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the angles at each position, float32 (B, L, K/2)."""
+  """Returns cosines and sines of each position's angles, (B, L, K/2).
+
+  Both are float32.
+  """
   theta, scaling = config.rope_theta, config.rope_scaling
   if window is not None and config.local_rope_theta is not None:
     theta, scaling = config.local_rope_theta, None

@@ -1,7 +1,7 @@
-"""Rotary positions: their wavelengths, and how a longer context scales them.
+"""Rotary positions: their frequencies, and the scaling for longer contexts.
 
-K is the width of a head. Su et al., arXiv 2104.09864; the keys of config.json
-are those of transformers (modeling_rope_utils.py).
+K is the width of a head. Rotary positions are by Su et al., arXiv 2104.09864.
+The keys of config.json are those of transformers (modeling_rope_utils.py).
 """
 
 from collections.abc import Mapping
@@ -14,34 +14,34 @@ import numpy as np
 from ... import checked, options
 
 THETA = 10000.0
-"""The base of Su et al., where config.json is silent."""
+"""The base of Su et al., for a config.json that has none."""
 
 _FACTOR_KEYS = ("rope_parameters", "rope_scaling")
 
 
 class Scaling(Protocol):
-  """How the frequencies of a model are changed for a longer context.
+  """A change of a model's frequencies for a longer context.
 
   Attributes:
-    amplitude: factor of the cosines and sines.
+    amplitude: the factor of the cosines and sines.
   """
 
   @property
   def amplitude(self) -> float: ...
 
   def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-    """Radians from one position to the next of each pair, float64 (K/2,)."""
+    """Returns each pair's angle per position, in radians, float64 (K/2,)."""
     ...
 
 
 def frequencies(theta: float, head_dim: int) -> np.ndarray:
-  """Radians from one position to the next of each pair, float64 (K/2,)."""
+  """Returns each pair's angle per position, in radians, float64 (K/2,)."""
   return np.float64(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """All frequencies divided by one factor (Chen et al., arXiv 2306.15595).
+  """Divides all frequencies by one factor (Chen et al., arXiv 2306.15595).
 
   Raises:
     ValueError: the factor is not a positive number.
@@ -63,8 +63,8 @@ class Llama3:
   """Llama 3's scaling of the slow frequencies (arXiv 2407.21783).
 
   Wavelengths above `original_max_position_embeddings / low_freq_factor` are
-  multiplied by `factor`, those below `.../ high_freq_factor` are left alone,
-  and the frequencies between them are interpolated.
+  multiplied by `factor`. Wavelengths below `original_max_position_embeddings /
+  high_freq_factor` do not change. The frequencies between are interpolated.
 
   Raises:
     ValueError: a value is not a positive number, or the two frequency factors
@@ -84,8 +84,8 @@ class Llama3:
   def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
     """As `Scaling`'s."""
     unscaled = frequencies(theta, head_dim)
-    # Turns within the original context. The share that keeps its frequency
-    # grows from 0 to 1 between the two factors.
+    # `turns` are rotations within the original context. Between the two
+    # factors, the share of the original frequency grows from 0 to 1.
     turns = self.original_max_position_embeddings * unscaled / (2 * np.pi)
     low, high = self.low_freq_factor, self.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -97,13 +97,13 @@ class Yarn:
   """YaRN (Peng et al., arXiv 2309.00071).
 
   Attributes:
-    factor: divides the frequencies of the pairs that turn seldom.
-    original_max_position_embeddings: positions before the scaling.
-    amplitude: factor of the cosines and sines.
-    beta_fast: pairs that turn as often or more within the original positions
+    factor: the divisor of the frequencies of slow pairs.
+    original_max_position_embeddings: the positions before the scaling.
+    amplitude: the factor of the cosines and sines.
+    beta_fast: pairs that turn at least so often within the original positions
       keep their frequency.
-    beta_slow: pairs that turn as often or less have it divided.
-    truncate: whether the bounds between them are rounded to whole pairs.
+    beta_slow: pairs that turn at most so often have their frequency divided.
+    truncate: whether these two bounds are rounded to whole pairs.
 
   Raises:
     ValueError: a number is not positive, or the two bounds are not in order.
@@ -130,13 +130,13 @@ class Yarn:
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    high += 0.001 * (low == high)  # as transformers', against a quotient by 0
+    high += 0.001 * (low == high)  # no division by 0, as in transformers
     divided = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
     unscaled = frequencies(theta, head_dim)
     return unscaled * (1 - divided + divided / self.factor)
 
   def _pair(self, turns: float, theta: float, head_dim: int) -> float:
-    """The pair that turns so often within the original positions."""
+    """Returns the pair that turns so often within the original positions."""
     positions = self.original_max_position_embeddings / (2 * math.pi * turns)
     return head_dim * math.log(positions) / (2 * math.log(theta))
 
@@ -144,17 +144,17 @@ class Yarn:
 def read(
   config: Mapping[str, Any], default_theta: float = THETA
 ) -> tuple[float, Scaling | None]:
-  """The rotary base and scaling of a config.json.
+  """Returns the rotary base and scaling of a config.json.
 
   Args:
-    config: of transformers 4 (`rope_theta` and `rope_scaling`) or of 5
-      (`rope_parameters`).
-    default_theta: the base where the file is silent.
+    config: the config.json of transformers 4 (`rope_theta` and `rope_scaling`)
+      or 5 (`rope_parameters`).
+    default_theta: the base if the file has none.
 
   Returns:
-    the base, and the scaling; None if there is none. A `dynamic` scaling is
-    none: it changes rows that are longer than `max_position_embeddings`, and
-    the decoder refuses them.
+    the base; and the scaling, or None. A `dynamic` scaling gives None: it
+    changes only rows longer than `max_position_embeddings`, which the decoder
+    refuses.
 
   Raises:
     ValueError: a value is wrong, or the kind of scaling is not implemented.
@@ -174,7 +174,7 @@ def read(
         f"implements, got {options.shown(partial)}."
       )
   theta = rope.get("rope_theta", config.get("rope_theta", default_theta))
-  # Older files say `type`.
+  # Older files have the key `type`.
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in _KINDS:
     raise ValueError(
@@ -216,7 +216,7 @@ def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn:
   factor = rope.get("factor")
   if factor is None:
     factor = positions / original
-  # An amplitude that is not given is the paper's; DeepSeek's is a quotient.
+  # The default amplitude is the paper's. DeepSeek's is a quotient.
   amplitude = rope.get("attention_factor")
   if amplitude is None:
     scales = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
@@ -224,7 +224,7 @@ def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn:
       amplitude = _magnitude(factor, scales[0]) / _magnitude(factor, scales[1])
     else:
       amplitude = _magnitude(factor, 1.0)
-  # transformers reads null and 0 as silence.
+  # For transformers, null and 0 mean that there is no value.
   bounds = {
     key: rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)
   }

@@ -1,7 +1,7 @@
-"""A decoder with transformers' head for sequences: `score`, on the last token.
+"""A decoder with transformers' head for sequences, `score` on the last token.
 
-As `LlamaForSequenceClassification` and its like, whose adapters are PEFT's
-task_type SEQ_CLS.
+This is transformers' `LlamaForSequenceClassification` and similar classes. PEFT
+calls adapters of these classes SEQ_CLS.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from . import config as configs
 from . import family, weights
 from . import model as decoder
 
-# What stands in the head's place in the file of another model.
+# The heads that a folder may have; the model does not read them.
 _HEADS = ("lm_head.weight", "score.weight", "score.bias")
 
 
@@ -28,9 +28,9 @@ class SequenceDecoder(nn.Module):
   """A decoder, and a linear head without a bias on its last real token.
 
   Attributes:
-    config: the sizes; the decoder's own head is not there.
-    num_classes: outputs of the head; 1 for regression.
-    dtype: as `Decoder`'s, likewise the others; the head's is float32.
+    config: the sizes; the decoder's own head is absent.
+    num_classes: the outputs of the head; 1 for regression.
+    dtype: as of `Decoder`, and the further attributes too; the head is float32.
   """
 
   config: configs.DecoderConfig
@@ -56,12 +56,12 @@ class SequenceDecoder(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits, float32 (B, num_classes).
+    """Returns logits, float32 (B, num_classes).
 
     Args:
-      tokens: of the texts, int (B, L), padded at the end.
+      tokens: the tokens of the texts, int (B, L), padded at the end.
       mask: 1 at a real token, 0 at padding, (B, L).
-      token_types: not looked at; an encoder's.
+      token_types: ignored; only encoders have them.
     """
     return self.head(self.features(tokens, mask, token_types))
 
@@ -71,7 +71,7 @@ class SequenceDecoder(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """The hidden state of the last real token, float32 (B, D)."""
+    """Returns the hidden state of the last real token, float32 (B, D)."""
     del token_types
     lengths_Bx1 = mask.astype(jnp.int32).sum(1, keepdims=True)
     x_BxLxD = self.decoder.hidden(tokens, lengths=lengths_Bx1)
@@ -81,7 +81,7 @@ class SequenceDecoder(nn.Module):
 
 
 def _headless(config: configs.DecoderConfig) -> configs.DecoderConfig:
-  """A tied decoder has no parameters for a head."""
+  """Returns the sizes without a head, because a tied head has no parameters."""
   return dataclasses.replace(config, tied=True)
 
 
@@ -111,8 +111,8 @@ def _params(model, tensors, dtype, place) -> dict[str, Any]:
 
 def _complete(found: Pretrained) -> Pretrained:
   complete = family.FAMILY.complete(found)
-  # It answers in no words: which head is in the file, and where words end, is
-  # nothing to it.
+  # The model answers without words, so the head of the file and the end token
+  # do not matter.
   notes = weights.left_out(found.config, found.tensors)
   return dataclasses.replace(complete, config=found.config, notes=notes)
 
@@ -149,7 +149,7 @@ FAMILY = Family(
   classifier=_classifier,
   params=_params,
   check=_check,
-  # Tokens, and their mask.
+  # The inputs are tokens and their mask.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 2,
   logical_axes=decoder.logical_axes,
   scans=True,

@@ -1,4 +1,4 @@
-"""The sizes of published decoders, as in their config.json."""
+"""The sizes of published decoders, from their config.json."""
 
 from . import rope
 from .config import DecoderConfig
@@ -87,4 +87,4 @@ PRESETS: dict[str, DecoderConfig] = {
     tied=True,
   ),
 }
-"""By the name that `--model` takes."""
+"""The sizes by the name that `--model` takes."""

@@ -1,7 +1,7 @@
-"""Hugging Face's tensors of a decoder as the parameters of `Decoder`.
+"""Converts Hugging Face's tensors of a decoder to parameters of `Decoder`.
 
-The names may lack the prefix 'model.', as those of a model that was saved
-without its head do.
+The names may lack the prefix 'model.', as in a folder of a model without its
+head.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from . import gpt2, images, rope
 from .config import DecoderConfig
 
 _HEAD = "lm_head.weight"
-# Buffers, not weights; old checkpoints saved them, some in half precision.
+# Buffers, which old checkpoints saved, some in half precision.
 _ROTARY = re.compile(
   r"model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq"
 )
@@ -31,13 +31,14 @@ _HALF = 1e-2
 def with_own_head(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> tuple[DecoderConfig, tuple[str, ...]]:
-  """The configuration of a checkpoint, untied if its head is its own.
+  """Returns the configuration of a checkpoint, untied if the head differs.
 
-  transformers 5 writes such files after merging or resizing, and does not tie
-  what it reads from them.
+  After a merge or a resize, transformers 5 writes files whose config.json says
+  tied although the head is not the embedding. It does not tie them when it
+  reads them.
 
   Returns:
-    the configuration, and a sentence for the user where it was changed.
+    the configuration, and a sentence for the user if it was changed.
   """
   found = _by_full_name(config, tensors)
   table = f"{_full_name(config, 'embed_tokens')}.weight"
@@ -55,7 +56,7 @@ def with_own_head(
 def left_out(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> tuple[str, ...]:
-  """A sentence for the user where the model has a part that is not read."""
+  """Returns a sentence for the user if a part of the model is not read."""
   if not config.reads_images or not any(map(images.are_read_by, tensors)):
     return ()
   return (
@@ -67,7 +68,7 @@ def left_out(
 def carried(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, np.ndarray]:
-  """The tensors that `params` leaves out and an export needs, by name."""
+  """Returns tensors that `params` leaves out but an export needs, by name."""
   if not config.reads_images:
     return {}
   return {
@@ -85,25 +86,25 @@ def params(
   dtype: typing.DTypeLike = jnp.float32,
   place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of `Decoder` from a Hugging Face checkpoint, one at a time.
+  """Reads the parameters of `Decoder` from a Hugging Face checkpoint.
 
-  A tensor is read when its parameter is placed and in the parts that `place`
-  asks for, so that the host never holds more than one part of one parameter.
+  A tensor is read when its parameter is placed, in the parts that `place` asks
+  for. So the host never holds more than one part of one parameter.
 
   Args:
     config: the sizes.
-    tensors: tensors by name; a linear weight is (out, in).
-    scan: stack the layers along a first axis, as `Decoder(scan=True)` does.
-    dtype: of the parameters.
+    tensors: the tensors by name; a linear weight is (out, in).
+    scan: whether to stack the layers along a first axis, as
+      `Decoder(scan=True)` does.
+    dtype: the dtype of the parameters.
     place: makes a parameter; by default an array on one device.
 
   Returns:
-    The tree of what `place` made; a Dense kernel is (in, out).
+    The tree of parameters that `place` made; a Dense kernel is (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, or unknown to it; the first are named together, and
-      nothing was read.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, or
+      are unknown. One message lists the first of them, and nothing is read.
   """
   check(config, tensors)
   found = _by_full_name(config, tensors)
@@ -122,7 +123,7 @@ def check(
   found = _by_full_name(config, tensors)
 
   def ignored(name: str) -> bool:
-    # Some checkpoints hold the head that is tied as well.
+    # Some checkpoints also store a tied head.
     duplicate = config.tied and name == _HEAD
     return duplicate or _check_of(config, name) is not None
 
@@ -141,7 +142,7 @@ def check(
 def _check_of(
   config: DecoderConfig, name: str
 ) -> Callable[[str, tensors_.Tensor], None] | None:
-  """What refuses a wrong buffer of that name; None if it is a weight's."""
+  """Returns the check of a buffer of that name; None for a weight."""
   if config.model_type == gpt2.MODEL_TYPE:
     return gpt2.check_buffer if _MASK.fullmatch(name) else None
   if _ROTARY.fullmatch(name):
@@ -152,14 +153,14 @@ def _check_of(
 def _check_rotary(
   config: DecoderConfig, name: str, tensor: tensors_.Tensor
 ) -> None:
-  """Refuses rotary frequencies that are not those of the configuration.
+  """Refuses rotary frequencies that differ from the configuration's.
 
   Raises:
-    WeightsError: that says so.
+    WeightsError: if they differ.
   """
   plain = rope.frequencies(config.rope_theta, config.head_dim)
   scaling = config.rope_scaling
-  # Older versions saved them unscaled, whatever the scaling.
+  # Older versions always saved unscaled frequencies.
   allowed = (
     [plain]
     if scaling is None
@@ -180,21 +181,21 @@ def _check_rotary(
 def tensors(
   config: DecoderConfig, params: Mapping[str, Any], *, scan: bool = False
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the tensors of a Hugging Face checkpoint."""
+  """Returns a Hugging Face checkpoint's tensors; the inverse of `params`."""
   return stored.tensors(_plan(config, scan), params)
 
 
 def modules(
   config: DecoderConfig, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each parameter, and its module; of stacked layers, all."""
+  """Returns the path of each parameter, and its module or stacked modules."""
   return stored.modules(_plan(config, scan))
 
 
 def _plan(
   config: DecoderConfig, scan: bool
 ) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> where its values are."""
+  """Returns the plan: from a parameter's path to where its values are."""
   width = config.hidden_size
   heads = config.num_heads * config.head_dim
   kv_heads = config.num_kv_heads * config.head_dim
@@ -213,9 +214,9 @@ def _plan(
     denses["self_attn", "qkv_proj"] = (sum(sizes), width)
   if not config.gated:
     del denses["mlp", "gate_proj"]
-  # GPT-2 has its linear weights as (in, out), others as (out, in).
+  # GPT-2 stores linear weights as (in, out), other models as (out, in).
   turned = config.model_type != gpt2.MODEL_TYPE
-  # Within a layer: path, the end of the tensor's name, and its shape.
+  # For a layer: the path, the end of the tensor's name, and its shape.
   parts: list[tuple[stored.Path, str, tuple[int, ...]]] = []
   for path, shape in denses.items():
     parts.append(
@@ -274,7 +275,7 @@ def _plan(
 def _full_name(
   config: DecoderConfig, module: str, layer: int | None = None
 ) -> str:
-  """The name in transformers of a module, or of one within a layer."""
+  """Returns transformers' name of a module, which may be within a layer."""
   names = gpt2.MODULES if config.model_type == gpt2.MODEL_TYPE else {}
   within = "" if layer is None else f"{names.get('layers', 'layers')}.{layer}."
   return f"{config.prefix}{within}{names.get(module, module)}"
@@ -283,7 +284,7 @@ def _full_name(
 def _by_full_name(
   config: DecoderConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> Mapping[str, tensors_.Tensor]:
-  """The tensors that read texts, by the names that `_plan` has."""
+  """Returns the tensors that read texts, by the names in `_plan`."""
   if config.reads_images:
     return {
       images.new_name(name): tensor

@@ -1,4 +1,4 @@
-"""A LoRA as a GGUF file, which llama.cpp takes beside a model in GGUF.
+"""Writes a LoRA as a GGUF file, which llama.cpp loads with a GGUF model.
 
 The format: `convert_lora_to_gguf.py` of https://github.com/ggml-org/llama.cpp.
 """
@@ -11,8 +11,8 @@ import numpy as np
 
 from . import gguf_file
 
-# Of config.json's model_type, the architecture in llama.cpp, and whether it
-# has the rows of q and k in its own order.
+# From config.json's model_type to llama.cpp's architecture, and whether
+# llama.cpp stores the rows of q and k in its own order.
 _ARCHITECTURES = {
   "llama": ("llama", True),
   "mistral": ("llama", True),
@@ -22,10 +22,10 @@ _ARCHITECTURES = {
 
 
 def check(model_type: str) -> None:
-  """Refuses what no such file is written for.
+  """Refuses a model type that has no GGUF adapters.
 
   Raises:
-    ValueError: that names the models for which one is.
+    ValueError: if it has none; the message names those that have.
   """
   if model_type not in _ARCHITECTURES:
     raise ValueError(
@@ -43,19 +43,19 @@ def write(
 ) -> None:
   """Writes the file.
 
-  llama.cpp multiplies each product by `alpha` over its rank, so that what is
-  left of a pair's own scale goes into its second factor.
+  llama.cpp multiplies each product by `alpha` over its rank. So the second
+  factor of a pair is multiplied by the rest of the pair's own scale.
 
   Args:
-    path: of the file.
-    model_type: of config.json.
-    heads: how many `q_proj` and `k_proj` have.
-    pairs: of each module by Hugging Face's name, `lora_A` (r, in), `lora_B`
-      (out, r) and the scale.
-    alpha: of the file.
+    path: the file.
+    model_type: the `model_type` of config.json.
+    heads: the number of heads of `q_proj` and of `k_proj`.
+    pairs: from each module, by Hugging Face's name, to `lora_A` (r, in),
+      `lora_B` (out, r) and the scale.
+    alpha: the `alpha` of the file.
 
   Raises:
-    ValueError: if the model is of another type, or a module has no place.
+    ValueError: if the model type is unknown, or GGUF has no name for a module.
     OSError: if the file cannot be written.
   """
   check(model_type)

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 models in a GGUF file: configuration, weights, metadata.
+"""Reads Llama and Qwen2 models from a GGUF file.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -47,14 +47,15 @@ _SIZES = {
 _EPSILON = "attention.layer_norm_rms_epsilon"
 _BASE = "rope.freq_base"
 _ALWAYS = ("token_embd.weight", "output_norm.weight")
-# Keys that change the computation -> the value with which they do not.
+# Keys that can change the computation -> the value that does not change it.
 _NEUTRAL = {
   "attention.causal": True,
   "attention.sliding_window": 0,
   "rope.scale_linear": 1.0,
   "rope.scaling.type": "none",
 }
-# What divides the rotary frequencies, one factor a pair; Llama 3.1 and later.
+# The divisors of the rotary frequencies, one for each pair of numbers; Llama
+# 3.1 and later.
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_SCALING = {
   "rope_type": "llama3",
@@ -62,26 +63,27 @@ _LLAMA3_SCALING = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192,
 }
-# Elements to dequantise at a time.
+# How many elements are dequantised at once.
 _AT_ONCE = 2**20
 
 
 class Tensor:
-  """One weight of a GGUF file, dequantised where it is indexed.
+  """One weight of a GGUF file, which is dequantised when it is indexed.
 
   Attributes:
-    shape: as PyTorch has it; a linear weight is (out, in).
-    dtype: float32, whatever the file stores.
+    shape: the shape in PyTorch; a linear weight is (out, in).
+    dtype: float32, for every type in the file.
   """
 
   def __init__(
     self, stored: gguf.ReaderTensor, order: np.ndarray | None = None
   ):
-    """One weight.
+    """Makes a weight.
 
     Args:
       stored: the tensor as `gguf` reads it, in mapped memory.
-      order: which stored row each row is, int (rows,); None is as stored.
+      order: for each row, the number of its stored row, int (rows,); None: the
+        stored order.
     """
     self.shape = tuple(int(size) for size in reversed(stored.shape))
     self.dtype = np.dtype(np.float32)
@@ -90,13 +92,13 @@ class Tensor:
     self._order = order
 
   def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    """What the slices cut out, float32, read from the file now.
+    """Reads a part of the weight from the file, float32.
 
-    Of a matrix, only the rows asked for are read, and of each only the blocks
-    with the columns asked for.
+    For a matrix, this reads only the rows in the index, and only the blocks
+    with the columns in the index.
 
     Args:
-      index: slices of step 1, one an axis; axes left out are whole.
+      index: slices of step 1, one for each axis; missing axes are whole.
 
     Raises:
       IndexError: there are more slices than axes, or a step is not 1.
@@ -108,7 +110,7 @@ class Tensor:
       )
     if any(part.step not in (None, 1) for part in index):
       raise IndexError(f"The slices must have step 1, got {index}.")
-    index = (*index, slice(None), slice(None))  # the axes left out
+    index = (*index, slice(None), slice(None))  # the missing axes
     order = self._order
     rows = (np.arange(self.shape[0]) if order is None else order)[index[0]]
     if len(self.shape) == 1:
@@ -125,7 +127,7 @@ class Tensor:
     first, last = start // length, -(-stop // length)
     blocks = self._data[:, first * items : last * items]
     skipped = start - first * length
-    # `gguf` needs twice what it returns, so it is given a little at a time.
+    # `gguf` needs twice the memory of its result, so the parts are small.
     step = max(1, _AT_ONCE // (length * (last - first)))
     for i in range(0, len(rows), step):
       part = quants.dequantize(blocks[rows[i : i + step]], self._type)
@@ -135,18 +137,18 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class GgufModel:
-  """What a GGUF file says of a model.
+  """The content of a GGUF file.
 
   Attributes:
     path: the file.
     config: the configuration in the form of Hugging Face's config.json.
-    tensors: weights by Hugging Face's names, q and k with their rows in its
-      order; all are float32 and none is read before it is indexed.
+    tensors: the weights by Hugging Face's names, with its order of rows in q
+      and k. All are float32, and are read when they are indexed.
     metadata: every key and value of the file.
-    bos_id: id of the token that begins a text, if it says one.
-    eos_id: id of the token that ends a text or a turn, if it says one.
-    pad_id: id of the token that pads, if it says one.
-    chat_template: the Jinja template of a conversation, if it has one.
+    bos_id: the id of the token that begins a text, if the file has one.
+    eos_id: the id of the token that ends a text or a turn, if the file has one.
+    pad_id: the id of the padding token, if the file has one.
+    chat_template: the Jinja template of a conversation, if the file has one.
   """
 
   path: pathlib.Path
@@ -160,20 +162,21 @@ class GgufModel:
 
 
 def open_gguf(path: str | pathlib.Path) -> GgufModel:
-  """The model in a GGUF file; its weights stay on disk until indexed.
+  """Opens a GGUF file; the weights stay on disk until they are indexed.
 
-  Any type that `gguf` can dequantise will do. Weights that llama.cpp stores
-  for rotary pairs of neighbours (q and k of the architecture 'llama') have
-  their rows back in Hugging Face's order, for pairs half a head apart.
+  Weights may have any type that `gguf` can dequantise. For the architecture
+  'llama', llama.cpp stores the rows of q and k in another order, in which
+  rotary pairs are neighbours. Here, these rows have Hugging Face's order, in
+  which the rows of a pair are half a head apart.
 
   Args:
-    path: the file, whole; one part of a split model is refused.
+    path: the whole file; one part of a split model is refused.
 
   Raises:
-    WeightsError: it is not a GGUF file, or cut short; its architecture is not
-      llama or qwen2, or uses what these decoders do not implement; metadata
-      are missing; a tensor has no place in the model or a type that cannot be
-      dequantised.
+    WeightsError: the file is not GGUF, or is cut short; its architecture is not
+      llama or qwen2, or has a feature that these decoders do not implement;
+      metadata are missing; a tensor has no place in the model, or has a type
+      that cannot be dequantised.
   """
   path = pathlib.Path(path)
   metadata, stored = _read(path)
@@ -195,17 +198,17 @@ def open_gguf(path: str | pathlib.Path) -> GgufModel:
 
 
 class _Reader(gguf.GGUFReader):
-  """Reads no further than the file goes.
+  """A reader that stops at the end of the file.
 
-  `gguf` reads nothing there, as often as a damaged count of an array says, and
-  keeps all of it.
+  If the count of an array is damaged, `gguf` itself continues after the end of
+  the file, and stores an empty item each time.
   """
 
   def _get(self, offset, dtype, count=1, override_order=None):
     size = np.dtype(dtype).itemsize * int(count)
     if int(offset) + size > len(self.data):
       raise ValueError(f"it has no {size} bytes at {offset}")
-    # A part of a memmap is made by Python, three times for each word.
+    # Slices of a memmap are slow Python code, called three times for each word.
     self.data: Any = np.asarray(self.data)
     return super()._get(offset, dtype, count, override_order)
 
@@ -213,7 +216,7 @@ class _Reader(gguf.GGUFReader):
 def _read(
   path: pathlib.Path,
 ) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-  """Metadata by key and tensors by name, as the file has them."""
+  """Returns the file's own metadata by key, and its tensors by name."""
   with checked.open_file(path) as file:
     magic = file.read(4)
   if magic != b"GGUF":
@@ -241,7 +244,7 @@ def _read(
       f"{path} has tensors of types that `gguf` cannot dequantise: "
       f"{', '.join(refused)}."
     )
-  # The reader itself, which keeps an array for every token, is let go here.
+  # The reader is not returned, because it keeps an array for every token.
   return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -249,7 +252,7 @@ def _config(
   metadata: collections.abc.Mapping[str, Any],
   stored: collections.abc.Mapping[str, gguf.ReaderTensor],
 ) -> dict[str, Any]:
-  """The configuration, in the form of Hugging Face's config.json."""
+  """Returns the configuration in the form of Hugging Face's config.json."""
   architecture = metadata.get("general.architecture")
   if architecture not in ("llama", "qwen2"):
     raise weights.WeightsError(
@@ -302,7 +305,7 @@ def _config(
 
 
 def _sizes(own: collections.abc.Mapping[str, Any]) -> dict[str, int]:
-  """The sizes by config.json's keys, from the architecture's own keys."""
+  """Returns sizes by config.json's keys, from the architecture's own keys."""
   sizes = {ours: own[key] for ours, key in _SIZES.items()}
   sizes["num_key_value_heads"] = own.get(
     "attention.head_count_kv", sizes["num_attention_heads"]
@@ -325,7 +328,7 @@ def _sizes(own: collections.abc.Mapping[str, Any]) -> dict[str, int]:
 
 
 def _decimal(key: str, value: Any) -> float:
-  """The shortest decimal that rounds to a float32: 1e-05, not 9.9999997e-06."""
+  """Returns a float32's shortest decimal: 1e-05, and not 9.9999997e-06."""
   if not isinstance(value, int | float):
     raise weights.WeightsError(f"{key} must be a number, got {value!r}.")
   return float(str(np.float32(value)))
@@ -334,7 +337,7 @@ def _decimal(key: str, value: Any) -> float:
 def _rope_scaling(
   config: collections.abc.Mapping[str, Any], stored: gguf.ReaderTensor
 ) -> dict[str, Any] | None:
-  """Llama 3's scaling whose factors these are; None if all are 1."""
+  """Returns the Llama 3 scaling that has these factors; None if all are 1."""
   factors = Tensor(stored)[()]
   if (factors == 1.0).all():
     return None
@@ -349,7 +352,7 @@ def _rope_scaling(
   low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
   smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
   expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-  # They were computed in float32.
+  # The tolerance is for the file's factors, which are float32.
   if 2 * factors.size != config["head_dim"] or not np.allclose(
     factors, expected, rtol=1e-4
   ):
@@ -364,7 +367,7 @@ def _tensors(
   config: collections.abc.Mapping[str, Any],
   stored: collections.abc.Mapping[str, gguf.ReaderTensor],
 ) -> dict[str, Tensor]:
-  """The weights by Hugging Face's names."""
+  """Returns the weights by Hugging Face's names."""
   faults: list[str] = []
   tensors: dict[str, Tensor] = {}
   for source, tensor in stored.items():
@@ -389,7 +392,7 @@ def _tensors(
 
 
 def _hf_name(name: str) -> str | None:
-  """Hugging Face's name of a tensor; None if it has none."""
+  """Returns Hugging Face's name of a GGUF tensor, or None."""
   match = _NAME.fullmatch(name)
   if match is None:
     return None
@@ -404,7 +407,7 @@ def _hf_name(name: str) -> str | None:
 
 
 def name_of(module: str) -> str | None:
-  """GGUF's name of one of Hugging Face's modules; None if it has none."""
+  """Returns GGUF's name of a Hugging Face module, or None."""
   for ours, theirs in _MODULES.items():
     if module == theirs:
       return ours
@@ -416,7 +419,7 @@ def name_of(module: str) -> str | None:
 
 
 def _rotated_heads(config: collections.abc.Mapping[str, Any], name: str) -> int:
-  """The heads of a tensor whose rows are in llama.cpp's order, or 0."""
+  """Returns the heads of a tensor with rows in llama.cpp's order, else 0."""
   if config["model_type"] == "llama" and ".q_proj." in name:
     return config["num_attention_heads"]
   if config["model_type"] == "llama" and ".k_proj." in name:
@@ -425,10 +428,10 @@ def _rotated_heads(config: collections.abc.Mapping[str, Any], name: str) -> int:
 
 
 def order(rows: int, heads: int) -> np.ndarray:
-  """The stored row of each row of a llama's q or k, int (rows,).
+  """Returns the stored row of each row of a llama's q or k, int (rows,).
 
-  Within a head of width K llama.cpp keeps the pair (i, i + K/2) that the
-  rotation turns together as rows (2i, 2i + 1).
+  The rotation turns rows i and i + K/2 of a head of width K together. llama.cpp
+  stores this pair as the rows 2i and 2i + 1.
   """
   return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, byte-level BPE."""
+"""Reads a byte-level BPE tokenizer from a GGUF file's metadata."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from tokenizers import (
 
 from . import gguf_file, weights
 
-# What cuts a text into words before its bytes, as published in the
-# tokenizer.json of Llama 3 and of Qwen2; they differ in how digits go together.
+# The pattern that cuts a text into words, from the tokenizer.json of Llama 3
+# and of Qwen2. The two differ only in how they group digits.
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,23 +26,23 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 
 def tokenizer(model: gguf_file.GgufModel) -> tokenizers.Tokenizer:
-  """The tokenizer that the model was trained with.
+  """Returns the tokenizer that the model was trained with.
 
-  Control tokens, '<|im_start|>' say, are one token wherever they stand in a
-  text, and left out by `decode`, which keeps those that the user of the model
-  defined. A byte that the vocabulary lacks is left out (SmolLM2's lacks six
-  control characters), as it is by Hugging Face's own tokenizer.
+  A control token such as '<|im_start|>' is one token anywhere in a text, and
+  `decode` leaves it out. `decode` keeps user-defined tokens. Bytes that the
+  vocabulary lacks are left out, as in Hugging Face's tokenizer; SmolLM2's
+  vocabulary lacks six control characters.
 
   Args:
-    model: as `gguf_file.open_gguf` gives it.
+    model: from `gguf_file.open_gguf`.
 
   Returns:
-    A tokenizer without truncation and padding. It begins and ends a text with
-    the model's tokens where the file says that it must.
+    A tokenizer without truncation and padding. It adds the model's first and
+    last tokens to a text if the file says so.
 
   Raises:
-    WeightsError: the file has no tokenizer, one of another kind than
-      byte-level BPE or with unknown rules for words, or a broken one.
+    WeightsError: the file has no tokenizer or a broken one, or its tokenizer is
+      not byte-level BPE or has unknown rules for words.
   """
   metadata = {
     key.removeprefix("tokenizer.ggml."): value
@@ -87,7 +87,7 @@ def _build(
       models.BPE(
         vocabulary,
         [_pair(merge) for merge in merges],
-        # Llama 3 takes a whole word that is a token, merges or no merges.
+        # In Llama 3, a word that is a token needs no merges.
         ignore_merges=pre == "llama-bpe",
       )
     )
@@ -102,7 +102,7 @@ def _build(
       if kind in (_CONTROL, _USER_DEFINED)
     ]
   )
-  # Llama 3's begins every text, though older files do not say so.
+  # Llama 3 begins every text with a token, though older files do not say so.
   begin = _ends(metadata, "bos", pre == "llama-bpe")
   end = _ends(metadata, "eos", False)
   if begin or end:
@@ -123,7 +123,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
   if pre == "smollm":
-    # Each digit alone, then GPT-2's words.
+    # Single digits first, then GPT-2's words.
     return pre_tokenizers.Sequence(
       [
         pre_tokenizers.Digits(individual_digits=True),
@@ -140,7 +140,7 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _ends(metadata: dict[str, Any], end: str, default: bool) -> dict[str, int]:
-  """The token that begins or ends every text, with its id, if there is one."""
+  """Returns the token that begins or ends every text, with its id, if any."""
   if not metadata.get(f"add_{end}_token", default):
     return {}
   token, tokens = metadata.get(f"{end}_token_id"), metadata["tokens"]

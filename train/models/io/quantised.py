@@ -1,9 +1,9 @@
-"""Folders whose weights other programs have quantised: read, or refused.
+"""Reads or refuses folders of weights that other programs have quantised.
 
-Two kinds are read, since their values are exact in the dtype that the model had
-before: NF4 of bitsandbytes (Dettmers et al., arXiv 2305.14314), and fp8 with
-one scale a block, as DeepSeek V3 and Qwen 3 are published. A weight is
-dequantised when it is read; `--base-dtype nf4` or `fp8` quantises it again.
+Two kinds can be read: NF4 of bitsandbytes (Dettmers et al., arXiv 2305.14314),
+and fp8 with one scale for each block, as in DeepSeek V3 and Qwen 3. Their
+values are exact in the dtype that the model had before. A weight is dequantised
+when it is read; `--base-dtype nf4` or `fp8` quantises it again.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from ... import options
 from . import tensors as tensors_
 from . import weights
 
-# Ends of tensors' names, and who writes them.
+# The format of quantised weights -> the names of its tensors.
 _ENDS = {
   "bitsandbytes": re.compile(
     r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB"
@@ -33,7 +33,7 @@ _ENDS = {
 }
 _STATE = ".quant_state.bitsandbytes__nf4"
 _SCALE = "_scale_inv"
-_BLOCK = (128, 128)  # of a file that is silent
+_BLOCK = (128, 128)  # if the config.json names no size
 
 Dequantise = Callable[
   [pathlib.Path, Mapping[str, tensors_.Tensor]], dict[str, tensors_.Tensor]
@@ -41,25 +41,24 @@ Dequantise = Callable[
 
 
 def reader(folder: pathlib.Path, config: Mapping[str, Any]) -> Dequantise:
-  """What reads the tensors of a folder, by its config.json.
+  """Returns a function that dequantises the tensors of a folder.
 
   Args:
-    folder: of a model.
-    config: the decoded JSON object.
+    folder: the model's folder.
+    config: the decoded JSON object of config.json.
 
   Returns:
-    from the folder and its tensors to tensors of floats.
+    A function from the folder and its tensors to tensors of floats.
 
   Raises:
-    WeightsError: if it has a `quantization_config` of another kind than those
-      that are read.
+    WeightsError: if the kind of `quantization_config` cannot be read.
   """
   found = config.get("quantization_config")
   if not found:
     return _plain
   if not isinstance(found, Mapping):
     found = {}
-  # Before it had a name, there was one.
+  # Old files have no `quant_method`, because bitsandbytes was the only one.
   method = found.get("quant_method") or "bitsandbytes"
   if method == "bitsandbytes" and found.get("load_in_4bit"):
     if found.get("bnb_4bit_quant_type") == "nf4":
@@ -81,10 +80,10 @@ def reader(folder: pathlib.Path, config: Mapping[str, Any]) -> Dequantise:
 def _plain(
   folder: pathlib.Path, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, tensors_.Tensor]:
-  """The tensors as they are.
+  """Returns the tensors unchanged.
 
   Raises:
-    WeightsError: if their names are those of quantised weights.
+    WeightsError: if some names belong to quantised weights.
   """
   for method, ends in _ENDS.items():
     found = [name for name in tensors if ends.fullmatch(name)]
@@ -96,10 +95,10 @@ def _plain(
 def _nf4(
   folder: pathlib.Path, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, tensors_.Tensor]:
-  """Weights with a quantisation state beside them, dequantised.
+  """Dequantises the weights that have a quantisation state.
 
   Raises:
-    WeightsError: if a state is not as bitsandbytes writes it.
+    WeightsError: if a state is not in the form of bitsandbytes.
   """
   rest = dict(tensors)
   found: dict[str, tensors_.Tensor] = {}
@@ -117,15 +116,16 @@ def _nf4(
 
 @dataclasses.dataclass(frozen=True)
 class _Nf4:
-  """A matrix of four bits a weight, in blocks along its rows, one by one.
+  """A matrix of four bits for each weight, in blocks, row after row.
 
   Attributes:
     shape: (out, in).
-    dtype: of the values.
-    packed: two weights a byte, the first in the upper half, uint8 (N/2, 1).
+    dtype: the dtype of the values.
+    packed: two weights in each byte, the first one in the upper half, uint8
+      (N/2, 1).
     levels: the sixteen values, float32.
-    absmax: of each block its largest magnitude, float32.
-    block: weights in a block.
+    absmax: the largest magnitude of each block, float32.
+    block: the number of weights in a block.
   """
 
   shape: tuple[int, ...]
@@ -161,7 +161,7 @@ def _nf4_tensor(
     }
     absmax = read["absmax"]
     if "nested_absmax" in read:
-      # The scales of the blocks are quantised too, to 8 bits.
+      # Double quantisation: the blocks' scales have 8 bits themselves.
       block = np.arange(absmax.size) // own["nested_blocksize"]
       absmax = read["nested_quant_map"][absmax] * read["nested_absmax"][block]
       absmax += np.float32(own["nested_offset"])
@@ -194,11 +194,11 @@ def _nf4_tensor(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-  """Dequantises matrices of fp8 with a scale for each block.
+  """Dequantises fp8 matrices that have a scale for each block.
 
   Attributes:
-    rows: in a block, of the (out, in) matrix.
-    columns: in a block.
+    rows: the rows of a block of an (out, in) matrix.
+    columns: the columns of a block.
   """
 
   rows: int
@@ -207,10 +207,10 @@ class _Blocks:
   def __call__(
     self, folder: pathlib.Path, tensors: Mapping[str, tensors_.Tensor]
   ) -> dict[str, tensors_.Tensor]:
-    """The tensors, those with scales beside them dequantised.
+    """Dequantises the tensors that have scales, and returns all tensors.
 
     Raises:
-      WeightsError: if scales are not one for each block.
+      WeightsError: if the number of scales differs from the number of blocks.
     """
     rest = dict(tensors)
     found: dict[str, tensors_.Tensor] = {}
@@ -232,7 +232,7 @@ class _Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Fp8:
-  """A matrix of fp8, (out, in), and its scales, (out, in) / blocks."""
+  """An fp8 matrix, (out, in), with its scales, one for each block."""
 
   codes: tensors_.Tensor
   scales: np.ndarray
@@ -244,7 +244,7 @@ class _Fp8:
 
   @property
   def dtype(self) -> np.dtype:
-    # As transformers has it: that of the scales.
+    # transformers also uses the dtype of the scales.
     return self.scales.dtype
 
   def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:

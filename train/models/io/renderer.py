@@ -1,9 +1,10 @@
-"""Renders chat templates, which strangers wrote, in a process of its own.
+"""Renders untrusted chat templates, as the program of a separate process.
 
-Only a process can be stopped whatever it is at: a template may double a list in
-a loop and print it, or ask a filter for a text of a terabyte, and neither comes
-back to Python to be counted. `rendering.py` keeps one such process and sends it
-some conversations at a time. It imports Jinja alone, so that it starts at once.
+Only a process can be stopped at any time. A template may double a list in a
+loop and print it, or ask a filter for a text of a terabyte. Then Python cannot
+count or interrupt the work. `rendering.py` keeps one such process, and sends it
+several conversations at once. This module imports only Jinja, so the process
+starts fast.
 """
 
 from collections.abc import Iterator, Sized
@@ -20,23 +21,23 @@ import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
 SECONDS = 2
-"""Of the processor, that a text may take; usual ones take a thousandth."""
+"""The limit of processor time for a text; usual texts take a thousandth."""
 BYTES = 2**29
-"""Of memory, that the process may have."""
+"""The limit of the process's memory."""
 CHARACTERS = 2**24
-"""That a text may have."""
+"""The limit of a text's length."""
 _BITS = 4096
-"""Of a number that a product or a power may have."""
+"""The limit of the size of a number that is a product or a power."""
 _SAID = 1000
-"""Characters of what is wrong."""
+"""The limit of the length of an error message, in characters."""
 
-# Some templates write the day into the prompt. Here it is always the same, so
-# that a run which is resumed tomorrow, or started again, reads the same tokens.
+# Some templates write the date into the prompt. Here the date is always the
+# same, so that a run that is resumed on another day reads the same tokens.
 _TODAY = datetime.datetime(2024, 7, 26)
 
 
 class _Generation(ext.Extension):
-  """Reads `{% generation %}`, which marks responses, and leaves it out."""
+  """Parses `{% generation %}`, which marks responses, and removes it."""
 
   tags = {"generation"}  # noqa: RUF012, as the base class has it
 
@@ -46,7 +47,7 @@ class _Generation(ext.Extension):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-  """Says at once what would only be found out by running into a limit."""
+  """A sandbox that refuses huge products before they are computed."""
 
   intercepted_binops = frozenset(("*", "**"))
 
@@ -61,7 +62,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 def _size(operator: str, left: Any, right: Any) -> float:
-  """Of a product or a power, in characters or items."""
+  """Returns the size of a product or a power, in characters or items."""
   if isinstance(left, int) and isinstance(right, int):
     bits = left.bit_length() + right.bit_length()
     if operator == "**":
@@ -75,7 +76,7 @@ def _size(operator: str, left: Any, right: Any) -> float:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-  """The names, options and extensions that templates are published for."""
+  """Returns the Jinja environment that published templates expect."""
   made = _Environment(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -88,7 +89,7 @@ def environment() -> jinja2.Environment:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-  # Jinja's own escapes what HTML would misread.
+  # Jinja's own filter escapes characters for HTML.
   return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
@@ -124,8 +125,8 @@ def _render(source: str, variables: dict[str, Any]) -> str:
 
 
 def _answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
-  # Time of the processor: a machine that is busy, or asleep, costs none. Its
-  # signal ends the process whatever it is at.
+  # The limit is for processor time, so a busy machine does not matter. The
+  # timer's signal ends the process at any time.
   signal.setitimer(signal.ITIMER_PROF, SECONDS)
   try:
     return {"text": _render(source, variables)}
@@ -135,22 +136,22 @@ def _answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
     fault = "it calls itself without an end"
   except jinja2.TemplateError as error:
     fault = str(error)
-  # Whatever the template's own expressions and Jinja's functions raise.
+  # Expressions in the template and Jinja's functions can raise any type.
   except Exception as error:
     fault = f"{type(error).__name__}: {error}"
   return {"error": fault[:_SAID]}
 
 
 def main() -> None:
-  """Answers requests until there are none.
+  """Answers requests until the input ends.
 
   A request is a line of JSON: a template, and the variables of each text. The
-  answer is a line of JSON for each, up to the first with an error.
+  answer is a line of JSON for each text, up to the first one with an error.
   """
-  # A Mac has no such limit.
+  # macOS has no such limit.
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-  # A dump of the memory would be large, and of no use.
+  # A core dump would be large and useless.
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   environment()
   for request in sys.stdin.buffer:

@@ -1,8 +1,8 @@
-"""Has chat templates rendered by `renderer.py`, in a process that is kept.
+"""Renders chat templates in a process of `renderer.py`, which is kept.
 
-A process for each text would take a hundred times as long as the text does. One
-that is kept costs a tenth of a second when the first text is asked for, and a
-trip through two pipes for each conversation.
+To start a process for each text would take a hundred times as long as to render
+the text. A kept process takes a tenth of a second to start, once. After that,
+each conversation only goes through two pipes.
 """
 
 import atexit
@@ -16,13 +16,14 @@ from typing import Any
 
 from . import renderer
 
-# By its path, which holds whatever the package is called; without its folder
-# among those of modules, as there is a `tokenizer.py` in it.
+# The script is named by its path, which does not depend on the package's name.
+# -P keeps its folder out of the module path, because the folder has modules
+# such as `tokenizer.py`.
 _COMMAND = [sys.executable, "-P", renderer.__file__]
 
 
 class _Renderer:
-  """A process of `renderer.py`, which is started when it is asked."""
+  """A process of `renderer.py`, which starts at the first request."""
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
@@ -31,23 +32,23 @@ class _Renderer:
   def render(
     self, source: str, variables: Sequence[Mapping[str, Any]]
   ) -> tuple[list[str], str]:
-    """Renders a template once for each of some variables.
+    """Renders a template once for each set of variables.
 
     Returns:
-      the texts before the first that fails, and what is wrong with that one;
-      "" if none fails.
+      the texts before the first failure, and the error of this failure, which
+      is "" if all texts are rendered.
     """
     with self._lock:
       process = self._started()
       try:
         return self._asked(process, source, variables)
       except BaseException:
-        # An answer that nobody reads would be taken for the next one's.
+        # An unread answer would become the answer of the next request.
         self.close()
         raise
 
   def close(self) -> None:
-    """Ends the process, if there is one."""
+    """Ends the process, if it runs."""
     if self._process is not None:
       self._process.kill()
       self._process.communicate()
@@ -59,7 +60,7 @@ class _Renderer:
         _COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        # Ctrl-C is for the program alone.
+        # Ctrl-C must reach only the main program.
         start_new_session=True,
       )
     return self._process
@@ -73,12 +74,12 @@ class _Renderer:
     assert process.stdin is not None and process.stdout is not None
     texts: list[str] = []
     try:
-      # A row of Parquet may hold a date, which JSON has not.
+      # A row of Parquet may hold a date, which JSON does not support.
       request = json.dumps((source, variables), default=str)
       process.stdin.write(request.encode() + b"\n")
       process.stdin.flush()
     except BrokenPipeError:
-      pass  # it says below how it ended
+      pass  # `wait` below returns how the process ended
     for _ in variables:
       line = process.stdout.readline()
       if not line.endswith(b"\n"):

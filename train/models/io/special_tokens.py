@@ -1,24 +1,24 @@
-"""The tokens that begin and end texts: from every file that may name them."""
+"""Finds the tokens that begin and end texts in the files of a model folder."""
 
 import pathlib
 from typing import Any
 
 from ... import checked
 
-# The first that names one is believed; the second is of older folders.
+# The first file that names a token decides. The second is in older folders.
 _TEXTS = ("tokenizer_config.json", "special_tokens_map.json")
 _IDS = ("generation_config.json", "config.json")
 
 
 def text(folder: pathlib.Path, name: str) -> str:
-  """The text of a special token; empty if the tokenizer's files name none.
+  """Returns the text of a special token; empty if no file names it.
 
   Args:
-    folder: of a model.
+    folder: the model's folder.
     name: `bos_token` or `eos_token`.
 
   Raises:
-    UsageError: a file is no JSON object, or has something else for a token.
+    UsageError: a file is not a JSON object, or has an invalid token.
   """
   for file in _TEXTS:
     path = folder / file
@@ -35,16 +35,16 @@ def text(folder: pathlib.Path, name: str) -> str:
 
 
 def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
-  """The ids that a model's files say texts and turns end with, in their order.
+  """Returns the ids of the tokens that end texts and turns, in files' order.
 
-  `token_ids.check_folder` has looked at them before.
+  `token_ids.check_folder` must check the files before.
 
   Args:
-    folder: of a model.
+    folder: the model's folder.
 
   Returns:
-    those of generation_config.json, then those of config.json; of Llama 3,
-    which ends texts, turns and messages with three tokens, all of them.
+    the ids in generation_config.json, then those in config.json. Llama 3 has
+    three of them, which end texts, turns and messages.
   """
   found: list[Any] = []
   for file in _IDS:

@@ -1,4 +1,4 @@
-"""SentencePiece's models as tokenizers, for folders without tokenizer.json."""
+"""Tokenizers of SentencePiece models, for folders without tokenizer.json."""
 
 import importlib
 import pathlib
@@ -22,25 +22,25 @@ XLM_R = "sentencepiece.bpe.model"
 DEBERTA = "spm.model"
 LLAMA = "tokenizer.model"
 
-# T5's, behind the pieces: what stands for spans that are left out.
+# The tokens that T5 adds after the pieces; they replace spans of a text.
 _SENTINELS = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
 _SPACE = "▁"
-# Of the file's pieces: those that may be merged, those that no text is made of,
-# and those that are never cut.
+# Types of pieces: those that may be merged, those that are not in any text, and
+# those that are never cut.
 _NORMAL, _CONTROL, _WHOLE = 1, 3, 4
 
 
 def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a T5's folder with a spiece.model.
+  """Returns the tokenizer of a T5's folder with a spiece.model.
 
-  It gives the tokens that SentencePiece gives (Kudo and Richardson, EMNLP
-  2018), and `</s>` behind a text or each of a pair. The 100 sentinels of T5
-  follow the file's pieces, unless it has them.
+  It gives the same tokens as SentencePiece (Kudo and Richardson, EMNLP 2018),
+  and adds `</s>` to each text. The 100 sentinels of T5 follow the file's
+  pieces, unless the file has them.
 
   Raises:
     WeightsError: the packages `sentencepiece` and `protobuf` are not installed,
-      or the file is missing, cannot be read, or holds another kind of model
-      than Unigram.
+      or the file is missing, cannot be read, or holds a model that is not
+      Unigram.
   """
   path = pathlib.Path(folder) / FILE
   proto = _unigrams(path)
@@ -49,10 +49,10 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def load_xlm_r(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of an XLM-R's folder with a sentencepiece.bpe.model.
+  """Returns the tokenizer of an XLM-R's folder with a sentencepiece.bpe.model.
 
-  The first tokens are fairseq's, `<s>`, `<pad>`, `</s>` and `<unk>`, in place
-  of the file's first three, and the last is `<mask>` (transformers,
+  fairseq's tokens `<s>`, `<pad>`, `</s>` and `<unk>` replace the first three
+  pieces of the file. The last token is `<mask>` (transformers,
   convert_slow_tokenizer.py).
 
   Raises:
@@ -76,13 +76,13 @@ def load_xlm_r(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def load_deberta(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a DeBERTa v2's or v3's folder with an spm.model.
+  """Returns the tokenizer of a DeBERTa v2's or v3's folder with an spm.model.
 
-  `[MASK]` follows the file's pieces, unless it has it.
+  `[MASK]` follows the file's pieces, unless the file has it.
 
   Raises:
-    WeightsError: as `load_tokenizer`, or if the folder's tokenizer_config.json
-      asks for what is not implemented.
+    WeightsError: as `load_tokenizer`, or if tokenizer_config.json has an option
+      that is not implemented.
   """
   path = pathlib.Path(folder) / DEBERTA
   config = _config(path)
@@ -121,15 +121,15 @@ def load_deberta(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def load_llama(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a Llama's or a Mistral's folder with a tokenizer.model.
+  """Returns the tokenizer of a Llama or Mistral folder with a tokenizer.model.
 
-  It gives the tokens that SentencePiece's BPE gives, and the one that begins a
-  text. tokenizer_config.json may turn it off by `add_bos_token`, ask for an end
-  by `add_eos_token`, and have a space begin what follows a special token by
-  `legacy`, as in transformers.
+  It gives the same tokens as SentencePiece's BPE, after the token that begins a
+  text. Three keys of tokenizer_config.json have the meaning of transformers:
+  `add_bos_token` can turn the first token off, `add_eos_token` adds an end
+  token, and `legacy` adds a space after each special token.
 
   Raises:
-    WeightsError: as `load_tokenizer`; here the model has to be a BPE.
+    WeightsError: as `load_tokenizer`; the model must be a BPE.
   """
   path = pathlib.Path(folder) / LLAMA
   config, proto = _config(path), _read(path)
@@ -167,7 +167,8 @@ def load_llama(folder: pathlib.Path) -> tokenizers.Tokenizer:
       legacy = checked.truth(config, "legacy", False)
       scheme = "always" if legacy else "first"
       if legacy:
-        # The pre-tokenizer takes a space of the text's own for its own.
+        # If a text begins with a space, the pre-tokenizer adds none. But
+        # SentencePiece does, so this adds it.
         own = normalizers.Replace(tokenizers.Regex(r"\A "), "  ")
         normalizer = normalizers.Sequence([normalizer, own])
     tokenizer.normalizer = normalizer
@@ -202,7 +203,7 @@ def load_llama(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-  """All pairs that make a piece, those of the best pieces first."""
+  """Returns all pairs that merge to a piece, those of the best pieces first."""
   found = {
     piece.piece: (-piece.score, i)
     for i, piece in enumerate(proto.pieces)
@@ -218,13 +219,13 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
-  """The tokenizer_config.json beside a file, if there is one."""
+  """Returns the tokenizer_config.json in a file's folder, if there is one."""
   beside = path.with_name("tokenizer_config.json")
   return weights.read_json(beside) if checked.is_file(beside) else {}
 
 
 def _unigrams(path: pathlib.Path) -> Any:
-  """The structure of a file that holds a Unigram model."""
+  """Returns the structure of a file that holds a Unigram model."""
   proto = _read(path)
   if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
     raise weights.WeightsError(
@@ -263,7 +264,7 @@ def _t5(proto: Any, path: pathlib.Path) -> tokenizers.Tokenizer:
 def _assembled(
   proto: Any, pieces: list[tuple[str, float]], unk_id: int
 ) -> tokenizers.Tokenizer:
-  """A file's tokenizer, of these pieces, without special tokens."""
+  """Returns a file's tokenizer with these pieces, without special tokens."""
   tokenizer = tokenizers.Tokenizer(
     models.Unigram(
       pieces,
@@ -281,9 +282,9 @@ def _assembled(
 
 
 def _read(path: pathlib.Path) -> Any:
-  """The file's own structure."""
+  """Returns the structure of a SentencePiece file."""
   try:
-    # Not in the package's namespace, and made by protobuf when imported.
+    # The package does not export this module, which protobuf builds on import.
     layout: Any = importlib.import_module(
       "sentencepiece.sentencepiece_model_pb2"
     )
@@ -306,7 +307,7 @@ def _read(path: pathlib.Path) -> Any:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-  """SentencePiece's own, in its order."""
+  """Returns SentencePiece's normalisation steps, in its order."""
   found: list[normalizers.Normalizer] = []
   if spec.precompiled_charsmap:
     found.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -1,4 +1,4 @@
-"""Parameters out of a checkpoint: read in parts, and placed one at a time."""
+"""Reads a checkpoint's parameters in parts, and places them one at a time."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -25,7 +25,7 @@ Read = Callable[[Index], np.ndarray]
 
 
 class Place(Protocol):
-  """Makes one parameter of what is read of it."""
+  """A function that makes one parameter from the values that it reads."""
 
   def __call__(
     self, path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
@@ -33,11 +33,11 @@ class Place(Protocol):
     """Makes the parameter.
 
     Args:
-      path: in the tree, as `('layers_0', 'mlp', 'up_proj', 'kernel')`.
-      shape: of the parameter.
-      dtype: of the parameter.
-      read: reads the part that an index stands for, a slice for each axis, as
-        `jax.make_array_from_callback` asks for.
+      path: the path in the tree, `('layers_0', 'mlp', 'up_proj', 'kernel')`.
+      shape: the shape of the parameter.
+      dtype: the dtype of the parameter.
+      read: from an index, a slice for each axis, to this part of the parameter;
+        `jax.make_array_from_callback` takes such a function.
     """
     ...
 
@@ -45,14 +45,14 @@ class Place(Protocol):
 def on_one_device(
   path: Path, shape: tuple[int, ...], dtype: np.dtype, read: Read, /
 ) -> jax.Array:
-  """The whole parameter, on the default device."""
+  """Makes the whole parameter on the default device."""
   return jnp.asarray(read((slice(None),) * len(shape)))
 
 
 def placed(
   tree: Mapping[str, Any], dtype: typing.DTypeLike, place: Place
 ) -> dict[str, Any]:
-  """Nested dicts of arrays that the host has, each as `place` makes it."""
+  """Places the arrays of the host in nested dicts, each by `place`."""
   dtype = np.dtype(dtype)
 
   def one(path: Path, array: Any) -> Any:
@@ -68,14 +68,13 @@ def placed(
 
 
 def finite(place: Place, model: Any) -> Place:
-  """Refuses what is not finite in what `place` reads.
+  """Returns a `Place` that refuses values that are not finite.
+
+  It raises a RunError when it reads a part with NaN or infinity.
 
   Args:
     place: makes a parameter.
-    model: what to call it in the message.
-
-  Raises:
-    RunError: when a part is read that has NaN or infinity in it.
+    model: the model's name in the message.
   """
 
   def checked(path, shape, dtype, read, /):
@@ -94,13 +93,13 @@ def finite(place: Place, model: Any) -> Place:
 
 
 def _is_finite(part: np.ndarray) -> bool:
-  """Whether all of an array is; a little at a time."""
+  """Whether all values are finite; looks at small parts, to save memory."""
   order = "F" if part.flags.f_contiguous else "C"
   flat = part.reshape(-1, order=order)
   for start in range(0, flat.size, _AT_ONCE):
     some = flat[start : start + _AT_ONCE]
     if some.dtype == _BFLOAT16:
-      # By its exponents, which takes half the time of `isfinite`.
+      # A check of the exponents takes half the time of `isfinite`.
       bits = some.view(np.uint16) & 0x7F80
       if (bits == 0x7F80).any():
         return False
@@ -110,7 +109,7 @@ def _is_finite(part: np.ndarray) -> bool:
 
 
 def quantising(place: Place, adapted: Any) -> Place:
-  """Quantises what `place` makes, for a `bilora_jax.Adapted`."""
+  """Returns a `Place` that also quantises, for a `bilora_jax.Adapted`."""
 
   def quantised(path, shape, dtype, read, /):
     made = place(path, shape, dtype, read)
@@ -124,9 +123,9 @@ class Source:
   """Where a parameter is in the checkpoint.
 
   Attributes:
-    names: of its tensor; of one for each layer, if `stacked`.
-    tensor_shape: of each.
-    transposed: whether the parameter is the transpose.
+    names: the name of its tensor; if `stacked`, a name for each layer.
+    tensor_shape: the shape of each tensor.
+    transposed: whether the parameter is the transpose of a tensor.
     stacked: whether the parameter has a leading axis of layers.
   """
 
@@ -137,7 +136,7 @@ class Source:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the parameter."""
+    """The shape of the parameter."""
     shape = self.tensor_shape[:: -1 if self.transposed else 1]
     return (len(self.names), *shape) if self.stacked else shape
 
@@ -148,16 +147,19 @@ def read(
   dtype: typing.DTypeLike,
   place: Place,
 ) -> dict[str, Any]:
-  """The parameters of a plan, nested, each as `place` makes it.
+  """Reads the parameters of a plan, and places each by `place`.
 
-  A tensor is read when its parameter is placed and in the parts that `place`
-  asks for, so that the host never holds more than one part of one parameter.
+  A tensor is read when its parameter is placed, in the parts that `place` asks
+  for. So the host never holds more than one part of one parameter.
 
   Args:
     plan: path in the tree of parameters -> where its values are.
-    tensors: by name; all that the plan names, of its shapes (`check`).
-    dtype: of the parameters.
+    tensors: the tensors by name, which `check` has checked.
+    dtype: the dtype of the parameters.
     place: makes a parameter.
+
+  Returns:
+    The parameters, as nested dicts.
   """
   dtype = np.dtype(dtype)
   return traverse_util.unflatten_dict(
@@ -174,19 +176,19 @@ def check(
   ignored: Callable[[str], bool],
   model: str,
 ) -> None:
-  """Refuses a checkpoint that a plan cannot read, before anything is read.
+  """Refuses a checkpoint that does not fit a plan, before anything is read.
 
-  `check_layers` comes before the plan is made.
+  Call `check_layers` before the plan is made.
 
   Args:
     plan: path in the tree of parameters -> where its values are.
-    tensors: by name.
-    ignored: of a name that the plan lacks, whether it may be there.
-    model: what to call it in the message.
+    tensors: the tensors by name.
+    ignored: whether a name may be there although the plan lacks it.
+    model: the model's name in the message.
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the plan says, no
-      floats, or unknown to it; the first are named together.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, or
+      are not in the plan. One message lists the first of them.
   """
   shapes = {
     name: source.tensor_shape
@@ -204,8 +206,8 @@ def check(
     for name in shapes
     if name in tensors and (kind := _other_kind(tensors[name]))
   ]
-  # A layer too many beside a configuration of fewer would be dropped in
-  # silence.
+  # If the configuration has too few layers, the others must not be dropped
+  # silently.
   found += [
     f"{name} has no place in it"
     for name in tensors
@@ -219,10 +221,9 @@ def check(
 
 
 def equal(one: tensors_.Tensor, other: tensors_.Tensor) -> bool:
-  """Whether two tensors have one shape and the same values.
+  """Whether two tensors have the same shape and values.
 
-  They are read some rows at a time. Of two dtypes, the values are compared as
-  float32.
+  They are read a few rows at a time. Values are compared as float32.
   """
   if tuple(one.shape) != tuple(other.shape):
     return False
@@ -240,14 +241,14 @@ def equal(one: tensors_.Tensor, other: tensors_.Tensor) -> bool:
 def check_layers(
   count: int, tensors: Mapping[str, tensors_.Tensor], model: str
 ) -> None:
-  """Refuses a configuration of more layers than there are tensors.
+  """Refuses a configuration with more layers than there are tensors.
 
-  A plan of them, or a model, would take all the memory there is.
+  A plan or a model of so many layers could take all memory.
 
   Raises:
-    WeightsError: that says so.
+    WeightsError: if it has more.
   """
-  # Of few, `check` says what is missing.
+  # If the layers are few, `check` reports what is missing.
   if count > max(len(tensors), _FEW):
     raise weights.WeightsError(
       f"The tensors do not fit the {model}'s configuration: it has {count}"
@@ -256,7 +257,7 @@ def check_layers(
 
 
 def _other_kind(tensor: tensors_.Tensor) -> str:
-  """The dtype of a tensor that holds no floats; "" of one that does."""
+  """Returns the dtype of a tensor that is not of floats, else ""."""
   try:
     dtype = tensor.dtype
   except weights.WeightsError as error:
@@ -275,7 +276,7 @@ def _reader(
   def read(index: Index) -> np.ndarray:
     if not source.stacked:
       return one(source.names[0], index)
-    # Filled in place: the parts and their stack would be twice the memory.
+    # Filled in place, because a stack of parts would need twice the memory.
     shape = [len(range(*s.indices(n))) for s, n in zip(index, source.shape)]
     out = np.empty(shape, dtype)
     for layer, name in zip(out, source.names[index[0]]):
@@ -288,11 +289,11 @@ def _reader(
 def tensors(
   plan: Mapping[Path, Source], params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `read`: the tensors of a checkpoint, by their names.
+  """Returns a checkpoint's tensors by name; the inverse of `read`.
 
   Args:
     plan: path in the parameter tree -> where its values are.
-    params: nested as the plan's paths are.
+    params: nested dicts with the plan's paths.
 
   Returns:
     Arrays on the host, in the dtype of the parameters.
@@ -307,9 +308,10 @@ def tensors(
 
 
 def modules(plan: Mapping[Path, Source]) -> dict[str, str | tuple[str, ...]]:
-  """The path of each parameter, and its module; of stacked layers, all.
+  """Returns the path of each parameter, and its module in the checkpoint.
 
-  Those are left out that are no weight or bias of a module.
+  Stacked layers have a module for each layer. Parameters that are not the
+  weight or bias of a module are left out.
   """
   found = {}
   for path, source in plan.items():

@@ -22,20 +22,20 @@ PLAIN = (
   "{% endif %}"
   "{% endfor %}"
 )
-"""For a base model, which has no template of its own."""
+"""The template for base models, which have none of their own."""
 
 _ENDS = ("bos", "eos")
-# Ten times the longest that is published.
+# Ten times the length of the longest published template.
 _MOST = 2**20
 
 
 class Message(NamedTuple):
-  """What one side says.
+  """One message of a conversation.
 
   Attributes:
     role: `system`, `user`, `assistant` or `tool`.
-    content: the text; empty of an assistant that only calls tools.
-    more: what a template may have beside, as `tool_calls`: keys and values.
+    content: the text; empty if an assistant only calls tools.
+    more: further keys and values for the template, such as `tool_calls`.
   """
 
   role: str
@@ -44,18 +44,19 @@ class Message(NamedTuple):
 
 
 Conversation = tuple[Message, ...]
-"""A system message or none, then user and assistant in turns."""
+"""At most one system message, then user and assistant in turns."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A chat template, as `tokenizer_config.json` and GGUF files carry them.
+  """A chat template, as in `tokenizer_config.json` and GGUF files.
 
   Attributes:
-    source: in Jinja, of the variables `messages`, `add_generation_prompt`,
-      `bos_token` and `eos_token`. The day it is told is always 26 July 2024.
-    bos: the text of the token that begins a text, as `bos_token`.
-    eos: the text of the token that ends a text, as `eos_token`.
+    source: the Jinja source. Its variables are `messages`,
+      `add_generation_prompt`, `bos_token` and `eos_token`. Its date is always
+      26 July 2024.
+    bos: the text of the token that begins a text, the template's `bos_token`.
+    eos: the text of the token that ends a text, the template's `eos_token`.
 
   Raises:
     ValueError: if `source` is not a template.
@@ -72,7 +73,7 @@ class Template:
         f" {_MOST:,} are read."
       )
     try:
-      # No more: what is constant in it is computed where it is compiled.
+      # Only parsed, because to compile a template computes its constants.
       renderer.environment().parse(self.source)
     except jinja2.TemplateError as error:
       raise ValueError(
@@ -91,7 +92,7 @@ class Template:
 
     Args:
       conversation: at least one message.
-      add_generation_prompt: whether the assistant's header follows.
+      add_generation_prompt: whether the text ends with the assistant's header.
 
     Raises:
       ValueError: if the template refuses the conversation, or takes more time,
@@ -102,10 +103,10 @@ class Template:
   def render_all(
     self, conversations: Sequence[tuple[Conversation, bool]]
   ) -> list[str]:
-    """Returns what `render` does for each, and takes less time for many.
+    """Returns the text of each conversation, faster than by `render`.
 
     Raises:
-      ValueError: as `render` does, for the first that fails.
+      ValueError: as `render`, for the first conversation that fails.
     """
     texts, error = rendering.render(
       self.source, [self._variables(*x) for x in conversations]
@@ -138,14 +139,15 @@ class Template:
 def load_template(folder: str | pathlib.Path) -> Template:
   """Returns the template of a model folder, or the plain one if it has none.
 
+  The template is the `chat_template` of `tokenizer_config.json`, or the file
+  `chat_template.jinja`, or that of `chat_template.json`, which models with
+  images have. `special_tokens.text` finds the texts of the special tokens.
+
   Args:
-    folder: with `tokenizer_config.json`, or none; the template is its
-      `chat_template`, or the file `chat_template.jinja`, or else that of
-      `chat_template.json`, which models with images have. The texts of the
-      special tokens are as `special_tokens.text` has them.
+    folder: the model's folder.
 
   Raises:
-    ValueError: if a file is not as it must be.
+    ValueError: if a file is invalid.
   """
   path = pathlib.Path(folder) / "tokenizer_config.json"
   config = checked.read_json(path) if checked.is_file(path) else {}
@@ -176,7 +178,7 @@ def load_template(folder: str | pathlib.Path) -> Template:
 
 
 def _named(item: Any, where: str) -> tuple[str, str]:
-  """One of several templates, and its name."""
+  """Returns the name and the source of one of several templates."""
   where += ", chat_template,"
   if not isinstance(item, dict):
     raise UsageError(

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, of which nothing is read until indexed."""
+"""A checkpoint's tensors by name, which are read when they are indexed."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,7 +13,7 @@ import safetensors
 from ... import checked
 from . import weights
 
-# Dtypes of one byte that NumPy has from elsewhere, by the format's names.
+# The format's names of one-byte dtypes -> those that ml_dtypes adds to NumPy.
 _BYTES = {
   "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
   "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
@@ -30,22 +30,21 @@ class Tensor(Protocol):
   def dtype(self) -> np.dtype: ...
 
   def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:
-    """Reads a part: a slice of step 1 for each axis."""
+    """Reads a part; the index has a slice of step 1 for each axis."""
     ...
 
 
 def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
-  """The tensors of a model folder, by the name they were saved under.
+  """Returns the tensors of a model folder, by the names in its files.
 
-  Looks at the headers of model.safetensors, or else of the shards that
-  model.safetensors.index.json lists; values are read from the file when they
-  are indexed, in the dtype on disk (bfloat16 is ml_dtypes'). Nothing is
-  unpickled: a folder with only pytorch_model.bin is refused.
+  This reads the headers of model.safetensors, or else of the shards in
+  model.safetensors.index.json. Values are read from a file when they are
+  indexed, in the dtype on disk (bfloat16 is that of ml_dtypes). Nothing is
+  unpickled, so a folder with only pytorch_model.bin is refused.
 
   Raises:
-    WeightsError: no such file, or one that is empty, cut short or garbled; a
-      missing shard; a tensor that the index lists and its shard lacks, or that
-      two shards have.
+    WeightsError: the file or a shard is missing, empty, cut short or damaged; a
+      shard lacks a tensor that the index lists; or two shards have one tensor.
   """
   folder = pathlib.Path(folder)
   single = folder / "model.safetensors"
@@ -66,10 +65,10 @@ def open_safetensors(folder: pathlib.Path) -> Mapping[str, Tensor]:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that `open_safetensors` reads.
+  """Returns the files that `open_safetensors` reads.
 
   Raises:
-    WeightsError: the index is not as it must be.
+    WeightsError: the index is invalid.
   """
   single = folder / "model.safetensors"
   index = folder / "model.safetensors.index.json"
@@ -82,7 +81,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_all(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-  """Every tensor, whole."""
+  """Reads all tensors, each whole."""
   return {
     name: tensor[(slice(None),) * len(tensor.shape)]
     for name, tensor in tensors.items()
@@ -93,7 +92,7 @@ def read_all(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 class _Stored:
   """A tensor of a safetensors file, which the library keeps open."""
 
-  part: Any  # of safetensors: reads what it is indexed with
+  part: Any  # the slice object of safetensors
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -104,7 +103,7 @@ class _Stored:
     try:
       return self[(slice(0, 0),) * len(self.shape)].dtype
     except (AttributeError, TypeError, safetensors.SafetensorError) as error:
-      # The file's name of a dtype that NumPy has not.
+      # The message is the file's name of the dtype, which NumPy lacks.
       raise weights.WeightsError(self.part.get_dtype()) from error
 
   def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray:
@@ -137,8 +136,8 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
 def _mapped(
   path: pathlib.Path, dtypes: Mapping[str, np.dtype]
 ) -> dict[str, Tensor]:
-  """Tensors of dtypes that the library does not give to NumPy."""
-  # The format: eight bytes of a length, JSON of so many bytes, the values.
+  """Returns tensors of dtypes that the library cannot convert to NumPy."""
+  # The format: the header's length in eight bytes, a JSON header, the values.
   data = np.memmap(path, np.uint8, "r")
   start = 8 + int(data[:8].view("<u8")[0])
   header = json.loads(data[8:start].tobytes())

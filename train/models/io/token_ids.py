@@ -1,6 +1,6 @@
 """Refuses token ids for which the embedding has no row.
 
-JAX does not: it reads NaN there, and a run would learn nothing.
+JAX does not refuse them. It reads NaN, and a run would learn nothing.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from . import weights
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 _END = "_token_id"
-# What some old files say where there is no padding.
+# Some old files have this value if the model has no padding token.
 _NO_PAD = -1
 
 
@@ -26,16 +26,18 @@ def check(
 ) -> None:
   """Refuses a tokenizer that gives ids beyond an embedding's rows.
 
-  It may give fewer than there are rows: many embeddings are padded.
+  The embedding may have more rows than the tokenizer has ids, because many
+  embeddings are padded.
 
   Args:
-    tokenizer: whose vocabulary, added tokens and post-processor are looked at.
-    rows: of the embedding.
-    segments: rows of the embedding of segments; None if there is none.
-    path: of the model.
+    tokenizer: the tokenizer; its vocabulary, added tokens and post-processor
+      are checked.
+    rows: the rows of the embedding.
+    segments: the rows of the embedding of segments; None if there is none.
+    path: the path of the model.
 
   Raises:
-    WeightsError: that names the token.
+    WeightsError: if an id is too large; the message names the token.
   """
   size = tokenizer.get_vocab_size()
   if size > rows:
@@ -49,8 +51,8 @@ def check(
         f"The tokenizer of {path} gives {token!r:.100} the id {number}, and "
         f"the model's vocab_size is {rows}: ids are below it."
       )
-  # What is added to all texts, which no vocabulary has to have. Segments are of
-  # what is in them.
+  # The post-processor adds tokens to all texts, and these may be missing from
+  # the vocabulary. To see the segments, texts must not be empty.
   text = "" if segments is None else "a"
   for pair in (None, text):
     with tokenizer_.refusing(path):
@@ -70,7 +72,8 @@ def check_folder(folder: pathlib.Path, rows: int) -> None:
   """Refuses special tokens beyond an embedding's rows in a folder's JSON files.
 
   Raises:
-    WeightsError: that names the file and the token.
+    WeightsError: if an id is too large; the message names the file and the
+      token.
   """
   for name in _FILES:
     path = folder / name
@@ -100,15 +103,16 @@ def check_folder(folder: pathlib.Path, rows: int) -> None:
 def check_named(
   named: Mapping[str, Any], rows: int, path: pathlib.Path
 ) -> None:
-  """Refuses ids that are none, by the names that a file has for them.
+  """Refuses invalid ids of a file.
 
   Args:
-    named: an id each, several as in Llama 3's `eos_token_id`, or None.
-    rows: of the embedding.
-    path: of the file.
+    named: from a name in the file to an id, to a list of ids (as Llama 3's
+      `eos_token_id`), or to None.
+    rows: the rows of the embedding.
+    path: the file.
 
   Raises:
-    WeightsError: that names the first.
+    WeightsError: if an id is invalid; the message names the first one.
   """
   for name, found in named.items():
     for number in found if isinstance(found, list) else [found]:

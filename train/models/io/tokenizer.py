@@ -1,4 +1,4 @@
-"""Loading a tokenizer.json, and token ids of texts and of pairs of texts."""
+"""Loads a tokenizer.json, and encodes texts and pairs of texts."""
 
 import collections.abc
 import contextlib
@@ -11,16 +11,16 @@ from ... import checked
 from . import weights
 
 FILE = "tokenizer.json"
-# Eight times the largest that is published.
+# Eight times the size of the largest published file.
 _MOST = 2**28
 _PAD_TOKENS = ("[PAD]", "<pad>")
 
 
 def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a model folder, truncation and padding switched off.
+  """Returns the tokenizer of a model folder, without truncation and padding.
 
-  Files are often published with both on (MiniLM's pads every text to 128);
-  here `encode` truncates and the batcher pads.
+  Many published files have both; MiniLM's pads every text to 128 tokens. In
+  this program, `encode` truncates and `data.pipeline` pads.
 
   Raises:
     WeightsError: tokenizer.json is missing or cannot be read.
@@ -42,14 +42,11 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
 def refusing(
   whose: str | os.PathLike[str] = "the model",
 ) -> contextlib.AbstractContextManager[None]:
-  """Says what a tokenizer that takes no text does with one, in a sentence.
+  """Returns a context that turns a tokenizer's failures into a WeightsError.
 
-  A vocabulary without a token for what is unknown raises a bare Exception. A
-  pattern that goes back and forth without an end is stopped after ten million
-  steps by a panic of Rust's; see `weights.told_of`.
-
-  Raises:
-    WeightsError: in place of both.
+  `tokenizers` raises a bare Exception if a vocabulary has no token for unknown
+  text. If a pattern backtracks too often, Rust panics after ten million steps;
+  see `weights.told_of`.
   """
   return weights.told_of(
     f"The tokenizer of {os.fspath(whose)} cannot read a text"
@@ -61,13 +58,13 @@ def encode(
   texts: collections.abc.Sequence[str | tuple[str, str]],
   max_length: int,
 ) -> list[tuple[list[int], list[int]]]:
-  """Token ids and segment ids of each text, unpadded.
+  """Returns the token ids and segment ids of each text, unpadded.
 
   Args:
-    tokenizer: as `load_tokenizer` gives it; it is left as it was.
+    tokenizer: from `load_tokenizer`; it is not changed.
     texts: texts, or pairs of texts.
-    max_length: tokens a text may take, special tokens included. A pair is cut
-      from its longer text first.
+    max_length: the most tokens of a text, with special tokens. In a pair, the
+      longer text is cut first.
 
   Returns:
     (ids, type_ids) of each text, two lists of one length in
@@ -82,7 +79,7 @@ def encode(
       raise ValueError(f"Text {i} must be a string or a pair, got {text!r}.")
   pairs = any(isinstance(text, tuple) for text in texts)
   special = tokenizer.num_special_tokens_to_add(pairs)
-  # The library does not truncate at all when only special tokens would fit.
+  # The library does not truncate if only the special tokens fit.
   if max_length <= special:
     raise ValueError(
       f"max_length must exceed the {special} special tokens of a "
@@ -100,11 +97,11 @@ def encode(
 def continuation(
   tokenizer: tokenizers.Tokenizer, text: str, more: str
 ) -> list[int]:
-  """The token ids of `more` where it follows the tokens of `text`.
+  """Returns the token ids of `more` when it follows `text`.
 
-  Some tokenizers begin every text with a space of their own, so `more` is not
-  tokenized by itself unless a token of `text + more` reaches across the
-  boundary.
+  Some tokenizers add a space to the start of every text, so `more` is tokenized
+  together with `text`. Only if a token crosses the boundary between the two,
+  `more` is tokenized by itself.
   """
 
   def ids(text: str) -> list[int]:
@@ -118,7 +115,7 @@ def continuation(
 
 
 def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-  """The id of the padding token, '[PAD]' or '<pad>'.
+  """Returns the id of the padding token, '[PAD]' or '<pad>'.
 
   Raises:
     WeightsError: the vocabulary has neither.

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: tokenizer.json, or its vocabulary alone."""
+"""Loads a model folder's tokenizer from tokenizer.json or vocabulary files."""
 
 from collections.abc import Callable
 import pathlib
@@ -27,12 +27,12 @@ _ROBERTAS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
 
 
 def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a model folder, without truncation and padding.
+  """Returns the tokenizer of a model folder, without truncation and padding.
 
-  Without a tokenizer.json it is made of the files that older folders have: a
-  vocab.txt is BERT's WordPiece, a vocab.json with a merges.txt is the BPE of
-  bytes of a RoBERTa, a DeBERTa or a GPT-2, and SentencePiece's models are told
-  apart by their names.
+  If there is no tokenizer.json, the tokenizer is built from the files of older
+  folders. A vocab.txt is BERT's WordPiece. A vocab.json with a merges.txt is
+  the byte-level BPE of a RoBERTa, a DeBERTa or a GPT-2. The names of
+  SentencePiece files say which model they belong to.
 
   Raises:
     WeightsError: there are no such files, or they cannot be read.
@@ -51,7 +51,7 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _word_piece(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """BERT's, as transformers makes it (models/bert/tokenization_bert.py)."""
+  """Builds BERT's tokenizer, as transformers' tokenization_bert.py does."""
   path, config = folder / _WORD_PIECE, _config(folder)
   words = checked.read_text(path).split("\n")
   ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word}
@@ -63,7 +63,7 @@ def _word_piece(folder: pathlib.Path) -> tokenizers.Tokenizer:
       handle_chinese_chars=checked.truth(
         config, "tokenize_chinese_chars", True
       ),
-      # None: as lowercase is.
+      # None: the same as lowercase.
       strip_accents=checked.field(
         str(folder / _CONFIG), config, "strip_accents", bool | None, None
       ),
@@ -78,7 +78,10 @@ def _word_piece(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """GPT-2's, and RoBERTa's or DeBERTa's, that mark a text's ends."""
+  """Builds GPT-2's tokenizer, or RoBERTa's or DeBERTa's.
+
+  The last two add tokens to the beginning and end of a text.
+  """
   path, merges = (folder / name for name in _BYTES)
   ids = weights.read_json(path)
   is_gpt2 = _is_gpt2(folder)
@@ -102,7 +105,7 @@ def _bytes(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _is_gpt2(folder: pathlib.Path) -> bool:
-  """By its config.json: others have such files, and split words otherwise."""
+  """Whether config.json says GPT-2; other models share its files' names."""
   path = folder / "config.json"
   return (
     checked.is_file(path)
@@ -120,10 +123,10 @@ _READERS: dict[
   (_WORD_PIECE,): _word_piece,
   _BYTES: _bytes,
 }
-"""What makes a tokenizer of which files, the first that are all there."""
+"""From files to the function that reads them; the first complete entry wins."""
 
 FILES = (*(name for names in _READERS for name in names), _ADDED)
-"""All that stand in for a tokenizer.json."""
+"""All files that can replace a tokenizer.json."""
 
 
 def _require(
@@ -131,7 +134,7 @@ def _require(
   kinds: tuple[tuple[str, ...], ...],
   path: pathlib.Path,
 ) -> tuple[str, ...]:
-  """The first of these kinds of special tokens whose ends are there."""
+  """Returns the first kind of special tokens that the vocabulary has."""
   for kind in kinds:
     if all(token in ids for token in kind[:4]):
       return kind
@@ -143,7 +146,7 @@ def _require(
 
 
 def _add_tokens(found: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
-  """Adds those of added_tokens.json, in the order of their ids."""
+  """Adds the tokens of added_tokens.json, in the order of their ids."""
   path = folder / _ADDED
   if not checked.is_file(path):
     return

@@ -1,4 +1,4 @@
-"""Finding a pretrained model's folder or file, and reading its config."""
+"""Finds a pretrained model's folder or file, and reads its config."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
@@ -32,8 +32,8 @@ _ORIGINS = {
   ),
 }
 FILES = (".gguf", ".onnx")
-"""Ends of files that the program's own families open."""
-# Top-level names only, so that a repository's ONNX copies stay behind.
+"""The suffixes of files that the program's own families open."""
+# Names in the top folder only, so ONNX copies in subfolders are not downloaded.
 _HUB_PATTERNS = (
   *("*.json", "*.txt", "model*.safetensors"),
   *("spiece.model", "sentencepiece.bpe.model", "spm.model"),
@@ -54,16 +54,16 @@ class WeightsError(UsageError):
 
 @contextlib.contextmanager
 def told_of(what: str) -> Iterator[None]:
-  """Has what a library raises of a file told in a sentence.
+  """Turns the exceptions that a library raises for a file into a WeightsError.
 
-  For `tokenizers` and `gguf`, which raise no narrower types than Exception, and
-  of which the first panics in Rust, which is not even one of these.
+  This is for `tokenizers` and `gguf`, which raise no narrower types than
+  Exception. A panic in the Rust code of `tokenizers` is not even an Exception.
 
   Args:
-    what: is wrong, in words, for the beginning of the sentence.
+    what: the beginning of the message, which says what is wrong.
 
   Raises:
-    WeightsError: if the context raises another exception than this.
+    WeightsError: if the context raises any exception.
   """
   try:
     yield
@@ -78,12 +78,12 @@ def told_of(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-  """What an exception says, short; libraries quote what is in the file."""
+  """Returns an exception's message, cut, as it may quote a whole file."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def listed(items: Iterable[str], separator: str = "; ", most: int = 8) -> str:
-  """The first of them for a sentence, and how many there are if not all."""
+  """Returns a list for a sentence: the first items, and the number of all."""
   items = list(items)
   more = f"{separator}... ({len(items)} in all)" if len(items) > most else ""
   return separator.join(items[:most]) + more
@@ -95,23 +95,27 @@ def locate(
   files: Sequence[str] = FILES,
   commit: str = "",
 ) -> pathlib.Path:
-  """The folder with a model's config.json and safetensors, or its one file.
+  """Returns the folder of a model, or its single file.
 
   Args:
-    name: 'minilm', 'smollm2' or 'vit'; 'package:NAME', the `model` folder or
-      the GGUF or ONNX file of an installed package, which is not imported; a
-      local folder; a file that ends in .gguf or .onnx; or a Hugging Face hub
-      name, 'org/name', which is downloaded to the hub's own cache. An alias
-      wins over a folder of the same name ('./minilm' is the folder), and a
-      folder over the hub.
-    revision: of a hub name, a branch, a tag or a commit; empty: the newest.
-    files: ends of the names of files that are models.
-    commit: of a hub name, the commit that `revision` once stood for; a branch
-      may have moved since then.
+    name: one of:
+      'minilm', 'smollm2' or 'vit';
+      'package:NAME', for the `model` folder or the GGUF or ONNX file of an
+      installed package, which is not imported;
+      a local folder;
+      a file that ends in .gguf or .onnx;
+      'org/name' on the Hugging Face hub, which is downloaded to the hub's own
+      cache.
+      The first meaning that fits is used: 'minilm' is never a local folder, but
+      './minilm' is.
+    revision: for a hub name, a branch, a tag or a commit; empty: the newest.
+    files: the suffixes of files that are models.
+    commit: for a hub name, the commit that `revision` once meant; a branch may
+      have moved since then.
 
   Raises:
     WeightsError: there is no such model, the hub does not answer, or a revision
-      is given of a model that is not on it.
+      is given for a model that is not on the hub.
   """
   found = _locate_here(_ALIASES.get(name, name), files)
   if found is None:
@@ -125,13 +129,13 @@ def locate(
 
 
 def commit(path: pathlib.Path) -> str:
-  """The commit that a folder of the hub's cache is of; empty for others."""
+  """Returns the commit of a folder in the hub's cache; empty for others."""
   is_snapshot = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
   return path.name if is_snapshot else ""
 
 
 def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
-  """On this machine; None if it has to be downloaded."""
+  """Returns a model's path on this machine; None if it must be downloaded."""
   if name.startswith("package:"):
     return _locate_package(name.removeprefix("package:"), files)
   folder = pathlib.Path(name).expanduser()
@@ -152,13 +156,14 @@ def _locate_here(name: str, files: Sequence[str]) -> pathlib.Path | None:
 
 
 def origin(name: str) -> tuple[str, str]:
-  """What a model is called on the hub, and how the weights here differ from it.
+  """Returns a model's name on the hub, and how the local weights differ.
 
   Args:
-    name: as `locate` takes it.
+    name: as of `locate`.
 
   Returns:
-    the name, empty if there is none; and a sentence, empty if all is the same.
+    the name, empty if there is none; and a sentence on the differences, empty
+    if there are none.
   """
   if name in _ORIGINS:
     return _ORIGINS[name]
@@ -169,7 +174,7 @@ def origin(name: str) -> tuple[str, str]:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a model folder's config.json.
+  """Returns the JSON object in a model folder's config.json.
 
   Raises:
     WeightsError: the file is missing or is not a JSON object.
@@ -178,7 +183,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _locate_package(package: str, files: Sequence[str]) -> pathlib.Path:
-  # find_spec imports the parents of a dotted name; a plain one runs no code.
+  # For a dotted name, find_spec would import the parents. A plain name runs no
+  # code.
   spec = importlib.util.find_spec(package) if package.isidentifier() else None
   if spec is None or not spec.submodule_search_locations:
     raise WeightsError(
@@ -203,7 +209,7 @@ def _download(name: str, revision: str) -> pathlib.Path:
     folder = huggingface_hub.snapshot_download(
       name, revision=revision or None, allow_patterns=list(_HUB_PATTERNS)
     )
-  # The hub client, and the HTTP client below it, raise many kinds.
+  # The hub client and its HTTP client raise many types.
   except Exception as error:
     raise WeightsError(
       f"{name!r} is not a local folder and could not be downloaded from the "
@@ -216,7 +222,7 @@ def _download(name: str, revision: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file.
+  """Returns the JSON object in a file.
 
   Raises:
     WeightsError: the file is missing or is not a JSON object.

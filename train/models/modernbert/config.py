@@ -16,13 +16,13 @@ _HF_KEYS = {
   "num_heads": "num_attention_heads",
   "intermediate_size": "intermediate_size",
 }
-# Keys of config.json that change the equations, and the only values of them
-# that are implemented; absent is implemented too.
+# Keys of config.json that change the equations, and their implemented values. A
+# key may be missing.
 _ONLY = dict.fromkeys(
   ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False, None)
 )
 _FULL, _LOCAL = "full_attention", "sliding_attention"
-# Of transformers, where config.json is silent.
+# transformers' defaults.
 _THETAS = {_FULL: 160_000.0, _LOCAL: 10_000.0}
 _OLD_THETAS = {_FULL: "global_rope_theta", _LOCAL: "local_rope_theta"}
 _EVERY, _WINDOW, _EPSILON = 3, 128, 1e-5
@@ -33,25 +33,27 @@ class ModernBertConfig:
   """Sizes of a ModernBERT (Warner et al., arXiv 2412.13663).
 
   Attributes:
-    vocab_size: rows of the embedding.
+    vocab_size: the rows of the embedding.
     hidden_size: D, the width.
-    num_layers: of the encoder.
+    num_layers: the layers of the encoder.
     num_heads: H.
-    intermediate_size: width within the feed-forward, of each of its factors.
-    local_layers: whether each layer sees its window alone; None: `every` says.
-    every: the first of so many layers sees all.
-    window: how far a local layer sees to either side.
-    full_theta: base of the rotary wavelengths of layers that see all.
-    local_theta: of those that see a window.
-    norm_eps: added to the variance.
-    hidden_act: of the feed-forward.
-    prediction: whether the head of the pretraining, a layer and a norm, stands
+    intermediate_size: the width inside the feed-forward layer, of each of its
+      two factors.
+    local_layers: for each layer, whether it sees only a window; None: see
+      `every`.
+    every: the first one of every so many layers sees all tokens.
+    window: how many tokens a local layer sees to either side.
+    full_theta: the base of the rotary wavelengths in layers that see all.
+    local_theta: the base of the rotary wavelengths in local layers.
+    norm_eps: the number added to the variance.
+    hidden_act: the activation of the feed-forward layer.
+    prediction: whether the pretraining's head, a linear layer and a norm, is
       between the pooling and a classifier's head, as in transformers.
-    prediction_act: its activation.
-    pooling: what it is given, or the head; see `pooling.pooled`.
+    prediction_act: the activation of the pretraining's head.
+    pooling: how a classifier pools hidden states; see `pooling.pooled`.
 
   Raises:
-    ValueError: a value is not one of those implemented.
+    ValueError: a value is not implemented.
   """
 
   vocab_size: int
@@ -105,19 +107,19 @@ class ModernBertConfig:
     return self.hidden_size // self.num_heads
 
   def is_local(self, layer: int) -> bool:
-    """Whether a layer, from 0, sees its window alone."""
+    """Whether a layer, counted from 0, sees only a window."""
     if self.local_layers is None:
       return layer % self.every != 0
     return self.local_layers[layer]
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "ModernBertConfig":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
-      config: the decoded JSON object, with its layers and rotary bases as
-        transformers 4 writes them (global_attn_every_n_layers,
-        global_rope_theta) or as 5 does (layer_types, rope_parameters).
+      config: the decoded JSON object. The keys of layers and rotary bases are
+        those of transformers 4 (global_attn_every_n_layers, global_rope_theta)
+        or 5 (layer_types, rope_parameters).
 
     Raises:
       ValueError: a key is missing or has a value that is not implemented.

@@ -1,4 +1,4 @@
-"""ModernBERTs, as the program knows them."""
+"""The record of the family of ModernBERTs."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -15,7 +15,7 @@ from .config import MODEL_TYPE, ModernBertConfig
 
 
 def _complete(found: Pretrained) -> Pretrained:
-  """As a sequence classifier, if the head of the pretraining is there."""
+  """Adds the pretraining's head and its pooling, if the folder has the head."""
   found = encoders.complete(found)
   if weights.PREDICTION not in found.tensors:
     return found
@@ -32,7 +32,7 @@ def _classifier(
   remat: str = "none",
   **_: Any,
 ) -> modernbert.ModernBertClassifier:
-  # Weights are of the dtype that they are read in.
+  # `param_dtype` has no effect, because weights keep the dtype of the reading.
   return modernbert.ModernBertClassifier(config, labels, dtype, remat)
 
 

@@ -29,12 +29,14 @@ _AXES = {
 
 
 class ModernBert(nn.Module):
-  """ModernBERT's encoder: pre-norm, rotary, windows, without dropout.
+  """ModernBERT's encoder: pre-norm, with rotary positions and windows.
+
+  It has no dropout.
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls; None is float32. The softmax, the norms and the
-      residual sums are float32 whatever it is, and so are parameters.
+    dtype: the dtype of matrix products; None is float32. The softmax, the
+      norms, the residual sums and the parameters are always float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -49,16 +51,16 @@ class ModernBert(nn.Module):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """Hidden states of the last layer, normed.
+    """Returns the normed hidden states of the last layer.
 
     Args:
       tokens: token ids, int (B, L).
       mask: 1 or True at a real token, 0 or False at padding, (B, L).
-      token_types: not looked at; it has no segments.
+      token_types: ignored, because the model has no segments.
 
     Returns:
-      (B, L, D) in the compute dtype. What stands at padding is finite and
-      means nothing.
+      (B, L, D) in the compute dtype. The values at padding are finite, but have
+      no meaning.
 
     Raises:
       ValueError: a shape is wrong.
@@ -79,10 +81,10 @@ class ModernBert(nn.Module):
     # Activations stay 2-D between layers: see train/models/bert/model.py.
     for i in range(c.num_layers):
       is_local = c.is_local(i)
-      # On a mesh: weights are brought to the rows, not rows to the weights.
+      # On a mesh, devices keep their rows and gather the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       theta = c.local_theta if is_local else c.full_theta
-      # The norm of the embeddings is the first layer's too.
+      # The first layer needs no norm, because the embeddings are normed.
       x_NxD = layer(c, length, theta, i > 0, dtype, name=f"layer_{i}")(
         x_NxD, local if is_local else full
       )
@@ -93,8 +95,8 @@ class ModernBert(nn.Module):
 class ModernBertClassifier(encoder_layers.Classifier):
   """ModernBERT with a linear head on the pooled states of the real tokens.
 
-  Where the folder has the head of the pretraining, it stands between them, as
-  in transformers' sequence classifier.
+  If the folder has the pretraining's head, this head is between the pooling and
+  the linear head, as in transformers' sequence classifier.
   """
 
   def setup(self):
@@ -109,18 +111,18 @@ class ModernBertClassifier(encoder_layers.Classifier):
     mask: jax.Array,
     token_types: jax.Array | None = None,
   ) -> jax.Array:
-    """What the head is given, float32 (B, D)."""
+    """Returns the input of the linear head, float32 (B, D)."""
     x_BxD = super().features(tokens, mask, token_types)
     return self.prediction(x_BxD) if self.config.prediction else x_BxD
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a classifier's variables; see `encoder_layers`."""
+  """Returns the names of the variables' axes, as `encoder_layers` does."""
   return encoder_layers.logical_axes(variables, _AXES)
 
 
 class _Prediction(nn.Module):
-  """The head of the pretraining, but for the words."""
+  """The pretraining's head, without its last layer, the logits of words."""
 
   config: ModernBertConfig
 
@@ -133,14 +135,14 @@ class _Prediction(nn.Module):
 
 
 class _Layer(nn.Module):
-  """Self-attention and a gated feed-forward, pre-norm.
+  """Self-attention and a gated feed-forward layer, pre-norm.
 
   Attributes:
     config: the sizes.
     length: L.
-    theta: base of the rotary wavelengths.
-    normed: whether a norm is before the attention.
-    dtype: of the matmuls.
+    theta: the base of the rotary wavelengths.
+    normed: whether there is a norm before the attention.
+    dtype: the dtype of matrix products.
   """
 
   config: ModernBertConfig
@@ -182,7 +184,7 @@ def _norm(config: ModernBertConfig, name: str) -> nn.LayerNorm:
 def _seen(
   config: ModernBertConfig, dtype: typing.DTypeLike, mask_BxL: jax.Array
 ) -> tuple[attention.Seen, attention.Seen]:
-  """What layers see that see all, and those that see a window."""
+  """Returns what a global layer sees, and what a local layer sees."""
   length = mask_BxL.shape[1]
   kernel = attention.chosen("auto", dtype, config.head_size, length)
   full = attention.real(kernel, mask_BxL)
@@ -195,10 +197,10 @@ def _seen(
 
 
 def _rotated(x_BxLxHxK: jax.Array, theta: float) -> jax.Array:
-  """Turns the halves of heads together (Su et al., arXiv 2104.09864)."""
+  """Rotates pairs of a head's two halves (Su et al., arXiv 2104.09864)."""
   length, _, size = x_BxLxHxK.shape[1:]
   frequencies = np.float64(theta) ** -(np.arange(0, size, 2) / size)
-  # In float32, as the model was trained, which far angles are rounded by.
+  # float32 rounds the angles of far positions, as in the model's training.
   places = np.arange(length, dtype=np.float32)[:, None, None]
   angles = places * frequencies.astype(np.float32)
   cos, sin = np.cos(angles), np.sin(angles)

@@ -1,4 +1,4 @@
-"""Hugging Face's ModernBERT tensors as parameters of `ModernBertClassifier`."""
+"""Converts Hugging Face's tensors to parameters of `ModernBertClassifier`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,24 +24,23 @@ def params(
   dtype: typing.DTypeLike = jnp.float32,
   place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of a classifier from a Hugging Face checkpoint, one at a time.
+  """Reads a classifier's parameters from a Hugging Face checkpoint.
 
   Names may lack the prefix 'model.'. The new head is left out.
 
   Args:
     config: the sizes.
-    tensors: tensors by name; a linear weight is (out, in).
-    dtype: of the parameters.
+    tensors: the tensors by name; a linear weight is (out, in).
+    dtype: the dtype of the parameters.
     place: makes a parameter; by default an array on one device.
 
   Returns:
-    `encoder`, and `prediction` if the configuration has it, of what `place`
+    The `encoder`, and `prediction` if the configuration has it, which `place`
     made; a Dense kernel is (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, there by two names, or in the encoder and unknown to it;
-      and nothing was read.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, have
+      two names, or are in the encoder but unknown. Nothing is read then.
   """
   check(config, tensors)
   return stored.read(_plan(config), _by_full_name(tensors), dtype, place)
@@ -67,12 +66,12 @@ def check(
 def tensors(
   config: ModernBertConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: tensors by names with their prefix."""
+  """Returns the tensors by names with prefix; undoes `params`."""
   return stored.tensors(_plan(config), params)
 
 
 def modules(config: ModernBertConfig) -> dict[str, str | tuple[str, ...]]:
-  """The path of each kernel but the new head's, and its module."""
+  """Returns each parameter's path and module, without the new head."""
   return stored.modules(_plan(config))
 
 
@@ -83,7 +82,7 @@ def _by_full_name(
 
 
 def _plan(config: ModernBertConfig) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> where its values are."""
+  """Returns the plan: from a parameter's path to where its values are."""
   width, inner = config.hidden_size, config.intermediate_size
   plan: dict[stored.Path, stored.Source] = {}
 

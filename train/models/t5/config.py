@@ -1,4 +1,4 @@
-"""Sizes of T5's encoder-decoders, from a config.json."""
+"""Sizes of T5s, from a config.json."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from ... import checked, options
 
 FeedForward = Literal["relu", "gated-gelu"]
-"""T5's own feed-forward, and that of T5 v1.1, with GELU's tanh form."""
+"""The feed-forward layers of T5 and of T5 v1.1, which has GELU's tanh form."""
 
 # Field of T5Config -> key of Hugging Face's config.json.
 _HF_KEYS = {
@@ -27,14 +27,14 @@ _INTEGERS = {
 
 _FARTHEST = 2**16
 
-# What a config.json leaves out is as in the first release of its kind.
+# A key that config.json lacks has the value of the type's first release.
 _DEFAULTS: dict[str, dict[str, Any]] = {
   "t5": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
   "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 MODEL_TYPES = tuple(_DEFAULTS)
-"""What `T5Config.from_hf` reads: Flan-T5 is a T5 v1.1."""
+"""The model types that `T5Config.from_hf` reads; Flan-T5 is a T5 v1.1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +42,28 @@ class T5Config:
   """Sizes of a T5 (Raffel et al., JMLR 2020), of its first release or of v1.1.
 
   Attributes:
-    vocab_size: rows of the embedding, which may exceed the tokenizer's.
+    vocab_size: the rows of the embedding, which may be more than the tokens.
     hidden_size: D, the width.
-    num_layers: of the encoder.
-    num_decoder_layers: of the decoder.
-    num_heads: H, of each attention.
+    num_layers: the layers of the encoder.
+    num_decoder_layers: the layers of the decoder.
+    num_heads: H, the heads of each attention.
     head_dim: K, the width of a head; H * K need not be D.
-    intermediate_size: width within the feed-forward.
+    intermediate_size: the width inside the feed-forward layer.
     feed_forward: 'relu', or v1.1's 'gated-gelu'.
     tied: whether the head is the transposed embedding, as in the first release.
-    scaled: whether what the head is given is scaled by D^-0.5, likewise.
-    num_buckets: of distances between tokens, each with a bias for each head.
-    max_distance: from which on all distances share a bucket.
-    rms_norm_eps: added to the mean square.
-    pad_id: the token that pads, and that the decoder starts from.
+    scaled: whether the input of the head is multiplied by D^-0.5, as in the
+      first release.
+    num_buckets: the buckets of distances between tokens; each has a bias for
+      each head.
+    max_distance: all distances from this one on share a bucket.
+    rms_norm_eps: the number added to the mean square.
+    pad_id: the padding token, which is also the decoder's first token.
     eos_id: the token that ends a text.
-    model_type: that of config.json.
+    model_type: the `model_type` of config.json.
 
   Raises:
     ValueError: a size is not a positive integer, the buckets do not fit the
-      distances, or the feed-forward is not one of those implemented.
+      distances, or the feed-forward layer is not implemented.
   """
 
   vocab_size: int
@@ -94,14 +96,14 @@ class T5Config:
         "layer_norm_epsilon must be a positive number, got "
         f"{options.shown(eps)}."
       )
-    # The encoder's buckets are halved by direction, and halved again into
-    # single distances and ranges of them.
+    # Each direction has half of the encoder's buckets. Half of these hold one
+    # distance each, and the others hold ranges.
     if self.num_buckets < 4 or self.num_buckets % 4:
       raise ValueError(
         "relative_attention_num_buckets must be a multiple of 4, got "
         f"{self.num_buckets}."
       )
-    # A table has a place for each distance.
+    # `model.buckets` makes a table with an entry for each distance.
     if self.max_distance > _FARTHEST:
       raise ValueError(
         f"relative_attention_max_distance must be at most {_FARTHEST}, got "
@@ -128,7 +130,7 @@ class T5Config:
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "T5Config":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
       config: the decoded JSON object of a T5 or an mT5 (Xue et al., NAACL
@@ -144,7 +146,7 @@ class T5Config:
         f"model_type must be one of {', '.join(MODEL_TYPES)}, got "
         f"{options.shown(kind)}."
       )
-    # A null is as good as nothing.
+    # A null is the same as a missing key.
     given = {key: x for key, x in config.items() if x is not None}
     config = {**_DEFAULTS[kind], **given}
     missing = [key for key in _HF_KEYS.values() if key not in config]
@@ -169,8 +171,8 @@ class T5Config:
       num_decoder_layers=config.get("num_decoder_layers", config["num_layers"]),
       feed_forward=config["feed_forward_proj"],
       tied=tied,
-      # transformers 5 writes this key, and that every head is tied; it scales
-      # nothing in an mT5.
+      # transformers 5 writes this key, because it writes that all heads are
+      # tied. It never scales in an mT5.
       scaled=kind == "t5"
       and checked.truth(config, "scale_decoder_outputs", tied),
       num_buckets=config.get("relative_attention_num_buckets", 32),

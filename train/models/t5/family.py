@@ -1,4 +1,4 @@
-"""T5s, as the program knows them."""
+"""The record of the family of T5s."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -28,7 +28,7 @@ def _complete(found: Pretrained) -> Pretrained:
 def _label_tokens(
   pretrained: Pretrained, words: Sequence[str], after: str
 ) -> tuple[tuple[int, ...], ...]:
-  del after  # the prompt is the encoder's, the answer a text of its own
+  del after  # the encoder reads the prompt, so an answer is a separate text
   return label_words.tokens(
     pretrained.tokenizer, words, pretrained.config.eos_id
   )
@@ -59,7 +59,7 @@ def _tensors(model: t5.T5, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _exported(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  # Newer files of transformers say that every T5's head is tied.
+  # transformers 5 writes that every T5's head is tied, which may be wrong.
   return {"tie_word_embeddings": "lm_head.weight" not in tensors}
 
 
@@ -76,7 +76,7 @@ FAMILY = Family(
   language_model=t5.T5,
   params=_params,
   check=weights.check,
-  # The source's tokens, their mask, and the target's.
+  # The inputs are the source's tokens, their mask, and the target's tokens.
   example_inputs=lambda _: (jax.ShapeDtypeStruct((1, 2), "int32"),) * 3,
   logical_axes=t5.logical_axes,
   generate=generate.greedy,

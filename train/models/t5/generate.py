@@ -1,4 +1,4 @@
-"""Greedy decoding: a T5's likeliest tokens for each source."""
+"""Greedy decoding of a T5: the likeliest tokens for each source."""
 
 from collections.abc import Callable
 import functools
@@ -28,20 +28,20 @@ def greedy(
   row has ended or is full. It is compiled once for its shapes.
 
   Args:
-    model: what is run; gives the sizes of the cache.
-    apply: calls it, with `method='encode'` or 'decode':
+    model: the model, which gives the sizes of the cache.
+    apply: calls the model with `method='encode'` or 'decode'. It is
       `functools.partial(model.apply, variables)`, or
-      `functools.partial(adapted.apply, variables, adapters)` where `adapt` was
-      given `methods=('__call__', 'encode', 'decode')`. Arrays that it has in a
-      partial are passed to the program, others become part of it.
-    tokens: sources, int (B, S), padded on either side.
+      `functools.partial(adapted.apply, variables, adapters)` if `adapt` got
+      `methods=('__call__', 'encode', 'decode')`. Arrays in the partial are
+      arguments of the program; other arrays become constants.
+    tokens: the sources, int (B, S), padded on either side.
     mask: 1 or True at a real token, 0 or False at padding, (B, S).
-    max_new_tokens: tokens to give at most, T.
-    temperature: 0, for nothing is drawn; other options of a draw are not
-      looked at.
+    max_new_tokens: T, the most tokens of an answer.
+    temperature: must be 0, because nothing is drawn. Further options of a draw
+      are ignored.
 
   Returns:
-    The new tokens, int32 (B, T); what follows `config.eos_id` is that, too.
+    The new tokens, int32 (B, T); after `config.eos_id`, a row repeats it.
 
   Raises:
     ValueError: a shape is wrong, a source is empty, `max_new_tokens` is not
@@ -56,7 +56,7 @@ def greedy(
   _check(tokens, mask, max_new_tokens)
   if not isinstance(apply, functools.partial):
     apply = functools.partial(apply)
-  # A pytree, whose leaves are the variables.
+  # As a pytree, the variables are leaves and not constants of the program.
   call = jax.tree_util.Partial(apply.func, *apply.args, **apply.keywords)
   return _greedy(call, tokens, mask, model, max_new_tokens)
 
@@ -92,7 +92,7 @@ def _greedy(
   def step(carry):
     number, old_B, out_BxT, cache = carry
     new_B, cache = run(old_B, cache, number)
-    # A row that has ended repeats its end.
+    # A row that has ended repeats its last token.
     new_B = jnp.where(old_B == end, end, new_B)
     return number + 1, new_B, out_BxT.at[:, number].set(new_B), cache
 

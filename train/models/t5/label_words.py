@@ -1,4 +1,4 @@
-"""A T5 as a classifier: its answer is one of a few words."""
+"""A T5 as a classifier, which answers with one of a few words."""
 
 from collections.abc import Sequence
 import itertools
@@ -15,14 +15,14 @@ from . import model as t5
 
 
 class T5LabelWords(t5.T5):
-  """A T5 that is asked how likely each of a few answers is.
+  """A T5 that computes how likely each of a few answers is.
 
   The encoder reads a source once. The decoder then reads all answers in one
-  row, end to end without padding: each is a segment of its own, with positions
-  of its own, so that none sees another. Its parameters are those of `T5`.
+  row, end to end without padding. Each answer is a separate segment with its
+  own positions, so no answer sees another. The parameters are those of `T5`.
 
   Attributes:
-    words: the tokens of each label's word, with the one that ends it.
+    words: the tokens of each label's word, with the end token.
   """
 
   words: tuple[tuple[int, ...], ...] = ()
@@ -34,18 +34,20 @@ class T5LabelWords(t5.T5):
     token_types: jax.Array | None = None,
     read: chunks.Read | None = None,
   ) -> Any:
-    """Logits of each token of each word, given those before it in the word.
+    """Returns the logits of each word's tokens, or the results of `read`.
+
+    The logits of a token depend on the tokens before it in its word.
 
     Args:
-      tokens: sources, int (B, S), padded at the end.
+      tokens: the sources, int (B, S), padded at the end.
       mask: 1 at a real token, 0 at padding, (B, S).
-      token_types: not looked at; an encoder's.
-      read: what to read from the logits of each token; its arrays are
-        (B, M, *). None: the logits themselves are returned.
+      token_types: ignored; only encoders have them.
+      read: what to compute from the logits of each token; its arrays are
+        (B, M, *). None: the logits are returned.
 
     Returns:
-      float32 (B, M, V), of the M tokens of all words, end to end; or what
-      `read` returns, arrays (B, M), see `chunks.read`.
+      float32 (B, M, V), for the M tokens of all words, end to end; or the
+      results of `read`, arrays (B, M), see `chunks.read`.
     """
     del token_types
     inputs, positions, segments = _row(self.words, self.config.pad_id)
@@ -66,7 +68,10 @@ class T5LabelWords(t5.T5):
     token_types: jax.Array | None = None,
     read: chunks.Read | None = None,
   ) -> jax.Array:
-    """The encoder's hidden states, mean of real tokens, float32 (B, D)."""
+    """Returns the mean of the encoder's hidden states, float32 (B, D).
+
+    The mean is over the real tokens.
+    """
     del token_types, read
     x_BxSxD = self.encode(tokens, mask).astype(jnp.float32)
     mask_BxSx1 = mask.astype(jnp.float32)[..., None]
@@ -76,10 +81,10 @@ class T5LabelWords(t5.T5):
 def tokens(
   tokenizer: tokenizers.Tokenizer, words: Sequence[str], eos_id: int
 ) -> tuple[tuple[int, ...], ...]:
-  """The tokens of each word, as a text of its own, and the one that ends it.
+  """Returns the tokens of each word as a separate text, with the end token.
 
   Raises:
-    ValueError: if two words have the same tokens, or one has none.
+    ValueError: if two words have the same tokens, or a word has none.
   """
   by_tokens: dict[tuple[int, ...], str] = {}
   for word in words:
@@ -100,7 +105,7 @@ def tokens(
 def _row(
   words: Sequence[Sequence[int]], start: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """What the decoder is given, its positions, and whose word each is, (M,)."""
+  """Returns the decoder's inputs, their positions and their words, all (M,)."""
   lengths = [len(word) for word in words]
   inputs = [(start, *word[:-1]) for word in words]
   return (

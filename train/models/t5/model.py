@@ -1,4 +1,4 @@
-"""T5 in Flax Linen: encoder and decoder, of the first release and of v1.1.
+"""T5's encoder and decoder in Flax Linen, of the first release and of v1.1.
 
 Shapes: B batch, S length of a source, L of a target, N = B·S or B·L tokens,
 D width, H heads, K head width, C cache slots or keys, V vocabulary.
@@ -17,7 +17,8 @@ from .. import chunks, float32, remat
 from .config import T5Config
 
 # Module -> names of its kernel's or embedding's axes. The vocabulary and the
-# width are split over one mesh axis, so that an array names one of the two.
+# width are split over the same mesh axis, so an array can name only one of
+# them.
 _AXES = {
   "q": ("embed", "heads"),
   "k": ("embed", "heads"),
@@ -32,7 +33,7 @@ _AXES = {
 }
 _SCANNED = "layers"
 
-# Finite, as a query with every key masked has a finite softmax then.
+# A finite value keeps the softmax finite when all keys of a query are masked.
 _MASKED = -1e9
 
 Cache = Any
@@ -42,21 +43,22 @@ Cache = Any
 class T5(nn.Module):
   """An encoder and a decoder, pre-norm, without dropout.
 
-  Raffel et al., JMLR 2020; v1.1 has the gated feed-forward of Shazeer,
-  arXiv 2002.05202, and a head of its own. Attention is not scaled: the
-  initial weights are. In each stack all layers share the biases of relative
-  positions.
+  The model is by Raffel et al., JMLR 2020. v1.1 has the gated feed-forward
+  layer of Shazeer, arXiv 2002.05202, and an untied head. Attention scores are
+  not scaled, because the initial weights are. All layers of a stack share the
+  biases of relative positions.
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls and of the residual stream; None is float32.
-      Norms, biases, softmax, residual sums and logits are float32.
-    param_dtype: dtype of the parameters that `init` makes.
+    dtype: the dtype of matrix products and of the residual stream; None is
+      float32. Norms, biases, softmax, residual sums and logits are float32.
+    param_dtype: the dtype of the parameters that `init` makes.
     remat: what a layer's backward pass computes again; see `remat.layer`.
-    scan: in each stack, one `layers` with a leading layer axis, compiled once,
-      in place of `layers_0`, `layers_1` and so on.
-    logits_bytes: of float32 logits, that a device holds at a time where they
-      are read; see `chunks.read`.
+    scan: whether, in each stack, one module `layers`, which is compiled once
+      and has a leading axis of layers, replaces `layers_0`, `layers_1` and so
+      on.
+    logits_bytes: the most bytes of float32 logits that a device holds at once,
+      when they are read; see `chunks.read`.
   """
 
   config: T5Config
@@ -93,13 +95,16 @@ class T5(nn.Module):
   def __call__(
     self, tokens: jax.Array, mask: jax.Array, targets: jax.Array
   ) -> jax.Array:
-    """Logits of each target token, given the source and those before it.
+    """Returns the logits of each target token.
+
+    The logits depend on the source and on the target's earlier tokens.
 
     Args:
-      tokens: of the source, int (B, S).
+      tokens: the tokens of the source, int (B, S).
       mask: 1 or True at a real token, 0 or False at padding, (B, S).
-      targets: int (B, L); the decoder is given them one place to the right,
-        behind `config.pad_id`. Padding at their end changes nothing before it.
+      targets: the target, int (B, L). The decoder's inputs are `config.pad_id`
+        and then the targets without the last. Padding at the end does not
+        change the logits before it.
 
     Returns:
       float32 (B, L, V).
@@ -113,10 +118,10 @@ class T5(nn.Module):
     return self.head(self.hidden(inputs, source_BxSxD, mask))
 
   def encode(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Normed hidden states of the encoder, (B, S, D) in the compute dtype.
+    """Returns normed hidden states of the encoder, (B, S, D).
 
-    What stands at padding is finite and means nothing. The arguments are
-    those of `__call__`.
+    Their dtype is the compute dtype. The values at padding are finite, but have
+    no meaning. The arguments are those of `__call__`.
     """
     if tokens.ndim != 2:
       raise ValueError(f"tokens must be (batch, length), got {tokens.shape}.")
@@ -140,15 +145,18 @@ class T5(nn.Module):
     positions: typing.ArrayLike | None = None,
     segments: typing.ArrayLike | None = None,
   ) -> jax.Array:
-    """Normed hidden states of the decoder, (B, L, D) in the compute dtype.
+    """Returns normed hidden states of the decoder, (B, L, D).
+
+    Their dtype is the compute dtype.
 
     Args:
-      inputs: tokens, int (B, L), the first of a text being `config.pad_id`.
+      inputs: tokens, int (B, L); the first of a text is `config.pad_id`.
       source: from `encode`, (B, S, D).
-      mask: of the source, (B, S).
-      positions: places of the inputs, int (L,), alike in all rows. None counts.
-      segments: int (L,); an input sees those of its segment that do not come
-        later. None: they are one.
+      mask: the mask of the source, (B, S).
+      positions: the positions of the inputs, int (L,), the same in all rows.
+        None: they are counted.
+      segments: int (L,). An input sees itself and the earlier inputs of its
+        segment. None: there is one segment.
 
     Raises:
       ValueError: a shape is wrong.
@@ -181,15 +189,15 @@ class T5(nn.Module):
     start: typing.ArrayLike,
     source: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Runs some columns of the decoder after those that are in the cache.
+    """Runs columns of the decoder that follow those in the cache.
 
     Args:
       inputs: tokens, int (B, L).
-      mask: of the source, (B, S).
+      mask: the mask of the source, (B, S).
       cache: from `empty_cache`, or returned by the last call.
       start: the slot of the first column, int scalar; the others follow.
-      source: from `encode`, (B, S, D), in the first call, which leaves its keys
-        and values in the cache; None later.
+      source: in the first call, the result of `encode`, (B, S, D), whose keys
+        and values are put into the cache. In later calls, None.
 
     Returns:
       The logits of the last column, float32 (B, V), and the cache with these
@@ -211,7 +219,7 @@ class T5(nn.Module):
     return self.head(x_NxD.reshape(*inputs.shape, -1)[:, -1]), cache
 
   def head(self, x: jax.Array) -> jax.Array:
-    """Logits of the decoder's hidden states (..., D), float32 (..., V)."""
+    """Returns logits of the decoder's states (..., D), float32 (..., V)."""
     x_NxD = x.reshape(-1, x.shape[-1])
     if self.config.scaled:
       x_NxD *= jnp.asarray(self.config.hidden_size**-0.5, x.dtype)
@@ -225,12 +233,18 @@ class T5(nn.Module):
 
 
 def empty_cache(model: T5, batch: int, length: int) -> Cache:
-  """Room for the decoder's keys and values of `length` columns.
+  """Returns an empty cache for the decoder's keys and values.
+
+  Args:
+    model: the model.
+    batch: B.
+    length: C, the number of columns.
 
   Returns:
-    For each layer a pair: a pair of zeros (B, C, H, K) in the compute dtype for
-    what is decoded, and None where that of the source will be; under `scan` one
-    such pair, with all layers in front.
+    For each layer, a pair of two entries. The first is for the decoded tokens:
+    a pair of zeros (B, C, H, K) in the compute dtype. The second is for the
+    source: None, until the first call of `decode` sets it. With `scan`, one
+    such pair with a leading axis of layers.
   """
   c = model.config
   shape = (batch, length, c.num_heads, c.head_dim)
@@ -245,16 +259,17 @@ def empty_cache(model: T5, batch: int, length: int) -> Cache:
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a T5's parameters: embed, heads, mlp, vocab or none.
+  """Returns the names of the axes of a T5's parameters.
 
-  Norms and the biases of positions have none: it costs more to gather than to
-  keep them; nor has the axis of scanned layers.
+  The names are embed, heads, mlp and vocab. Norms and the biases of positions
+  have none, because they are cheaper to keep on each device than to gather. The
+  axis of scanned layers has no name.
 
   Args:
-    variables: of `T5`, or its parameters; shapes are enough.
+    variables: the variables of `T5`, its parameters, or their shapes.
 
   Returns:
-    A tree like `variables` of `jax.sharding.PartitionSpec`.
+    A tree like `variables`, with a `jax.sharding.PartitionSpec` for each leaf.
   """
 
   def of(path, x):
@@ -267,24 +282,24 @@ def logical_axes(variables: Any) -> Any:
 
 
 def buckets(config: T5Config, both_ways: bool) -> np.ndarray:
-  """The bucket of each distance of a key behind its query.
+  """Returns the bucket of each distance from a query back to an earlier key.
 
-  Half of the buckets hold one distance each, the others ranges of equal size on
-  a logarithmic scale, up to `max_distance`. Where keys may also be ahead, those
-  have as many buckets again, behind the ones that this returns.
+  Half of the buckets hold one distance each. The others hold ranges of equal
+  size on a logarithmic scale, up to `max_distance`. If keys can also come after
+  their query, these keys have as many buckets again, with higher numbers.
 
   Args:
     config: the sizes.
-    both_ways: whether keys may be ahead, as in the encoder.
+    both_ways: whether keys can come after their query, as in the encoder.
 
   Returns:
-    int32 (max_distance + 1,); the last is for all that are farther away, too.
+    int32 (max_distance + 1,); the last bucket is also for larger distances.
   """
   count = config.num_buckets // (2 if both_ways else 1)
   single = count // 2
   distance = np.arange(config.max_distance + 1)
-  # Distances at which a range begins are powers: their logarithms are compared
-  # in float32, as the pretrained models were trained with.
+  # The logarithms are float32, as in the training of the pretrained models. The
+  # first distance of a range is a power, so rounding decides its bucket.
   ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(single)
   share = np.log(ratio) / np.float32(np.log(config.max_distance / single))
   ranges = single + (share * np.float32(count - single)).astype(np.int32)
@@ -319,7 +334,7 @@ class _Stack(nn.Module):
       layer = nn.scan(
         layer,
         variable_axes={"params": 0},
-        # Adapters draw their dropout in the layer.
+        # Each layer's adapters draw their own dropout.
         split_rngs={"params": True, "dropout": True},
         in_axes=(  # pyright: ignore[reportArgumentType]
           nn.broadcast,
@@ -346,15 +361,15 @@ class _Stack(nn.Module):
     cache: Cache = None,
     start: typing.ArrayLike | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Normed hidden states, and the cache.
+    """Returns normed hidden states, and the cache.
 
     Args:
       x_NxD: embedded tokens.
-      places: of the queries, (L,), and of the keys, (C,).
+      places: the positions of the queries, (L,), and of the keys, (C,).
       mask: which keys a query sees, bool (B or 1, L, C).
-      source: (B·S, D), of a decoder; None if the cache has it.
-      source_mask: which of it a query sees, bool (B, L, S).
-      cache: of a decoder, or None.
+      source: for a decoder, the source, (B·S, D); None if the cache has it.
+      source_mask: which tokens of the source a query sees, bool (B, L, S).
+      cache: for a decoder, its cache, or None.
       start: the slot of the first query in the cache.
     """
     # Activations stay 2-D between layers: see train/models/bert/model.py.
@@ -370,7 +385,7 @@ class _Stack(nn.Module):
     return self.final_layer_norm(x_NxD).astype(x_NxD.dtype), cache
 
   def _bias(self, queries_L: jax.Array, keys_C: jax.Array) -> jax.Array:
-    """What is added to the scores, float32 (1, H, L, C)."""
+    """Returns the biases of the scores, float32 (1, H, L, C)."""
     c, both_ways = self.config, not self.is_decoder
     behind_LxC = queries_L[:, None] - keys_C
     distance_LxC = jnp.abs(behind_LxC)
@@ -385,7 +400,10 @@ class _Stack(nn.Module):
 
 
 class _Layer(nn.Module):
-  """Attention to itself, to the source, and feed-forward, with residuals."""
+  """Self-attention, attention to the source, and a feed-forward layer.
+
+  Each has a residual. An encoder has no attention to the source.
+  """
 
   config: T5Config
   is_decoder: bool
@@ -403,7 +421,7 @@ class _Layer(nn.Module):
     cache: Cache,
     start: typing.ArrayLike | None,
   ) -> tuple[jax.Array, Cache]:
-    # On a mesh: weights are brought to the rows, not rows to the weights.
+    # On a mesh, devices keep their rows and gather the weights.
     x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
     c, dtypes = self.config, (self.dtype, self.param_dtype)
     own, across = cache if cache is not None else (None, None)
@@ -441,7 +459,11 @@ class _Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_NxD, source_MxD, bias, mask_BxLxC, kept, start):
-    """`kept` are keys and values, to be put into or, without source, used."""
+    """Returns the output, and the keys and values.
+
+    `kept` is a cache of keys and values. New ones are put into it; without a
+    source, it is used unchanged.
+    """
     c = self.config
     length, count = mask_BxLxC.shape[1:]
 
@@ -453,7 +475,7 @@ class _Attention(nn.Module):
     if source_MxD is None:
       pair = kept
     else:
-      # With a cache of their own, as many keys are new as queries.
+      # With a cache, there is one new key for each query.
       new = count if kept is None else length
       pair = heads(source_MxD, "k", new), heads(source_MxD, "v", new)
       if kept is not None:
@@ -475,7 +497,7 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-  """ReLU, or GELU with a gate."""
+  """A feed-forward layer with ReLU, or with GELU and a gate."""
 
   config: T5Config
   dtype: typing.DTypeLike
@@ -507,7 +529,7 @@ def _dense(
 
 
 def _rows(mask_BxS: jax.Array, length: int) -> jax.Array:
-  """The real tokens of a source, for each query: bool (B, L, S)."""
+  """Returns the source's real tokens for each query, bool (B, L, S)."""
   batch, count = mask_BxS.shape
   seen_Bx1xS = mask_BxS.astype(bool)[:, None]
   return jnp.broadcast_to(seen_Bx1xS, (batch, length, count))

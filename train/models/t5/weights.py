@@ -1,4 +1,4 @@
-"""Hugging Face's T5 tensors as the parameters of `T5`."""
+"""Converts Hugging Face's T5 tensors to parameters of `T5`."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,13 +13,13 @@ from ..io import tensors as tensors_
 from .config import T5Config
 
 _HEAD = "lm_head.weight"
-# One table, saved under one name or several.
+# The names of the one embedding, which is saved under one or more of them.
 _TABLES = (
   "shared.weight",
   "encoder.embed_tokens.weight",
   "decoder.embed_tokens.weight",
 )
-# The first checkpoints have it; no T5 has used it.
+# The first checkpoints have this tensor, but no T5 has used it.
 _UNUSED = (
   "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 )
@@ -28,14 +28,14 @@ _UNUSED = (
 def with_own_head(
   config: T5Config, tensors: Mapping[str, tensors_.Tensor]
 ) -> tuple[T5Config, tuple[str, ...]]:
-  """The configuration of a checkpoint, untied if its head is its own.
+  """Returns the configuration of a checkpoint, untied if the head differs.
 
-  transformers 5 writes into every config.json that the head is tied, and into
-  that of v1.1 that what the head is given is not scaled.
+  transformers 5 writes into every config.json that the head is tied. For v1.1,
+  it also writes that the head's input is not scaled.
 
   Returns:
-    the configuration, and a sentence for the user where a head that should be
-    the embedding is not.
+    the configuration, and a sentence for the user if the head should be the
+    embedding but is not.
   """
   if not config.tied or _HEAD not in tensors:
     return config, ()
@@ -60,22 +60,22 @@ def params(
   dtype: typing.DTypeLike = jnp.float32,
   place: stored.Place = stored.on_one_device,
 ) -> dict[str, Any]:
-  """Parameters of `T5` from a Hugging Face checkpoint, one at a time.
+  """Reads the parameters of `T5` from a Hugging Face checkpoint.
 
   Args:
     config: the sizes.
-    tensors: tensors by name; a linear weight is (out, in).
-    scan: stack the layers along a first axis, as `T5(scan=True)` does.
-    dtype: of the parameters.
+    tensors: the tensors by name; a linear weight is (out, in).
+    scan: whether to stack the layers along a first axis, as `T5(scan=True)`
+      does.
+    dtype: the dtype of the parameters.
     place: makes a parameter; by default an array on one device.
 
   Returns:
-    The tree of what `place` made; a Dense kernel is (in, out).
+    The tree of parameters that `place` made; a Dense kernel is (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, or unknown to it; the first are named together, and
-      nothing was read.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, or
+      are unknown. One message lists the first of them, and nothing is read.
   """
   check(config, tensors)
   return stored.read(
@@ -116,16 +116,16 @@ def _table(tensors: Mapping[str, tensors_.Tensor]) -> str:
 def tensors(
   config: T5Config, params: Mapping[str, Any], *, scan: bool = False
 ) -> dict[str, np.ndarray]:
-  """Undoes `params`: the tensors of a Hugging Face checkpoint."""
+  """Returns a Hugging Face checkpoint's tensors; the inverse of `params`."""
   return stored.tensors(_plan(config, scan, _TABLES[0]), params)
 
 
 def modules(
   config: T5Config, scan: bool = False
 ) -> dict[str, str | tuple[str, ...]]:
-  """The path of each parameter, and its module; of stacked layers, all.
+  """Returns the path of each parameter, and its module or stacked modules.
 
-  The embeddings are left out: PEFT's names of them are several.
+  The embeddings are left out, because PEFT has several names for them.
   """
   found = stored.modules(_plan(config, scan, _TABLES[0]))
   return {k: name for k, name in found.items() if not k.endswith("/embedding")}
@@ -134,7 +134,7 @@ def modules(
 def _plan(
   config: T5Config, scan: bool, table: str
 ) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> where its values are."""
+  """Returns the plan: from a parameter's path to where its values are."""
   shape = (config.vocab_size, config.hidden_size)
   plan: dict[stored.Path, stored.Source] = {
     ("shared", "embedding"): stored.Source((table,), shape, False, False)
@@ -154,7 +154,7 @@ def _stack(
 ) -> dict[stored.Path, stored.Source]:
   width, inner = config.hidden_size, config.intermediate_size
   heads = config.num_heads * config.head_dim
-  # Within a layer: our module, Hugging Face's, and its linear weights.
+  # For a layer: our module, Hugging Face's module, and its linear weights.
   attention = {"q": (heads, width), "k": (heads, width), "v": (heads, width)}
   attention["o"] = (width, heads)
   up = ("wi",) if config.feed_forward == "relu" else ("wi_0", "wi_1")

@@ -1,4 +1,4 @@
-"""Vision transformers: their sizes, and what their kinds differ in."""
+"""Sizes of vision transformers, and the properties of their kinds."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -10,7 +10,7 @@ from .. import activations
 CHANNELS = 3
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation of red, green and blue, of 1."""
+"""The mean and standard deviation of red, green and blue, from 0 to 1."""
 
 _SIZES = {
   "hidden_size": "hidden_size",
@@ -24,18 +24,19 @@ class Tower(NamedTuple):
   """A kind of vision transformer.
 
   Attributes:
-    architecture: transformers' class of a classifier.
-    prefix: of the tower's tensors in it.
-    names: which naming of tensors it has, of `weights.py`.
+    architecture: the class of a classifier in transformers.
+    prefix: the prefix of the tower's tensors in this class.
+    names: which names its tensors have; see `weights.py`.
     first: the tokens before the patches, each with a position.
-    pooling: what a classifier's head is given: the first token, or the mean of
-      the patches, as transformers' classifiers have it.
+    pooling: the input of a classifier's head: the first token, or the mean of
+      the patches, as in transformers' classifiers.
     scales: whether branches are scaled (LayerScale).
     norm_before: whether there is a norm before the layers.
-    norm_after: whether there is one after them.
+    norm_after: whether there is a norm after the layers.
     patch_bias: whether the product with a patch has a bias.
-    nested: the key of config.json under which the tower's is, if it may be.
-    default: values of keys that config.json may lack: transformers'.
+    nested: the key of config.json that may hold the tower's own config; "":
+      none.
+    default: transformers' values of keys that config.json may lack.
   """
 
   architecture: str
@@ -121,7 +122,7 @@ TOWERS = {
   "siglip": _SIGLIP,
   "siglip_vision_model": _SIGLIP,
 }
-"""By `model_type` of config.json."""
+"""The kinds by `model_type` of config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,22 +130,22 @@ class VitConfig:
   """Sizes of a vision transformer (Dosovitskiy et al., ICLR 2021, table 1).
 
   Attributes:
-    patch_size: P, pixels along the side of a patch.
-    grid: patches along the side of the image whose positions were learned.
+    patch_size: P, the side of a patch in pixels.
+    grid: the side, in patches, of the images whose positions were learned.
     hidden_size: D, the width.
-    num_layers: layers.
-    num_heads: H, of each attention.
-    intermediate_size: width within the feed-forward.
-    layer_norm_eps: added to the variance.
-    activation: of the feed-forward; a name of `activations.BY_NAME`.
+    num_layers: the number of layers.
+    num_heads: H, the heads of each attention.
+    intermediate_size: the width inside the feed-forward layer.
+    layer_norm_eps: the number added to the variance.
+    activation: the activation of the feed-forward layer, a name of
+      `activations.BY_NAME`.
     qkv_bias: whether queries, keys and values have a bias.
-    registers: tokens without a position behind the class token (Darcet et al.,
-      ICLR 2024, arXiv 2309.16588).
-    model_type: of config.json; one of `TOWERS`.
-    side: pixels along the side of the images that it is given by default; 0:
-      none is named.
-    mean: of red, green and blue, which is subtracted.
-    deviation: by which they are then divided.
+    registers: the number of tokens without a position after the class token
+      (Darcet et al., ICLR 2024, arXiv 2309.16588).
+    model_type: the `model_type` of config.json, one of `TOWERS`.
+    side: the default side of images, in pixels; 0: there is no default.
+    mean: the values subtracted from red, green and blue.
+    deviation: the values that the differences are divided by.
 
   Raises:
     ValueError: a size is not positive, or the heads do not divide the width.
@@ -190,16 +191,16 @@ class VitConfig:
 
   @property
   def tower(self) -> Tower:
-    """What its kind has."""
+    """The properties of the model's kind."""
     return TOWERS[self.model_type]
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "VitConfig":
-    """The configuration that a Hugging Face config.json describes.
+    """Returns the configuration in a Hugging Face config.json.
 
     Args:
-      config: the decoded JSON object, of one of `TOWERS`; of a CLIP or a SigLIP
-        that of its image tower is taken.
+      config: the decoded JSON object, of one of `TOWERS`. For a CLIP or a
+        SigLIP, the part of its image tower is read.
 
     Raises:
       ValueError: a key has a value that this model does not implement.
@@ -248,7 +249,7 @@ class VitConfig:
       )
     return cls(
       **sizes,
-      # What is beyond the last whole patch is cut off.
+      # Pixels after the last whole patch are cut off.
       grid=config["image_size"] // config["patch_size"],
       intermediate_size=inner,
       layer_norm_eps=config["layer_norm_eps"],

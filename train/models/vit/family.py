@@ -1,8 +1,8 @@
-"""Vision transformers, as the program knows them.
+"""The record of the family of vision transformers.
 
-What a head is given here is what transformers' image classifiers give theirs,
-but for DINOv2's, which is given the mean of the patches as well: the weights of
-that are zero.
+The input of our head is the same as in transformers' image classifiers, except
+for DINOv2. There, transformers appends the mean of the patches to the input. An
+export gives these further inputs zero weights.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def _read_file(path: pathlib.Path) -> tuple[Any, Any, Any]:
 def _complete(found: Pretrained) -> Pretrained:
   nested, hf_config = found.config.tower.nested, found.hf_config
   if nested and nested not in hf_config:
-    # A folder of the image tower alone; a classifier's has it within another.
+    # The folder has the image tower alone; a classifier's config nests it.
     kind = found.config.model_type.removesuffix("_vision_model")
     hf_config = {"model_type": kind, nested: hf_config}
   return dataclasses.replace(
@@ -55,7 +55,7 @@ def _classifier(
   remat: str = "none",
   **_: Any,
 ) -> vit.VitClassifier:
-  # Weights are of the dtype that they are read in.
+  # `param_dtype` has no effect, because weights keep the dtype of the reading.
   return vit.VitClassifier(config, labels, dtype, remat)
 
 
@@ -89,12 +89,12 @@ def _kind(model: vit.VitClassifier) -> Kind:
   return Kind(tower.architecture, names, tower.prefix, None, idle=_IDLE)
 
 
-# Of SigLIP's pooling head, which a classifier does not read.
+# The modules of SigLIP's pooling head, which a classifier does not use.
 _IDLE = ("head.mlp.fc1", "head.mlp.fc2", "head.attention.out_proj")
 
 
 def _unused_inputs(config: configs.VitConfig) -> int:
-  """Of transformers' head, how many inputs ours has not."""
+  """Returns how many inputs of transformers' head our head lacks."""
   return config.hidden_size if config.tower.names == "dinov2" else 0
 
 

@@ -1,7 +1,7 @@
-"""Vision transformers and a classifier on them, in Flax Linen.
+"""Vision transformers and their classifier, in Flax Linen.
 
-Shapes: B images of S x S pixels in C channels; P pixels along a patch's side;
-L tokens of an image, N = B·L of all; D width, H heads, K = D/H.
+Shapes: B images of S x S pixels in C channels; P side of a patch in pixels; L
+tokens of an image, N = B·L tokens of all images; D width, H heads, K = D/H.
 """
 
 import functools
@@ -33,22 +33,22 @@ _AXES = {
 class Vit(nn.Module):
   r"""A pre-norm transformer over patches of an image.
 
-  With :math:`z_0` the first tokens and the patches, each with its position,
-  layer :math:`i` is
+  :math:`z_0` holds the first tokens and the patches, each with its position.
+  Layer :math:`i` is
 
   .. math::
     z' = z_{i-1} + \lambda_i \odot \mathrm{MSA}(\mathrm{LN}(z_{i-1})), \quad
     z_i = z' + \lambda'_i \odot \mathrm{MLP}(\mathrm{LN}(z'))
 
-  and what is returned is :math:`\mathrm{LN}` of the last. The kinds differ in
-  what `config.Tower` says: :math:`\lambda` is DINOv2's. Without dropout and
-  masked patches.
+  and the result is :math:`\mathrm{LN}` of the last :math:`z_i`. `config.Tower`
+  says how the kinds differ; for example, only DINOv2 has :math:`\lambda`. There
+  is no dropout, and no patch is masked.
 
   Attributes:
     config: the sizes.
-    dtype: dtype of the matmuls and of what is added up over layers; None is
-      float32. The softmax, the layer norms and the sums themselves are
-      float32 whatever it is, and so are parameters.
+    dtype: the dtype of matrix products and of the residual stream; None is
+      float32. The softmax, the layer norms, the residual sums and the
+      parameters are always float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
 
   References:
@@ -65,15 +65,15 @@ class Vit(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Hidden states of the last layer: the first tokens, the patches.
+    """Returns the hidden states of the last layer.
 
     Args:
-      images: normalised as the config says, float (B, S, S', C), whose sides
-        are multiples of P and need not be those of the stored grid.
+      images: images normalised as the config says, float (B, S, S', C). The
+        sides are multiples of P, and may differ from those of the stored grid.
 
     Returns:
-      (B, F + R + S/P · S'/P, D) in the compute dtype, of F first tokens and R
-      registers; patches row by row.
+      (B, F + R + S/P · S'/P, D) in the compute dtype: F first tokens, R
+      registers, and the patches row by row.
 
     Raises:
       ValueError: the shape is wrong.
@@ -82,13 +82,13 @@ class Vit(nn.Module):
     _check_shape(c, images.shape)
     x_BxLxD = _Embeddings(c, self.dtype, name="embeddings")(images)
     batch, length, _ = x_BxLxD.shape
-    # Activations stay 2-D between layers, as in `bert`.
+    # Activations stay 2-D between layers: see train/models/bert/model.py.
     x_NxD = x_BxLxD.reshape(-1, c.hidden_size)
     if c.tower.norm_before:
       x_NxD = _norm(c, "norm_before")(x_NxD).astype(x_NxD.dtype)
     layer = remat.layer(_Layer, self.remat)
     for i in range(c.num_layers):
-      # On a mesh: weights are brought to the rows, not rows to the weights.
+      # On a mesh, devices keep their rows and gather the weights.
       x_NxD = spmd.with_logical_constraint(x_NxD, ("batch", None))
       x_NxD = layer(c, length, self.dtype, name=f"layer_{i}")(x_NxD)
     if c.tower.norm_after:
@@ -99,13 +99,14 @@ class Vit(nn.Module):
 class VitClassifier(nn.Module):
   """A vision transformer with a linear head.
 
-  The head is given the class token, as in DINOv2's linear evaluation of its
-  small model, or the mean of the patches: `config.Tower` says which.
+  `config.Tower` says which input the head gets. It is the class token, as in
+  DINOv2's linear evaluation of its small model, or the mean of the patches.
 
   Attributes:
     config: the sizes.
-    num_classes: outputs of the head.
-    dtype: compute dtype of the encoder; None is float32. The head is float32.
+    num_classes: the outputs of the head.
+    dtype: the compute dtype of the encoder; None is float32. The head is
+      float32.
     remat: what a layer's backward pass computes again; see `remat.layer`.
   """
 
@@ -119,11 +120,11 @@ class VitClassifier(nn.Module):
     self.head = nn.Dense(self.num_classes, dtype=jnp.float32)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Logits, float32 (B, num_classes); the argument is that of `Vit`."""
+    """Returns logits, float32 (B, num_classes); takes the inputs of `Vit`."""
     return self.head(self.features(images))
 
   def features(self, images: jax.Array) -> jax.Array:
-    """What the head is given, float32 (B, D)."""
+    """Returns the input of the head, float32 (B, D)."""
     x_BxLxD = self.encoder(images).astype(jnp.float32)
     c = self.config
     if c.tower.pooling == "first":
@@ -132,10 +133,10 @@ class VitClassifier(nn.Module):
 
 
 def bicubic(size: int, stored: int) -> np.ndarray:
-  r"""The matrix that resizes a line of samples as PyTorch's bicubic does.
+  r"""Returns a matrix that resizes a line of samples like PyTorch's bicubic.
 
-  Sample :math:`i` is taken at :math:`x_i = (i + 1/2)\, m/n - 1/2` of the
-  :math:`m` stored ones, with the kernel
+  New sample :math:`i` is at the place :math:`x_i = (i + 1/2)\, m/n - 1/2` among
+  the :math:`m` stored samples. The kernel is
 
   .. math::
     k(t) = \begin{cases}
@@ -143,15 +144,15 @@ def bicubic(size: int, stored: int) -> np.ndarray:
       a|t|^3 - 5a|t|^2 + 8a|t| - 4a & 1 < |t| < 2
     \end{cases}
 
-  where :math:`a = -3/4` (`jax.image.resize` has :math:`-1/2`), without
-  antialiasing; beyond an end, the end is repeated.
+  where :math:`a = -3/4` (`jax.image.resize` has :math:`-1/2`). There is no
+  antialiasing. Beyond the ends, the first and last samples are repeated.
 
   Args:
     size: n.
     stored: m.
 
   Returns:
-    [n, m] float32, whose rows add up to 1.
+    [n, m] float32; each row sums to 1.
 
   References:
     Keys, IEEE Trans. ASSP 1981, equation 4; `interpolate_pos_encoding` of
@@ -171,13 +172,15 @@ def bicubic(size: int, stored: int) -> np.ndarray:
 
 
 def logical_axes(variables: Any) -> Any:
-  """Names of the axes of a classifier's variables: embed, heads, mlp or none.
+  """Returns the names of the axes of a classifier's variables.
+
+  The names are embed, heads and mlp.
 
   Args:
-    variables: of `VitClassifier`; shapes are enough.
+    variables: the variables of `VitClassifier`, or their shapes.
 
   Returns:
-    A tree like `variables` of `jax.sharding.PartitionSpec`.
+    A tree like `variables`, with a `jax.sharding.PartitionSpec` for each leaf.
   """
 
   def of(path, x):
@@ -210,7 +213,7 @@ class _Embeddings(nn.Module):
     batch, height, width = len(images), *(n // p for n in images.shape[1:3])
     if (height, width) != (c.grid, c.grid):
       grid_GxGxD = _resized(c, grid_GxGxD, height, width)
-    # A convolution whose stride is its width is a product with each patch.
+    # A convolution whose stride is its width is a matrix product of patches.
     x = images.reshape(batch, height, p, width, p, CHANNELS)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * height * width, -1)
     x_NxD = nn.Dense(
@@ -234,9 +237,9 @@ class _Embeddings(nn.Module):
 def _resized(
   config: VitConfig, grid_GxGxD: jax.Array, height: int, width: int
 ) -> jax.Array:
-  """Positions of a grid of other sides, as each kind of model has them."""
+  """Returns positions for a grid of another size, as the model's kind does."""
   if config.registers:
-    # With antialiasing PyTorch's filter is Pillow's, and JAX's.
+    # With antialiasing, PyTorch, Pillow and JAX have the same filter.
     shape = (height, width, config.hidden_size)
     return jax.image.resize(
       grid_GxGxD, shape, "cubic", precision=jax.lax.Precision.HIGHEST
@@ -251,7 +254,7 @@ def _resized(
 
 
 class _Layer(nn.Module):
-  """Self-attention and feed-forward, each on a norm, scaled, and added."""
+  """Self-attention and a feed-forward layer, pre-norm, in scaled branches."""
 
   config: VitConfig
   length: int
@@ -295,7 +298,7 @@ class _Layer(nn.Module):
 
 
 def _norm(config: VitConfig, name: str) -> nn.LayerNorm:
-  # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+  # The fast variance, E[x²] - E[x]², cancels if the mean is large.
   return nn.LayerNorm(
     epsilon=config.layer_norm_eps,
     dtype=jnp.float32,

@@ -1,4 +1,4 @@
-"""A DINOv2 in an ONNX file: its tensors by name, and its sizes."""
+"""Reads the tensors and the sizes of a DINOv2 from an ONNX file."""
 
 from collections.abc import Mapping
 import math
@@ -20,39 +20,40 @@ _POSITIONS = "embeddings.position_embeddings"
 _PATCH = "embeddings.patch_embeddings.projection"
 _INNER = "encoder.layer.0.mlp.fc1.bias"
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-# In every size of DINOv2; no tensor says it.
+# All sizes of DINOv2 have this width of a head, and no tensor shows it.
 _HEAD_SIZE = 64
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of the DINOv2 in an ONNX file, by Hugging Face's names.
+  """Returns the tensors of the DINOv2 in an ONNX file.
 
-  PyTorch's exporter folds the transposes of linear weights and slices of the
-  positions, and so loses their names: they are known by the node that uses
-  them. Tensors of other modules, as a decoder's on top, are left out.
+  PyTorch's exporter computes transposes of linear weights and slices of the
+  positions, and loses the names of the results. The nodes that use these
+  tensors show which they are. Tensors of other modules, such as a decoder, are
+  left out.
 
   Args:
-    path: of a file that was exported from a module with a
-      `transformers.Dinov2Model` in it, which may have any name there.
+    path: a file that was exported from a module with a
+      `transformers.Dinov2Model`, under any name.
 
   Returns:
-    Arrays by the names that they have in a `Dinov2Model`; a linear weight is
-    (out, in), the positions (1, 1 + grid², D).
+    Arrays by their names in a `Dinov2Model`. Linear weights are (out, in), and
+    the positions are (1, 1 + grid², D).
 
   Raises:
-    WeightsError: the file is no ONNX file, or there is no DINOv2 in it.
+    WeightsError: the file is not an ONNX file, or has no DINOv2.
   """
   try:
     graph = onnx.load(path).graph
   except (
     message.DecodeError,
-    onnx.checker.ValidationError,  # of data in files beside it
+    onnx.checker.ValidationError,  # raised for data in separate files
     OSError,
   ) as error:
     raise weights.WeightsError(
       f"{path} is not a whole ONNX file ({weights.first_line(error)})."
     ) from error
-  # Of a tensor that is not as it says, ONNX and NumPy raise many types.
+  # For an invalid tensor, ONNX and NumPy raise many types.
   with weights.told_of(f"{path} has a tensor that cannot be read"):
     return _found(graph, path)
 
@@ -88,7 +89,7 @@ def _found(graph: onnx.GraphProto, path: pathlib.Path) -> dict[str, np.ndarray]:
     elif module == "embeddings.":
       positions += nameless
   if _POSITIONS not in found and {x.ndim for x in positions} == {3}:
-    positions.sort(key=lambda x: x.shape[1])  # that of the class token first
+    positions.sort(key=lambda x: x.shape[1])  # the class token's comes first
     if len({x.shape[2] for x in positions}) == 1:
       found[_POSITIONS] = np.concatenate(positions, 1)
   return found
@@ -104,13 +105,13 @@ def _array(path: pathlib.Path, tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def config(tensors: Mapping[str, Any]) -> configs.VitConfig:
-  """The sizes that a DINOv2's tensors have.
+  """Returns a DINOv2's sizes, from the shapes of its tensors.
 
   Args:
-    tensors: by Hugging Face's names; shapes are enough.
+    tensors: the tensors by Hugging Face's names, or their shapes.
 
   Raises:
-    WeightsError: those that tell them are missing, or tell what cannot be.
+    WeightsError: tensors are missing, or their shapes are impossible.
   """
   told = {f"{_PATCH}.weight": 4, _POSITIONS: 3, _INNER: 1}
   faults = [
@@ -142,14 +143,14 @@ def config(tensors: Mapping[str, Any]) -> configs.VitConfig:
 
 
 def hf_config(config: configs.VitConfig) -> dict[str, Any]:
-  """The config.json of a `Dinov2Model` of these sizes."""
+  """Returns the config.json of a `Dinov2Model` of these sizes."""
   ratio = config.intermediate_size / config.hidden_size
   return {
     "model_type": "dinov2",
     "hidden_size": config.hidden_size,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
-    # transformers takes no float for it.
+    # transformers refuses a float here.
     "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
     "hidden_act": "gelu",
     "layer_norm_eps": config.layer_norm_eps,

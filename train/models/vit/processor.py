@@ -1,4 +1,4 @@
-"""How a model's images are prepared: its preprocessor_config.json."""
+"""Reads preprocessor_config.json: the size and normalisation of images."""
 
 import dataclasses
 import pathlib
@@ -8,28 +8,30 @@ from ... import checked, options
 from .config import CHANNELS, VitConfig
 
 FILE = "preprocessor_config.json"
-# In the order in which one is believed: what is cut out, what is resized to.
+# The first key that the file has is used: the size of the crop, before the size
+# of the resized image.
 _SIDES = ("crop_size", "size")
 _KEYS = ("height", "shortest_edge")
 
 
 def with_images(config: VitConfig, folder: pathlib.Path) -> VitConfig:
-  """The configuration with the side and the normalisation of a folder's images.
+  """Returns a configuration with the size and normalisation of the images.
+
+  If the folder has no preprocessor_config.json, the images have the side for
+  which positions were learned, and ImageNet's mean and standard deviation.
 
   Args:
-    config: of the folder's model.
-    folder: with a preprocessor_config.json, or without one, whose images are
-      then of the side that the positions were learned at, and normalised by
-      ImageNet's mean and standard deviation.
+    config: the configuration of the folder's model.
+    folder: the model's folder.
 
   Raises:
-    ValueError: if the file is not as it must be.
+    ValueError: if the file is invalid.
   """
   path = folder / FILE
   if not checked.is_file(path):
     return dataclasses.replace(config, side=config.grid * config.patch_size)
   found = checked.read_json(path)
-  # What is beyond the last whole patch is left out.
+  # Pixels after the last whole patch are left out.
   side = _side(path, found) or config.grid * config.patch_size
   side = max(1, side // config.patch_size) * config.patch_size
   if not checked.truth(found, "do_normalize", True):
@@ -44,7 +46,7 @@ def with_images(config: VitConfig, folder: pathlib.Path) -> VitConfig:
 
 
 def _side(path: pathlib.Path, found: dict[str, Any]) -> int:
-  """Pixels along the side of a square; 0 if none is named."""
+  """Returns the side of the square, in pixels; 0 if the file has none."""
   for name in _SIDES:
     if name == "crop_size" and not checked.truth(found, "do_center_crop", True):
       continue

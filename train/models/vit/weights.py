@@ -1,8 +1,8 @@
-"""Hugging Face's tensors of vision transformers as the parameters of `vit.Vit`.
+"""Converts Hugging Face's tensors to parameters of `vit.Vit`.
 
-The names may lack the prefix of the tower, as those of a model without a head
-do. Text towers, poolers and heads are left out: this project's classifier has a
-head of its own.
+The names may lack the prefix of the tower, as in a folder of a model without a
+head. Text towers, poolers and heads are left out, because this project's
+classifier has its own head.
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,20 @@ class _Names(NamedTuple):
   """How a kind of checkpoint names its tensors.
 
   Attributes:
-    first: of the tokens before the patches, by our names.
-    registers: of the tokens behind the first one.
-    positions: of all that have one.
+    first: from our name of each token before the patches to its tensor.
+    registers: the tensor of the register tokens.
+    positions: the tensor of all positions.
     patch: the module of the product with a patch.
-    layer: of a layer, by its number.
-    denses: within a layer, and our module.
-    norms: likewise.
-    scales: likewise, of the scales of branches.
+    layer: the format string of a layer's prefix, for its number.
+    denses: from each linear module within a layer to our module.
+    norms: from each norm within a layer to our module.
+    scales: from each scale of a branch within a layer to our module.
     before: the norm before the layers.
-    after: the norm after them.
-    unused: within the tower, of what our model has not.
-    left_out: of these, what transformers' classifiers have not either.
-    renamed: parts of tensors' names that transformers 5 names otherwise in its
-      modules, which adapters are named by.
+    after: the norm after the layers.
+    unused: the tower's tensors that our model lacks.
+    left_out: the unused tensors that transformers' classifiers lack too.
+    renamed: from parts of tensors' names to the parts of modules' names in
+      transformers 5, which adapters use.
   """
 
   first: dict[str, str]
@@ -108,7 +108,7 @@ _BY_KIND = {
       "layer_scale2.lambda1": "output_scale",
     },
     after="layernorm",
-    # What stands for a patch that is hidden in pre-training.
+    # The token that replaces a masked patch in pre-training.
     unused=re.compile(r"embeddings\.mask_token"),
     left_out=re.compile(r""),
     renamed=_RENAMED,
@@ -138,7 +138,7 @@ _BY_KIND = {
 def vit_params(
   config: VitConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Parameters of `vit.Vit` from the tensors of a checkpoint.
+  """Returns the parameters of `vit.Vit` from the tensors of a checkpoint.
 
   Args:
     config: the sizes.
@@ -148,8 +148,8 @@ def vit_params(
     A tree of float32 arrays on the host; a Dense kernel is (in, out).
 
   Raises:
-    WeightsError: tensors are missing, of another shape than the configuration
-      says, no floats, or unknown to it; the first are named together.
+    WeightsError: tensors are missing, have a wrong shape, are not floats, or
+      are unknown. One message lists the first of them.
   """
   check(config, tensors)
   names, found = _names(config), _own(config, tensors)
@@ -164,7 +164,7 @@ def vit_params(
         flat["embeddings", f"{token}_position"] = row
       value = value[len(first) :].reshape(config.grid, config.grid, -1)
     elif name == f"{names.patch}.weight":
-      # (D, C, P, P): pixels of a patch come row by row, channels last.
+      # From (D, C, P, P) to a patch's pixels row by row, with channels last.
       value = value.transpose(2, 3, 1, 0).reshape(-1, config.hidden_size)
     elif name == names.registers:
       value = value[0]
@@ -195,11 +195,11 @@ def check(config: VitConfig, tensors: Mapping[str, tensors_.Tensor]) -> None:
 def vit_tensors(
   config: VitConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Undoes `vit_params`: tensors by their names in the tower.
+  """Returns the tensors by their names in the tower; undoes `vit_params`.
 
   Args:
     config: the sizes.
-    params: of `vit.Vit`.
+    params: the parameters of `vit.Vit`.
 
   Returns:
     Arrays on the host, in the dtype of the parameters.
@@ -231,14 +231,16 @@ def vit_tensors(
 def carried(
   config: VitConfig, tensors: Mapping[str, tensors_.Tensor]
 ) -> dict[str, np.ndarray]:
-  """The tower's tensors that `vit_params` leaves out and an export needs.
+  """Returns the tower's tensors that only an export needs.
+
+  An example is a SigLIP's pooling head. `vit_params` leaves these tensors out.
 
   Args:
     config: the sizes.
-    tensors: by Hugging Face's names.
+    tensors: the tensors by Hugging Face's names.
 
   Returns:
-    Arrays by their names in a classifier, as a SigLIP's pooling head.
+    Arrays by their names in a classifier.
   """
   names, plan = _names(config), _plan(config)
   planned = {source.names[0] for source in plan.values()}
@@ -252,10 +254,10 @@ def carried(
 
 
 def modules(config: VitConfig) -> dict[str, str | peft.Convolution]:
-  """The path of each kernel, and its module in the tower.
+  """Returns the path of each kernel, and its module in the tower.
 
-  Those of transformers 5, which has other names for some modules than their
-  weights have in its checkpoints.
+  The modules have transformers 5's names. Some of these differ from the names
+  of their weights in checkpoints.
   """
   side, names = config.patch_size, _names(config)
   found: dict[str, str | peft.Convolution] = {}
@@ -276,7 +278,7 @@ def _names(config: VitConfig) -> _Names:
 
 
 def _own(config: VitConfig, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The tower's tensors, by their names in it."""
+  """Returns the tower's tensors, by their names in the tower."""
   prefix = config.tower.prefix
   if not any(name.startswith(prefix) for name in tensors):
     return tensors
@@ -288,9 +290,10 @@ def _own(config: VitConfig, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _plan(config: VitConfig) -> dict[stored.Path, stored.Source]:
-  """Path in the parameter tree -> the tensor's name and shape.
+  """Returns the plan: from a parameter's path to its tensor's name and shape.
 
-  Positions, patches and tokens have other shapes than their parameters.
+  The tensors of positions, patches and tokens have other shapes than their
+  parameters.
   """
   names, tower = _names(config), config.tower
   width, inner = config.hidden_size, config.intermediate_size
@@ -304,7 +307,7 @@ def _plan(config: VitConfig) -> dict[stored.Path, stored.Source]:
     add((*path, "scale"), f"{module}.weight", width)
     add((*path, "bias"), f"{module}.bias", width)
 
-  # CLIP's are vectors, the others' have a row in a batch of one.
+  # CLIP's tokens are vectors; the other kinds have shape (1, 1, width).
   ones = (1, 1) if tower.names != "clip" else ()
   for token in tower.first:
     add(("embeddings", token), names.first[token], *ones, width)

@@ -1,1 +1,1 @@
-"""Where the numbers of a run go: one file for each kind of logger."""
+"""The loggers of a run, one module for each kind."""

@@ -1,4 +1,4 @@
-"""The logger of `metrics.jsonl`, a step a line."""
+"""The logger of `metrics.jsonl`, which has a line for each logged step."""
 
 from collections.abc import Mapping
 import contextlib
@@ -13,10 +13,10 @@ FILE = "metrics.jsonl"
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a run's metrics; a last line cut by a kill is left out.
+  """Returns the rows of a run's metrics, without a last line cut by a kill.
 
   Raises:
-    UsageError: if another line than the last is no JSON, or not of a step and
+    UsageError: if another line is not JSON, or does not have a step and
       numbers.
   """
   path = folder / FILE
@@ -32,8 +32,8 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
 class Rows(Logger):
   """Writes each step's scalars as a line of JSON, at once.
 
-  A run that resumes at a step first drops what was written after it, so that
-  no step stands in the file twice.
+  When a run resumes, the lines of later steps are removed, so that no step is
+  in the file twice.
   """
 
   def __init__(self, opened: Opened):
@@ -46,7 +46,7 @@ class Rows(Logger):
     self._file.write(_line({"step": step, **values}))
 
   def close(self) -> None:
-    # Each line went out as it came; what is left is one that `log` refused.
+    # All lines are already written, except one for which `log` raised an error.
     with contextlib.suppress(OSError):
       self._file.close()
 

@@ -1,4 +1,4 @@
-"""What a logger is: told of a run as it goes, in the first process alone."""
+"""The interface of loggers, which run only in the first process."""
 
 from collections.abc import Mapping
 import pathlib
@@ -6,34 +6,37 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Logger(Protocol):
-  """Is told of a run as it goes; what it does not define does nothing."""
+  """Gets the numbers and sentences of a run.
+
+  Methods that a logger does not define do nothing.
+  """
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    """Takes scalars of a step; several calls may be of one step.
+    """Gets scalars of a step; a step may have several calls.
 
     Raises:
       OSError: if they cannot be written.
     """
 
   def say(self, sentence: str) -> None:
-    """Takes a sentence for the user."""
+    """Gets a sentence for the user."""
 
   def advance(self, step: int) -> None:
-    """Is told of each step."""
+    """Is called after each step."""
 
   def close(self) -> None:
-    """Is told of the end of the run, or of its interruption."""
+    """Is called when the run ends or is interrupted."""
 
 
 class Opened(NamedTuple):
-  """The run that a logger is of.
+  """The run of a logger.
 
   Attributes:
-    folder: of the run.
-    step: after which it begins or resumes; what was logged of later steps is
-      logged again.
-    total: steps of the whole run.
-    config: all options of the run by their flags.
+    folder: the folder of the run.
+    step: the step after which the run begins or resumes. Later steps are logged
+      again.
+    total: the steps of the whole run.
+    config: all options of the run by flag.
   """
 
   folder: pathlib.Path

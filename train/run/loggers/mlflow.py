@@ -9,9 +9,10 @@ from .logger import Logger, Opened
 
 
 class Mlflow(Logger):
-  """A run of MLflow's, where MLFLOW_TRACKING_URI says; the same after a resume.
+  """Logs to a run of MLflow, which a resumed run continues.
 
-  Its experiment is MLFLOW_EXPERIMENT_NAME's, or MLflow's default.
+  MLFLOW_TRACKING_URI says where the run is. MLFLOW_EXPERIMENT_NAME names the
+  experiment; without it, MLflow's default is used.
   """
 
   def __init__(self, opened: Opened):

@@ -1,6 +1,6 @@
-"""The loggers that `--loggers` adds to those of each run, by name.
+"""The further loggers that `--loggers` can add to a run, by name.
 
-To add one is to write a file with a `Logger`, and to `register` it.
+To add a logger, write a file with a `Logger`, and `register` it.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ _PACKAGES: dict[str, str] = {}
 
 
 def register(name: str, factory: Factory, package: str = "") -> None:
-  """Has `--loggers` take a name.
+  """Registers a logger for `--loggers`.
 
   Args:
-    name: that it takes.
-    factory: of the logger of a run.
-    package: what pip installs for it, if it needs something that may be
-      missing: the module of `name`.
+    name: the name of the logger.
+    factory: makes the logger of a run.
+    package: the package that pip installs, if the logger needs a module `name`
+      that may be missing.
   """
   _FACTORIES[name] = factory
   if package:
@@ -32,10 +32,11 @@ def register(name: str, factory: Factory, package: str = "") -> None:
 
 
 def check(names: str) -> list[str]:
-  """The names of `--loggers`, of loggers that can be made.
+  """Returns the names in `--loggers`, and checks them.
 
   Raises:
-    UsageError: with what there is, or what is to be installed.
+    UsageError: if a logger is unknown, or its package is missing. The message
+      names the known loggers, or the package to install.
   """
   found = [name for name in map(str.strip, names.split(",")) if name]
   for name in found:
@@ -54,16 +55,16 @@ def check(names: str) -> list[str]:
 
 
 def make(names: str, opened: Opened) -> list[Logger]:
-  """The loggers of `--loggers`.
+  """Returns the loggers of `--loggers`.
 
   Raises:
-    UsageError: as `check`, or if one cannot be opened.
+    UsageError: as `check`, or if a logger cannot be opened.
   """
   found: list[Logger] = []
   for name in check(names):
     try:
       found.append(_FACTORIES[name](opened))
-    except Exception as error:  # whatever the package raises
+    except Exception as error:  # packages may raise any type
       for logger in found:
         logger.close()
       raise UsageError(

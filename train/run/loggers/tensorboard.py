@@ -10,15 +10,17 @@ from tensorboardX.proto import event_pb2
 
 from .logger import Logger, Opened
 
-# Its classes are made as it is imported.
+# protobuf makes this module's classes on import, so pyright cannot see them.
 _events: Any = event_pb2
 
 
 class Board(Logger):
-  """An event file, that forgets what others have after the step of a resume.
+  """Writes an event file.
 
-  tensorboardX's own SummaryWriter writes in a thread, which dies of a full
-  disk; then its queue fills up, and the run hangs.
+  When a run resumes, TensorBoard hides the later steps of earlier files.
+
+  tensorboardX's SummaryWriter is not used. It writes in a thread, which dies if
+  the disk is full. Then its queue fills, and the run hangs.
   """
 
   def __init__(self, opened: Opened):

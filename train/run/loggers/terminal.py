@@ -12,9 +12,10 @@ _BAR_WIDTH = 20
 
 
 class Terminal(Logger):
-  """Prints what is logged, a step a line.
+  """Prints a line for each logged step.
 
-  On a terminal a last line has the steps, the time that is left and the loss.
+  On a terminal, the last line is a progress bar with the steps, the remaining
+  time and the loss.
   """
 
   def __init__(
@@ -45,7 +46,7 @@ class Terminal(Logger):
     self.say(f"step {step:>6}  {text}")
 
   def say(self, sentence: str) -> None:
-    # Above the progress bar.
+    # The console prints above the progress bar.
     self._console.print(
       sentence, markup=False, emoji=False, highlight=False, soft_wrap=True
     )

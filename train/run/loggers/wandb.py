@@ -10,9 +10,10 @@ from .logger import Logger, Opened
 
 
 class Wandb(Logger):
-  """A run of the project bilora, or of WANDB_PROJECT; the same after a resume.
+  """Logs to a run of Weights & Biases, which a resumed run continues.
 
-  What it is logged in to, and whether it is online, is as `wandb` has it.
+  The project is WANDB_PROJECT, or `bilora`. The settings of `wandb` decide the
+  account, and whether the run is online.
   """
 
   def __init__(self, opened: Opened):
@@ -28,7 +29,7 @@ class Wandb(Logger):
       dir=str(opened.folder),
       config=dict(opened.config),
     )
-    # Its own steps only grow, and a run that resumes logs some again.
+    # wandb's own steps may only grow, but a resumed run logs some steps again.
     self._run.define_metric("*", step_metric="step")
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
