@@ -312,4 +312,4 @@ def _use_compilation_cache() -> None:
   jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(cache) / "bilora_jax/jax")
   )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
