@@ -1,4 +1,4 @@
-"""`python -m train`, or `bilora` where it is installed: the command line."""
+"""The command line: `python -m train`, or `bilora` after an installation."""
 
 from . import interrupts
 
@@ -24,20 +24,22 @@ _ROOMS = {
   "export": "finished",
   "compile": "planning",
 }
-"""The rooms of commands: a module of the command's name has a `main`.
+"""The room of each command.
 
-It takes the class of the command's name in the room's `options`.
+The room has a module with the name of the command, and this module has a
+`main`. The argument of `main` is an instance of the class with the name of the
+command in the room's `options`.
 """
 _NAMES = (*_ROOMS, "study")
 _LONG = {
   "": command.RESUMES,
   "study": "the same command runs the unfinished part.",
 }
-"""Those that train, and what comes of them after they were stopped."""
+"""How a user continues a stopped command, for each command that trains."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the program. Returns 0, 1 for a failed run, or 2 for bad usage."""
+  """Runs the program. Returns 0, 1 for a failed run, or 2 for wrong usage."""
   argv = list(sys.argv[1:] if argv is None else argv)
   name = argv[0] if argv and argv[0] in _NAMES else ""
   try:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = options.parse(
       getattr(kinds, name.title()), argv[1:], f"{command.NAME} {name}"
     )
-    # Imported late, so that --help and a typo answer at once.
+    # Imported late, so that --help and typing errors get an answer at once.
     with interrupts.leaving(within=True):
       module = importlib.import_module(f"{room}.{name}")
     return module.main(found)
@@ -82,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(name: str, error: OSError) -> str:
-  """What is the matter with which file, and what helps."""
+  """Returns a sentence with the file, the error and a remedy."""
   sentence = str(error)
   if error.strerror and error.filename:
     sentence = f"{error.filename}: {error.strerror}."
   if name in _LONG and error.errno in (errno.ENOSPC, errno.EDQUOT):
-    # What is written whole stays whole.
+    # Files are replaced as a whole, so a full disk damages no file.
     sentence += f" When there is space, {_LONG[name]}"
   return sentence
 
@@ -105,10 +107,10 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def program() -> int:
-  """What the program runs: `main`, watched if it is one of several.
+  """Runs `main`; watches it if this process is one of several.
 
   Returns:
-    As `main`; 130 after a Ctrl-C.
+    The exit code of `main`; 130 after a Ctrl-C.
   """
   try:
     with interrupts.interruptible(), command.needing_the_extra():

@@ -1,4 +1,7 @@
-"""What a packed file may become: a few kilobytes can be all memory there is."""
+"""Limits the size of unpacked files.
+
+A packed file of a few kilobytes can fill the whole memory when it is unpacked.
+"""
 
 import gzip
 import os
@@ -9,19 +12,24 @@ from .errors import UsageError
 
 _FREE = 2**28
 _RATIO = 100
-"""Of usual data it is three to ten, and of what repeats itself some dozens."""
+"""The largest allowed ratio of the unpacked size to the packed size.
+
+Usual data have a ratio of 3 to 10. Data with many repetitions have a ratio of
+some dozens.
+"""
 _CHUNK = 2**20
 
 
 def check(path: str | os.PathLike[str], size: int) -> None:
-  """Refuses what a file becomes, or has become so far.
+  """Refuses a packed file whose content is too large.
 
   Args:
-    path: of the file, packed.
-    size: of what is in it, in bytes.
+    path: the path of the packed file.
+    size: the size of the unpacked content, or of its part so far, in bytes.
 
   Raises:
-    UsageError: if it is above 256 MiB and a hundred times the file.
+    UsageError: if the size is above 256 MiB, and also above a hundred times the
+      size of the file.
   """
   stored = os.path.getsize(path)
   if size > max(_FREE, _RATIO * stored):
@@ -33,12 +41,13 @@ def check(path: str | os.PathLike[str], size: int) -> None:
 
 
 def check_gzip(path: str | os.PathLike[str]) -> None:
-  """Refuses a gzipped file that becomes too much, by reading it once.
+  """Refuses a gzipped file whose content is too large, by reading it once.
 
-  What is damaged is left to who reads it, and so is a file of another kind.
+  Damaged files and files of other kinds pass: the reader of the file refuses
+  them.
 
   Raises:
-    UsageError: as `check`.
+    UsageError: as in `check`.
   """
   path = pathlib.Path(path)
   if path.suffix != ".gz" or not path.is_file():

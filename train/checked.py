@@ -1,8 +1,8 @@
-"""Reads files that anyone may have written: what they hold, or a sentence.
+"""Reads and checks files that other people or programs may have written.
 
-Every file of JSON, text or bytes that the program reads goes through here. A
-reader ends with a value of the type that was asked for, or with a UsageError
-that names the file.
+The program reads every file of JSON, text or bytes with these functions. A
+function returns a value of the requested type, or raises a UsageError that
+names the file.
 """
 
 from collections.abc import Mapping
@@ -25,26 +25,28 @@ Path = str | os.PathLike[str]
 
 
 def open_file(path: Path) -> BinaryIO:
-  """A regular file, open at its first byte.
+  """Opens a regular file for reading.
 
-  A FIFO would wait for a writer, and a device may have no end.
+  Other kinds of files are refused: a FIFO would wait for a writer, and a device
+  may have no end.
 
   Raises:
-    UsageError: if it is not there, may not be read, or is no regular file.
+    UsageError: if the file does not exist, cannot be read, or is no regular
+      file.
   """
   try:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except FileNotFoundError:
     raise UsageError(f"{_told(path)} is not there.") from None
   except OSError as error:
-    if error.errno in (errno.ENXIO, errno.ENODEV):  # of a socket, say
+    if error.errno in (errno.ENXIO, errno.ENODEV):  # such as a socket
       raise UsageError(
         f"{_told(path)} is a pipe or a device; it must be a file."
       ) from error
     raise UsageError(
       f"{_told(path)} cannot be read: {error.strerror}."
     ) from error
-  except ValueError as error:  # a NUL, or half of a surrogate pair
+  except ValueError as error:  # for a NUL, or half of a surrogate pair
     raise UsageError(f"{_told(path)} is not a valid path: {error}.") from error
   mode = os.fstat(descriptor).st_mode
   if not stat.S_ISREG(mode):
@@ -55,10 +57,14 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
-  """What is in a file of at most so many bytes.
+  """Returns the content of a file.
+
+  Args:
+    path: the path of the file.
+    most: the largest allowed size, in bytes.
 
   Raises:
-    UsageError: as `open_file`, or if there is more.
+    UsageError: as in `open_file`, or if the file is larger.
   """
   try:
     with open_file(path) as file:
@@ -73,10 +79,14 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
 
 
 def read_text(path: Path, most: int = _MOST) -> str:
-  """The text of a file of at most so many bytes, in UTF-8, without its mark.
+  """Returns the text of a file in UTF-8, without a byte order mark.
+
+  Args:
+    path: the path of the file.
+    most: the largest allowed size, in bytes.
 
   Raises:
-    UsageError: as `read_bytes`, or if it is not UTF-8.
+    UsageError: as in `read_bytes`, or if the file is not UTF-8.
   """
   try:
     return read_bytes(path, most).decode("utf-8-sig")
@@ -85,39 +95,42 @@ def read_text(path: Path, most: int = _MOST) -> str:
 
 
 def read_json(path: Path, kind: Any = dict) -> Any:
-  """The value in a JSON file.
+  """Returns the value in a JSON file.
 
   Args:
-    path: of the file.
-    kind: the type of the value, as `options.fits` takes it.
+    path: the path of the file.
+    kind: the type of the value, in the form that `options.fits` takes.
 
   Raises:
-    UsageError: as `read_bytes` and `parse_json`.
+    UsageError: as in `read_bytes` and `parse_json`.
   """
   return parse_json(read_bytes(path), _told(path), kind)
 
 
 def parse_json(text: str | bytes, where: str, kind: Any = object) -> Any:
-  """The value that a text is in JSON.
+  """Returns the value of a JSON text.
 
-  NaN and infinities pass, as in files that Python wrote; `field` does not take
-  them for numbers.
+  NaN and infinities pass, because files that Python wrote may contain them.
+  `field` does not accept them as numbers.
 
   Args:
-    text: the JSON; if bytes, in UTF-8, with a byte order mark or not.
-    where: it is, in words, for a message.
-    kind: the type of the value, as `options.fits` takes it; any by default.
+    text: the JSON; bytes must be UTF-8, with or without a byte order mark.
+    where: the place of the text, in words, for messages.
+    kind: the type of the value, in the form that `options.fits` takes; any type
+      by default.
 
   Raises:
-    UsageError: if it is no JSON; has a key twice with two values, of which
-      readers take one or the other; half of a surrogate pair, which no file
-      can hold; more than 100 values in each other; or is of another type.
+    UsageError: if the text is not JSON; if a key occurs twice with different
+      values, because readers differ in the value that they take; if it has half
+      of a surrogate pair, which no file can hold; if values are nested more
+      than 100 levels deep; or if the value has another type.
   """
   try:
     if isinstance(text, bytes):
       text = text.decode("utf-8-sig")
     value = json.loads(text, object_pairs_hook=_object)
-    # Counting is quick, and nearly always enough.
+    # To count brackets is fast. It nearly always shows that the value is not
+    # nested too deeply.
     brackets = text.count("[") + text.count("{")
     if brackets > _DEEPEST and _deep(value):
       raise RecursionError
@@ -143,17 +156,18 @@ def field(
   kind: Any,
   default: Any = _REQUIRED,
 ) -> Any:
-  """A value of a JSON object, of its type.
+  """Returns a value of a JSON object, after a check of its type.
 
   Args:
-    where: the object is, in words, for a message.
+    where: the place of the object, in words, for messages.
     table: the object.
-    name: its key.
-    kind: the type, as `options.fits` takes it; a number is finite.
-    default: what a missing key stands for; without it the key is required.
+    name: the key of the value.
+    kind: the type, in the form that `options.fits` takes; a number must be
+      finite.
+    default: the result if the key is missing; without it, the key is required.
 
   Raises:
-    UsageError: if it is missing, or of another type.
+    UsageError: if a required key is missing, or the value has another type.
   """
   if name in table:
     return options.checked(where, name, table[name], kind)
@@ -170,16 +184,16 @@ def fields(
   required: Mapping[str, Any],
   optional: Mapping[str, Any] | None = None,
 ) -> None:
-  """Refuses a JSON object that lacks a key, or has another type at one.
+  """Refuses a JSON object with a missing key, or a value of a wrong type.
 
   Args:
-    where: the object is, in words, for a message.
-    table: the object; other keys than these are not looked at.
-    required: the types of keys that must be there.
-    optional: the types of keys that may be.
+    where: the place of the object, in words, for messages.
+    table: the object; its other keys are not checked.
+    required: the types of the keys that must exist.
+    optional: the types of the keys that may exist.
 
   Raises:
-    UsageError: as `field`.
+    UsageError: as in `field`.
   """
   for name, kind in required.items():
     field(where, table, name, kind)
@@ -188,10 +202,10 @@ def fields(
 
 
 def truth(table: Mapping[str, Any], name: str, default: bool) -> bool:
-  """A flag in other people's config.json, where null says nothing.
+  """Returns a flag of a model's config.json, or the default if it is null.
 
   Raises:
-    UsageError: if it is neither true nor false.
+    UsageError: if the value is not true, false or null.
   """
   value = table.get(name)
   if not options.fits(value, bool | None):
@@ -202,10 +216,11 @@ def truth(table: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def is_file(path: Path) -> bool:
-  """Whether there is anything at a path, which has to be a file if so.
+  """Returns whether a file exists.
 
   Raises:
-    UsageError: if it is something else, or cannot be looked at.
+    UsageError: if the path is something else, such as a folder, or cannot be
+      examined.
   """
   try:
     mode = os.stat(path).st_mode
@@ -220,10 +235,10 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-  """Whether there is a folder at a path that a user gave.
+  """Returns whether a path that a user gave is a folder.
 
   Raises:
-    UsageError: if it cannot be looked at.
+    UsageError: if the path cannot be examined.
   """
   try:
     return pathlib.Path(path).is_dir()
@@ -232,13 +247,13 @@ def is_folder(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> str:
-  """What is said of a path that cannot be looked at; a NUL is a ValueError."""
+  """Returns the message for a path; a NUL in a path raises a ValueError."""
   said = error.strerror if isinstance(error, OSError) else error
   return f"{_told(path)} cannot be read: {said}."
 
 
 def _told(path: Path) -> str:
-  """A path in a sentence: whole, unless it is of no use."""
+  """Returns a path for a message; shortens very long or invalid paths."""
   text = os.fspath(path)
   if len(text) > _LONGEST or not options.is_text(text):
     return options.shown(text)
@@ -255,7 +270,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deep(value: Any) -> bool:
-  """Whether more values are in each other than the most there may be."""
+  """Returns whether values are nested more than `_DEEPEST` levels deep."""
   level = [value]
   for _ in range(_DEEPEST + 1):
     inner = [

@@ -1,24 +1,24 @@
-"""What the program is called: in the repository, and where it is installed."""
+"""The names of the program, in the repository and when it is installed."""
 
 from collections.abc import Iterator
 import contextlib
 import sys
 
-# The wheel carries this package by another name, which is nobody else's.
+# The wheel has this package under a name that no other package uses.
 PACKAGE = __package__ or "train"
-"""What `python -m` takes."""
+"""The name after `python -m`."""
 NAME = "python -m train" if PACKAGE == "train" else "bilora"
-"""What a command line starts with."""
+"""The first words of a command line."""
 RESUMES = (
   "the same command resumes from the last checkpoint, or starts again if "
   "there is none."
 )
-"""What is true of a run however it was ended."""
+"""How a user continues a run, however it ended."""
 
 
 @contextlib.contextmanager
 def needing_the_extra() -> Iterator[None]:
-  """Ends with a sentence, and code 2, where a package is not installed."""
+  """Ends with a message and exit code 2 if a package is not installed."""
   try:
     yield
   except ModuleNotFoundError as error:

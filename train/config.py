@@ -1,4 +1,4 @@
-"""The configuration that a command line asks for: presets, files, options."""
+"""Builds a configuration from a command line: presets, files and options."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .methods import spec as methods
 from .run import config as config_lib
 from .run.config import Config
 
-# Of a configuration in a file.
+# The most bytes of a configuration file, and its deepest nesting.
 _LONGEST, _DEEPEST = 2**20, 100
 _EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ folders of --run-dir and --data-dir."""
 
 
 def start() -> argparse.ArgumentParser:
-  """The options that are no field of a configuration."""
+  """Returns a parser of the options that are no field of a configuration."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument("--preset")
   parser.add_argument("--from-run", type=pathlib.Path)
@@ -65,10 +65,10 @@ def start() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
-  """The configuration that a command line asks for.
+  """Returns the configuration for a command line.
 
   Raises:
-    UsageError: if a preset, a run, a file or an option is not as it must be.
+    UsageError: if a preset, a run, a file or an option is wrong.
     SystemExit: with code 2, if an option is unknown; with 0 after `--help`.
   """
   known, rest = start().parse_known_args(argv)
@@ -92,8 +92,8 @@ def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
     config=(
       tyro.conf.OmitArgPrefixes,
       tyro.conf.OmitSubcommandPrefixes,
-      # The fields have docstrings; to look for comments takes as long as all
-      # the rest.
+      # The fields have docstrings. A search for comments would take as long as
+      # everything else together.
       tyro.conf.HelptextFromCommentsOff,
     ),
   )
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str], program: str = command.NAME) -> Config:
 
 
 def _base(known: argparse.Namespace, rest: Sequence[str]) -> Config:
-  """What the options on the command line change."""
+  """Returns the configuration before the options of the command line."""
   given = {
     "--preset": known.preset,
     "--from-run": known.from_run,
@@ -127,26 +127,27 @@ def _base(known: argparse.Namespace, rest: Sequence[str]) -> Config:
       config_lib.from_run(known.from_run),
       run_dir=str(old.with_name(old.name + "-repeat")),
     )
-  # The first preset is for a task of its own; other tasks start from nothing.
+  # The first preset fits only its own task, so other tasks do not use it.
   first = next(iter(presets.PRESETS.values()))
   task = _given(rest, "task")
   return first if task in (None, first.data.task) else Config()
 
 
 def from_file(path: pathlib.Path) -> Config:
-  """The configuration in a YAML file.
+  """Returns the configuration in a YAML file.
 
   Raises:
-    UsageError: if it cannot be read, or is not a configuration.
+    UsageError: if the file cannot be read, or is not a configuration.
   """
   text = checked.read_text(path, _LONGEST)
   steps = ((sign in "[{") - (sign in "]}") for sign in text)
-  # The reader takes a time that grows with the square of it.
+  # The time of the YAML reader grows with the square of the depth.
   if max(itertools.accumulate(steps), default=0) > _DEEPEST:
     raise UsageError(f"--config {path} is nested too deeply.")
   try:
     tables = yaml.safe_load(text)
-  # It constructs dates and numbers, and goes into what is nested, by Python.
+  # Python code of the reader recurses into nested values, and makes dates and
+  # numbers, so it may also raise RecursionError and ValueError.
   except RecursionError as error:
     raise UsageError(f"--config {path} is nested too deeply.") from error
   except (yaml.YAMLError, ValueError) as error:
@@ -164,7 +165,7 @@ def from_file(path: pathlib.Path) -> Config:
 
 
 def _given(argv: Sequence[str], name: str) -> str | None:
-  """The value of an option on a command line, the last one."""
+  """Returns the last value of an option on a command line, or None."""
   found = None
   for arg, following in zip(argv, [*argv[1:], None]):
     if arg == f"--{name}":
@@ -175,7 +176,7 @@ def _given(argv: Sequence[str], name: str) -> str | None:
 
 
 def _check_flags(argv: Sequence[str], method: str) -> None:
-  """Refuses an option of another method than the one chosen."""
+  """Refuses an option that belongs only to other methods."""
   own = {
     flag
     for group in config_lib.groups(method).values()
@@ -193,11 +194,13 @@ def _check_flags(argv: Sequence[str], method: str) -> None:
 
 @functools.cache
 def _cli_type(method: str, explained: bool) -> Any:
-  """A dataclass of the groups of a method, for Tyro; the method's own first.
+  """Returns a dataclass of the groups of a method, for Tyro.
+
+  The group of the method also has the option --method.
 
   Args:
-    method: its name.
-    explained: whether each option has the text that `--help` shows.
+    method: the name of the method.
+    explained: whether each option gets the text that `--help` shows.
   """
   every = methods.every()
   name = tyro.conf.arg(
@@ -220,7 +223,8 @@ def _cli_type(method: str, explained: bool) -> Any:
   for group, kind in config_lib.groups(method).items():
     bases: tuple[type, ...] = (kind,)
     if group == "method":
-      # Fields of the last base come first.
+      # A dataclass begins with the fields of its last base, so --method comes
+      # before the method's options.
       bases = (kind, chosen)
     texts = options.texts(kind) if explained else {}
     told = [
@@ -248,7 +252,7 @@ def _field(field: dataclasses.Field) -> Any:
 
 
 def _cli_value(config: Config, kind: Any) -> Any:
-  """A value of a `_cli_type`."""
+  """Returns the configuration as an instance of a `_cli_type`."""
   values = {}
   for field in dataclasses.fields(kind):
     group, extra = getattr(config, field.name), {}

@@ -1,13 +1,13 @@
-"""What the program ends with: a sentence, and an exit code."""
+"""Errors that end the program, with a message and an exit code."""
 
 
 class UsageError(ValueError):
-  """The request cannot be carried out as it was put; exit code 2."""
+  """The options or the inputs are wrong; exit code 2."""
 
 
 class RunError(RuntimeError):
-  """The run cannot go on, though it was well asked for; exit code 1."""
+  """The run cannot continue, although its options are right; exit code 1."""
 
 
 class LostError(RunError):
-  """Another process of the run is gone."""
+  """Another process of the run cannot be reached any more."""

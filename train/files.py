@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that all can read."""
+"""Writes files atomically, and writes JSON that every reader accepts."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -17,16 +17,16 @@ import safetensors.numpy
 from . import locks
 from .errors import UsageError
 
-# As safetensors, which is in Rust, ends what it says.
+# The end of safetensors' messages: it is written in Rust.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write, which takes the place of another when it is whole.
+  """Yields a temporary path to write; replaces `path` with it at the end.
 
-  It is locked meanwhile: what kills have left of others, which no process
-  holds, is removed first.
+  The temporary file is locked while it is written. Temporary files that no
+  process has locked are left over from killed processes, and are removed first.
   """
   for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
     with contextlib.suppress(OSError):
@@ -34,7 +34,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
   with naming(path, part), contextlib.ExitStack() as stack:
     stack.callback(part.unlink, missing_ok=True)
-    # Another may be looking whether it is to be removed.
+    # Another process may hold the lock for a moment, to see whether the file
+    # is left over.
     while (descriptor := locks.take(part)) is None:
       time.sleep(0.01)
     stack.callback(os.close, descriptor)
@@ -44,13 +45,13 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path, part: pathlib.Path) -> Iterator[None]:
-  """Has what cannot be written be called by its own name, and not its part's.
+  """Puts the final name of a file into errors, not its temporary name.
 
-  Python gives an error in the middle of a file no name at all.
+  If an error comes in the middle of a file, Python's error has no name at all.
 
   Args:
-    path: of a file, or of a folder.
-    part: where it is while it is written.
+    path: the final path of a file or folder.
+    part: the temporary path, at which it is written.
   """
   try:
     yield
@@ -63,10 +64,14 @@ def naming(path: pathlib.Path, part: pathlib.Path) -> Iterator[None]:
 
 
 def check_place(flag: str, path: pathlib.Path) -> None:
-  """Refuses a file that could not be written, before there is work for it.
+  """Refuses a path that cannot be written, before any work for it starts.
+
+  Args:
+    flag: the option that gave the path, for messages.
+    path: the path of the file.
 
   Raises:
-    UsageError: that names the option.
+    UsageError: if the path cannot be written; the message names the option.
   """
   if path.is_dir():
     raise UsageError(f"{flag} must be a file; got {path}, which is a folder.")
@@ -86,10 +91,10 @@ def _remove_unheld(path: pathlib.Path) -> None:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file whole, or not at all.
+  """Replaces a file atomically.
 
   Raises:
-    OSError: if it cannot be written; the old file is then as it was.
+    OSError: if the file cannot be written; the old file is then unchanged.
   """
   with replacing(path) as part, part.open("w") as file:
     file.write(text)
@@ -102,10 +107,10 @@ def save_tensors(
   tensors: Mapping[str, np.ndarray],
   metadata: dict[str, str] | None = None,
 ) -> None:
-  """Replaces a safetensors file whole, or not at all.
+  """Replaces a safetensors file atomically.
 
   Raises:
-    OSError: if it cannot be written; the old file is then as it was.
+    OSError: if the file cannot be written; the old file is then unchanged.
   """
   with replacing(path) as part:
     try:
@@ -123,12 +128,12 @@ def save_tensors(
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  """Replaces a JSON file whole, or not at all; see `finite`."""
+  """Replaces a JSON file atomically; `finite` says how numbers are written."""
   write_atomically(path, json.dumps(finite(value), indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:
-  """The value with None for each number that JSON has not: NaN and infinity."""
+  """Returns the value, with None for NaN and infinity, which JSON lacks."""
   match value:
     case float():
       return value if math.isfinite(value) else None

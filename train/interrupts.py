@@ -1,6 +1,7 @@
-"""Ctrl-C, at any time: a line, and the code 130.
+"""Ends the program after Ctrl-C, at any time, with a line and exit code 130.
 
-What is imported here is what Python has imported anyway.
+This module imports only modules that Python has imported already, so that it
+works from the first moment.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,20 +12,20 @@ import sys
 from typing import Any, NoReturn
 
 CODE = 130
-"""As of a shell: 128 and the signal."""
+"""The exit code of shells: 128 plus the number of the signal."""
 _TOLD = "interrupted."
 
 
 @contextlib.contextmanager
 def leaving(within: bool = False) -> Iterator[None]:
-  """Has Ctrl-C end the program at once, while it imports modules.
+  """Lets Ctrl-C end the program at once, while it imports modules.
 
-  What is raised then is printed by some of them, dropped by others, and
-  remembered by Python, which ends by the signal afterwards.
+  A KeyboardInterrupt is not enough there. Some modules print it and others drop
+  it. Python also remembers it, and ends by the signal afterwards.
 
   Args:
-    within: only in `interruptible`: whoever calls the program as a function is
-      not to be ended.
+    within: whether this applies only inside of `interruptible`. Then a caller
+      that uses the program as a function is not ended.
   """
   with _handler(lambda number, frame: leave(told=False), within):
     yield
@@ -32,11 +33,11 @@ def leaving(within: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-  """Ends with a line, and code 130, at a Ctrl-C; at a second one at once.
+  """Ends with a line and code 130 after Ctrl-C; after a second one, at once.
 
-  A library may turn the first into an error of its own, or swallow it: it ends
-  the context all the same. One that came within a destructor, where Python
-  drops what is raised, comes again.
+  A library may replace the KeyboardInterrupt by an error of its own, or drop
+  it. The context ends with code 130 in these cases, too. Python drops an error
+  in a destructor, so the signal is sent again after a Ctrl-C there.
   """
   asked, dropped, drop = False, False, sys.unraisablehook
 
@@ -53,8 +54,8 @@ def interruptible() -> Iterator[None]:
       drop(found)
     elif asked and not dropped:
       dropped = True
-      # Not here, where it would be dropped again; and to this thread, which may
-      # be waiting for something.
+      # Not raised here, because Python would drop it again. The signal goes to
+      # the main thread itself, to wake it if it waits for something.
       import threading
 
       again = [threading.main_thread().ident, signal.SIGINT]
@@ -76,13 +77,13 @@ def interruptible() -> Iterator[None]:
 
 
 def leave(told: bool) -> NoReturn:
-  """Ends this process after a Ctrl-C, and waits for no thread of a library.
+  """Ends this process after Ctrl-C, without waiting for libraries' threads.
 
   Args:
-    told: whether the line is written.
+    told: whether the line "interrupted." has been written already.
   """
   for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(RuntimeError):  # the signal came as it was written
+    with contextlib.suppress(RuntimeError):  # interrupted during a write
       stream.flush()
   if not told:
     os.write(2, f"{_TOLD}\n".encode())
@@ -93,7 +94,7 @@ def leave(told: bool) -> NoReturn:
 def _handler(
   handler: Callable[[int, Any], None], within: bool
 ) -> Iterator[None]:
-  # A shell has its background jobs ignore it.
+  # A shell makes its background jobs ignore the signal. That handler stays.
   before = signal.getsignal(signal.SIGINT)
   heard = getattr(before, "__module__", "") == __name__ or (
     before is signal.default_int_handler and not within

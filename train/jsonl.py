@@ -1,4 +1,4 @@
-"""Reads JSONL, one JSON value a line: users' data, and the program's logs."""
+"""Reads JSONL files, with one JSON value a line: users' data, and logs."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,16 +13,16 @@ from .errors import UsageError
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-  """Yields where each value is, in words, and the value; blank lines are none.
+  """Yields the place of each value, in words for messages, and the value.
 
-  A line is in memory at a time.
+  Blank lines are skipped. Only one line is in memory at a time.
 
   Args:
-    path: of the file, gzipped if its name ends so.
+    path: the path of the file; a file whose name ends in .gz is unpacked.
 
   Raises:
-    UsageError: if the file cannot be read, or a line is no JSON; the sentence
-      names it.
+    UsageError: if the file cannot be read, or a line is not JSON; the message
+      names the line.
   """
   name = os.fspath(path)
   try:
@@ -41,26 +41,26 @@ def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 
 
 def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects in a log of the program's own; none if there is no file.
+  """Returns the objects in a log of the program; none if there is no file.
 
   Raises:
-    UsageError: as `read`, or if a line is another value.
+    UsageError: if the file cannot be read, or a line is not a JSON object.
   """
   return Log(path).new()
 
 
 class Log:
-  """A log that the program adds lines to, of which each is read once."""
+  """A growing log of the program, which is read line by line, each once."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
     self._end = self._lines = 0
 
   def new(self) -> list[dict[str, Any]]:
-    """The objects of the whole lines since the last call.
+    """Returns the objects of the complete lines since the last call.
 
     Raises:
-      UsageError: as `read`, or if a line is another value.
+      UsageError: if the file cannot be read, or a line is not a JSON object.
     """
     rows: list[dict[str, Any]] = []
     if not checked.is_file(self._path):
@@ -69,7 +69,7 @@ class Log:
       file.seek(self._end)
       for line in file:
         if not line.endswith(b"\n"):
-          break  # cut by a kill, or not yet whole
+          break  # incomplete: cut by a kill, or still being written
         self._end += len(line)
         self._lines += 1
         if not line.strip():

@@ -1,9 +1,10 @@
-"""Locks on files, that the system takes back when their process is gone.
+"""Locks on files, which the system frees when their process ends.
 
-They are `flock`'s: a kill at any moment frees them, and no lock is ever stale.
-NFS (version 4, or 3 with its lock daemon), GPFS, and Lustre that is mounted
-with `flock`, keep them over machines; with `localflock` Lustre keeps them
-within one. On a file system without locks a warning says that there is none.
+The locks are those of `flock`. A kill at any moment frees them, so no lock is
+ever stale. They work across machines on NFS (version 4, or 3 with its lock
+daemon), on GPFS, and on Lustre that is mounted with `flock`. On Lustre that is
+mounted with `localflock`, they work only within one machine. On a file system
+without locks, the program prints a warning and continues.
 """
 
 from collections.abc import Iterator
@@ -23,23 +24,23 @@ from . import command
 from .errors import UsageError
 
 FILE = ".lock"
-"""In a folder that is one command's; it says whose."""
+"""The lock file of a folder; its text names the command that holds it."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 _SHOWN = 120
 
 
 @contextlib.contextmanager
 def held(path: pathlib.Path, what: str) -> Iterator[None]:
-  """Keeps other commands away for as long as the context lasts.
+  """Holds a lock until the end of the context, or refuses at once.
 
   Args:
-    path: of the lock; folders that are missing are made, and are gone again if
-      the context fails and has left nothing in them.
-    what: is locked, for the sentence.
+    path: the path of the lock file. Missing folders are made. If the context
+      fails and leaves them empty, they are removed again.
+    what: a name of the locked thing, for messages.
 
   Raises:
-    UsageError: at once, if another has it, and says who; or if no file can be
-      written there.
+    UsageError: if another command holds the lock, which the message names; or
+      if the lock file cannot be written.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -58,13 +59,14 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(path: pathlib.Path) -> Iterator[bool]:
-  """Whether a lock is this process's, for as long as the context lasts.
+  """Yields whether this process got a lock, which it holds in the context.
 
   Args:
-    path: as of `held`. The file is gone when the context ends.
+    path: the path of the lock file, as in `held`. The file is removed when the
+      context ends.
 
   Raises:
-    OSError: if it cannot be written.
+    OSError: if the lock file cannot be written.
   """
   missing = [folder for folder in path.parents if not folder.exists()]
   with contextlib.ExitStack() as stack:
@@ -74,19 +76,21 @@ def taken(path: pathlib.Path) -> Iterator[bool]:
       yield False
       return
     stack.callback(os.close, descriptor)
-    # Before it is let go: whoever opens the file now sees that it is gone.
+    # The file is removed before its lock is freed. `take` in another process
+    # notices a removed file, and tries again.
     stack.callback(path.unlink, missing_ok=True)
-    with contextlib.suppress(OSError):  # on a full disk nobody knows who
+    with contextlib.suppress(OSError):  # a full disk: the lock has no text
       os.ftruncate(descriptor, 0)
       os.write(descriptor, _whose().encode())
     yield True
 
 
 def take(path: pathlib.Path) -> int | None:
-  """The descriptor of a file that is locked until it is closed.
+  """Locks a file.
 
   Returns:
-    None if another has it.
+    The descriptor of the file, which is locked until the descriptor is closed;
+    None if another process holds the lock.
 
   Raises:
     OSError: if the file cannot be made.
@@ -107,7 +111,8 @@ def take(path: pathlib.Path) -> int | None:
         f"({error.strerror}); make sure that no other command writes there.",
         file=sys.stderr,
       )
-    # Its last holder may have removed the file after it was opened here.
+    # The last holder may have removed the file after it was opened here. Then
+    # the lock is on a file without a name, and excludes nobody.
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(descriptor), path.stat()):
         return descriptor
@@ -117,13 +122,13 @@ def take(path: pathlib.Path) -> int | None:
 def _take_in_folder(path: pathlib.Path) -> int | None:
   while True:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another, that was refused, may have removed the folder in between.
+    # Another process may have removed the empty folder in between.
     with contextlib.suppress(FileNotFoundError):
       return take(path)
 
 
 def _remove_empty(folders: list[pathlib.Path]) -> None:
-  """Removes folders, the innermost first, if nothing is in them."""
+  """Removes the folders that are empty; the innermost is the first."""
   for folder in folders:
     with contextlib.suppress(OSError):
       folder.rmdir()
@@ -150,5 +155,5 @@ def _holder(path: pathlib.Path) -> str:
       f"{found['command']}"
     )
   except (OSError, ValueError, LookupError, TypeError):
-    # It has ended meanwhile, or is about to write who it is.
+    # The holder has just ended, or has not written its text yet.
     return "another command"

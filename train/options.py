@@ -1,8 +1,7 @@
-"""Options: fields of frozen dataclasses, with a flag, a type and bounds each.
+"""Options: fields of frozen dataclasses, each with a flag, a type and bounds.
 
-A group of options is a dataclass. Its fields are named on the command line, in
-a study's TOML and in a run's JSON by their flags, which are unique over all
-groups.
+A group of options is a dataclass. The command line, a study's TOML and a run's
+JSON use the flags as names of the fields. A flag is unique over all groups.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,8 @@ import tyro
 from .errors import UsageError
 
 _SHOWN = 8
-# What a number is below that says no more: steps are counted in int32, and
-# arrays are of float32, in which products of two such numbers are finite.
+# The upper bounds of numbers without a bound of their own. Steps are counted in
+# int32. Arrays are float32, in which the product of two such floats is finite.
 _BELOW = {int: 2**31, float: 1e9}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
@@ -37,59 +36,59 @@ def option(
   above: float = -math.inf,
   below: float = math.inf,
 ) -> Any:
-  """A field of a group.
+  """Returns a field of a group.
 
   Args:
-    default: its value if nothing is given.
-    flag: what it is called outside, if not by the field's own name.
-    least: the least value of a number.
-    above: what a number is above, in place of the least.
-    below: what a number is below; if it is not given, 2**31 for whole numbers
-      and 1e9 for others.
+    default: the value if the option is not given.
+    flag: the name of the option for users; empty: the name of the field.
+    least: the inclusive lower bound of a number.
+    above: the exclusive lower bound of a number, in place of `least`.
+    below: the exclusive upper bound of a number; by default 2**31 for whole
+      numbers and 1e9 for others.
   """
   metadata = {"flag": flag, "least": least, "above": above, "below": below}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(field: dataclasses.Field) -> str:
-  """The name of an option outside, as in `learning_rate`."""
+  """Returns the name of an option for users, such as `learning_rate`."""
   return field.metadata.get("flag") or field.name
 
 
 def spelt(name: str) -> str:
-  """A flag as it is typed, as in `--learning-rate`."""
+  """Returns a flag in the form of a command line: `--learning-rate`."""
   return "--" + name.replace("_", "-")
 
 
 def fields(group: Any) -> Mapping[str, dataclasses.Field]:
-  """The fields of a group, or of its class, by their flags."""
+  """Returns the fields of a group, or of its class, by their flags."""
   return _fields(group if isinstance(group, type) else type(group))
 
 
 @functools.cache
 def _fields(kind: Any) -> Mapping[str, dataclasses.Field]:
-  # A study asks for them by the ten thousand.
+  # A study calls this ten thousand times.
   return types.MappingProxyType({flag(x): x for x in dataclasses.fields(kind)})
 
 
 def values(group: Any) -> dict[str, Any]:
-  """The values of a group by their flags."""
+  """Returns the values of a group by their flags."""
   return {name: getattr(group, x.name) for name, x in fields(group).items()}
 
 
 def build(kind: Any, given: Mapping[str, Any]) -> Any:
-  """A group from values by their flags; what is not given is at its default."""
+  """Returns a group from values by flags; other fields get their defaults."""
   known = fields(kind)
   return kind(**{known[name].name: value for name, value in given.items()})
 
 
 def parse(kind: Any, argv: Sequence[str] | None, program: str) -> Any:
-  """The options of a command.
+  """Parses the options of a command.
 
   Args:
-    kind: a dataclass of options, some of which may be groups.
-    argv: what follows the command; None: the arguments of this process.
-    program: what the command line starts with.
+    kind: a dataclass of options; its fields may be groups.
+    argv: the arguments after the command; None: the arguments of this process.
+    program: the first words of the command line, for `--help`.
 
   Raises:
     UsageError: if an option is out of its bounds.
@@ -106,14 +105,14 @@ def parse(kind: Any, argv: Sequence[str] | None, program: str) -> Any:
 
 
 def asks_for_help(argv: Sequence[str] | None) -> bool:
-  """Whether a command line, or this process's, is to explain the options."""
+  """Returns whether a command line asks for help; None: this process's."""
   return bool({"-h", "--help"} & set(sys.argv if argv is None else argv))
 
 
 def texts(kind: type) -> dict[str, str]:
-  """What explains each field of a group: the docstring below it.
+  """Returns the docstring below each field of a group, each in one line.
 
-  Tyro reads them too, but keeps their line breaks.
+  Tyro can read these docstrings too, but it keeps their line breaks.
   """
   found = {}
   for base in reversed(kind.__mro__[:-1]):
@@ -124,7 +123,7 @@ def texts(kind: type) -> dict[str, str]:
 
 
 def _told(kind: Any) -> Any:
-  """The same options for Tyro, with what explains them."""
+  """Returns a copy of the class for Tyro, with the help text of each field."""
   explained = texts(kind)
   fields: list[Any] = []
   for x in dataclasses.fields(kind):
@@ -145,13 +144,14 @@ def _told(kind: Any) -> Any:
 
 
 def check(group: Any) -> None:
-  """Refuses a number that is out of its bounds, and a text that is none.
+  """Refuses numbers out of their bounds, and invalid texts.
 
-  NaN is in no bounds. A text with a NUL or half of a surrogate pair can be no
-  part of a path, nor be written into a run's files.
+  NaN is out of all bounds. A text with a NUL or half of a surrogate pair cannot
+  be part of a path, and cannot be written into a run's files.
 
   Raises:
-    UsageError: that names the option, what came and what is allowed.
+    UsageError: if a value is refused; the message names the option, the value
+      and the allowed values.
   """
   for name, field in fields(group).items():
     value = getattr(group, field.name)
@@ -182,7 +182,7 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 
 def is_text(text: str) -> bool:
-  """Whether a text can be written to a file, and be part of a path."""
+  """Returns whether a text can be written to a file and be part of a path."""
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -191,12 +191,13 @@ def is_text(text: str) -> bool:
 
 
 def fits(value: Any, kind: Any) -> bool:
-  """Whether a value of JSON, TOML or YAML is of a type.
+  """Returns whether a value of JSON, TOML or YAML is of a type.
 
   Args:
-    value: any.
-    kind: `int`, `float` (finite, whole or not), `str`, `bool`, `dict`, `list`,
-      `None`, a Literal, a tuple of one of these, `|` of some, or `object`.
+    value: the value.
+    kind: `int`, `float` (finite; whole numbers are allowed), `str`, `bool`,
+      `dict`, `list`, `None`, a Literal, a tuple of one of these types, a union
+      of some with `|`, or `object`, which allows every value.
   """
   if get_origin(kind) is Literal:
     return value in get_args(kind)
@@ -208,16 +209,17 @@ def fits(value: Any, kind: Any) -> bool:
     return any(fits(value, one) for one in get_args(kind))
   if kind in (None, types.NoneType):
     return value is None
-  # Not isinstance: to JSON, true is no number.
+  # Not isinstance, because True is an int in Python but no number in JSON.
   if kind is float:
-    # What is no float is infinite as one; NaN is not in any bounds.
+    # This refuses NaN, infinities and whole numbers that are too large for a
+    # float.
     most = sys.float_info.max
     return type(value) in (int, float) and -most <= value <= most
   return kind is object or type(value) is kind
 
 
 def wanted(kind: Any) -> str:
-  """What a value of a type is called."""
+  """Returns a phrase for the values of a type, for messages."""
   if get_origin(kind) is Literal:
     return f"one of {', '.join(map(repr, get_args(kind)))}"
   if get_origin(kind) is tuple:
@@ -245,18 +247,18 @@ def wanted(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-  """A value for a sentence, which is short whatever the value is."""
+  """Returns a short text for a value of any size, for messages."""
   try:
     return _REPR.repr(value)
-  except ValueError:  # of more digits than Python writes
+  except ValueError:  # more digits than Python writes
     return f"a number of {value.bit_length():,} bits"
 
 
 def checked(where: str, name: str, value: Any, kind: Any) -> Any:
-  """The value as its type has it: TOML's and JSON's 1 is 1.0 where it may be.
+  """Returns the value in its type: the 1 of TOML or JSON may become 1.0.
 
   Raises:
-    UsageError: if it is of another type.
+    UsageError: if the value has another type.
   """
   if not fits(value, kind):
     raise UsageError(
@@ -271,10 +273,16 @@ def checked(where: str, name: str, value: Any, kind: Any) -> Any:
 def known(
   where: str, row: Any, names: Iterable[str], what: str = "key"
 ) -> None:
-  """Refuses a table with a key that is not among some names.
+  """Refuses a table with an unknown key.
+
+  Args:
+    where: the place of the table, in words, for messages.
+    row: the table.
+    names: the known keys.
+    what: the word for a key in messages.
 
   Raises:
-    UsageError: with the names that are nearest.
+    UsageError: if a key is unknown; the message has the most similar names.
   """
   if not isinstance(row, Mapping):
     raise UsageError(f"{where} must be a table; got {shown(row)}.")
@@ -288,7 +296,7 @@ def known(
 
 
 def listed(names: Iterable[str], last: str = "") -> str:
-  """Names in a sentence; of many, the first few and how many there are."""
+  """Joins names for messages; shows the first few and the count of many."""
   names = list(names)
   if len(names) > _SHOWN:
     return f"{', '.join(names[:_SHOWN])}, ... ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""Files of contributors, that add a model, a task, a method or a logger."""
+"""Loads users' files that add a model, a task, a method or a logger."""
 
 import dataclasses
 import importlib
@@ -23,10 +23,10 @@ def load(names: str) -> None:
   """Imports each file or module, once.
 
   Args:
-    names: paths that end in .py, or names of modules, with commas.
+    names: paths that end in .py, or names of modules, separated by commas.
 
   Raises:
-    UsageError: if one is not there, or cannot be imported.
+    UsageError: if a file or module does not exist, or cannot be imported.
   """
   for name in filter(None, map(str.strip, names.split(","))):
     try:
@@ -34,14 +34,14 @@ def load(names: str) -> None:
         _load_file(pathlib.Path(name))
       else:
         importlib.import_module(name)
-    except Exception as error:  # whatever the file does
+    except Exception as error:  # a file may raise any error
       raise UsageError(
         f"--plugins {name} cannot be imported: {type(error).__name__}: {error}"
       ) from error
 
 
 def _load_file(path: pathlib.Path) -> None:
-  # A name of its own for each path, which no module of Python's has.
+  # Each path gets its own name, which differs from all other modules' names.
   name = f"_plugin_{path.stem}_{abs(hash(path.resolve()))}"
   if name in sys.modules:
     return

@@ -1,4 +1,4 @@
-"""Presets: configurations by name, the paper's experiments among them."""
+"""Presets: named configurations, also for the paper's experiments."""
 
 import difflib
 
@@ -28,8 +28,8 @@ _OWN = {
   "snippets-smollm2-lora": replace(_SMOLLM2, method="lora"),
 }
 
-# What all of the paper's runs share (arXiv 2508.19564, appendix R) is written
-# out, though most is a default: defaults may change.
+# The options that all of the paper's runs share (arXiv 2508.19564, appendix R).
+# Most are defaults, but they are written out because defaults may change.
 _SHARED = replace(
   Config(),
   method="bilora",
@@ -44,12 +44,12 @@ _SHARED = replace(
   baseline=False,
 )
 _T5 = replace(_SHARED, model="google-t5/t5-base", max_length=256)
-# Rho of Bi-LoRA, and of LoRA-SAM.
+# The rho of Bi-LoRA, and the rho of LoRA-SAM.
 _GLUE_RHO = (0.05, 0.01)
 _SUPER_GLUE_RHO = (0.1, 0.05)
 
-# The base, in bfloat16, is run a few rows at a time. A batch is of so many
-# conversations, so that none are packed.
+# The base is bfloat16, and a step runs a few rows at a time, to save memory. A
+# batch of the paper is a number of conversations, so none are packed.
 _DECODER = replace(
   _SHARED,
   task="instructions",
@@ -62,7 +62,7 @@ _DECODER = replace(
 _LLAMA2 = replace(
   _DECODER,
   model="meta-llama/Llama-2-7b-hf",
-  accumulate=8,  # of 4 rows each
+  accumulate=8,  # parts of 4 rows
   epochs=2,
   max_length=1024,
 )
@@ -70,7 +70,7 @@ _ALPACA = replace(
   _DECODER,
   data="alpaca-cleaned.jsonl",
   batch_size=128,
-  accumulate=32,  # of 4 rows each
+  accumulate=32,  # parts of 4 rows
   epochs=3,
   max_length=256,
 )
@@ -79,7 +79,7 @@ _ALPACA = replace(
 def _with_lora(
   name: str, config: Config, rho: tuple[float, float]
 ) -> dict[str, Config]:
-  """Bi-LoRA, and the two that the paper compares it with."""
+  """Returns presets of Bi-LoRA, LoRA and LoRA-SAM, which the paper compares."""
   ours, sam = rho
   return {
     name: replace(config, rho=ours),
@@ -102,7 +102,7 @@ _PAPER: dict[str, Config] = {
   **_t5("glue", "glue/cola", 10, _GLUE_RHO),
   **_t5("glue", "glue/mrpc", 10, _GLUE_RHO),
   **_t5("super-glue", "super_glue/boolq", 10, _SUPER_GLUE_RHO),
-  # GLUE has the same RTE, and TFDS reads it.
+  # The RTE of GLUE is the same, and TFDS reads it.
   **_t5("super-glue", "glue/rte", 10, _SUPER_GLUE_RHO),
   **_t5("super-glue", "super_glue/wic", 10, _SUPER_GLUE_RHO),
   **_t5("super-glue", "super_glue/cb", 50, _SUPER_GLUE_RHO),
@@ -124,7 +124,7 @@ _PAPER: dict[str, Config] = {
   ),
   **_with_lora(
     "llama3.1-8b-alpaca",
-    # As the paper's Table A11 has it; its text says 5e-4.
+    # The paper's Table A11 says 3e-4; its text says 5e-4.
     replace(_ALPACA, model="meta-llama/Llama-3.1-8B", learning_rate=3e-4),
     (0.05, 0.01),
   ),
@@ -138,19 +138,22 @@ _PAPER: dict[str, Config] = {
 PRESETS: dict[str, Config] = {**_OWN, **_PAPER}
 """Configurations by name; the first is the default.
 
-Those of the paper's settings (arXiv 2508.19564, appendix R) are Bi-LoRA's, and
-with `-lora` or `-lora-sam` behind their names what it is compared with. The
-instructions they learn from are files of the published data sets' rows, one a
-line, that `--data` may name elsewhere: MetaMathQA, Code-Feedback (the filtered
-instructions), WizardLM and the cleaned Alpaca.
+The presets of the paper's experiments (arXiv 2508.19564, appendix R) train with
+Bi-LoRA. If `-lora` or `-lora-sam` follows the name, they train with LoRA or
+LoRA-SAM, which the paper compares with Bi-LoRA. The presets of Llama and Qwen
+learn from files with the rows of published data sets, one row a line:
+MetaMathQA, Code-Feedback (the filtered instructions), WizardLM and the cleaned
+Alpaca.
+`--data` can name another place of such a file.
 """
 
 
 def get(name: str) -> Config:
-  """The configuration of that name.
+  """Returns the configuration of a preset.
 
   Raises:
-    UsageError: if there is none; with the names that are nearest.
+    UsageError: if there is no such preset; the message has the most similar
+      names.
   """
   if name not in PRESETS:
     near = difflib.get_close_matches(name, PRESETS, n=3) or list(_OWN)
@@ -159,7 +162,7 @@ def get(name: str) -> Config:
 
 
 def listed() -> str:
-  """The names, in a sentence's part, for `--help`."""
+  """Returns the names of all presets, as a part of a sentence of `--help`."""
   ours = [name for name in _PAPER if PRESETS[name].method.name == "bilora"]
   return (
     f"{', '.join(_OWN)}; or, for the paper's experiments, one of these names, "
