@@ -1,1 +1,1 @@
-"""Methods of fine-tuning: what is trained, by which gradient and update."""
+"""Methods of fine-tuning: trained parameters, gradients and updates."""

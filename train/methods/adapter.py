@@ -1,4 +1,4 @@
-"""The PEFT folder that a run starts from: `--adapter`."""
+"""Reads the PEFT folder that a run starts from: `--adapter`."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -23,15 +23,15 @@ _SEQUENCE = "SEQ_CLS"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A PEFT folder, for a model.
+  """A PEFT folder for a model.
 
   Attributes:
-    path: of the folder.
-    kind: what the model is in transformers; without its head, if the run
-      trains a new one.
-    left_out: ends of names of modules that are not read.
-    base: the base's tensors, by their names in its files; None where they are
-      not at hand.
+    path: the path of the folder.
+    kind: how transformers and PEFT represent the model; without the head, if
+      the run trains a new head.
+    left_out: the ends of names of modules whose tensors are not read.
+    base: the tensors of the base by their names in its files; None if they are
+      not available.
   """
 
   path: str
@@ -40,11 +40,11 @@ class Folder:
   base: Mapping[str, Any] | None
 
   def spec(self) -> bilora_jax.LoraSpec:
-    """The spec of the adapters: ranks, alphas, targets, rsLoRA and DoRA.
+    """Returns the ranks, alphas, targets, rsLoRA and DoRA of the adapters.
 
     Raises:
-      ValueError: if the folder is no LoRA of this model that can be read, or
-        has a head that means something else here.
+      ValueError: if the folder has no readable LoRA for this model, or has a
+        head for another task than the model's head.
     """
     found = peft.load_spec(
       self.path,
@@ -71,10 +71,11 @@ class Folder:
   def started(
     self, adapted: bilora_jax.Adapted
   ) -> Callable[[jax.Array, Any], dict[str, Any]]:
-    """`adapted.init`, with what is in the folder in place of what is new.
+    """Returns `adapted.init`, with the folder's weights in place of new ones.
 
     Raises:
-      ValueError: if the folder's adapters do not fit; each fault is named.
+      ValueError: if the folder's adapters do not fit the model; the message
+        names each fault.
     """
     loaded = peft.load(
       self.path,
@@ -99,16 +100,18 @@ def of(
   base: Mapping[str, Any] | None = None,
   new_head: bool = False,
 ) -> Folder:
-  """The folder of `--adapter`.
+  """Returns the folder of `--adapter` for a model.
 
   Args:
-    path: of the folder.
-    model: to adapt.
-    base: its tensors, by their names in its files, if they are at hand.
-    new_head: whether the head that the folder brings is left out.
+    path: the path of the folder.
+    model: the model to adapt.
+    base: the model's tensors by their names in its files, if they are
+      available.
+    new_head: whether to leave out the head in the folder, and to train a new
+      head.
 
   Raises:
-    ValueError: if a new head is asked for and the model has none.
+    ValueError: if `new_head` is set, and the model has no new head.
   """
   family = registry.family_of(model)
   kind = family.kind_of(model)
@@ -122,6 +125,6 @@ def of(
     heads = [path for path in kind.names if path.startswith(_HEAD)]
     names = {k: x for k, x in kind.names.items() if k not in heads}
     kind = dataclasses.replace(kind, names=names)
-    # As PEFT knows heads: `SEQ_CLS_HEAD_NAMES` of peft/utils/constants.py.
+    # PEFT's names of heads: `SEQ_CLS_HEAD_NAMES` of peft/utils/constants.py.
     left_out += ("classifier", "score")
   return Folder(path, kind, left_out, base)

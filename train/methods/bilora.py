@@ -1,4 +1,4 @@
-"""Bi-LoRA, and Dual-LoRA, the ablation whose second adapter descends too."""
+"""Bi-LoRA, and Dual-LoRA, its ablation with a second adapter that descends."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Literal
@@ -66,14 +66,14 @@ class DualOptions(BallOptions):
 
 
 def radius(options: BallOptions, steps: int) -> "optax.ScalarOrSchedule":
-  """The radius of the auxiliary's ball, by the step."""
+  """Returns the radius of the auxiliary's ball, as a number or a schedule."""
   import optax
 
   match options.rho_schedule:
     case "constant":
       return options.rho
     case "growing":
-      # As the noise of Flat-LoRA grows.
+      # The noise of Flat-LoRA grows in the same way.
       falling = optax.cosine_decay_schedule(options.rho, max(steps, 1))
       return lambda count: options.rho - falling(count)
     case "falling":
@@ -83,7 +83,7 @@ def radius(options: BallOptions, steps: int) -> "optax.ScalarOrSchedule":
 def transformation(
   setting: Setting, optimizer: "optax.GradientTransformation"
 ) -> "optax.GradientTransformation":
-  """Bi-LoRA's update, or Dual-LoRA's."""
+  """Returns the update of Bi-LoRA or of Dual-LoRA."""
   import bilora_jax
   from bilora_jax import variants
 
@@ -106,7 +106,7 @@ def transformation(
 def _auxiliary_optimizer(
   setting: Setting,
 ) -> "optax.GradientTransformation | None":
-  """None for the primary's own."""
+  """Returns the optimizer of the auxiliary; None: that of the primary."""
   import optax
 
   from bilora_jax import variants
@@ -134,7 +134,7 @@ def _auxiliary_optimizer(
 
 
 def _begin(options: BallOptions, init: Init) -> Init:
-  """The auxiliary begins where `--auxiliary-start` says."""
+  """Returns an `init` that follows `--auxiliary-start`."""
   if options.auxiliary_start == "zero":
     return init
   import jax

@@ -1,4 +1,4 @@
-"""Where the primary starts, other than at LoRA's own draw: `--start`."""
+"""Initialisations of the primary, in place of LoRA's draw: `--start`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +17,14 @@ from .trained import kernels
 
 
 class Started(NamedTuple):
-  """A method whose primary starts where part of the base was.
+  """A method with an initialised primary, and the base that belongs to it.
 
   Attributes:
-    variables: of the model, without what the primary starts at.
-    method: its `init` gives that primary.
-    start: the adapters at the start, without an auxiliary; None if the primary
-      takes nothing out of the base.
+    variables: the variables of the model; the initial primary is subtracted
+      from the base, if `start` is not None.
+    method: the method, whose `init` returns the initial primary.
+    start: the initial adapters, without an auxiliary; None if nothing is
+      subtracted from the base.
   """
 
   variables: Any
@@ -42,16 +43,16 @@ def started(
   """Initialises the primary of a method.
 
   Args:
-    name: of the initialisation, as `--start` takes it.
-    model: the method's.
-    variables: of the model, as they were read.
-    method: with LoRA's own start.
-    objective: what is learned from a batch.
-    batch: the first one, for the gradient that `lora_ga` starts along.
+    name: the name of the initialisation, as in `--start`.
+    model: the model of the method.
+    variables: the variables of the model, as in its files.
+    method: the method, with LoRA's own initialisation.
+    objective: the objective of the loss.
+    batch: returns the first batch; `lora_ga` needs its gradient.
 
   Raises:
-    ValueError: if a rank is above what a weight has.
-    RunError: if what is found is not finite.
+    ValueError: if a rank is too large for a weight.
+    RunError: if the initial factors are not finite.
   """
   init, adapted = method.init, method.adapted
   if name == "uniform" or adapted is None:
@@ -60,7 +61,8 @@ def started(
     draw = getattr(initializers, name)
 
     def drawn(key, variables):
-      # The auxiliary's start is an option of its own.
+      # Only the primary is drawn again: another option decides about the
+      # auxiliary.
       own = init(key, variables)
       new = draw(jax.random.fold_in(key, 1), {"primary": own["primary"]})
       return {**own, **new}
@@ -70,7 +72,7 @@ def started(
   if name == "lora_ga":
     dense = method._replace(weights=kernels(adapted))
     more = (_gradient(model, dense, variables, objective, batch()),)
-  # The key draws the auxiliary, which is not used here.
+  # The factors that this key draws are not used.
   new = bilora_jax.primary(adapted.init(jax.random.key(0), variables))
   base, start = getattr(initializers, name)(adapted, variables, new, *more)
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start)):
@@ -92,7 +94,7 @@ def _gradient(
   objective: Objective,
   batch: Batch,
 ) -> Any:
-  """Of the loss of a batch, by the method's `weights`, without adapters."""
+  """Returns the gradient of a batch's loss in `weights`, without adapters."""
 
   def loss(params: Any, variables: Any) -> jax.Array:
     _, own = dense.unpacked(params, variables)
@@ -111,14 +113,17 @@ def on_original(
   evaluated: Any,
   start: Any,
 ) -> tuple[bilora_jax.Adapted, Any]:
-  """What was trained, as adapters of the published weights.
+  """Converts trained adapters to adapters of the published weights.
 
   Args:
     adapted: the model with adapters.
-    model: the one without.
+    model: the model without adapters.
     inputs: example inputs of the model.
-    evaluated: what was trained, without an auxiliary.
-    start: of `Started`.
+    evaluated: the trained adapters, without an auxiliary.
+    start: the initial adapters, from `Started`.
+
+  Returns:
+    The model with adapters of twice the rank, and these adapters.
   """
   spec, wider = initializers.on_original(
     adapted.spec, evaluated, start["primary"]

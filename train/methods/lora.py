@@ -1,4 +1,4 @@
-"""LoRA, and the updates of one adapter that differ from it."""
+"""LoRA, and methods that update its adapter in another way."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Literal

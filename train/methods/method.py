@@ -1,4 +1,4 @@
-"""A method built for a model: what is trained, by which gradient and update."""
+"""Builds a method for a model: trained parameters, gradient and update."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -23,14 +23,17 @@ from .trained import kernels
 class Method(NamedTuple):
   """A way to fine-tune a model.
 
+  The trained arrays are adapters, or parameters of the model.
+
   Attributes:
-    init: `(key, variables)` to what is trained.
-    apply: `(variables, trained, *inputs, rngs=None)` to the logits.
-    tx: what is done with the gradient.
-    evaluated: from what is trained to what is evaluated and kept.
-    estimator: where the gradient is taken.
+    init: from `(key, variables)` to the trained arrays.
+    apply: from `(variables, trained, *inputs, rngs=None)` to the logits.
+    tx: the transformation of the gradient.
+    evaluated: from the trained arrays to the arrays that are evaluated and
+      kept.
+    estimator: the estimator of the gradient.
     weights: from the variables to the frozen weights that the estimator
-      perturbs, nested as they are; None if it perturbs none of them.
+      perturbs, nested as in the parameters; None if it perturbs none of them.
     adapted: the model with adapters, if it has any.
   """
 
@@ -43,13 +46,13 @@ class Method(NamedTuple):
   adapted: bilora_jax.Adapted | None = None
 
   def differentiated(self, trained: Any, variables: Any) -> Any:
-    """What the loss is differentiated by: what is trained, and `weights`."""
+    """Returns the arguments of the gradient: trained arrays and `weights`."""
     if self.weights is None:
       return trained
     return {"trained": trained, "weights": self.weights(variables)}
 
   def unpacked(self, params: Any, variables: Any) -> tuple[Any, Any]:
-    """What is trained, and the variables, of `differentiated`'s result."""
+    """Returns the trained arrays and variables in `differentiated`'s result."""
     if self.weights is None:
       return params, variables
     flat = traverse_util.flatten_dict(variables["params"])
@@ -58,13 +61,13 @@ class Method(NamedTuple):
     return params["trained"], {**variables, "params": own}
 
   def merged(self, variables: Any, evaluated: Any) -> Any:
-    """The variables of the plain model after training."""
+    """Returns the variables of the plain model after training."""
     if self.adapted is None:
       return {**variables, "params": {**variables["params"], **evaluated}}
     merged = self.adapted.merge(variables, bilora_jax.primary(evaluated))
     if "auxiliary" not in evaluated:
       return merged
-    # It is kept, and no merge of the library's takes it.
+    # This method keeps the auxiliary, but the library merges only the primary.
     flat: dict[Any, Any] = traverse_util.flatten_dict(merged["params"])
     pairs: dict[Any, Any] = traverse_util.flatten_dict(
       evaluated["auxiliary"],
@@ -86,22 +89,25 @@ def build(
   quantised: str | None = None,
   base: Mapping[str, Any] | None = None,
 ) -> Method:
-  """The chosen method for a model.
+  """Builds the chosen method for a model.
 
   Args:
     chosen: the method and its options.
-    adapter_options: of its adapters, if it trains any.
+    adapter_options: the options of the adapters, if the method trains any.
     optimisation: the optimizer's options.
-    model: of a family; with a new `head`, or with its own, which is frozen.
+    model: a model of a known family, with a new `head` or with its own head,
+      which gets no adapters.
     inputs: example inputs of the model.
     steps: optimizer steps of the whole run.
-    objective: what is learned from a batch.
-    quantised: what the adapted weights are quantised to, if they are.
-    base: the tensors in the model's files, with which `--adapter` is compared.
+    objective: the objective of the loss.
+    quantised: the dtype that the adapted weights are quantised to; None: they
+      are not quantised.
+    base: the tensors in the model's files; the folder of `--adapter` is
+      compared with them.
 
   Raises:
-    ValueError: if the targets match no module of the model, or the method is
-      not for such a model.
+    ValueError: if the targets match no module of the model, or the method does
+      not support the model.
   """
   spec, options = chosen.spec, chosen.options
   family = registry.family_of(model)
@@ -143,7 +149,7 @@ def build(
 def _of_parameters(
   model: nn.Module, select: Callable[[Any], dict[str, Any]]
 ) -> Method:
-  """Trains parameters of the model itself, those of some of its modules."""
+  """Returns a method that trains selected parameters of the model itself."""
 
   def init(key, variables):
     del key
@@ -201,7 +207,7 @@ def _of_adapters(
 def _new(
   options: AdapterOptions, family: Family, model: nn.Module
 ) -> bilora_jax.LoraSpec:
-  """Which modules get new adapters, of what rank and scale."""
+  """Returns the spec of new adapters: their modules, ranks and scales."""
   return bilora_jax.LoraSpec(
     rank=options.rank,
     alpha=options.alpha,

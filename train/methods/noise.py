@@ -1,4 +1,4 @@
-"""Noise in training: on the factors, on the whole weights, on the logits."""
+"""Methods with noise in training: on factors, whole weights or logits."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ class NoiseOptions:
 
 
 def _merged(params: Any) -> Any:
-  """The weights that the adapted layers multiply by, without a perturbation."""
+  """Returns the weights of the adapted layers, without a perturbation."""
   import jax
 
   return jax.tree.map(
@@ -29,7 +29,7 @@ def _merged(params: Any) -> Any:
 
 
 def _with_noise(options: NoiseOptions, apply: Apply) -> Apply:
-  """The model, with noise on the logits in training."""
+  """Returns the model with noise on its logits in training."""
   import jax
 
   from ..models import chunks
@@ -44,12 +44,13 @@ def _with_noise(options: NoiseOptions, apply: Apply) -> Apply:
   def with_noise(variables, trained, *inputs, rngs=None):
     if rngs is None:
       return apply(variables, trained, *inputs)
-    # Not the dropout's own draws.
+    # A new key, so that the noise does not depend on the dropout's draws.
     key = jax.random.fold_in(rngs["dropout"], 1)
     *others, read = inputs
     if not isinstance(read, chunks.Read):
       return add_noise(key, apply(variables, trained, *inputs, rngs=rngs))
-    # Of each token its own, however many are read at a time.
+    # Each token has its own key, so its noise does not depend on the number of
+    # tokens that are read at a time.
     keys = jax.random.split(key, jax.tree.leaves(read)[0].shape[:2])
     noisy = chunks.Read(read_noisy, jax.random.key_data(keys), read)
     return apply(variables, trained, *others, noisy, rngs=rngs)

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a cosine, which all methods share."""
+"""The optimizer of all methods: AdamW with a warm-up and a cosine decay."""
 
 import optax
 
@@ -7,10 +7,10 @@ from .options import OptimisationOptions
 
 
 def schedule(options: OptimisationOptions, steps: int) -> optax.Schedule:
-  """A linear warm-up to the learning rate, then a cosine to zero.
+  """Returns a linear warm-up to the learning rate, and a cosine decay to 0.
 
   Raises:
-    UsageError: if the warm-up takes all of the steps.
+    UsageError: if the warm-up takes all steps.
   """
   warmup = round(options.warmup_ratio * steps)
   if warmup and warmup >= steps:
@@ -19,7 +19,8 @@ def schedule(options: OptimisationOptions, steps: int) -> optax.Schedule:
       f"falls; got {options.warmup_ratio}, which is {warmup} of the {steps} "
       "steps."
     )
-  # Scaled outside, so that it may be traced: optax looks at a peak's value.
+  # The learning rate may be traced here. optax would branch on the value of a
+  # peak, so the peak is 1, and the schedule is scaled afterwards.
   unit = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=1.0,
@@ -32,7 +33,7 @@ def schedule(options: OptimisationOptions, steps: int) -> optax.Schedule:
 def adamw(
   options: OptimisationOptions, steps: int
 ) -> optax.GradientTransformation:
-  """The optimizer of what descends."""
+  """Returns the optimizer of the parameters that descend the loss."""
   return optax.chain(
     optax.clip_by_global_norm(options.max_grad_norm)
     if options.max_grad_norm

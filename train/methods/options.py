@@ -1,4 +1,4 @@
-"""Options of adapters and of optimisation, that methods share."""
+"""The options of adapters and of optimisation, which methods share."""
 
 import dataclasses
 from typing import Literal

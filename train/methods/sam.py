@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation over the factors, the weights or parameters."""
+"""Sharpness-aware minimisation: over factors, weights or all parameters."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -105,13 +105,13 @@ def _losses(apply: Apply, objective: "Objective"):
     items = objective.items(found, batch)
     rows = len(items.losses)
     of_rows = (items.losses * items.weights).reshape(rows, -1).sum(-1)
-    return of_rows * (rows / total)  # whose mean is the step's loss
+    return of_rows * (rows / total)  # their mean is the step's loss
 
   return losses
 
 
 def _rows(objective: "Objective", args: Any, index: "jax.Array") -> Any:
-  """The arguments of the step's loss, for some rows of the batch."""
+  """Returns the arguments of the step's loss for some rows of the batch."""
   import jax
   import jax.numpy as jnp
 
@@ -163,7 +163,8 @@ SPECS = (
     "rows",
     options=EsamOptions,
     estimator=_esam,
-    # Its share of the rows, and a forward pass beside.
+    # The second gradient takes a share of the rows. A forward pass over all
+    # rows, which chooses them, is not counted.
     gradients=lambda options: 1 + options.sample_fraction,
     check=_check_esam,
   ),

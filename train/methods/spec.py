@@ -1,4 +1,4 @@
-"""`MethodSpec`: what a method of `--method` is, and the methods by name."""
+"""`MethodSpec`, the record of a method, and the methods of `--method`."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,8 +10,9 @@ from .. import options as options_lib
 from ..errors import UsageError
 from .options import AdapterOptions, OptimisationOptions
 
-# The command line needs the names and the options of all methods, and answers
-# in half a second without JAX: a method imports it when it is built.
+# The command line needs the names and the options of all methods. It answers in
+# half a second because it does not import JAX: a method imports JAX only when
+# the method is built.
 if TYPE_CHECKING:
   import optax
 
@@ -20,24 +21,25 @@ if TYPE_CHECKING:
   from ..data.objectives import Objective
 
 Apply = Callable[..., Any]
-"""`(variables, trained, *inputs, rngs=None)` to the logits."""
+"""From `(variables, trained, *inputs, rngs=None)` to the logits."""
 Init = Callable[[Any, Any], Any]
-"""`(key, variables)` to what is trained."""
+"""From `(key, variables)` to the trained arrays."""
 
-# The files whose `SPECS` are the program's own methods, the default's first.
+# The modules whose `SPECS` are the built-in methods. The first module has the
+# default method.
 _FILES = ("bilora", "lora", "sam", "nystroem", "noise", "parameters")
 
 
 class Setting(NamedTuple):
-  """What a method is built for.
+  """The run that a method is built for.
 
   Attributes:
-    options: the method's own.
-    adapter: ranks, targets and so on.
-    optimisation: rates, schedules and batches.
+    options: the method's own options.
+    adapter: the options of the adapters.
+    optimisation: the options of the optimizer and the batches.
     steps: optimizer steps of the whole run.
-    apply: the model with what is trained.
-    objective: what is learned from a batch.
+    apply: from the variables, the trained arrays and inputs to the logits.
+    objective: the objective of the loss.
   """
 
   options: Any
@@ -54,7 +56,7 @@ class NoOptions:
 
 
 def baselines():
-  """The library's baselines, which are imported when this is called."""
+  """Imports and returns the library's baselines."""
   from bilora_jax import baselines
 
   return baselines
@@ -76,27 +78,31 @@ def _update(
 class MethodSpec:
   """A way to fine-tune.
 
-  Where the gradient is taken is a `GradientEstimator`, what is done with it an
-  Optax transformation.
+  A `GradientEstimator` computes the gradient, and an Optax transformation makes
+  the update from it.
 
   Attributes:
-    name: what `--method` takes.
-    summary: what is trained and how, a clause.
-    options: a dataclass of its own options.
+    name: the name, as in `--method`.
+    summary: a clause that says what is trained, and how.
+    options: the dataclass of the method's own options.
     trains: adapters, all parameters of the model, or its new head alone.
-    estimator: where the gradient is taken.
-    transformation: what is put around the optimizer.
-    gradients: gradients over a whole batch that a step takes, in the mean, by
-      the options.
-    perturbs_weights: whether the estimator perturbs the frozen weights too.
-    has_auxiliary: whether there is a second adapter in a ball, whose options
-      have `rho` and `auxiliary_rank`.
+    estimator: makes the estimator of the gradient.
+    transformation: from the setting and the optimizer to the transformation of
+      the gradient, in which the optimizer is a part.
+    gradients: from the options to the mean number of gradients, over a whole
+      batch, that a step takes.
+    perturbs_weights: whether the estimator perturbs the frozen weights, too.
+    has_auxiliary: whether the method trains a second adapter in a ball; its
+      options then have `rho` and `auxiliary_rank`.
     sketches: whether the estimator adds an auxiliary of its own, which is not
-      trained, and whose options have `auxiliary_rank`.
-    visits: steps in a row that meet a batch before the next one comes.
-    keeps_auxiliary: whether that one is evaluated and kept, by the options.
-    begin: from the adapters' `init` to the method's own.
-    training_apply: from the model to what is differentiated in training.
+      trained; the options then have `auxiliary_rank`.
+    visits: how many steps in a row use the same batch.
+    keeps_auxiliary: from the options to whether the second adapter is evaluated
+      and kept.
+    begin: from the options and the `init` of the adapters to the method's
+      `init`.
+    training_apply: from the options and `apply` to the `apply` that is
+      differentiated in training.
     check: refuses options that do not fit each other, with a UsageError.
   """
 
@@ -131,8 +137,8 @@ class Chosen(NamedTuple):
   """A method and its options.
 
   Attributes:
-    name: of the method.
-    options: of its spec's `options`.
+    name: the name of the method.
+    options: an instance of the `options` of its spec.
   """
 
   name: str
@@ -144,7 +150,7 @@ class Chosen(NamedTuple):
 
   @property
   def gradients(self) -> float:
-    """Gradients over a whole batch that a step takes, in the mean."""
+    """The mean number of gradients, over a whole batch, that a step takes."""
     return self.spec.gradients(self.options)
 
 
@@ -155,7 +161,7 @@ DEFAULT = "bilora"
 
 
 def register(spec: MethodSpec) -> MethodSpec:
-  """Adds a method to those of `--method`.
+  """Adds a method to the choices of `--method`.
 
   Raises:
     ValueError: if another method has its name.
@@ -167,15 +173,15 @@ def register(spec: MethodSpec) -> MethodSpec:
 
 
 def every() -> dict[str, MethodSpec]:
-  """All methods by their names, the default first."""
+  """Returns all methods by their names; the default is the first."""
   return {**_built_in(), **_ADDED}
 
 
 def get(name: str) -> MethodSpec:
-  """The method of that name.
+  """Returns the method of that name.
 
   Raises:
-    UsageError: if there is none.
+    UsageError: if there is no such method.
   """
   if name not in every():
     raise UsageError(
@@ -185,12 +191,12 @@ def get(name: str) -> MethodSpec:
 
 
 def default() -> Chosen:
-  """The method that is trained by if none is named."""
+  """Returns the method of a run that names none, with default options."""
   return Chosen(DEFAULT, get(DEFAULT).options())
 
 
 def having(option: str) -> str:
-  """The methods that have an option, in a sentence's part."""
+  """Joins the names of all methods that have an option, for messages."""
   return options_lib.listed(
     spec.name
     for spec in every().values()

@@ -1,4 +1,4 @@
-"""Parts of what is differentiated, that estimators perturb."""
+"""Selects the arrays that estimators of the gradient perturb."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -7,18 +7,18 @@ if TYPE_CHECKING:
   import bilora_jax
 
 WEIGHTS = {"trained": False, "weights": True}
-"""The frozen weights with adapters, of `Method.differentiated`'s result."""
+"""The mask of the adapted frozen weights in `Method.differentiated`."""
 INPUT_AXES = (-2,)
-"""Kernels here are (in, out), under scan with the layers in front."""
+"""The input axis of kernels (in, out), or (layers, in, out) under `nn.scan`."""
 
 
 def primary(trained: Any) -> dict[str, bool]:
-  """What LoRA-SAM and its kin perturb: adapters, and no head."""
+  """Returns the mask of LoRA-SAM and others: the primary, without a head."""
   return {part: part == "primary" for part in trained}
 
 
 def kernels(adapted: "bilora_jax.Adapted") -> Callable[[Any], Any]:
-  """From the variables to the weights with adapters, nested as they are."""
+  """Returns a function from the variables to the adapted weights, nested."""
   from flax import traverse_util
 
   paths = {tuple(path.split("/")) for path in adapted.targets}
