@@ -1,1 +1,1 @@
-"""A finished run, opened again: to predict, to generate, to export."""
+"""Commands for finished runs: predict, evaluate, generate and export."""

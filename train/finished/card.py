@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, how good, and how to load it."""
+"""Writes the model card of an export: facts, test results and code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,22 @@ from ..run import report
 from .finished import Finished
 
 LOCAL = "local model; give --base-model"
-"""What is written for a base that others do not have."""
+"""The text in place of a base model that other people cannot get."""
 
-# Of the numbers of a test, those that are no metric.
+# The numbers of a test that are not metrics.
 _NO_METRIC = ("loss", "rows", "unit", "accuracy_95")
 
 
 def write(run: Finished, base: str, note: str, name: str, whole: bool) -> str:
-  """The text of README.md.
+  """Returns the text of README.md.
 
   Args:
-    run: that is exported.
-    base: what it was made of, as a name on the hub; empty if it has none.
-    note: a sentence on how the base differs from that name's, if it does.
-    name: of the folder, or of its repository.
-    whole: whether it is a model, or adapters.
+    run: the exported run.
+    base: the name of the base model on the hub; empty if it has none.
+    note: a sentence on differences between the base and the model of that name;
+      empty if there are none.
+    name: the name of the folder or of its repository.
+    whole: whether the export is a whole model; if not, it has adapters.
   """
   test = (report.results(run.folder) or {}).get("test", {})
   library = "transformers" if whole else "peft"
@@ -61,7 +62,7 @@ def _facts(run: Finished) -> dict[str, Any]:
   task = run.task
   found: dict[str, Any] = {"task": f"{task.name} ({task.kind})"}
   if run.config.data.path:
-    # Where it was is nobody's business.
+    # Without its folder, which is private.
     found["data"] = run.config.data.path.rstrip("/").rpartition("/")[2]
   if run.labels:
     found["labels"] = options.listed(run.labels)
@@ -69,7 +70,7 @@ def _facts(run: Finished) -> dict[str, Any]:
 
 
 def _options(run: Finished) -> dict[str, Any]:
-  """What decides the numbers, without paths."""
+  """Returns the options that affect the results, without paths."""
   config = run.config
   found = options.values(config.method.options)
   if run.adapted is not None:
@@ -123,7 +124,8 @@ def _eval_results(
   ]
 
 
-# Of PEFT's types of tasks, the class of transformers; of none, that of images.
+# From PEFT's types of tasks to classes in transformers. Models of images have
+# no type of task.
 _CLASSES = {
   "CAUSAL_LM": "AutoModelForCausalLM",
   "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -134,7 +136,7 @@ _CLASSES = {
 
 
 def snippet(run: Finished, base: str, name: str, whole: bool) -> str:
-  """Lines of Python that load what was exported, and ask it something."""
+  """Returns lines of Python that load the export and run an example."""
   task_type = run.pretrained.kind(run.model).task_type
   auto = _CLASSES[task_type]
   imports = [] if task_type is None else ["AutoTokenizer"]
@@ -175,7 +177,7 @@ def _form(run: Finished, task_type: str | None) -> str:
 
 
 def _told(run: Finished) -> str:
-  """What is made of the logits of a row."""
+  """Returns lines of Python that print the result from a row's logits."""
   task = run.task
   if task.kind == "regression":
     return f"print(float(logits[0]) * {task.spread!r} + {task.centre!r})\n"
@@ -197,7 +199,7 @@ def _text(run: Finished) -> str:
 
 
 def _pooled(run: Finished) -> str:
-  """From the logits of all tokens to those of the text."""
+  """Returns lines of Python from the tokens' logits to those of the text."""
   kind = run.pretrained.kind(run.model)
   if kind.task_type != "TOKEN_CLS":
     return ""

@@ -1,4 +1,4 @@
-"""`python -m train evaluate`: a finished run on labelled rows."""
+"""`python -m train evaluate`: tests a finished run on labelled rows."""
 
 import pathlib
 from typing import Any
@@ -15,10 +15,10 @@ from .options import Columns, Evaluate
 
 
 def main(options: Evaluate) -> int:
-  """Evaluates, and prints what was found. Returns 0.
+  """Evaluates a run and prints the numbers. Returns 0.
 
   Raises:
-    ValueError: if the run or the rows are not as they must be.
+    ValueError: if the run or the rows are invalid.
     OSError: if the file cannot be written.
   """
   out = pathlib.Path(options.json).expanduser()
@@ -48,7 +48,7 @@ def _evaluation(options: Evaluate, finished: Finished) -> Evaluation:
 
 
 def _own(options: Evaluate, finished: Finished, size: int) -> data_lib.Data:
-  """The run's data; of conversations, with --data for all of its splits."""
+  """Returns the run's data; with --data, every split has these rows."""
   changes: dict[str, Any] = {"eval_batch_size": size}
   if options.data:
     changes |= dict.fromkeys(("data", "validation", "test"), options.data)

@@ -1,4 +1,4 @@
-"""`python -m train export`: what a run has trained, for other programs."""
+"""`python -m train export`: writes a trained model for other programs."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -19,7 +19,7 @@ from . import card, hub, llama_cpp
 from .finished import Finished, open_run
 from .options import Export
 
-# Beside the weights, what transformers makes a tokenizer or a processor of.
+# The files that transformers needs for a tokenizer or a processor.
 _TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -41,16 +41,16 @@ _TOKENIZER = (
 )
 _SHARD = 2 * 10**9  # bytes
 _WRITTEN = ("adapter_config.json", "config.json")
-"""One of them is in each folder that is written here."""
+"""Every export has one of these files."""
 
 
 def main(options: Export) -> int:
-  """Writes the folder, and says what it is. Returns 0.
+  """Writes the folder, and prints what it contains. Returns 0.
 
   Raises:
-    ValueError: if there is no such run, what it kept cannot be written so, or
-      the hub refuses it.
-    OSError: if a file cannot be written, or the hub is not reached.
+    ValueError: if the run does not exist, cannot be exported with these
+      options, or is refused by the hub.
+    OSError: if a file cannot be written, or the hub cannot be reached.
   """
   out = pathlib.Path(options.out).expanduser().absolute()
   if options.private and not options.push_to_hub:
@@ -92,7 +92,7 @@ def _export(options: Export, out: pathlib.Path) -> int:
         run.pretrained.kind(run.model).names,
         base_model=base or card.LOCAL,
         task_type=run.pretrained.kind(run.model).task_type,
-        # A run that keeps its second adapter was asked to.
+        # A run keeps its second adapter only if its options say so.
         auxiliary="auxiliary" in run.adapters,
       )
       what = f"{out} is a LoRA for PEFT, on a {_kind(run)}."
@@ -113,7 +113,7 @@ def _kind(run: Finished) -> str:
 
 
 def _check_out(out: pathlib.Path, overwrite: bool) -> None:
-  """Refuses a folder with something in it, unless it may be replaced."""
+  """Refuses a folder that is not empty, unless it may be replaced."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return
   if not overwrite:
@@ -129,7 +129,7 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
 
 
 def _check_other(out: pathlib.Path, run: Finished) -> None:
-  """Refuses to put an export where what it is made of is."""
+  """Refuses a folder that contains the run or its model."""
   for name, path in (("run", run.folder), ("model", run.pretrained.path)):
     if path.resolve().is_relative_to(out.resolve()):
       raise UsageError(
@@ -140,9 +140,9 @@ def _check_other(out: pathlib.Path, run: Finished) -> None:
 
 @contextlib.contextmanager
 def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write, which is at its place at once when all is there.
+  """Yields a temporary folder to write, and moves it to `out` at the end.
 
-  Its lock is held.
+  The caller holds the lock.
   """
   part, old = _beside(out)
   try:
@@ -158,14 +158,15 @@ def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _beside(out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """Where the folder is while it is written, and where the one before goes."""
+  """Returns the paths of the unfinished folder and of the replaced folder."""
   return out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
 
 
 def _sweep(out: pathlib.Path) -> None:
-  """Removes what is beside the folder, after a kill too, which loses nothing.
+  """Removes the temporary folders, also those that a killed process left.
 
-  Between two renames the one before is nowhere else.
+  A kill between the two renames leaves the old export only in its temporary
+  folder. Then it is moved back.
   """
   part, old = _beside(out)
   if old.exists() and not out.exists():
@@ -183,7 +184,8 @@ def _write_model(out: pathlib.Path, run: Finished) -> None:
     )
   params = run.variables["params"]
   if run.adapted is not None:
-    # As the run saw them: the adapters make up for the rounding.
+    # The base is rounded as in the run, because the adapters also learned to
+    # correct the rounding.
     merged = run.adapted.merge(run.variables, run.adapters, donate=True)
     params = merged["params"]
   tensors = run.pretrained.tensors_of(run.model, params)
@@ -198,7 +200,7 @@ def _write_model(out: pathlib.Path, run: Finished) -> None:
 def _write_tensors(
   out: pathlib.Path, tensors: Mapping[str, np.ndarray]
 ) -> None:
-  """One file, or an index and shards, of which one is held twice at a time."""
+  """Writes one file, or shards and an index; copies one shard at a time."""
   split = huggingface_hub.split_state_dict_into_shards_factory(
     dict(tensors),
     get_storage_size=lambda x: x.nbytes,
@@ -227,7 +229,8 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
     if path.is_file():
       config = checked.read_json(path)
   elif pretrained.text_tokenizer is not None:
-    # Its own `save` raises an Exception where the disk is full.
+    # On a full disk, the tokenizer's own `save` would raise no OSError but a
+    # plain Exception.
     text = pretrained.text_tokenizer.to_str(pretty=True)
     (out / "tokenizer.json").write_text(text, "utf-8")
   if not (out / "tokenizer.json").is_file():
@@ -243,8 +246,8 @@ def _write_tokenizer(out: pathlib.Path, run: Finished) -> None:
 
 
 def _open_to_others(folder: pathlib.Path) -> None:
-  """Gives the rights of new files; some writers' are for the owner alone."""
-  # There is no other way to read it.
+  """Sets the usual permissions; some writers let only the owner read."""
+  # The mask can be read only by setting it.
   mask = os.umask(0)
   os.umask(mask)
   folder.chmod(0o777 & ~mask)

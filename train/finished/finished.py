@@ -1,4 +1,4 @@
-"""A run opened again: its model as it was tested, its labels, its tokenizer."""
+"""Opens a finished run: its tested model, its labels and its tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -30,16 +30,16 @@ from ..run.config import Config
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finished:
-  """A run that has ended, of which no weight is read yet.
+  """A finished run; its weights are read when they are needed.
 
   Attributes:
-    folder: of the run.
-    config: that it was made with.
-    pretrained: what it started from.
-    task: what it learned, with its labels; it may have no source of rows.
-    model: as it was trained.
-    adapted: the model with adapters, if they are what was trained.
-    objective: how a batch goes into the model, and what comes out is told.
+    folder: the folder of the run.
+    config: the configuration of the run.
+    pretrained: the pretrained model.
+    task: the task with its labels; it may have no source of rows.
+    model: the model of the run.
+    adapted: the model with adapters; None if the run trained parameters.
+    objective: how the model reads a batch, and how its outputs are scored.
   """
 
   folder: pathlib.Path
@@ -52,12 +52,12 @@ class Finished:
 
   @property
   def labels(self) -> tuple[str, ...]:
-    """Of a classification."""
+    """The labels of a classification."""
     return self.task.labels
 
   @property
   def template(self) -> templates.Template | None:
-    """Of conversations: the run's, or else the model's."""
+    """The chat template of the run, or else of the model."""
     template, path = self.pretrained.template, self.folder / kept.TEMPLATE
     if template is None or not path.exists():
       return template
@@ -65,7 +65,7 @@ class Finished:
 
   @functools.cached_property
   def adapters(self) -> Mapping[str, Any]:
-    """The run's; empty if it trained parameters."""
+    """The run's adapters; empty if it trained parameters."""
     if self.adapted is None:
       return {}
     folder = self.folder / kept.ADAPTERS
@@ -76,9 +76,10 @@ class Finished:
 
   @functools.cached_property
   def variables(self) -> dict[str, Any]:
-    """Of the model, as the run had them, and with parameters it has trained.
+    """The variables of the model, with the parameters that the run trained.
 
-    They are read one at a time, and quantised if they were.
+    They have the dtype and the quantisation of the run. They are read one at a
+    time.
     """
     spec = self.config.method.spec
     trained = {}
@@ -95,17 +96,21 @@ class Finished:
     return {**found, "params": {**found["params"], **trained}}
 
   def apply(self) -> functools.partial:
-    """Calls the model with its variables and adapters, which jit passes on."""
+    """Returns a partial of the model's `apply`, with its weights in `args`.
+
+    Callers pass `args` to a jitted function, so that the weights are arguments
+    and no constants of the program.
+    """
     if self.adapted is None:
       return functools.partial(self.model.apply, self.variables)
     return functools.partial(self.adapted.apply, self.variables, self.adapters)
 
   def answer(self) -> Callable[[Batch], jax.Array]:
-    """From a batch to the labels' probabilities, or to values."""
+    """Returns a function from a batch to probabilities of labels, or values."""
     return self._compiled(lambda found, _: self.objective.answers(found))
 
   def items(self) -> Callable[[Batch], Items]:
-    """From a batch to its losses and predictions."""
+    """Returns a function from a batch to its losses and predictions."""
     return self._compiled(self.objective.items)
 
   def _compiled(self, tell: Callable[[Any, Batch], Any]) -> Callable[..., Any]:
@@ -121,7 +126,7 @@ class Finished:
   def rows(
     self, data: str | Sequence[Text], task: Task, labelled: bool = False
   ) -> data_lib.Given:
-    """New rows, as the model reads them; see `data.load.rows_for`."""
+    """Reads new rows for the model; see `data.load.rows_for`."""
     with reading():
       return data_lib.rows_for(
         task,
@@ -135,30 +140,30 @@ class Finished:
   def predict(
     self, data: str | Sequence[Text], batch_size: int = 0
   ) -> np.ndarray:
-    """What the model tells of rows.
+    """Returns the model's answers for rows.
 
     Args:
       data: a path, texts, or pairs of texts.
-      batch_size: rows of a batch; 0: as in the run.
+      batch_size: rows of a batch; 0: the number of the run.
 
     Returns:
       [rows, labels] probabilities, or [rows] values.
 
     Raises:
-      ValueError: if the rows are not as they must be.
+      ValueError: if the rows are invalid.
     """
     given = self.rows(data, self.task)
     return given.answers(self.answer(), batch_size or self.batch_size)
 
   @property
   def batch_size(self) -> int:
-    """Rows that the run evaluated together."""
+    """The number of rows that the run evaluated together."""
     return assemble.eval_rows(self.config)
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-  """Says of data that cannot be had what is said of data that are wrong."""
+  """Turns the RuntimeErrors of unavailable data into UsageErrors."""
   try:
     yield
   except RuntimeError as error:
@@ -168,16 +173,16 @@ def reading() -> Iterator[None]:
 def open_run(
   folder: str | pathlib.Path, base: str = "", accept_changes: bool = False
 ) -> Finished:
-  """Opens a run that has ended.
+  """Opens a finished run.
 
   Args:
-    folder: of the run, by this version of the program or an older.
-    base: the model that its adapters are put on; empty: the run's.
-    accept_changes: whether the run's model may be another than it was.
+    folder: the folder of the run, from this or an older version of the program.
+    base: the model that gets the run's adapters; empty: the run's own model.
+    accept_changes: whether the run's model may have changed since the run.
 
   Raises:
-    ValueError: if there is no such run, it has not ended or kept nothing, or
-      its model cannot be had, or has changed.
+    ValueError: if the run does not exist, has not ended or kept no weights; or
+      if its model is not available, or has changed.
   """
   folder = pathlib.Path(folder).expanduser()
   _check_folder(folder)
@@ -216,7 +221,8 @@ def open_run(
   if config.method.spec.has_adapters:
     spec = bilora_jax.load_spec(folder / kept.ADAPTERS)
     if not config.adapter.path:
-      # The base may be another; and older runs name a head that theirs has not.
+      # The base may be another model, with another name of its head. Runs of
+      # older versions exclude a head even if their model lacks it.
       head = pretrained.family.own_head(model)
       spec = dataclasses.replace(spec, exclude=head)
     adapted = bilora_jax.adapt(
@@ -234,7 +240,7 @@ def open_run(
   return finished
 
 
-# One of each kind; an objective takes what its model reads.
+# A batch with every kind of input; an objective takes those of its model.
 _TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")
 _BATCH = {
   **dict.fromkeys(("tokens", "mask", "token_types"), _TOKENS),
@@ -258,7 +264,7 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 
 def _check_kept(folder: pathlib.Path, config: Config) -> None:
-  """Refuses a run that has nothing to go on with."""
+  """Refuses a run that kept no weights."""
   name = kept.ADAPTERS if config.method.spec.has_adapters else kept.PARAMETERS
   if (folder / name).exists():
     return

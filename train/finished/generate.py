@@ -1,4 +1,4 @@
-"""`python -m train generate`: what a model says, alone or as trained."""
+"""`python -m train generate`: prints the answers of a model or of a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
@@ -24,7 +24,8 @@ def main(options: Generate) -> int:
   """Answers the prompts. Returns 0.
 
   Raises:
-    ValueError: if the options, the run or its model are not for it.
+    ValueError: if the options are invalid, or the run or the model cannot
+      generate.
   """
   _check(options)
   questions = gsm8k.load(options.questions) if options.questions else []
@@ -65,7 +66,7 @@ def _scored(right: int, count: int) -> str:
 
 
 def _answers(options: Generate, prompts: Sequence[str]) -> Iterator[str]:
-  """Yields what is said to each prompt."""
+  """Yields the answer to each prompt."""
   opened = _opened(options)
   pretrained, template = opened.pretrained, opened.template
   for note in pretrained.notes:
@@ -83,11 +84,11 @@ def _answers(options: Generate, prompts: Sequence[str]) -> Iterator[str]:
     top_k=options.top_k,
     top_p=options.top_p,
   )
-  # One width, and one program, for all.
+  # All batches have one width, so one program is compiled for all.
   width = max(map(len, rows))
   for start in range(0, len(rows), options.batch_size):
     some = rows[start : start + options.batch_size]
-    # So that the last batch is of the others' shape.
+    # Copies fill the last batch, so that it has the shape of the others.
     copies = [some[0]] * (min(options.batch_size, len(rows)) - len(some))
     tokens, mask = _padded([*some, *copies], width, pretrained.pad_id)
     key = jax.random.fold_in(jax.random.key(options.seed), start)
@@ -97,7 +98,7 @@ def _answers(options: Generate, prompts: Sequence[str]) -> Iterator[str]:
 
 
 class _Opened(NamedTuple):
-  """What answers: a run's model, or one that no run has trained."""
+  """The model that answers: a run's model, or a pretrained one."""
 
   pretrained: Pretrained
   template: templates.Template | None

@@ -13,7 +13,7 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check(name: str) -> None:
-  """Refuses what is no name of a repository."""
+  """Refuses a text that is not the name of a repository."""
   if not _NAME.fullmatch(name):
     raise UsageError(
       "--push-to-hub must be the name of a repository, as user/name; got "
@@ -22,14 +22,17 @@ def check(name: str) -> None:
 
 
 def push(folder: pathlib.Path, name: str, private: bool) -> str:
-  """Makes the repository if there is none, uploads, and says where it is.
+  """Uploads a folder to a repository, which is made if there is none.
 
-  The hub is that of HF_ENDPOINT, and the token that of HF_TOKEN or of
+  HF_ENDPOINT is the address of the hub. The token comes from HF_TOKEN or from
   `hf auth login`.
 
+  Returns:
+    A sentence with the address of the repository.
+
   Raises:
-    UsageError: if the hub refuses it.
-    OSError: if the hub is not reached.
+    UsageError: if the hub refuses the upload.
+    OSError: if the hub cannot be reached.
   """
   endpoint = os.environ.get("HF_ENDPOINT") or None
   api = huggingface_hub.HfApi(endpoint=endpoint)
@@ -47,7 +50,7 @@ def push(folder: pathlib.Path, name: str, private: bool) -> str:
     else:
       reason = str(error).partition("\n")[0]
     raise UsageError(_refused(name, folder, reason)) from error
-  except Exception as error:  # of the network, by whichever client
+  except Exception as error:  # network errors depend on the HTTP client
     raise OSError(
       f"{name} was not uploaded: {api.endpoint} cannot be reached "
       f"({type(error).__name__}: {error}); the export is in {folder}"

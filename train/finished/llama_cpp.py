@@ -1,4 +1,4 @@
-"""A run's adapters for llama.cpp: `export --gguf`."""
+"""Writes a run's adapters for llama.cpp: `export --gguf`."""
 
 from collections.abc import Mapping
 import pathlib
@@ -15,14 +15,14 @@ from .finished import Finished
 
 
 def check(run: Finished, whole: bool) -> None:
-  """Refuses a run of which no such file can be written.
+  """Refuses a run whose adapters llama.cpp cannot read.
 
   Args:
-    run: what is exported.
-    whole: whether it is, as a whole model.
+    run: the exported run.
+    whole: whether the run is exported as a whole model.
 
   Raises:
-    UsageError: that says why.
+    UsageError: if the run is refused; the message says why.
   """
   if whole or run.adapted is None:
     raise UsageError(
@@ -42,7 +42,7 @@ def check(run: Finished, whole: bool) -> None:
 
 
 def write(path: pathlib.Path, run: Finished) -> None:
-  """Writes the adapters that `export` writes for PEFT.
+  """Writes the same adapters as `export` writes for PEFT.
 
   Raises:
     OSError: if the file cannot be written.
@@ -59,7 +59,10 @@ def write(path: pathlib.Path, run: Finished) -> None:
 def modules(
   adapters: Mapping[str, Any], names: Mapping[str, Any]
 ) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-  """`lora_A`, `lora_B` and the scale of each module, both adapters' joined."""
+  """Returns `lora_A`, `lora_B` and the scale of each module.
+
+  If there are two adapters, their factors are joined.
+  """
   flat = [_flatten(adapters.get(x, {})) for x in ("primary", "auxiliary")]
   found = {}
   for path, pair in flat[0].items():

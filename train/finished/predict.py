@@ -1,4 +1,4 @@
-"""`python -m train predict`: what a finished run tells of new rows."""
+"""`python -m train predict`: labels new rows with a finished run."""
 
 import csv
 import io
@@ -20,10 +20,10 @@ _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 def main(options: Predict) -> int:
-  """Labels the rows, and writes or prints what was found. Returns 0.
+  """Labels the rows, and writes or prints the results. Returns 0.
 
   Raises:
-    ValueError: if the run or the rows are not as they must be.
+    ValueError: if the run or the rows are invalid.
     OSError: if the file cannot be written.
   """
   given = sum(map(bool, (options.data, options.text, options.image)))
@@ -50,10 +50,10 @@ def main(options: Predict) -> int:
 
 
 def check_labelled(finished: Finished) -> None:
-  """Refuses a run that has no label for a row.
+  """Refuses a run of conversations, which has no labels for rows.
 
   Raises:
-    UsageError: that names the command for it.
+    UsageError: if the run is refused; the message names the right command.
   """
   if finished.task.kind == "conversations":
     raise UsageError(
@@ -63,10 +63,10 @@ def check_labelled(finished: Finished) -> None:
 
 
 def read(finished: Finished, data: str, columns: Columns, labelled: bool):
-  """The rows of a path, in the run's columns or in those that are named.
+  """Reads rows from the run's columns, or from the columns that are named.
 
   Raises:
-    ValueError: if they are not as they must be.
+    ValueError: if the rows are invalid.
   """
   task = columns.named(finished.task)
   rows = finished.rows(data, task, labelled)
@@ -82,7 +82,7 @@ def read(finished: Finished, data: str, columns: Columns, labelled: bool):
 
 
 def write(out: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  """Writes rows, in the format of the name, whole or not at all."""
+  """Writes rows atomically; the suffix of the path decides the format."""
   with files.replacing(out) as part:
     if out.suffix == ".parquet":
       import pyarrow as pa
@@ -135,7 +135,7 @@ def _texts(options: Predict) -> list[Text]:
 
 
 def _told(finished: Finished, answers: np.ndarray) -> list[dict[str, Any]]:
-  """A row's label and probabilities, or its value, by columns."""
+  """Returns the columns of each row: label and probabilities, or a value."""
   if finished.task.kind == "regression":
     return [{"value": float(x)} for x in answers]
   labels = finished.labels
