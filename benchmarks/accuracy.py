@@ -1,7 +1,9 @@
-"""The README's table of test accuracies: `python benchmarks/accuracy.py`.
+"""Makes the README's table of test accuracies.
 
-Runs `python -m train` for each method and seed, on the same rows in the same
-order for all methods of a seed; what has been run is not run again.
+  python benchmarks/accuracy.py
+
+Runs `python -m train` for each method and seed. All methods of a seed get the
+same rows in the same order. Finished runs are not repeated.
 """
 
 import argparse
@@ -28,7 +30,8 @@ def main() -> None:
       subprocess.run(
         [sys.executable, "-m", "train", "--preset", "snippets"]
         + ["--method", method, "--seed", str(seed)]
-        # The features are frozen: one fit a seed is enough.
+        # The baseline's features are frozen, so all methods of a seed share
+        # one baseline.
         + (["--no-baseline"] if method != options.methods[0] else [])
         + ["--run-dir", str(folder)],
         check=True,

@@ -1,9 +1,9 @@
-"""What `adapt` costs, by the number of layers.
+"""Measures the cost of `adapt` for models with different numbers of layers.
 
   python -m benchmarks.adapt_cost
 
-Traces a stack of dense layers by `jax.eval_shape` of its `init`, and adapts it,
-and prints the CPU time of each, in seconds.
+Traces the `init` of a stack of dense layers by `jax.eval_shape`, then adapts
+the stack. Prints the CPU time of both, in seconds.
 """
 
 import time
@@ -21,7 +21,7 @@ class Stack(nn.Module):
   """Layers that are not scanned.
 
   Attributes:
-    layers: how many.
+    layers: the number of layers.
   """
 
   layers: int
@@ -34,7 +34,7 @@ class Stack(nn.Module):
 
 
 def measure(layers: int) -> tuple[float, float]:
-  """CPU seconds of `eval_shape(init)` and of `adapt`."""
+  """Returns the CPU seconds of `eval_shape(init)` and of `adapt`."""
   model, x = Stack(layers), jax.ShapeDtypeStruct((2, 8), jnp.float32)
   start = time.process_time()
   jax.eval_shape(model.init, jax.random.key(0), x)
@@ -44,7 +44,7 @@ def measure(layers: int) -> tuple[float, float]:
 
 
 def main() -> None:
-  measure(2)  # JAX's and Qwix's first calls
+  measure(2)  # the first calls of JAX and Qwix take longer
   for layers in _LAYERS:
     init, adapted = measure(layers)
     print(

@@ -1,13 +1,13 @@
-"""A LoRA step of this program against one of PyTorch and PEFT.
+"""Compares a LoRA step of this program with a step of PyTorch and PEFT.
 
   python -m benchmarks.against_peft --torch-python TORCH/bin/python
 
-TORCH is an environment with torch, peft and transformers. Both train LoRA,
-r = 8 and alpha = 16 on every linear layer, with AdamW, on the same weights and
-batch, each in a process that steps when it is asked to: never both at once, in
-an order that is new in every round. They must train as many parameters, and
-their losses of the first step must agree. Both are held to the same cores, by
-what only Linux has.
+TORCH is an environment with torch, peft and transformers. Both programs train
+LoRA (r = 8, alpha = 16) on every linear layer, with AdamW, on the same weights
+and batch. Each program is a process that runs a step on request. The two never
+run at once, and their order is random in every round. Both must have the same
+number of trained parameters, and their losses of the first step must agree.
+Both use the same CPU cores, which works only on Linux.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from train.models.decoder import config as decoder_config
 from train.models.io import weights
 
 _OURS, _THEIRS = "JAX, this program", "PyTorch, PEFT"
-# How far the losses of the first step may be apart, in nats: of float32, and
-# of bfloat16, whose rounding the two frameworks do at different places.
+# The largest allowed difference between the losses of the first step, in nats.
+# MiniLM is float32. The others are bfloat16, which the two frameworks round at
+# different places.
 _TOLERANCE = {"minilm": 1e-4, "smollm2-135m": 2e-2, "1b": 2e-2}
 
 
@@ -46,21 +47,21 @@ def main() -> None:
 def measure(
   options: argparse.Namespace, scratch: pathlib.Path
 ) -> dict[str, Any]:
-  """Times both.
+  """Times both programs.
 
   Args:
-    options: of the command line.
-    scratch: a folder for the batch, and for weights that are drawn.
+    options: the options of the command line.
+    scratch: a folder for the batch, and for random weights.
 
   Raises:
-    RuntimeError: if the two do not train the same: their numbers of trained
-      parameters differ, or the losses of their first steps.
+    RuntimeError: if the programs do not train the same model: their numbers of
+      trained parameters differ, or the losses of their first steps differ.
   """
   folder, batch = _prepare(options, scratch)
   arguments = [str(folder), str(scratch / "batch.npz")]
   extra = ["--threads", str(options.threads)]
   extra += ["--compile"] if options.compile else []
-  # Theirs first: it draws the weights that ours then reads.
+  # PyTorch comes first, because it draws the weights that JAX then reads.
   workers = {
     _THEIRS: worker.Worker(
       options.torch_python,
@@ -72,7 +73,8 @@ def measure(
       sys.executable,
       "benchmarks.peft_ours",
       arguments,
-      # One device has room for both only if neither takes it all.
+      # Without this, JAX takes most of the device's memory, and PyTorch has
+      # too little.
       {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     ),
   }
@@ -83,7 +85,7 @@ def measure(
     {name: each.step for name, each in workers.items()},
     options.rounds,
     options.warmup,
-    # OpenMP's threads spin for a while when their work is done.
+    # OpenMP's threads keep the cores busy for a while after their work.
     pause=0.02,
   )
   last = {name: each.step() for name, each in workers.items()}
@@ -134,9 +136,9 @@ def _options() -> argparse.Namespace:
 def _prepare(
   options: argparse.Namespace, scratch: pathlib.Path
 ) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
-  """The model's folder, and the batch, also written to `batch.npz`.
+  """Returns the model's folder and the batch, and writes it to `batch.npz`.
 
-  Nothing here may touch a device: the workers share it.
+  This function must not use the device, because the workers share it.
   """
   if options.workload == "minilm":
     folder = weights.locate("minilm")
@@ -155,7 +157,7 @@ def _prepare(
 
 
 def _to_hf(sizes: decoder_config.DecoderConfig) -> dict[str, Any]:
-  """The config.json of a Llama of these sizes, without rotary scaling."""
+  """Returns the config.json of a Llama of these sizes, without RoPE scaling."""
   return {
     "model_type": "llama",
     "vocab_size": sizes.vocab_size,
@@ -180,7 +182,7 @@ def _check_same(
     raise RuntimeError(
       f"the two train different parameters: ours {ours}, theirs {theirs}."
     )
-  # Also if one is not a number.
+  # `not ... <=` also refuses NaN.
   if not abs(first[_OURS] - first[_THEIRS]) <= _TOLERANCE[workload]:
     raise RuntimeError(
       "the losses of the first step differ by more than "

@@ -1,9 +1,9 @@
-"""Attention's kernels on this machine: their errors, and their times.
+"""Measures errors and times of attention kernels on this machine.
 
 `python -m benchmarks.attention --out attention.json` compares each kernel's
-output and gradients with float32 products of the highest precision, then times
-a forward and a backward pass in interleaved rounds. On a GPU or TPU it takes
-bfloat16 and long rows, elsewhere float32 and short ones.
+output and gradients with float32 products of the highest precision. Then it
+times a forward and a backward pass in interleaved rounds. It uses bfloat16 and
+long rows on a GPU or TPU, and float32 and short rows on a CPU.
 """
 
 import argparse
@@ -20,12 +20,13 @@ import numpy as np
 from benchmarks import rounds
 from train.models import attention
 
-# B, L, H, J, K: of MiniLM, SmolLM2-135M and Llama 3.1-8B; on CPU a small one.
+# The shapes (B, L, H, J, K) of MiniLM, SmolLM2-135M and Llama 3.1-8B, and a
+# small shape for CPUs.
 _SHAPES = ((64, 64, 12, 12, 32), (8, 1024, 9, 3, 64), (1, 8192, 32, 8, 128))
 _SMALL = ((2, 64, 4, 2, 16),)
 _CHECKED = (2, 512, 4, 2, 64)
-# The most segments of a row, by case: cuDNN's ragged layout keeps a number for
-# each of them, query and head.
+# The most segments of a row, by case. cuDNN's ragged layout keeps a number for
+# each segment, query and head.
 _CASES = {
   "encoder": 1,
   "causal": 1,
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def _errors(case: str, shape: Any, dtype: Any) -> list[dict[str, Any]]:
-  """Largest differences from the reference, over its largest value."""
+  """Returns each kernel's largest error, divided by the largest value."""
   inputs, lengths = _inputs(case, shape, dtype)
   wide = [x.astype(jnp.float32) for x in inputs]
   reference = functools.partial(
@@ -88,7 +89,7 @@ def _errors(case: str, shape: Any, dtype: Any) -> list[dict[str, Any]]:
       for what, x, y in zip(("output", "dq", "dk", "dv"), found, wanted):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         row[what] = float(np.abs(x - y).max() / np.abs(y).max())
-    except Exception as error:  # a kernel that is not there is a finding
+    except Exception as error:  # a missing kernel is a result, too
       row["error"] = _words(error)
     rows.append(row)
   return rows
@@ -108,7 +109,7 @@ def _times(
       if memory is not None:
         row["temporary_bytes"] = memory.temp_size_in_bytes
       jax.block_until_ready(compiled(*inputs))
-    except Exception as error:  # too large, or not there: a finding
+    except Exception as error:  # missing or out of memory: a result, too
       row["error"] = _words(error)
       continue
     runs[name] = lambda run=compiled: jax.block_until_ready(run(*inputs))
@@ -123,7 +124,7 @@ def _times(
 
 
 def _inputs(case: str, shape: Any, dtype: Any) -> tuple[Any, jax.Array]:
-  """Queries, keys, values, cotangents; and segments' lengths, (B, M)."""
+  """Returns q, k, v and cotangents; and the lengths of segments, (B, M)."""
   batch, length, heads, groups, size = shape
   random = np.random.default_rng(0)
   count = _CASES[case]
@@ -137,7 +138,7 @@ def _inputs(case: str, shape: Any, dtype: Any) -> tuple[Any, jax.Array]:
     random.standard_normal((batch, length, x, size))
     for x in (heads, groups, groups, heads)
   ]
-  # The loss of a padded token has no weight.
+  # Padding has no weight in the loss, so its cotangents are zero.
   arrays[3] *= (np.arange(length) < stops)[..., None, None]
   return [jnp.asarray(x, dtype) for x in arrays], jnp.asarray(
     lengths, jnp.int32
@@ -147,7 +148,7 @@ def _inputs(case: str, shape: Any, dtype: Any) -> tuple[Any, jax.Array]:
 def _kernels(
   case: str, shape: Any, dtype: Any, lengths: jax.Array
 ) -> dict[str, Kernel]:
-  """What can be run here, by name."""
+  """Returns the kernels that this machine can run, by name."""
   length, size = shape[1], shape[-1]
 
   def kernel(choice, seen=None):
@@ -180,7 +181,7 @@ def _kernels(
 
 
 def _triton(q, k, v, lengths):
-  """JAX's own Triton kernel, which it calls deprecated since 0.11."""
+  """Calls JAX's Triton kernel, which is deprecated since JAX 0.11."""
   import warnings
 
   with warnings.catch_warnings():
@@ -210,7 +211,11 @@ def _reference(q, k, v, lengths, causal):
 
 
 def _passes(kernel: Kernel) -> Any:
-  """The output, 0 at padding, and the gradients of one weighted sum of it."""
+  """Returns a function that computes the output and the gradients.
+
+  The output is 0 at padding. The gradients are those of a weighted sum of the
+  output.
+  """
 
   def run(q, k, v, weights):
     y, gradients = jax.vjp(kernel, q, k, v)

@@ -1,13 +1,16 @@
-"""What the clip and the second optimizer state cost, by the number of layers.
+"""Measures the cost of the clip and of the second optimizer state.
 
   python -m benchmarks.clip_cost
 
-A stack of dense layers of one width, each with adapters, is trained by AdamW:
-its step is timed, and its update alone. Of the update there is one more, of two
-LoRAs r=8 without a ball: what Bi-LoRA's takes beyond that is the clip, and what
-that takes beyond LoRA's is the second state. `apart`, the layers' factors are
-arrays of their own, as in an unrolled model; `scanned`, they are stacked along
-a first axis, as under `nn.scan`, and the clip takes one batch of Grams.
+AdamW trains the adapters of a stack of dense layers of one width, for several
+numbers of layers. The benchmark times the whole step, and the update alone. It
+also times the update of two LoRAs of r=8 without a ball. The cost of the clip
+is the time of Bi-LoRA's update minus that of the two LoRAs. The cost of the
+second state is the time of the two LoRAs' update minus that of one LoRA.
+
+In the rows `apart`, each layer has its own arrays, as in an unrolled model. In
+the rows `scanned`, the factors of all layers are stacked along a first axis, as
+under `nn.scan`, so the clip computes the Gram matrices in one batch.
 """
 
 import argparse
@@ -43,7 +46,7 @@ _STEPS = (_BASE, _R16, _BILORA)
 
 
 class Variant(NamedTuple):
-  """Adapters of a stack, and what trains them.
+  """The adapters of a stack, and the transformation that trains them.
 
   Attributes:
     adapters: `{part: {layer: Factors}}`, or `{part: Factors}` if scanned.
@@ -79,12 +82,12 @@ def main() -> None:
 def measure(
   options: argparse.Namespace, layers: int, scanned: bool
 ) -> dict[str, Any]:
-  """Times updates and steps of a stack of so many layers.
+  """Times updates and steps of a stack.
 
   Args:
-    options: of the command line.
-    layers: in the stack.
-    scanned: whether they are stacked along a first axis.
+    options: the options of the command line.
+    layers: the number of layers in the stack.
+    scanned: whether the layers are stacked along a first axis.
   """
   key = jax.random.key(0)
   shape = (layers, options.width, options.width)
@@ -105,7 +108,7 @@ def measure(
   of_steps = rounds.interleaved(steps, options.rounds, 2)
 
   def beyond(name, other):
-    # Round by round, as ratios are.
+    # The difference is taken within each round, like the ratios.
     return rounds.quartiles(
       [x - y for x, y in zip(of_updates[name], of_updates[other])]
     )
@@ -125,9 +128,9 @@ def measure(
 
 
 def variant(name: str, layers: int, width: int, scanned: bool) -> Variant:
-  """Adapters and transformation of a method on a stack of dense layers.
+  """Returns the adapters and the transformation of a method on a stack.
 
-  The factors are none of them zero, so that the ball is in use.
+  No factor is zero, so that the clip acts.
   """
 
   def pair(key, rank, *batch):
@@ -153,7 +156,7 @@ def variant(name: str, layers: int, width: int, scanned: bool) -> Variant:
 def output(
   adapters: Any, kernels: Any, x: jax.Array, scanned: bool
 ) -> jax.Array:
-  """The stack's output, (tokens, width), with adapters joined in each layer."""
+  """Returns the output, (tokens, width); each layer joins its adapters."""
 
   def layer(x, kernel, pairs):
     joined, *others = pairs.values()
@@ -173,13 +176,13 @@ def output(
 
 
 def _update_turn(chosen: Variant, count: int) -> tuple[Callable[[], None], int]:
-  """What runs some updates, and the number of kernels that one launches."""
+  """Returns a function that runs updates, and the kernels of one update."""
 
   def update(adapters, state, grads):
     updates, state = chosen.tx.update(grads, state, adapters)
     return optax.apply_updates(adapters, updates), state
 
-  # The gradients are no matter: Adam's steps are of one size.
+  # Any gradients will do, because Adam's steps do not depend on their size.
   grads = jax.tree.map(jnp.copy, chosen.adapters)
   carry = (
     jax.tree.map(jnp.copy, chosen.adapters),
@@ -225,7 +228,7 @@ def _step_turn(
 
 
 def _kernels(text: str) -> int:
-  """How many kernels, about, a compiled program launches."""
+  """Returns about how many kernels a compiled program launches."""
   entry = text[text.index("\nENTRY ") :]
   kinds = "fusion|dot|custom-call|reduce|copy|call|while|concatenate"
   return len(re.findall(rf" (?:{kinds})\(", entry))

@@ -1,12 +1,13 @@
-"""How many kernels a step launches on a GPU, without a GPU.
+"""Counts the kernels that a step launches on a GPU, without a GPU.
 
   pip install "jax[cuda12]"
   python -m benchmarks.launches --workload minilm
 
-XLA compiles the step for an H200 that is not there, and what it would launch is
-counted. Small models are bound by launches: one takes some microseconds,
-whatever the kernel does. Nothing is tuned, so that the count differs from a
-real card's by some per cent. Both sides of a branch count.
+XLA compiles the step for an H200, and the benchmark counts the kernels in the
+compiled program. Launches limit the speed of small models: a launch takes some
+microseconds, even for a small kernel. Nothing is autotuned, so the count
+differs from that of a real card by some per cent. The kernels of both sides of
+a branch are counted.
 """
 
 import argparse
@@ -44,10 +45,10 @@ def main() -> None:
 
 
 def counted(text: str) -> dict[str, int]:
-  """How many kernels a program launches, and how often its host has to wait.
+  """Counts the kernels of a program, and its branches, where the host waits.
 
   Args:
-    text: of the program, as `compiled.as_text()` gives it.
+    text: the text of the program, from `compiled.as_text()`.
   """
   found = {"kernels": 0, "branches": 0}
   for x, _, times in hlo.executed(hlo.parse(text)):

@@ -1,4 +1,4 @@
-"""LoRA's step of `python -m train`, on request: `against_peft.py` runs it."""
+"""Runs LoRA steps of `python -m train` on request, for `against_peft.py`."""
 
 import argparse
 import json
@@ -54,7 +54,7 @@ def _start(options: argparse.Namespace):
 
 def _decoder(config, folder: pathlib.Path, batch) -> workloads.Workload:
   sizes = decoder_config.DecoderConfig.from_hf(config)
-  # PEFT's model keeps its activations too, and has its layers one by one.
+  # No rematerialisation and no scan over layers, like the model in PEFT.
   model = decoder.Decoder(sizes, jnp.bfloat16, jnp.bfloat16)
   params = decoder_weights.params(
     sizes, tensors.open_safetensors(folder), dtype=jnp.bfloat16

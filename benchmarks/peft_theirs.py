@@ -1,6 +1,6 @@
-"""LoRA's step in PyTorch and PEFT, on request: `against_peft.py` runs it.
+"""Runs LoRA steps of PyTorch and PEFT on request, for `against_peft.py`.
 
-Imports nothing of this repository but `worker`.
+This module imports only `worker` from this repository.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def _classifier(folder, batch, device):
 
 
 def _language_model(folder, batch, device):
-  """A decoder of random weights, that are left in the folder."""
+  """Makes a decoder with random weights, and saves them in the folder."""
   config = transformers.AutoConfig.from_pretrained(folder)
   with torch.device(device):
     model = transformers.AutoModelForCausalLM.from_config(
@@ -115,7 +115,7 @@ def _language_model(folder, batch, device):
       logits.float().flatten(0, 1), targets.flatten()
     )
 
-  # The adapters are float32: bfloat16 training as the Trainer does it.
+  # The adapters are float32, as in bfloat16 training with the Trainer.
   return _adapted(model), loss_fn, torch.autocast(device, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Interleaved rounds: fair times on a noisy machine, and what came of them."""
+"""Interleaved rounds for fair times on a noisy machine, and their results."""
 
 from collections.abc import Callable, Mapping, Sequence
 import datetime
@@ -24,16 +24,16 @@ def interleaved(
   warmup: int,
   pause: float = 0.0,
 ) -> dict[str, list[float]]:
-  """Times each run once a round, in an order that is new in every round.
+  """Times each run once a round; the order is random in every round.
 
   Args:
-    runs: what to time, by name; each returns when its work is done.
-    count: rounds that are kept.
-    warmup: rounds before them that are not.
-    pause: seconds before each run, for threads of the last one to settle.
+    runs: the functions to time, by name; each returns when its work is done.
+    count: the number of rounds that are kept.
+    warmup: the number of earlier rounds that are not kept.
+    pause: seconds before each run, in which threads of the last run settle.
 
   Returns:
-    Seconds of each run, (count,), in the order of the rounds.
+    The seconds of each run, (count,), in the order of the rounds.
 
   Raises:
     ValueError: if no round is to be kept, or warmup is negative.
@@ -59,10 +59,11 @@ def interleaved(
 def compared(
   times: Mapping[str, Sequence[float]], base: str
 ) -> list[dict[str, Any]]:
-  """A row for each run: its median, and its ratio to `base` round by round.
+  """Returns a row for each run, with its median and its ratio to `base`.
 
-  The ratio is the median over rounds of quotients within a round: what slows
-  the machine for a while slows both.
+  A ratio is computed within each round, and the row has the median over the
+  rounds. If other work slows the machine for a while, it slows both runs of a
+  round.
   """
   rows = []
   for name, seconds in times.items():
@@ -80,7 +81,7 @@ def compared(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-  """The quartiles of one value or more; the second is the median."""
+  """Returns the quartiles of one or more values; the second is the median."""
   if len(values) == 1:
     return values[0], values[0], values[0]
   low, middle, high = statistics.quantiles(values, method="inclusive")
@@ -88,18 +89,18 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def circumstances(module: str, **more: Any) -> dict[str, Any]:
-  """What a reader needs to judge a figure, or to get it again.
+  """Returns the facts that a reader needs to judge or repeat a measurement.
 
   Args:
     module: the name after `python -m`.
-    **more: what else there is to know, as the device.
+    **more: further facts, such as the device.
   """
   return {
     "command": f"python -m {module} {shlex.join(sys.argv[1:])}".strip(),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "machine": platform.machine(),
     "cores": os.cpu_count(),
-    # Others' work at the end of the run: on a quiet machine, our own alone.
+    # The load at the end of the run shows whether other work slowed it.
     "load_average": round(os.getloadavg()[0], 2),
     "python": platform.python_version(),
     "versions": {name: metadata.version(name) for name in _PACKAGES},
@@ -108,19 +109,19 @@ def circumstances(module: str, **more: Any) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table."""
+  """Returns a Markdown table."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def ratio(row: Mapping[str, Any]) -> str:
-  """The cell of a row of `compared`: the ratio and its quartiles."""
+  """Returns the ratio and its quartiles, as a cell for a row of `compared`."""
   low, high = row["ratio_quartiles"]
   return f"{row['median_ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-  """Writes a result as JSON, its folder made if there is none."""
+  """Writes a result as JSON; makes the folder if it does not exist."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(result, indent=2) + "\n")
   print(f"\nwritten: {path}")

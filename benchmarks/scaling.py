@@ -1,11 +1,13 @@
-"""How a step grows: with layers, width, length, rank and adapted layers.
+"""Measures how the cost of a step grows with the size of the model.
 
   python -m benchmarks.scaling
 
-One of these grows at a time, from a small decoder of Llama's kind in float32
-whose layers are written out. LoRA of rank r and Bi-LoRA of ranks r and r take
-their steps in turns. Seconds to compile are those of tracing and of XLA, once
-for each program. Memory is what the compiler plans for a step.
+The sizes are the number of layers, the width, the length, the rank and the
+number of adapted layers. One size grows at a time, from a small decoder like
+Llama, in float32 and without a scan over layers. LoRA has rank r, and Bi-LoRA
+has ranks r and r. Their steps are timed in interleaved rounds. The seconds to
+compile include tracing and XLA, once for each program. The memory is the memory
+that the compiler plans for a step.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from train.study import plots
 
 _PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
 _BEGIN, _END = "<!-- benchmarks.scaling -->", "<!-- end -->"
-# By name, the program's method, and its options that are ranks.
+# By name: the method of the program, and its options that set a rank.
 _METHODS = {
   "LoRA": ("lora", ("rank",)),
   "Bi-LoRA": ("bilora", ("rank", "auxiliary_rank")),
@@ -38,15 +40,15 @@ _HEAD_SIZE, _VOCABULARY = 16, 512
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What a step is of.
+  """The size of a step.
 
   Attributes:
-    layers: of the decoder.
-    width: of its hidden states; a multiple of 32.
+    layers: the number of layers of the decoder.
+    width: the width of its hidden states; a multiple of 32.
     length: tokens in a row.
-    rank: r of LoRA; Bi-LoRA has two adapters of it.
-    adapted: the first layers, that have adapters; None: all.
-    rows: of a batch.
+    rank: the rank of LoRA, and of both adapters of Bi-LoRA.
+    adapted: how many of the first layers have adapters; None: all layers.
+    rows: rows in a batch.
   """
 
   layers: int = 4
@@ -65,7 +67,8 @@ _GROWTH: Mapping[str, Sequence[int]] = {
   "rank": (4, 8, 16, 32),
   "adapted": (1, 2, 3, 4),
 }
-# What is shown of a row, its unit, and how many of its own are one of that.
+# The numbers that are shown of a row: a label with a unit, and the size of this
+# unit.
 _SHOWN = {
   "compile_seconds": ("compile (s)", 1.0),
   "planned_bytes": ("planned memory (MiB)", 2.0**20),
@@ -75,7 +78,7 @@ _SHOWN = {
 
 def main() -> None:
   options = _options()
-  # The first program of a process also starts XLA.
+  # The first compilation of a process also starts XLA, so it is not reported.
   measure(_START, 1, 0)
   rows = [
     {"axis": axis, "value": value, **row}
@@ -101,12 +104,12 @@ def main() -> None:
 
 
 def measure(size: Size, count: int, warmup: int) -> list[dict[str, Any]]:
-  """A row for each method, as `rounds.compared` has them, and what it took.
+  """Returns the rows of `rounds.compared`, with compile time and memory.
 
   Args:
-    size: of the step.
-    count: rounds that are kept.
-    warmup: rounds before them.
+    size: the size of the step.
+    count: the number of rounds that are kept.
+    warmup: the number of earlier rounds that are not kept.
   """
   workload = _workload(size)
   variables, batch = workload.variables(), jax.device_put(workload.batch)
@@ -179,7 +182,7 @@ def _options() -> argparse.Namespace:
 
 
 def _told(result: Mapping[str, Any]) -> str:
-  """What goes into the page."""
+  """Returns the text for the page."""
   start = ", ".join(
     f"{name} {value}" for name, value in result["start"].items() if value
   )
@@ -220,7 +223,7 @@ def _put(page: pathlib.Path, told: str) -> None:
 
 
 def _drawn(rows: Sequence[Mapping[str, Any]]) -> figure.Figure:
-  """A column for what grows, and a row for what it takes."""
+  """Draws a grid: a column for each size that grows, a row for each cost."""
   names = list(dict.fromkeys(row["axis"] for row in rows))
   with plots.styled():
     canvas = figure.Figure((2 * len(names), 5), layout="constrained")

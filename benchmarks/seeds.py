@@ -1,10 +1,11 @@
-"""Runs of several seeds in one step, by `jax.vmap`, or one after the other.
+"""Compares steps of several seeds at once with steps one after the other.
 
   python -m benchmarks.seeds --workload minilm --seeds 4
 
-Tells whether a study gains from it: each seed has adapters and rows of its own,
-and all share the frozen weights. A device that a batch of one seed leaves idle
-gains; one that is busy does not.
+The result shows whether a study can save time if `jax.vmap` runs several seeds
+at once. Each seed has its own adapters and rows, and all seeds share the frozen
+weights. Steps at once save time only if the batch of one seed leaves a part of
+the device idle.
 """
 
 import argparse
@@ -65,15 +66,15 @@ def main() -> None:
 def turns(
   workload: workloads.Workload, seeds: int
 ) -> dict[str, Callable[[], jax.Array]]:
-  """A Bi-LoRA step of each seed, in both ways.
+  """Returns functions that run a Bi-LoRA step of each seed, in both ways.
 
   Args:
-    workload: model and batch; seeds differ in adapters, and in the order of
-      the batch's rows.
-    seeds: how many.
+    workload: the model and the batch; seeds differ in their adapters, and in
+      the order of the batch's rows.
+    seeds: the number of seeds.
 
   Returns:
-    By name, what takes the next step and returns the losses, (seeds,).
+    By name, functions that run the next step and return the losses, (seeds,).
   """
   variables = workload.variables()
   method = variants.method("Bi-LoRA 8+8", workload)

@@ -1,14 +1,15 @@
-"""From the command to the first step: imports, tracing, compiling, the rest.
+"""Measures the time from the command to the end of the first step.
 
   python -m benchmarks.startup
 
-Each command runs in a process of its own, which ends after its first step: once
-with an empty compilation cache, and then with what is in it. `train compile` of
-Llama 3.1-8B has no step, and takes no weights; it ends as it does.
+Each command runs in a process of its own, which ends after its first step. The
+command runs once with an empty compilation cache, and once with the filled
+cache. `train compile` of Llama 3.1-8B has no step and reads no weights. Its
+process ends when the command ends.
 
-Seconds of tracing, lowering and compiling are those in which JAX did so, for
-any program. The rest is data, weights, adapters and the first step itself. The
-validation before the first step is left out.
+The seconds of tracing, lowering and compiling are those of all programs that
+JAX compiles. The rest is the time of data, weights, adapters and the first step
+itself. The validation before the first step is left out.
 """
 
 import argparse
@@ -75,11 +76,11 @@ def main() -> None:
 
 
 def measure(arguments: Sequence[str], cache: pathlib.Path) -> dict[str, float]:
-  """Seconds of one start, by what they went to.
+  """Returns the seconds of one start, divided into parts.
 
   Args:
-    arguments: of the program.
-    cache: of compiled programs.
+    arguments: the arguments of the program.
+    cache: the folder of the compilation cache.
 
   Raises:
     RuntimeError: if the program ends before its first step.
@@ -134,7 +135,7 @@ def _child(given: Any) -> None:
 
 
 def _watch() -> dict[str, list[tuple[float, float]]]:
-  """From now on, when JAX traced, lowered and compiled: begins and ends."""
+  """Starts to record when JAX traces, lowers and compiles, as spans."""
   import jax
 
   spans: dict[str, list[tuple[float, float]]] = {x: [] for x in _EVENTS}
@@ -162,7 +163,7 @@ def _tell(
 
 
 def _length(spans: Sequence[tuple[float, float]]) -> float:
-  """Of the union: a function is traced within another's trace."""
+  """Returns the length of the spans' union, because traces can be nested."""
   total, reached = 0.0, 0.0
   for start, end in sorted(spans):
     total += max(0.0, end - max(start, reached))

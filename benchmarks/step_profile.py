@@ -1,9 +1,10 @@
-"""What a GPU does in a step: kernels and their time, method by method.
+"""Profiles a step on a GPU: the kernels of each method, and their times.
 
   python -m benchmarks.step_profile --workload smollm2-135m
 
-Where a method costs more than it should, this says which kernels are more, or
-slower. Each method's steps run under JAX's profiler once they are compiled.
+If a method costs too much, the profile shows which kernels it launches more
+often, or which kernels are slower. The steps of each method are compiled first,
+and then run under JAX's profiler.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import jax
 
 from benchmarks import rounds, step_time, variants, workloads
 
-# A fusion's number says nothing: `loop_add_fusion_12` is one of many alike.
+# The number in a name such as `loop_add_fusion_12`. Fusions of the same kind
+# differ only in this number.
 _NUMBER = re.compile(r"(_\d+)+$")
 
 
@@ -70,21 +72,21 @@ def _options() -> argparse.Namespace:
 
 
 def _kernels(folder: pathlib.Path) -> list[tuple[str, float]]:
-  """Names and seconds of the kernels in the traces under a folder."""
+  """Returns names and seconds of the kernels in the traces in a folder."""
   kernels = []
   for path in folder.rglob("*.xplane.pb"):
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
       if not plane.name.startswith("/device:GPU"):
         continue
       for line in plane.lines:
-        # Others of its lines say which operation of XLA a kernel is of.
+        # The kernels are on these lines. Other lines name XLA's operations.
         if line.name.startswith("Stream"):
           kernels += [(e.name, e.duration_ns * 1e-9) for e in line.events]
   return kernels
 
 
 def _summary(kernels: list[tuple[str, float]], steps: int) -> dict[str, Any]:
-  """Per step: how many kernels, their seconds, and those of each kind."""
+  """Returns kernels and seconds per step, in total and for each kind."""
   kinds = collections.defaultdict(list)
   for name, seconds in kernels:
     kinds[_NUMBER.sub("", name)].append(seconds)
@@ -104,7 +106,7 @@ def _summary(kernels: list[tuple[str, float]], steps: int) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-  """What each method has, and the kinds that differ most from the first's."""
+  """Returns tables of methods, and of largest differences from the first."""
   head = ["method", "kernels a step", "their time (ms)"]
   lines = [
     [row["name"], f"{row['kernels']:,.0f}", f"{1e3 * row['seconds']:.2f}"]

@@ -1,13 +1,13 @@
-"""Time and memory of a step: LoRA, Bi-LoRA in two forms, LoRA-SAM.
+"""Measures time and memory of a step of LoRA, Bi-LoRA and other methods.
 
   python -m benchmarks.step_time --workload minilm
 
-Each round runs every method in a new random order, on the same batch; what is
-reported is the median over rounds of a method's time over LoRA's in that round,
-since machines are noisy. Where a device counts its memory, as GPUs do, each
-method also runs in a process of its own, whose peak is taken: of all it did,
-making the weights and compiling too. On a CPU the memory is what the
-compiler plans for a step.
+Each round runs every method on the same batch, in a new random order. Machines
+are noisy, so a method's time is divided by LoRA's time in the same round. The
+result is the median of these ratios over the rounds. If the device counts its
+memory, as GPUs do, each method also runs in a process of its own. The memory is
+then the peak of this process, which includes making the weights and compiling.
+On a CPU, the memory is the memory that the compiler plans for a step.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     print(_peak_bytes(options))
     return
   with tempfile.TemporaryDirectory() as cache:
-    # Before this process takes the device, which it does not share.
+    # First, because this process will take the whole device.
     peaks = _peaks(options, cache) if _backend() != "cpu" else {}
     jax.config.update("jax_compilation_cache_dir", cache)
     result = measure(options, peaks)
@@ -53,8 +53,8 @@ def measure(
   """Times every method.
 
   Args:
-    options: of the command line.
-    peaks: bytes by method, of those that ran in processes of their own.
+    options: the options of the command line.
+    peaks: peak bytes by method, from processes of their own.
   """
   workload = workloads.from_options(options)
   variables = workload.variables()
@@ -140,7 +140,7 @@ def compiled_turn(
   batch: Any,
   steps: int,
 ) -> tuple[Callable[[], None], int | None]:
-  """What runs some steps of a method, and the bytes that one is planned for."""
+  """Returns a function that runs some steps, and the planned bytes of one."""
   method = variants.method(name, workload)
   state = step.init(method, jax.random.key(0), variables)
   jitted: Any = step.make_train_step(method, workload.objective)
@@ -154,7 +154,7 @@ def compiled_turn(
 def turn(
   train_step: Any, variables: Any, state: Any, batch: Any, steps: int
 ) -> Callable[[], None]:
-  """What runs some steps from where it left the state, and waits for them."""
+  """Returns a function that runs the next steps and waits for them."""
 
   def run():
     nonlocal state
@@ -167,7 +167,7 @@ def turn(
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
-  """The bytes that a program is planned for, if the compiler says so."""
+  """Returns the bytes that the compiler plans for a program, if known."""
   memory = compiled.memory_analysis()
   return memory and (
     memory.argument_size_in_bytes
@@ -178,7 +178,7 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def _backend() -> str:
-  """The backend that JAX takes, asked of a process that lets go of it."""
+  """Returns JAX's default backend, from a process that then frees it."""
   code = "import jax; print(jax.default_backend())"
   return subprocess.run(
     [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -186,14 +186,14 @@ def _backend() -> str:
 
 
 def _peaks(options: argparse.Namespace, cache: str) -> dict[str, int | None]:
-  """Peak bytes of each method in a process of its own.
+  """Returns the peak bytes of each method, from a process of its own.
 
-  Threads wait for the processes, so that some run at once: each counts its own
-  memory.
+  Several processes can run at once, because each counts only its own memory. A
+  thread waits for each of them.
   """
   environment = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": cache,
-    # Else the peak of the pool would be what it took at the start.
+    # With preallocation, the peak would be the size of the pool at the start.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
 

@@ -1,4 +1,4 @@
-"""The methods whose steps are timed, the paper's separate branches too."""
+"""The methods whose steps are timed, with the paper's separate branches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from train.run import config as config_lib
 
 BASE = "LoRA r=8"
 _SEPARATE = "Bi-LoRA 8+8, separate branches"
-# By name, the options of the program that differ.
+# By name: the options that differ from the program's defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {
   BASE: {"method": "lora"},
   "LoRA r=16": {"method": "lora", "rank": 16},
@@ -28,18 +28,18 @@ _OPTIONS: dict[str, dict[str, Any]] = {
   "LoRA-SAM r=8": {"method": "lora_sam"},
 }
 NAMES = tuple(_OPTIONS)
-"""What is timed unless more is asked for."""
+"""The methods that are timed by default."""
 _TIMED = {fields["method"] for fields in _OPTIONS.values()}
 _OTHERS = {
   name: {"method": name} for name in spec.every() if name not in _TIMED
 }
 ALL = (*NAMES, *_OTHERS)
-"""With every other method of the program, by its own name."""
+"""`NAMES`, and every other method of the program by its own name."""
 _PARTS = ("primary", "auxiliary")
 
 
 def method(name: str, workload: Workload) -> methods.Method:
-  """One of `ALL`, with AdamW and adapters on every linear layer."""
+  """Returns a method of `ALL`, with AdamW and adapters on all linear layers."""
   config = _config(name)
   found = assemble.method_of(
     config, workload.model, workload.inputs, 1000, workload.objective
@@ -50,24 +50,24 @@ def method(name: str, workload: Workload) -> methods.Method:
 
 
 def gradients(name: str) -> float:
-  """Gradients over the batch that a step of one of `ALL` takes."""
+  """Returns the gradients over the batch that a step of the method takes."""
   return _config(name).method.gradients
 
 
 def _config(name: str) -> config_lib.Config:
-  # Without a warm-up, so that steps are alike from the first.
+  # Without a warm-up, all steps do the same work, from the first step on.
   return config_lib.build({"warmup_ratio": 0.0, **(_OPTIONS | _OTHERS)[name]})
 
 
 def separate(model: nn.Module, dtype: Any) -> Callable[..., Any]:
-  """Like `Adapted.apply`, with the products of the two adapters kept apart.
+  """Returns an `Adapted.apply` with separate products for the two adapters.
 
-  A layer then has four thin products, as the paper's implementation has on two
-  PEFT adapters: y = x W + s (x a1) b1 + s (x a2) b2.
+  A layer then has four thin products: y = x W + s (x a1) b1 + s (x a2) b2. The
+  paper's implementation, with two PEFT adapters, has the same products.
 
   Args:
-    model: its linear layers are all `nn.Dense`.
-    dtype: what the model computes in.
+    model: a model whose linear layers are all `nn.Dense`.
+    dtype: the dtype of the model's activations.
   """
 
   def apply(variables, adapters, *inputs, rngs=None):
@@ -80,7 +80,8 @@ def separate(model: nn.Module, dtype: Any) -> Callable[..., Any]:
       )
       for (*module, _), pair in pairs.items():
         scales.add(pair.scale)
-        # Beside the kernel, so that `nn.scan` hands each layer its own.
+        # The factors are put beside the kernel, so that `nn.scan` gives each
+        # layer its own factors.
         params[*module, f"{part}_a"] = pair.a.astype(dtype)
         params[*module, f"{part}_b"] = pair.b.astype(dtype)
     (scale,) = scales

@@ -1,7 +1,7 @@
-"""A process that runs a training step when it is asked to, and waits otherwise.
+"""A process that waits, and runs a training step on each request.
 
-Needs the standard library alone: both sides of a comparison run it, each in the
-Python that has its packages.
+This module needs only the standard library, because the two sides of a
+comparison run it in different Python environments.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,11 @@ def serve(start: Callable[[], tuple[Callable[[], float], dict]]) -> None:
   """Answers requests on the standard streams until the input ends.
 
   Args:
-    start: makes the step, which returns its loss, and a description of it.
+    start: returns a function that runs a step and returns its loss, and a
+      description of it.
   """
-  # Whatever a library prints would be taken for an answer.
+  # Standard output goes to standard error, because `Worker` would take the
+  # prints of libraries for answers.
   answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   step, about = start()
@@ -30,7 +32,7 @@ def serve(start: Callable[[], tuple[Callable[[], float], dict]]) -> None:
 
 
 class Worker:
-  """The other end of `serve`."""
+  """The client of a process that runs `serve`."""
 
   def __init__(
     self,
@@ -55,13 +57,13 @@ class Worker:
     """Runs one step.
 
     Returns:
-      Its loss.
+      The loss of the step.
 
     Raises:
       RuntimeError: if the process has ended.
     """
     assert self._process.stdin
-    # The answer that does not come says more than a broken pipe.
+    # `_answer` explains the end of the process better than this error.
     with contextlib.suppress(BrokenPipeError):
       self._process.stdin.write("step\n")
       self._process.stdin.flush()

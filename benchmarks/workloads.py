@@ -17,7 +17,7 @@ from train.models.decoder import config as decoder_config
 from train.models.decoder import model as decoder
 from train.models.decoder import sizes
 
-# A decoder of about a billion parameters, of the sizes of Llama 3.2 1B.
+# A decoder of about a billion parameters, with the sizes of Llama 3.2 1B.
 _ONE_BILLION = decoder_config.DecoderConfig(
   vocab_size=128256,
   hidden_size=2048,
@@ -35,7 +35,7 @@ DECODERS = {
   "1b": _ONE_BILLION,
   "llama3.1-8b": sizes.PRESETS["llama3.1-8b"],
 }
-"""Decoders by name; bfloat16, layers scanned, 8 x 1024 tokens."""
+"""Decoders by name, in bfloat16, with scanned layers and 8 x 1024 tokens."""
 
 _BERTS = {"minilm": 32, "minilm-256": 256}  # rows of 32 tokens
 NAMES = (*_BERTS, *DECODERS)
@@ -43,15 +43,16 @@ NAMES = (*_BERTS, *DECODERS)
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """What a step is timed on.
+  """The model and the batch of a timed step.
 
   Attributes:
     model: a Linen module.
-    variables: makes its variables, on the device.
-    objective: what is learned from the batch.
+    variables: makes the variables of the model, on the device.
+    objective: the objective of the loss.
     batch: arrays on the host.
-    dtype: what the model computes in.
-    multiplied: parameters of the base that every token is multiplied by.
+    dtype: the dtype of the model's activations.
+    multiplied: the number of parameters of the base that every token is
+      multiplied by.
   """
 
   model: Any
@@ -68,18 +69,19 @@ class Workload:
 
   @property
   def tokens(self) -> int:
-    """In a step."""
+    """The number of tokens in a step."""
     return math.prod(self.batch["tokens"].shape)
 
   @property
   def model_flops(self) -> int:
     """Floating-point operations that a LoRA step needs: 4 * N * tokens.
 
-    With a frozen base, each of the N weights that tokens are multiplied by
-    costs a multiplication and an addition forward, and as many backward for
-    the gradient of the activations; the gradient of the weight itself is not
-    taken. Attention scores, adapters, and what rematerialisation runs again,
-    are left out, as is the second gradient of SAM.
+    Each token is multiplied by N weights of the base. The forward pass takes a
+    multiplication and an addition for each weight. The backward pass takes as
+    many, for the gradient of the activations. The base is frozen, so there is
+    no gradient of the weights. The number leaves out attention scores,
+    adapters, repeated work of rematerialisation, and the second gradient of
+    SAM.
     """
     return 4 * self.multiplied * self.tokens
 
@@ -91,15 +93,16 @@ def build(
   remat: str = "dots",
   scan: bool = True,
 ) -> Workload:
-  """The workload of that name.
+  """Returns the workload of that name.
 
   Args:
-    name: 'minilm' or 'minilm-256', pretrained, float32, batches of 32 or 256
-      rows of 32 tokens; or one of `DECODERS`, random weights.
-    batch_size: rows, if not the workload's own.
-    length: tokens in a row, likewise.
-    remat: of decoders; see `decoder.Decoder`.
-    scan: likewise.
+    name: 'minilm' or 'minilm-256', which are pretrained and float32, with
+      batches of 32 or 256 rows of 32 tokens; or one of `DECODERS`, which have
+      random weights.
+    batch_size: rows of a batch; None: the number of the workload.
+    length: tokens in a row; None: the number of the workload.
+    remat: the option of decoders; see `decoder.Decoder`.
+    scan: the option of decoders; see `decoder.Decoder`.
   """
   if name in _BERTS:
     return _bert(batch_size or _BERTS[name], length or 32)
@@ -107,7 +110,8 @@ def build(
   model = decoder.Decoder(
     config, jnp.bfloat16, jnp.bfloat16, remat=remat, scan=scan
   )
-  # Drawn on the device: of the largest, the host may not have the memory.
+  # Drawn on the device, because the host may have too little memory for the
+  # largest decoder.
   variables = jax.jit(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   )
@@ -115,7 +119,7 @@ def build(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-  """The options that `from_options` reads."""
+  """Adds the options that `from_options` reads."""
   parser.add_argument("--workload", choices=NAMES, default=NAMES[0])
   parser.add_argument("--batch-size", type=int)
   parser.add_argument("--length", type=int)
@@ -130,7 +134,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def from_options(options: argparse.Namespace) -> Workload:
-  """The workload that a command line asks for."""
+  """Returns the workload for a command line."""
   return build(
     options.workload,
     options.batch_size,
@@ -146,12 +150,12 @@ def of_decoder(
   batch_size: int,
   length: int,
 ) -> Workload:
-  """Next-token prediction on full rows of random tokens.
+  """Returns a workload of next-token prediction on rows of random tokens.
 
   Args:
     model: the decoder.
-    variables: makes its variables.
-    batch_size: rows.
+    variables: makes the variables of the decoder.
+    batch_size: rows of a batch.
     length: tokens in a row.
   """
   return Workload(
@@ -167,7 +171,10 @@ def of_decoder(
 def next_tokens(
   vocab_size: int, batch_size: int, length: int
 ) -> dict[str, np.ndarray]:
-  """Rows of random tokens, each a segment, every token to be predicted."""
+  """Returns rows of random tokens, which all have targets.
+
+  Each row is one segment.
+  """
   rng = np.random.default_rng(0)
   rows = rng.integers(0, vocab_size, (batch_size, length + 1), np.int32)
   shape = (batch_size, length)
@@ -181,7 +188,7 @@ def next_tokens(
 
 
 def labelled(batch_size: int, length: int) -> dict[str, np.ndarray]:
-  """Full rows of random tokens of BERT's vocabulary, with labels 0 or 1."""
+  """Returns full rows of random tokens of BERT, with labels 0 or 1."""
   rng = np.random.default_rng(0)
   shape = (batch_size, length)
   return {
@@ -207,7 +214,8 @@ def _bert(batch_size: int, length: int) -> Workload:
 
 
 def _multiplied(variables: Any, tied: bool) -> int:
-  # The embedding is looked up; the transpose of a tied one is the head.
+  # A look-up of an embedding multiplies nothing. If the embedding is tied, its
+  # transpose is the head, which multiplies.
   leaves = ("kernel", "embedding") if tied else ("kernel",)
   params = jax.tree_util.tree_leaves_with_path(variables["params"])
   return sum(
