@@ -17,7 +17,7 @@ import safetensors.numpy
 from . import locks
 from .errors import UsageError
 
-# The end of safetensors' messages: it is written in Rust.
+# safetensors is written in Rust, and ends its messages in this way.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 

@@ -50,7 +50,7 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Log:
-  """A growing log of the program, which is read line by line, each once."""
+  """A log that the program adds lines to; each line is read once."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path

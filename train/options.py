@@ -67,7 +67,7 @@ def fields(group: Any) -> Mapping[str, dataclasses.Field]:
 
 @functools.cache
 def _fields(kind: Any) -> Mapping[str, dataclasses.Field]:
-  # A study calls this ten thousand times.
+  # A study calls this tens of thousands of times.
   return types.MappingProxyType({flag(x): x for x in dataclasses.fields(kind)})
 
 

@@ -140,11 +140,11 @@ PRESETS: dict[str, Config] = {**_OWN, **_PAPER}
 
 The presets of the paper's experiments (arXiv 2508.19564, appendix R) train with
 Bi-LoRA. If `-lora` or `-lora-sam` follows the name, they train with LoRA or
-LoRA-SAM, which the paper compares with Bi-LoRA. The presets of Llama and Qwen
-learn from files with the rows of published data sets, one row a line:
-MetaMathQA, Code-Feedback (the filtered instructions), WizardLM and the cleaned
-Alpaca.
-`--data` can name another place of such a file.
+LoRA-SAM, which the paper compares with Bi-LoRA.
+
+The presets of Llama and Qwen learn from files with the rows of published data
+sets, one row a line: MetaMathQA, Code-Feedback (the filtered instructions),
+WizardLM and the cleaned Alpaca. `--data` can name another place of such a file.
 """
 
 

@@ -18,7 +18,10 @@ def primary(trained: Any) -> dict[str, bool]:
 
 
 def kernels(adapted: "bilora_jax.Adapted") -> Callable[[Any], Any]:
-  """Returns a function from the variables to the adapted weights, nested."""
+  """Returns a function that selects the adapted weights from the variables.
+
+  The weights are nested as in the parameters.
+  """
   from flax import traverse_util
 
   paths = {tuple(path.split("/")) for path in adapted.targets}
