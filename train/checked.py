@@ -247,7 +247,7 @@ def is_folder(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> str:
-  """Returns the message for a path; a NUL in a path raises a ValueError."""
+  """Returns the message for an unreadable path; a NUL is a ValueError."""
   said = error.strerror if isinstance(error, OSError) else error
   return f"{_told(path)} cannot be read: {said}."
 

@@ -15,7 +15,7 @@ from .finished import Finished
 
 
 def check(run: Finished, whole: bool) -> None:
-  """Refuses a run whose adapters llama.cpp cannot read.
+  """Refuses a run whose adapters cannot be written for llama.cpp.
 
   Args:
     run: the exported run.
