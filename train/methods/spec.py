@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-  """Of a method that has none."""
+  """The options of a method that has none."""
 
 
 def baselines():
