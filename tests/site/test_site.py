@@ -45,6 +45,12 @@ _FORMULAS = r"""
 () => [...document.querySelectorAll('math')].map(x => x.textContent)
   .filter(x => /[&\\]/.test(x))
 """
+# Words in tables that stand on more lines than one.
+_BROKEN = r"""
+() => [...document.querySelectorAll('article table span.pre')]
+  .filter(x => !/\s/.test(x.textContent) && x.getClientRects().length > 1)
+  .map(x => x.textContent)
+"""
 _PICTURES = """
 () => [...document.images].filter(x => x.complete && !x.naturalWidth)
   .map(x => x.src)
@@ -111,6 +117,7 @@ def test_a_page_is_whole_and_no_wider_than_its_window(
   assert not faults
   assert not [x for x in asked if not x.startswith((site, "data:"))]
   assert not page.evaluate(_WIDE)
+  assert not page.evaluate(_BROKEN)
   assert not page.evaluate(_PICTURES)
   text = page.inner_text("article") if page.query_selector("article") else ""
   # Formulas that were not made into MathML.
