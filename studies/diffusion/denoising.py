@@ -13,7 +13,7 @@ NEW = 9
 TIMES = 1000
 SIDE = 8
 
-Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Predict = Callable[[jax.Array, jax.Array, jax.Array], Any]
 """`(images, times, labels) -> noise`."""
 
 
@@ -85,9 +85,9 @@ def fixed(images: np.ndarray, labels: np.ndarray, draws: int) -> Batch:
   count = draws * len(images)
   times = rng.permutation((np.arange(count) + 0.5) * TIMES / count)
   noise = rng.standard_normal((count, *images.shape[1:]))
-  repeated = [np.repeat(x, draws, axis=0) for x in (images, labels)]
   return Batch(
-    *map(jnp.asarray, repeated),
+    jnp.asarray(np.repeat(images, draws, axis=0)),
+    jnp.asarray(np.repeat(labels, draws, axis=0)),
     jnp.asarray(times.astype(np.int32)),
     jnp.asarray(noise.astype(np.float32)),
   )

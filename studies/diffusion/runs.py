@@ -30,7 +30,6 @@ from bilora_jax import (
 from studies.diffusion.denoising import (
   NEW,
   SIDE,
-  Batch,
   Predict,
   denoising_loss,
   digits,
@@ -172,11 +171,11 @@ def cached_base(model: DiT, settings: Settings) -> Any:
 
 
 class Measured(NamedTuple):
-  """What is measured with fixed noise, on the way of an adaptation."""
+  """The batches that are measured, or the losses on them."""
 
-  training: Batch
-  new: Batch
-  old: Batch
+  training: Any
+  new: Any
+  old: Any
 
 
 class Adaptation(NamedTuple):
@@ -193,9 +192,7 @@ class Adaptation(NamedTuple):
 
 
 @functools.cache
-def make_adaptation(
-  model: DiT, method: Method, settings: Settings
-) -> Adaptation:
+def make_adaptation(method: Method, settings: Settings) -> Adaptation:
   """The training and the sampling of a method."""
   spec = LoraSpec(
     rank=method.rank,
@@ -203,7 +200,7 @@ def make_adaptation(
     auxiliary_rank=method.auxiliary_rank,
   )
   inputs = jnp.zeros((1, SIDE, SIDE)), jnp.zeros(1, int), jnp.zeros(1, int)
-  adapted = adapt(model, spec, *inputs)
+  adapted = adapt(make_model(settings), spec, *inputs)
   labels = jnp.full(settings.images, NEW)
   shape = settings.steps // settings.every, settings.every
 
@@ -381,8 +378,8 @@ class Study:
   ) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     images = rng.permutation(digits().pool)[: self.settings.images]
-    model, variables = self._model
-    made = make_adaptation(model, METHODS[name], self.settings)
+    _, variables = self._model
+    made = make_adaptation(METHODS[name], self.settings)
     train_key, sample_key = jax.random.split(jax.random.key(seed))
     history, losses = made.train(
       variables,
