@@ -220,6 +220,8 @@ def _table(
         str(steps),
         str(steps * METHODS[name].gradients),
       ]
+    else:
+      cells += ["", "", ""]
     lines.append(f"| {' | '.join(cells)} |")
   return lines
 
