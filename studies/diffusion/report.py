@@ -79,6 +79,7 @@ def write(study: Study) -> pathlib.Path:
     for outcome in OUTCOMES.values():
       lines += ["", f"## {outcome.title}", ""]
       lines += _table(study, finals, outcome)
+    lines += _equal_gradients(study, finals)
   path = study.folder / "report.md"
   files.write_atomically(path, "\n".join([*lines, ""]))
   return path
@@ -93,18 +94,13 @@ _NOTE = (
 
 
 def _head(study: Study) -> list[str]:
-  settings = study.settings
-  planned = 1 + len(METHODS) * (
-    len(settings.learning_rates) * len(settings.tuning_seeds)
-    + len(settings.seeds)
-  )
   lines = [
     "# A diffusion model that learns a new class",
     "",
     "`python -m studies.diffusion` makes this page, and its module has the "
     "protocol.",
     "",
-    f"{len(study.rows)} of {planned} runs are finished.",
+    f"{len(study.rows)} runs are finished.",
   ]
   rows = list(study.rows.values())
   if rows:
@@ -128,7 +124,7 @@ def _head(study: Study) -> list[str]:
 
 
 def _is_tuned(study: Study, name: str) -> bool:
-  if METHODS[name].has_rho and not _is_tuned(study, REFERENCE):
+  if name not in (REFERENCE, "LoRA r=8") and not _is_tuned(study, REFERENCE):
     return False
   return all(
     key_of("tuning", name, point, seed) in study.rows
@@ -186,7 +182,11 @@ def _table(
     for name in others
   }
   flips = [estimates.sign_flip(paired[name]) for name in others]
-  ps = dict(zip(others, zip(flips, estimates.holm(flips))))
+  # The control came later, and is not of the family.
+  family = [
+    None if METHODS[name].longer > 1 else p for name, p in zip(others, flips)
+  ]
+  ps = dict(zip(others, zip(flips, estimates.holm(family))))
   lines = _heads(
     [
       "method",
@@ -212,8 +212,9 @@ def _table(
       "" if corrected is None else f"{corrected:.3f}",
     ]
     if point is not None:
-      is_last = outcome is OUTCOMES["last"]
-      steps = study.settings.steps if is_last else point["steps"]
+      steps = point["steps"]
+      if outcome is OUTCOMES["last"]:
+        steps = METHODS[name].longer * study.settings.steps
       cells += [
         f"{point['learning_rate']:g}"
         + (f", {point['rho']:g}" if METHODS[name].has_rho else ""),
@@ -224,6 +225,28 @@ def _table(
       cells += ["", "", ""]
     lines.append(f"| {' | '.join(cells)} |")
   return lines
+
+
+def _equal_gradients(
+  study: Study, finals: Mapping[str, Mapping[int, Row]]
+) -> list[str]:
+  """LoRA-SAM against the LoRA that may take as many gradients."""
+  pair = [x for x, method in METHODS.items() if method.sam or method.longer > 1]
+  if len(pair) < 2:
+    return []
+  differences = estimates.differences(
+    *(_values(study, finals[name], OUTCOMES["new"]) for name in pair)
+  )
+  if not differences:
+    return []
+  return [
+    "",
+    "## As many gradients",
+    "",
+    f"{pair[0]} minus {pair[1]}, on unseen images of the 9: "
+    f"{_shown(differences, '+')} thousandths (n = {len(differences)}, "
+    f"p = {estimates.sign_flip(differences):.3f}).",
+  ]
 
 
 def _heads(names: Sequence[str]) -> list[str]:

@@ -92,12 +92,21 @@ class Settings:
 
 
 class Method(NamedTuple):
-  """How adapters are trained; all but LoRA have a rho."""
+  """How adapters are trained; all but LoRA have a rho.
+
+  Attributes:
+    rank, auxiliary_rank: of the two adapters.
+    power: whether the auxiliary climbs by power ascent.
+    sam: whether the gradient is LoRA-SAM's.
+    longer: how many times the steps of the settings a run has; a control if
+      above 1.
+  """
 
   rank: int = 4
   auxiliary_rank: int = 0
   power: bool = False
   sam: bool = False
+  longer: int = 1
 
   @property
   def has_rho(self) -> bool:
@@ -115,6 +124,7 @@ METHODS = {
   "LoRA-SAM": Method(sam=True),
   "Bi-LoRA": Method(auxiliary_rank=4),
   "Bi-LoRA, power ascent": Method(auxiliary_rank=4, power=True),
+  "LoRA r=4, twice the steps": Method(longer=2),
 }
 
 
@@ -202,7 +212,7 @@ def make_adaptation(method: Method, settings: Settings) -> Adaptation:
   inputs = jnp.zeros((1, SIDE, SIDE)), jnp.zeros(1, int), jnp.zeros(1, int)
   adapted = adapt(make_model(settings), spec, *inputs)
   labels = jnp.full(settings.images, NEW)
-  shape = settings.steps // settings.every, settings.every
+  shape = method.longer * settings.steps // settings.every, settings.every
 
   def predicting(variables, adapters) -> Predict:
     return functools.partial(adapted.apply, variables, adapters)
@@ -299,8 +309,11 @@ class Study:
         self._adapted("final", name, self.winner(name), seed)
 
   def points(self, name: str) -> list[dict[str, float]]:
-    """The points of a method's grid; of a rho, once LoRA r=4 is tuned."""
+    """The points of a method's grid; most depend on what won for LoRA r=4."""
     rates = self.settings.learning_rates
+    if METHODS[name].longer > 1:
+      rate = self.winner(REFERENCE)["learning_rate"]
+      rates = rate, rate / 2, rate / 4
     if not METHODS[name].has_rho:
       return [{"learning_rate": rate, "rho": 0.0} for rate in rates]
     rate = self.winner(REFERENCE)["learning_rate"]
