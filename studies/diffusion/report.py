@@ -52,6 +52,10 @@ OUTCOMES = {
     lambda row, every: row["curves"]["new"][-1],
   ),
   "old": Outcome("Held-out images of the old classes", _chosen("old")),
+  "old_last": Outcome(
+    "Held-out images of the old classes, after all steps",
+    lambda row, every: row["curves"]["old"][-1],
+  ),
   "training": Outcome("The 16 images", _chosen("training")),
   "nines": Outcome(
     "Samples that are taken for a 9",
@@ -69,7 +73,7 @@ def write(study: Study) -> pathlib.Path:
   if finals[REFERENCE]:
     figures = {
       "differences": (_forest(study, finals), "Differences to LoRA r=4."),
-      "curves": (_curves(study, finals), "Losses over the steps."),
+      "curves": (_curves(study, finals), _CURVES),
       "samples": (_samples(study, finals), "Samples of seed 0, as they came."),
     }
     for name, (figure, caption) in figures.items():
@@ -85,11 +89,15 @@ def write(study: Study) -> pathlib.Path:
   return path
 
 
+_CURVES = (
+  "Losses over the steps, with a dot where validation stopped. Methods with a "
+  "small rho lie on LoRA r=4."
+)
 _NOTE = (
   "± is the 95% t-interval over seeds. A difference is that to "
   f"{REFERENCE}, paired by the seed. p is that of the exact two-sided "
   "sign-flip test, and Holm's correction is over the methods of a table. The "
-  "steps are those that validation chose, but for the table of all steps."
+  "steps are those that validation chose, but for the tables of all steps."
 )
 
 
@@ -124,7 +132,8 @@ def _head(study: Study) -> list[str]:
 
 
 def _is_tuned(study: Study, name: str) -> bool:
-  if name not in (REFERENCE, "LoRA r=8") and not _is_tuned(study, REFERENCE):
+  follows = METHODS[name].has_rho or METHODS[name].longer > 1
+  if follows and not _is_tuned(study, REFERENCE):
     return False
   return all(
     key_of("tuning", name, point, seed) in study.rows
@@ -213,7 +222,7 @@ def _table(
     ]
     if point is not None:
       steps = point["steps"]
-      if outcome is OUTCOMES["last"]:
+      if outcome in (OUTCOMES["last"], OUTCOMES["old_last"]):
         steps = METHODS[name].longer * study.settings.steps
       cells += [
         f"{point['learning_rate']:g}"
@@ -302,10 +311,7 @@ def _curves(study: Study, finals: Mapping[str, Mapping[int, Row]]) -> Any:
         panel.plot(every * np.arange(len(means)), means, color=colours[name])
         steps = int(next(iter(rows.values()))["point"]["steps"])
         panel.plot(steps, means[steps // every], "o", color=colours[name])
-      # The base's loss of the 9 is far above all others.
-      panel.set(
-        yscale="log", xlabel="step", title=_PARTS[part], ylabel=_LOSS_LABEL
-      )
+      panel.set(xlabel="step", title=_PARTS[part], ylabel=_LOSS_LABEL)
     plots.legend_below(figure, colours, list(METHODS))
   return figure
 
@@ -329,7 +335,7 @@ def _samples(study: Study, finals: Mapping[str, Mapping[int, Row]]) -> Any:
     if first in rows:
       shown[name] = rows[first]["samples"]
   with plots.styled():
-    figure = plots.blank(6.4, 0.56 * len(shown))
+    figure = plots.blank(5.0, 0.66 * len(shown))
     grid = figure.subplots(len(shown), 1)
     for panel, (name, images) in zip(grid, shown.items()):
       pictures = np.pad(
@@ -337,6 +343,6 @@ def _samples(study: Study, finals: Mapping[str, Mapping[int, Row]]) -> Any:
       )
       panel.imshow(np.concatenate(pictures, axis=1), cmap="gray_r")
       panel.set(xticks=[], yticks=[])
-      panel.set_ylabel(name, rotation=0, ha="right", va="center")
+      panel.set_title(name, loc="left", fontsize=7, pad=2)
       panel.spines[:].set_visible(False)
   return figure
