@@ -92,6 +92,7 @@ def study(tmp_path, monkeypatch):
   return runs.Study(tmp_path / "study", _TINY)
 
 
+@pytest.mark.slow
 def test_a_row_is_appended_and_is_not_repeated(study, monkeypatch):
   study.run()
   path = study.folder / "runs.jsonl"
