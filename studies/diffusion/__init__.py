@@ -43,4 +43,5 @@ A control was added on the same day, when the results of the above were known.
 LoRA r=4 may take 2,000 steps, which are as many gradients as LoRA-SAM's. It has
 the learning rate that won for LoRA r=4, half of it and a quarter of it, and is
 tuned with the same two seeds. It is not in Holm's correction.
+The table of the old classes after all steps was added then too.
 """
