@@ -173,7 +173,12 @@ class LinenHost:
 
 def intercepted(model: Any, products: Products, **kwargs: Any) -> Any:
   """The model with its products replaced by `products`."""
-  return qwix.quantize_model(model, products, **kwargs)
+  changed = qwix.quantize_model(model, products, **kwargs)
+  if isinstance(model, nn.Module):
+    # Flax has made an `__init__` of the fields for the new class. Diffusers'
+    # models keep more than the fields, in an `__init__` of their own.
+    type(changed).__init__ = type(model).__init__
+  return changed
 
 
 def _flatten(tree: Any) -> Flat:

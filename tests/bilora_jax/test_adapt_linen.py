@@ -957,6 +957,32 @@ def test_a_model_with_a_nested_apply_is_adapted():
   )
 
 
+def test_a_model_with_an_init_of_its_own_keeps_what_it_sets():
+  # The models of diffusers keep a configuration so, by a decorator.
+  class Configured(nn.Module):
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(self.config["width"], name="dense")(x)
+
+  of_fields = Configured.__init__
+
+  def init(self, *args, **kwargs):
+    of_fields(self, *args, **kwargs)
+    object.__setattr__(self, "config", {"width": self.width})
+
+  Configured.__init__ = init
+  model, x = Configured(), _normal(2, 4)
+  variables = model.init(KEY, x)
+  adapted = adapt(model, SPEC, x)
+  assert list(adapted.targets) == ["dense/kernel"]
+  np.testing.assert_array_equal(
+    adapted.apply(variables, adapted.init(KEY, variables), x),
+    model.apply(variables, x),
+  )
+
+
 def test_partitioned_kernels_are_adapted_under_a_set_mesh():
   devices.require(2)
   model = nn.Dense(
