@@ -68,6 +68,7 @@ def main() -> None:
   )
   parser.add_argument("--report", action="store_true")
   options = parser.parse_args()
+  FOLDER.mkdir(exist_ok=True)
   path = FOLDER / "runs.jsonl"
   rows = jsonl.read_log(path)
   if not options.report:
@@ -142,13 +143,19 @@ def report(rows: list[dict[str, Any]]) -> str:
     "",
     "The command is `python -m studies.candidates`, and its docstring has the "
     "protocol.",
-    f"{len(rows)} points of {len({x['seed'] for x in rows})} runs.",
+    f"It has {len(rows)} points, of {len({x['seed'] for x in rows})} run(s) of "
+    f"{len(SEEDS)}.",
     "",
     "| perturbation | cosine with the batch's gradient, mean | least | most |",
     "|---|---|---|---|",
   ]
-  for name in rows[0]["cosines"]:
-    values = [row["cosines"][name] for row in rows]
+  values_of = {
+    name: [row["cosines"][name] for row in rows] for name in rows[0]["cosines"]
+  }
+  ordered = sorted(
+    values_of.items(), key=lambda item: -statistics.mean(item[1])
+  )
+  for name, values in ordered:
     lines.append(
       f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} | "
       f"{max(values):.2f} |"

@@ -78,7 +78,7 @@ def test_the_report_has_means_and_ranges():
     for seed, x in enumerate((0.25, 0.75))
   ]
   page = candidates.report(rows)
-  assert "2 points of 2 runs" in page
+  assert "2 points, of 2 run(s) of 3" in page
   assert "| one | 0.50 | 0.25 | 0.75 |" in page
   assert "| two | -0.50 | -0.75 | -0.25 |" in page
 
