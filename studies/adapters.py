@@ -27,6 +27,10 @@ The protocol, written on 2026-11-28 before any run:
 Changed on the same day, after 27 tuning rows and before any test row: clean
 labels come first. With wrong labels the validation accuracy of LoRA was 49 to
 59%, so clean labels tell the methods apart sooner. No grid was changed.
+
+The number of layers, tokens and epochs was set after trials of a run's time.
+They had the seed 100, and one of them, with two layers, was tested on clean
+labels. No learning rate or rho was chosen by them.
 """
 
 import argparse
