@@ -3,7 +3,7 @@
 Gains are paired because seeds differ more than methods do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import lines as mpl_lines
@@ -14,7 +14,8 @@ from .spec import Study
 
 Results = Mapping[str, Result]
 
-_ONE, _MORE, _DARK = "#0072b2", "#d55e00", "#777777"
+ONE, _MORE, _DARK = "#0072b2", "#d55e00", "#777777"
+"""Colours of one gradient a step, of more, and of lines."""
 
 
 def differences(
@@ -38,45 +39,20 @@ def differences(
   canvas = plots.blank(2.2 + 2.6 * len(panels), 1.1 + 0.24 * len(labels))
   grid = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
   for axes, (task, gains) in zip(grid, panels.items()):
-    counts = {gain.seeds for gain in gains.values()}
-    one_count = len(counts) == 1
-    for label, gain in gains.items():
-      y, colour = labels.index(label), _colour(tasks[task][label])
-      axes.errorbar(
-        gain.mean,
-        y,
-        xerr=_half(gain),
-        fmt="o",
-        color=colour,
-        markersize=4,
-        capsize=2,
-      )
-      if not one_count:
-        axes.annotate(
-          f"n = {gain.seeds}",
-          (1, y),
-          xycoords=("axes fraction", "data"),
-          ha="right",
-          va="bottom",
-          fontsize=6,
-          color=_DARK,
-        )
-    axes.axvline(0, color=_DARK, linewidth=0.8, zorder=0)
+    colours = {label: _colour(tasks[task][label]) for label in gains}
+    seeds = panel(axes, labels, gains, colours)
     name = tables.metric(tasks[task])
     _, sign = tables.unit(name)
     points = ", points" if sign else ""
-    seeds = f" (n = {counts.pop()})" if one_count else ""
     axes.set(
       title=plots.wrapped(task),
       xlabel=f"{name.replace('_', ' ')}{points}{seeds}",
     )
-    axes.grid(axis="y", linewidth=0.3)
-    axes.set_axisbelow(True)
   grid[0].set_yticks(range(len(labels)), labels)
   handles: list[Any] = [
     mpl_lines.Line2D([], [], color=colour, marker="o", linestyle="", label=text)
     for colour, text in (
-      (_ONE, "one gradient a step"),
+      (ONE, "one gradient a step"),
       (_MORE, "more"),
     )
   ]
@@ -85,6 +61,52 @@ def differences(
     f"Test minus {study.reference}, paired by seed, 95% intervals", fontsize=9
   )
   return canvas
+
+
+def panel(
+  axes: Any,
+  labels: Sequence[str],
+  gains: Mapping[str, estimates.Estimate],
+  colours: Mapping[str, str],
+) -> str:
+  """Draws paired differences, a row each, and the line of no difference.
+
+  Args:
+    axes: of the panel.
+    labels: of the rows, from the bottom.
+    gains: mean differences by the label.
+    colours: by the label.
+
+  Returns:
+    How many seeds there are, for the axis; empty if the panel's rows say so.
+  """
+  counts = {gain.seeds for gain in gains.values()}
+  one_count = len(counts) == 1
+  for label, gain in gains.items():
+    y = labels.index(label)
+    axes.errorbar(
+      gain.mean,
+      y,
+      xerr=_half(gain),
+      fmt="o",
+      color=colours[label],
+      markersize=4,
+      capsize=2,
+    )
+    if not one_count:
+      axes.annotate(
+        f"n = {gain.seeds}",
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=6,
+        color=_DARK,
+      )
+  axes.axvline(0, color=_DARK, linewidth=0.8, zorder=0)
+  axes.grid(axis="y", linewidth=0.3)
+  axes.set_axisbelow(True)
+  return f" (n = {counts.pop()})" if one_count else ""
 
 
 def _half(gain: estimates.Estimate) -> float | None:
@@ -173,4 +195,4 @@ def _gains(study: Study, results: Results) -> dict[str, estimates.Estimate]:
 
 def _colour(result: Result) -> str:
   gradients = result.of("gradients_per_step").values()
-  return _ONE if max(gradients) <= 1 else _MORE
+  return ONE if max(gradients) <= 1 else _MORE

@@ -56,13 +56,13 @@ def accuracy(study: Study, results: Mapping[str, Result]) -> list[str]:
     own = _mean(result.of("step_seconds"))
     return [
       _count(result),
-      _estimate(_mean(result.of("test", name)), factor, 2),
-      _estimate(estimates.mean(differences), factor, 2, signed=True),
-      _p(raw.get(label)),
-      _p(corrected.get(label)),
-      _p(estimates.wilcoxon(differences)),
-      _estimate(_mean(result.of("validation", "best", name)), factor, 2),
-      _estimate(_mean(loss(result)), 1.0, 4),
+      estimate(_mean(result.of("test", name)), factor, 2),
+      estimate(estimates.mean(differences), factor, 2, signed=True),
+      p_value(raw.get(label)),
+      p_value(corrected.get(label)),
+      p_value(estimates.wilcoxon(differences)),
+      estimate(_mean(result.of("validation", "best", name)), factor, 2),
+      estimate(_mean(loss(result)), 1.0, 4),
       _number(_mean(result.of("gradients_per_step")), 2),
       "" if not (time and own) else f"{own.mean / time.mean:.2f}",
     ]
@@ -100,7 +100,7 @@ def after(study: Study, results: Mapping[str, Result]) -> list[list[str]]:
 
   def accuracies(label: str, result: Result) -> list[str]:
     found = [_mean(result.of("after", x, "accuracy")) for x in names]
-    return [_count(result), *(_estimate(x, 100.0, 2) for x in found)]
+    return [_count(result), *(estimate(x, 100.0, 2) for x in found)]
 
   def differences(label: str, result: Result) -> list[str]:
     if reference is None or label == study.reference:
@@ -111,14 +111,14 @@ def after(study: Study, results: Mapping[str, Result]) -> list[list[str]]:
         result.of("after", name, "accuracy"),
         reference.of("after", name, "accuracy"),
       )
-      shown = _estimate(estimates.mean(paired), 100.0, 2, signed=True)
-      p = _p(estimates.sign_flip(paired))
+      shown = estimate(estimates.mean(paired), 100.0, 2, signed=True)
+      p = p_value(estimates.sign_flip(paired))
       cells.append(f"{shown} ({p})" if p else shown)
     return cells
 
   def probabilities(label: str, result: Result) -> list[str]:
     return [
-      _estimate(_mean(result.of("after", "test", name)), 1.0, 4)
+      estimate(_mean(result.of("after", "test", name)), 1.0, 4)
       for name in calibration.SCORES
     ]
 
@@ -217,7 +217,7 @@ def sharpness(
     return [_count(result), *(rise(x, len(result.finals)) for x in found)]
 
   def rise(found: Mapping[int, float], count: int) -> str:
-    shown = _estimate(_mean(found), 1.0, None)
+    shown = estimate(_mean(found), 1.0, None)
     lacking = count - len(found)
     return shown + (f" ({lacking} not finite)" if lacking else "")
 
@@ -253,8 +253,8 @@ def sharpness_differences(
     return [
       str(len(found[0])),
       *(
-        f"{_estimate(estimates.mean(x), 1.0, None, signed=True)} "
-        f"({_p(estimates.sign_flip(x))})"
+        f"{estimate(estimates.mean(x), 1.0, None, signed=True)} "
+        f"({p_value(estimates.sign_flip(x))})"
         if x
         else ""
         for x in found
@@ -352,7 +352,7 @@ def tuning(results: Mapping[str, Result]) -> list[str]:
       )
   if not rows:
     return []
-  return _lines(
+  return lines(
     ["method", "point", "n", f"mean validation{unit(name)[1]}", ""], rows
   )
 
@@ -404,7 +404,7 @@ def _count(result: Result) -> str:
   return str(count) if count == wanted else f"{count} of {wanted}"
 
 
-def _estimate(
+def estimate(
   found: Estimate | None,
   factor: float,
   digits: int | None,
@@ -445,7 +445,8 @@ def _share(found: estimates.Share | None) -> str:
   return shown
 
 
-def _p(value: float | None) -> str:
+def p_value(value: float | None) -> str:
+  """A p-value with three digits, or with one if it is small."""
   if value is None:
     return ""
   return f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
@@ -462,13 +463,14 @@ def _words(name: str) -> str:
 
 
 def _table(heads, results: Mapping[str, Result], cells) -> list[str]:
-  return _lines(
+  return lines(
     heads,
     [[label, *cells(label, result)] for label, result in results.items()],
   )
 
 
-def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  """The lines of a table in Markdown."""
   return [
     "| " + " | ".join(map(_escaped, heads)) + " |",
     "|" + "---|" * len(heads),

@@ -70,7 +70,7 @@ class Bert(nn.Module):
       "auto", self.dtype or jnp.float32, c.head_size, length
     )
     seen = attention.real(kernel, mask.astype(bool))
-    layer = remat.layer(_Layer, self.remat)
+    layer = remat.layer(Layer, self.remat)
     # Activations stay 2-D between layers. In XLA on CPU, the backward pass of
     # (N, D) products is about twice as fast as that of (B, L, D) products.
     for i in range(c.num_layers):
@@ -130,8 +130,14 @@ def _positions(config: BertConfig, tokens: jax.Array) -> jax.Array:
   return config.padding_id + jnp.cumsum(real_BxL, 1) * real_BxL
 
 
-class _Layer(nn.Module):
-  """Self-attention and feed-forward, each with a residual and a norm."""
+class Layer(nn.Module):
+  """Self-attention and feed-forward, each with a residual and a norm.
+
+  Attributes:
+    config: the sizes.
+    length: L, the tokens of a row.
+    dtype: dtype of the matmuls; None is float32.
+  """
 
   config: BertConfig
   length: int
