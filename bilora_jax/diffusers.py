@@ -1,13 +1,13 @@
 """LoRA files of Hugging Face diffusers: from folders of PEFT, and to them.
 
 A pipeline of diffusers keeps the LoRAs of all its models in one file,
-`pytorch_lora_weights.safetensors`. The names of its tensors begin with the
-model's, such as `unet.` or `transformer.`, and are PEFT's else. PEFT's
-configurations are JSON in the file's header, by the same beginnings. Older
-files have other names, and no configuration.
+`pytorch_lora_weights.safetensors`. The name of a tensor is the model's name,
+such as `unet.` or `transformer.`, and then PEFT's name. PEFT's configurations
+are JSON in the file's header, with the same beginnings. Older files have other
+names, and no configuration.
 
-`peft.save` and then `from_peft` write adapters for a pipeline. `to_peft` and
-then `peft.load` read them.
+Use `peft.save` and then `from_peft` to write adapters for a pipeline. Use
+`to_peft` and then `peft.load` to read them.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ NAME = "pytorch_lora_weights.safetensors"
 _CONFIGS = "lora_adapter_metadata"  # of the header
 _ENDS = (_peft_folder.A, _peft_folder.B, _peft_folder.MAGNITUDE)
 _ALPHA = ".alpha"
-# How diffusers has spelt them, with PEFT's names; `convert_state_dict_to_peft`
-# of diffusers/utils/state_dict_utils.py.
+# Spellings of older versions, and PEFT's; diffusers converts them in
+# diffusers/utils/state_dict_utils.py.
 _SPELLINGS = (
   (re.compile(r"\.processor\."), "."),
   (re.compile(r"\.to_out_lora(?=\.)"), ".to_out.0.lora"),
@@ -55,12 +55,13 @@ def from_peft(
 ) -> None:
   """Writes a PEFT folder's LoRA as the LoRA of one model of a pipeline.
 
-  `pipeline.load_lora_weights` of diffusers 0.34 and later reads the file. What
-  a file has of other models stays in it.
+  `pipeline.load_lora_weights` of diffusers 0.34 and later reads the file. The
+  LoRAs of other models in the file do not change.
 
   Args:
-    folder: with a LoRA, by PEFT or `peft.save`.
-    file: to write, or a folder in which it gets the name that pipelines expect.
+    folder: a folder with a LoRA, which PEFT or `peft.save` wrote.
+    file: the file to write, or its folder; in a folder it gets the name that
+      pipelines expect.
     model: the model's name in the pipeline, such as 'unet', 'transformer' or
       'text_encoder'.
 
@@ -107,14 +108,14 @@ def to_peft(
   equals it unless the file says another, as diffusers reads it.
 
   Args:
-    file: that diffusers wrote, or the folder it is in.
+    file: a file that diffusers wrote, or the file's folder.
     folder: where to write, created if it is missing; files of the same names
       are replaced.
     model: the model's name in the pipeline.
 
   Raises:
     ValueError: if the file is missing or damaged, has no LoRA of this model, or
-      is by other programs.
+      was written by another program.
     OSError: if a file cannot be written.
   """
   _check_name(model)
