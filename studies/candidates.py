@@ -77,6 +77,8 @@ def main() -> None:
         rows += measure(seed, _OPTIONS, STEPS)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_atomically(path, text)
+  if not rows:
+    parser.exit(2, f"error: {path} has no rows; leave out --report to run.\n")
   files.write_atomically(FOLDER / "report.md", report(rows))
 
 

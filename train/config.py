@@ -226,11 +226,11 @@ def _cli_type(method: str, explained: bool) -> Any:
       # A dataclass begins with the fields of its last base, so --method comes
       # before the method's options.
       bases = (kind, chosen)
-    texts = options.texts(kind) if explained else {}
-    told = [
+    help_of = options.help_texts(kind) if explained else {}
+    annotated = [
       (
         x.name,
-        Annotated[x.type, tyro.conf.arg(name=flag, help=texts.get(x.name))],
+        Annotated[x.type, tyro.conf.arg(name=flag, help=help_of.get(x.name))],
         _field(x),
       )
       for flag, x in options.fields(kind).items()
@@ -240,7 +240,7 @@ def _cli_type(method: str, explained: bool) -> Any:
       (
         group,
         dataclasses.make_dataclass(
-          kind.__name__, told, bases=bases, frozen=True
+          kind.__name__, annotated, bases=bases, frozen=True
         ),
       )
     )

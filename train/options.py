@@ -95,7 +95,7 @@ def parse(kind: Any, argv: Sequence[str] | None, program: str) -> Any:
     SystemExit: with code 2, if an option is unknown; with 0 after `--help`.
   """
   if asks_for_help(argv):
-    tyro.cli(_told(kind), args=argv, prog=program)
+    tyro.cli(_with_help(kind), args=argv, prog=program)
   found = tyro.cli(kind, args=argv, prog=program)
   check(found)
   for field in dataclasses.fields(kind):
@@ -109,7 +109,7 @@ def asks_for_help(argv: Sequence[str] | None) -> bool:
   return bool({"-h", "--help"} & set(sys.argv if argv is None else argv))
 
 
-def texts(kind: type) -> dict[str, str]:
+def help_texts(kind: type) -> dict[str, str]:
   """Returns the docstring below each field of a group, each in one line.
 
   Tyro can read these docstrings too, but it keeps their line breaks.
@@ -117,30 +117,30 @@ def texts(kind: type) -> dict[str, str]:
   found = {}
   for base in reversed(kind.__mro__[:-1]):
     if dataclasses.is_dataclass(base):
-      for told in docstring_parser.parse_from_object(base).params:
-        found[told.arg_name] = " ".join((told.description or "").split())
+      for field in docstring_parser.parse_from_object(base).params:
+        found[field.arg_name] = " ".join((field.description or "").split())
   return found
 
 
-def _told(kind: Any) -> Any:
+def _with_help(kind: Any) -> Any:
   """Returns a copy of the class for Tyro, with the help text of each field."""
-  explained = texts(kind)
+  help_of = help_texts(kind)
   fields: list[Any] = []
   for x in dataclasses.fields(kind):
     group = x.default_factory
-    told = x.type
+    annotation = x.type
     if isinstance(group, type) and dataclasses.is_dataclass(group):
-      group = _told(group)
-      told = tyro.conf.OmitArgPrefixes[group]
-    elif x.name in explained:
-      told = Annotated[x.type, tyro.conf.arg(help=explained[x.name])]
+      group = _with_help(group)
+      annotation = tyro.conf.OmitArgPrefixes[group]
+    elif x.name in help_of:
+      annotation = Annotated[x.type, tyro.conf.arg(help=help_of[x.name])]
     field = dataclasses.field(default=x.default, metadata=x.metadata)
     if group is not dataclasses.MISSING:
       field = dataclasses.field(default_factory=group)
-    fields.append((x.name, told, field))
-  told = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-  told.__doc__ = kind.__doc__
-  return told
+    fields.append((x.name, annotation, field))
+  copy = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+  copy.__doc__ = kind.__doc__
+  return copy
 
 
 def check(group: Any) -> None:
